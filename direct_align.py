@@ -1,0 +1,153 @@
+"""Direct-Align: section 3.1 of the paper (arXiv 2509.06942), Eqs. 3-6, as pure tensor functions.
+
+Symbols, the paper's:  x0 clean latent, eps the noise prior (known, Gaussian), x_t the noisy state, v_theta and eps_theta
+what the network says, sigma the noise level in [0, 1] with alpha = 1 - sigma, x0_hat the recovered latent.
+
+FLUX is a rectified flow: x_t = (1 - sigma) x0 + sigma eps, and the network predicts the velocity v = eps - x0, so an
+Euler step from sigma to sigma_to adds (sigma_to - sigma) v. Latents are [B, N, C]; a sigma is a float or a tensor [B].
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+def _column(sigma, x):
+    """sigma as it multiplies x: a float stays, [B] becomes [B, 1, 1]."""
+    return sigma.to(x).view(-1, *[1] * (x.ndim - 1)) if torch.is_tensor(sigma) and sigma.ndim else sigma
+
+
+# -------------------------------------------------------------------------------------------------------- Eqs. 3 to 5
+def inject(x0, eps, sigma):
+    """Eq. 3:  x_t = alpha x0 + sigma eps,  alpha = 1 - sigma.
+
+    x0, eps [B, N, C]; sigma in [0, 1]. Returns x_t [B, N, C]. As in the paper.
+    """
+    sigma = _column(sigma, x0)
+    return (1 - sigma) * x0 + sigma * eps
+
+
+def recover_exact(x_t, eps, sigma):
+    """Eq. 4:  x0 = (x_t - sigma eps) / alpha.
+
+    The closed form that needs no network: x_t, eps [B, N, C]; sigma in [0, 1). Returns x0. As in the paper.
+    """
+    sigma = _column(sigma, x_t)
+    return (x_t - sigma * eps) / (1 - sigma)
+
+
+def recover(x_t, v_theta, eps, sigma, sigma_to):
+    """Eq. 5 for a velocity:  x0_hat = (x_t + (sigma_to - sigma) v_theta - sigma_to eps) / (1 - sigma_to).
+
+    One Euler step of the network to sigma_to, and the known noise does the rest. sigma_to < sigma is the "denoise"
+    direction (Eq. 12), sigma_to > sigma the "invert" direction (Eq. 13): the network's sign flips between them, since
+        x0_hat = x0 + (sigma_to - sigma) / (1 - sigma_to) * (v_theta - (eps - x0)).
+    All tensors [B, N, C]; sigma in [0, 1], sigma_to in [0, 1). Differs from the paper: it divides by alpha where the
+    network is called, which is right for its epsilon (`recover_epsilon`) and wrong for a velocity. Released code: this.
+    """
+    sigma, sigma_to = _column(sigma, x_t), _column(sigma_to, x_t)
+    return (x_t + (sigma_to - sigma) * v_theta - sigma_to * eps) / (1 - sigma_to)
+
+
+def recover_epsilon(x_t, eps_theta, eps, sigma, sigma_to):
+    """Eq. 5:  x0_hat = (x_t - dsigma eps_theta - (sigma - dsigma) eps) / alpha,  dsigma = sigma - sigma_to.
+
+    As in the paper: alpha = 1 - sigma, of the call. All tensors [B, N, C]; sigma in [0, 1), sigma_to in [0, 1].
+    With eps_theta = `epsilon(x_t, v_theta, sigma)` it is exact for a perfect network, like `recover`, but passes on
+    (1 - sigma_to) times as much of the network's error: 4 to 28 times less between sigma 0.75 and 0.964.
+    """
+    sigma, sigma_to = _column(sigma, x_t), _column(sigma_to, x_t)
+    dsigma = sigma - sigma_to
+    return (x_t - dsigma * eps_theta - (sigma - dsigma) * eps) / (1 - sigma)
+
+
+def epsilon(x_t, v_theta, sigma):
+    """eps_theta = x_t + (1 - sigma) v_theta: the noise that a velocity implies. All [B, N, C]; sigma in [0, 1]."""
+    return x_t + (1 - _column(sigma, x_t)) * v_theta
+
+
+# ------------------------------------------------------------------------------------------------------- the schedules
+def shift(u, a):
+    """shift(u, a) = a u / (1 + (a - 1) u): the time shift of FLUX's schedules; u in [0, 1], a > 0 (1: no shift)."""
+    return a * u / (1 + (a - 1) * u)
+
+
+def sigma_steps(steps, a):
+    """The steps + 1 noise levels of an Euler rollout, from 1 to 0: shift(linspace(1, 0), a), float32 [steps + 1]."""
+    return shift(torch.linspace(1, 0, steps + 1), a)
+
+
+def training_grid(sigma_max, sigma_min, cells):
+    """The noise levels that training visits: linspace(sigma_max, sigma_min, cells), float32 [cells], noisiest first.
+
+    Released code: 1000 cells between entries 5 and 25 of `sigma_steps(50, 3)`, that is 0.9643 and 0.75. The paper
+    speaks of the full trajectory.
+    """
+    return torch.linspace(sigma_max, sigma_min, cells)
+
+
+@dataclass
+class Injection:
+    """Where one branch works, for B images: call the network at `sigma`, land at `sigma_to` (both [B]).
+
+    `cell` [B] counts training-grid cells from the clean end, 0 .. T: it indexes the released discount.
+    """
+    branch: str
+    sigma: torch.Tensor
+    sigma_to: torch.Tensor
+    cell: torch.Tensor
+
+
+def reach_of(groundtruth_ratio, cells):
+    """How many cells the network is trusted with, int((1 - ratio) T) + 1 (released code); the known noise does the
+    rest. A ratio of 0.92 leaves it 80 of 1000 cells; Fig. 3 shows 0.975 and 0.925."""
+    return int((1 - groundtruth_ratio) * cells) + 1
+
+
+def place(branch, m, grid, reach, meet="landing"):
+    """The `Injection` of a branch whose middle is m cells [B] (long) from the clean end of grid [T]; 1 <= m < T.
+
+    meet = "landing" (released code): both branches land on cell m, the denoising one called `reach` cells above it
+    and the inverting one as far below. meet = "call" (the paper's Eqs. 12, 13, "at timestep t"): both call the network
+    at cell m, and land `reach` cells below and above. Near the ends the reach shrinks.
+    """
+    T = len(grid)
+    k = torch.minimum(torch.minimum(T - m, m), torch.full_like(m, reach))
+    if meet == "call":
+        landing = (T - m + k).clamp(max=T - 1) if branch == "denoise" else T - m - k
+        return Injection(branch, grid[T - m], grid[landing], m)
+    if branch == "denoise":
+        return Injection(branch, grid[T - m - k], grid[T - m], m)
+    below = (m - k).clamp(min=1)
+    return Injection(branch, grid[T - below], grid[T - (below + k).clamp(max=T)], below)
+
+
+def draw_middle(n, cells, generator):
+    """n middles m ~ U{5, ..., cells - 5} (released code), long [n]."""
+    return torch.randint(5, cells - 4, (n,), generator=generator)
+
+
+# --------------------------------------------------------------------------------------------------------------- Eq. 6
+def discount(cell, first, last, cells):
+    """The released code's late-timestep discount d = linspace(first, last, T)[cell], [B]: it weighs one text feature
+    (1 + d), see `srpo_reward.relative_released`. cell 0 is the clean (late) end, so `last` belongs to the early steps.
+    """
+    return torch.linspace(first, last, cells)[cell]
+
+
+def lam(sigma, sigma_max, sigma_min, early, late):
+    """Eq. 6's lambda(t): from `early` at sigma_max down to `late` at sigma_min, linear, [B].
+
+    The paper asks for a decaying factor and gives no numbers; late = early switches the discount off.
+    """
+    return late + (early - late) * (sigma - sigma_min) / (sigma_max - sigma_min)
+
+
+def aggregate(r, weight, n):
+    """Eq. 6:  r(x_t) = lambda(t) sum_i r_i  over the n injections of one x0; this is the term of one injection.
+
+    r, weight [B]. Returns weight r / n, [B]. The sum is never built: each term is differentiated as soon as it is
+    known and the gradients add up (the paper's gradient accumulation), so memory does not grow with n. Differs from
+    the paper by the constant 1 / n, as in the released code (n = 2: one denoising, one inverting state).
+    """
+    return weight * r / n

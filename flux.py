@@ -1,0 +1,224 @@
+"""FLUX.1 as this project uses it: load, encode prompts, velocity, roll out, decode.
+
+A model is a folder in FLUX.1-dev's layout, or a hub id: the miniature and FLUX.1-dev take the same path through this
+file. Every constant (patch, channels, VAE factor, scaling, shift, token length) comes from the model's own config.
+
+Shapes: B images, N image tokens, L text tokens; C = 64 channels a token (2 x 2 latents of 16 channels).
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
+
+from direct_align import sigma_steps
+
+PATCH = 2  # a token is 2 x 2 latents: fixed by the FLUX pipeline, stored in no config
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+
+
+def quiet():
+    """Keep the libraries' own progress bars and notices out of the terminal."""
+    for log in (diffusers_logging, transformers_logging):
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+
+
+def check_folder(model):
+    """Raise ValueError with one line if `model` is a local path without a FLUX.1 in it; a hub id passes."""
+    path = Path(model)
+    if not path.exists():
+        if str(model).count("/") == 1 and not str(model).startswith((".", "/")):
+            return
+        raise ValueError(f"--model {model}: no such folder (give a folder in FLUX.1-dev's layout, or a hub id "
+                         f"such as black-forest-labs/FLUX.1-dev)")
+    missing = [p for p in ("model_index.json", *PARTS) if not (path / p).exists()]
+    if missing:
+        raise ValueError(f"--model {model}: not a FLUX.1 folder, it has no {', '.join(missing)}")
+    index = json.loads((path / "model_index.json").read_text())
+    if index.get("_class_name") != "FluxPipeline":
+        raise ValueError(f"--model {model}: model_index.json says {index.get('_class_name')}, not FluxPipeline")
+
+
+@dataclass
+class Flux:
+    """The two networks of FLUX.1 that training and sampling touch, and what their configs say."""
+    transformer: FluxTransformer2DModel
+    vae: AutoencoderKL
+    scheduler: dict
+
+    @property
+    def pixels_per_token(self):
+        """Side of the square of pixels behind one token: VAE factor x patch, 16."""
+        return PATCH * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def grid(self, height, width):
+        """(rows, columns) of tokens of a picture of height x width pixels; N = rows x columns."""
+        unit = self.pixels_per_token
+        if height % unit or width % unit or height < unit or width < unit:
+            raise ValueError(f"size {width} x {height}: both sides must be multiples of {unit} pixels for this model")
+        return height // unit, width // unit
+
+    def shift(self, n_tokens):
+        """The model's own time shift: exp(mu) with mu linear in the tokens, as FluxPipeline samples (4096 tokens of
+        FLUX.1-dev: 3.16). The released code trains with a fixed 3."""
+        c = self.scheduler
+        if not c.get("use_dynamic_shifting"):
+            return c.get("shift", 1.0)
+        slope = (c["max_shift"] - c["base_shift"]) / (c["max_image_seq_len"] - c["base_image_seq_len"])
+        return math.exp(c["base_shift"] + slope * (n_tokens - c["base_image_seq_len"]))
+
+
+def load(model, weights=None, device="cpu", dtype=torch.float32):
+    """A `Flux` from a folder or hub id; `weights` is a folder of trained transformer weights to use instead of the
+    model's own. The VAE is frozen. Raises ValueError with one line if the folder is not a FLUX.1."""
+    quiet()
+    check_folder(model)
+    if weights and not (Path(weights) / "config.json").exists():
+        raise ValueError(f"--weights {weights}: no transformer there (a folder with config.json and safetensors, such "
+                         f"as runs/miniature/weights)")
+    source = dict(pretrained_model_name_or_path=weights) if weights else dict(
+        pretrained_model_name_or_path=model, subfolder="transformer")
+    try:
+        transformer = FluxTransformer2DModel.from_pretrained(**source, torch_dtype=dtype)
+        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=dtype)
+        pipe = FluxPipeline.from_pretrained(model, transformer=None, vae=None, text_encoder=None, text_encoder_2=None,
+                                            tokenizer=None, tokenizer_2=None)
+    except (OSError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"--model {model}: cannot be loaded as FLUX.1: {str(error).strip().splitlines()[0]}") from error
+    return Flux(transformer.to(device), vae.to(device).eval().requires_grad_(False), dict(pipe.scheduler.config))
+
+
+@torch.no_grad()
+def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, batch=64):
+    """All prompts through both text encoders, once; the encoders are freed on return.
+
+    Returns (txt [P, L, D] from T5, pooled [P, D'] from CLIP, cut): `cut` counts the prompts longer than the T5
+    encoder's L tokens (512 for FLUX.1-dev, from its tokenizer), whose end is not seen. The embeddings stay on the CPU.
+    """
+    quiet()
+    check_folder(model)
+    pipe = FluxPipeline.from_pretrained(model, transformer=None, vae=None, torch_dtype=dtype).to(device)
+    length = pipe.tokenizer_2.model_max_length
+    cut = sum(len(ids) > length for ids in pipe.tokenizer_2(prompts).input_ids)
+    parts = [pipe.encode_prompt(prompts[i:i + batch], max_sequence_length=length)[:2]
+             for i in range(0, len(prompts), batch)]
+    txt, pooled = (torch.cat([p[j] for p in parts]).cpu() for j in (0, 1))
+    return txt, pooled, cut
+
+
+def pack(z):
+    """Latents [B, c, h, w] -> tokens [B, (h/2)(w/2), 4c]: each token 2 x 2 latents, channel-major inside."""
+    b, c, h, w = z.shape
+    z = z.view(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
+    return z.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // PATCH**2, c * PATCH**2)
+
+
+def unpack(x, grid):
+    """Tokens [B, rows columns, 4c] -> latents [B, c, 2 rows, 2 columns]: the inverse of `pack`."""
+    (b, _, c), (rows, columns) = x.shape, grid
+    x = x.view(b, rows, columns, c // PATCH**2, PATCH, PATCH)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(b, c // PATCH**2, rows * PATCH, columns * PATCH)
+
+
+def velocity(transformer, x_t, sigma, txt, pooled, guidance, grid):
+    """v_theta(x_t, sigma, c) = eps - x0, as FLUX predicts it.
+
+    x_t [B, N, C]; sigma [B] or a number, in [0, 1]; txt [B, L, D]; pooled [B, D']; guidance a number (3.5 is
+    FLUX.1-dev's own; ignored by models without a guidance embedding); grid (rows, columns). Returns [B, N, C].
+    """
+    b, (rows, columns) = len(x_t), grid
+    row, column = torch.arange(rows, device=x_t.device), torch.arange(columns, device=x_t.device)
+    img_ids = torch.stack([torch.zeros(rows * columns, device=x_t.device), row.repeat_interleave(columns).float(),
+                           column.repeat(rows).float()], -1)  # [N, 3]: (0, row, column)
+    full = lambda value: torch.as_tensor(value, dtype=torch.float32, device=x_t.device).expand(b)
+    return transformer(
+        hidden_states=x_t, timestep=full(sigma), encoder_hidden_states=txt, pooled_projections=pooled,
+        guidance=full(guidance) if transformer.config.guidance_embeds else None,
+        txt_ids=torch.zeros(txt.shape[1], 3, device=x_t.device), img_ids=img_ids, return_dict=False)[0]
+
+
+def rollout(v, eps, sigmas):
+    """Noise to clean latent, by Euler steps:  x <- x + (s_next - s) v(x, s).
+
+    v(x, s) the velocity [B, N, C] of x at noise level s (a float); eps [B, N, C]; sigmas [S + 1] from 1 to 0.
+    """
+    x, levels = eps, sigmas.tolist()
+    for s, s_next in zip(levels, levels[1:]):
+        x = x + (s_next - s) * v(x, s)
+    return x
+
+
+def decode(vae, x, grid):
+    """Packed latents [B, N, C] -> images [B, 3, H, W] in [0, 1], with gradient."""
+    z = unpack(x, grid) / vae.config.scaling_factor + vae.config.shift_factor
+    return (vae.decode(z.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+
+def noise(flux, grid, seeds):
+    """Initial noise of the samples, one per seed: [B, N, C] float32, the same whatever the batch it is made in."""
+    shape = (grid[0] * grid[1], flux.transformer.config.in_channels)
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+@torch.no_grad()
+def sample(flux, txt, pooled, eps, grid, steps, guidance, batch=64, progress=lambda parts: parts):
+    """Pictures of P prompts, as FluxPipeline makes them (the model's own time shift): images [P, 3, H, W] in [0, 1].
+
+    txt [P, L, D], pooled [P, D'], eps [P, N, C]; `progress` may wrap the list of batches in a progress bar.
+    """
+    device, dtype = flux.transformer.device, flux.transformer.dtype
+    sigmas = sigma_steps(steps, flux.shift(eps.shape[1]))
+    images = []
+    for rows in progress(list(torch.arange(len(eps)).split(batch))):
+        t, p, x = (a[rows].to(device, dtype) for a in (txt, pooled, eps))
+        x = rollout(lambda x, s: velocity(flux.transformer, x, s, t, p, guidance, grid), x, sigmas)
+        images.append(decode(flux.vae, x, grid).cpu())
+    return torch.cat(images)
+
+
+# ------------------------------------------------------------------------------- what the scripts of this project share
+def read_prompts(path):
+    """The prompts of a UTF-8 text file, one a line, blank lines left out. Raises ValueError with one line."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"--prompts {path}: no such file (a text file, one prompt a line)")
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompts {path}: not UTF-8 text, byte {error.start}; save it as UTF-8") from error
+    if not prompts:
+        raise ValueError(f"--prompts {path}: no prompt in it, every line is blank")
+    return prompts
+
+
+def parse_flags(parser, argv=None):
+    """Parse the command line; a model folder may carry srpo.json, the flags' defaults that suit that model.
+
+    Precedence: command line, srpo.json, the parser's own defaults. Paths in srpo.json are relative to the folder.
+    """
+    model = parser.parse_known_args(argv)[0].model
+    check_folder(model)
+    own = Path(model) / "srpo.json"
+    if own.exists():
+        known = {action.dest for action in parser._actions}
+        defaults = {k: v for k, v in json.loads(own.read_text()).items() if k in known}
+        for k, v in defaults.items():
+            if isinstance(v, str) and (Path(model) / v).exists():
+                defaults[k] = str(Path(model) / v)
+        parser.set_defaults(**defaults)
+    return parser.parse_args(argv)
+
+
+def pick_device(model):
+    """(device, dtype): bf16 on a GPU, float32 on the CPU. Raises ValueError if a hub model is asked for without a GPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    if not Path(model).exists():
+        raise ValueError(f"--model {model} needs a GPU and there is none; what works here: --model miniature")
+    return torch.device("cpu"), torch.float32

@@ -1,0 +1,50 @@
+"""Prompts to pictures: `python sample.py --model miniature "a red circle left of a blue square"`."""
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+from torchvision.utils import save_image
+from tqdm import tqdm
+
+import flux
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("prompt", nargs="*", help="the prompts; none: those of --prompts")
+    add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
+    add("--weights", help="folder of trained transformer weights (runs/miniature/weights); default: the model's own")
+    add("--prompts", dest="eval_prompts", default="prompts.txt", help="text file, one prompt a line")
+    add("--n", type=int, default=16, help="how many of the prompts of the file, from the first")
+    add("--size", type=int, default=1024, help="side of the pictures, pixels")
+    add("--eval-steps", type=int, default=50, help="sampling steps [paper 4.1]")
+    add("--guidance", type=float, default=3.5, help="distilled guidance [FLUX.1-dev]")
+    add("--seed", type=int, default=0, help="picture i is made from noise seed + i")
+    add("--out", default="samples", help="folder: one PNG a prompt, named by its number, and grid.png")
+    try:
+        args = flux.parse_flags(parser)
+        device, dtype = flux.pick_device(args.model)
+        prompts = args.prompt or flux.read_prompts(args.eval_prompts)[:args.n]
+        txt, pooled, cut = flux.encode_prompts(args.model, prompts, device, dtype)
+        model = flux.load(args.model, args.weights, device, dtype)
+        grid = model.grid(args.size, args.size)
+    except ValueError as error:
+        print(f"sample.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    if cut:
+        print(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes; their end is not seen")
+    eps = flux.noise(model, grid, range(args.seed, args.seed + len(prompts)))
+    images = flux.sample(model, txt, pooled, eps, grid, args.eval_steps, args.guidance, progress=partial(tqdm, desc="sample"))
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(images):
+        save_image(image, out / f"{i:05d}.png")
+    save_image(images, out / "grid.png", nrow=8)
+    print(f"{len(images)} pictures in {out}/, all of them in {out / 'grid.png'}")
+
+
+if __name__ == "__main__":
+    main()
