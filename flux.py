@@ -183,42 +183,45 @@ def sample(flux, txt, pooled, eps, grid, steps, guidance, batch=64, progress=lam
 
 
 # ------------------------------------------------------------------------------- what the scripts of this project share
-def read_prompts(path):
+def read_prompts(path, flag="--prompts"):
     """The prompts of a UTF-8 text file, one a line, blank lines left out. Raises ValueError with one line."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"--prompts {path}: no such file (a text file, one prompt a line)")
+        raise ValueError(f"{flag} {path}: no such file (a text file, one prompt a line)")
     try:
         prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts {path}: not UTF-8 text, byte {error.start}; save it as UTF-8") from error
+        raise ValueError(f"{flag} {path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     if not prompts:
-        raise ValueError(f"--prompts {path}: no prompt in it, every line is blank")
+        raise ValueError(f"{flag} {path}: no prompt in it, every line is blank")
     return prompts
 
 
-def parse_flags(parser, argv=None):
-    """Parse the command line; a model folder may carry srpo.json, the flags' defaults that suit that model.
+def parse_flags(parser, recipes={}):
+    """The command line, with ValueError for a mistake in it. A model folder may carry srpo.json: the flags' defaults
+    that suit that model, paths relative to the folder. `recipes` are named sets of defaults, chosen by --recipe.
 
-    Precedence: command line, srpo.json, the parser's own defaults. Paths in srpo.json are relative to the folder.
+    Precedence: command line, recipe, srpo.json, the parser's own defaults.
     """
-    model = parser.parse_known_args(argv)[0].model
-    check_folder(model)
-    own = Path(model) / "srpo.json"
+    def complain(message):
+        raise ValueError(message)
+    parser.error = complain
+    first = parser.parse_known_args()[0]
+    check_folder(first.model)
+    own = Path(first.model) / "srpo.json"
     if own.exists():
-        known = {action.dest for action in parser._actions}
-        defaults = {k: v for k, v in json.loads(own.read_text()).items() if k in known}
-        for k, v in defaults.items():
-            if isinstance(v, str) and (Path(model) / v).exists():
-                defaults[k] = str(Path(model) / v)
-        parser.set_defaults(**defaults)
-    return parser.parse_args(argv)
+        defaults = {k: v for k, v in json.loads(own.read_text()).items() if hasattr(first, k)}
+        inside = {k: str(own.parent / v) for k, v in defaults.items() if isinstance(v, str) and (own.parent / v).exists()}
+        parser.set_defaults(**defaults | inside)
+    parser.set_defaults(**recipes.get(getattr(first, "recipe", None), {}))
+    return parser.parse_args()
 
 
 def pick_device(model):
-    """(device, dtype): bf16 on a GPU, float32 on the CPU. Raises ValueError if a hub model is asked for without a GPU."""
+    """(device, dtype): bf16 on a GPU, float32 on the CPU. Raises ValueError for a full-size model without a GPU."""
     if torch.cuda.is_available():
         return torch.device("cuda"), torch.bfloat16
-    if not Path(model).exists():
+    size = sum(f.stat().st_size for f in Path(model).glob("transformer/*.safetensors"))
+    if not Path(model).exists() or size > 4e9:
         raise ValueError(f"--model {model} needs a GPU and there is none; what works here: --model miniature")
     return torch.device("cpu"), torch.float32

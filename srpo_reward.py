@@ -11,6 +11,7 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
 from torchvision.transforms.v2 import functional as TF
 
 HPS = {"hpsv2.1": ("xswu/HPSv2", "HPS_v2.1_compressed.pt")}
@@ -127,13 +128,10 @@ def load_reward(name, device="cpu", arch="ViT-H-14"):
     """
     logging.getLogger("open_clip").setLevel(logging.ERROR)
     logging.getLogger().setLevel(logging.ERROR)
-    if name in HPS:
-        from huggingface_hub import hf_hub_download
-        name = hf_hub_download(*HPS[name])
-    path = Path(name)
-    if not path.exists():
+    if name not in HPS and not Path(name).exists():
         raise ValueError(f"--reward {name}: no such file or folder, and not one of {', '.join(HPS)}")
     try:
+        path = Path(hf_hub_download(*HPS[name]) if name in HPS else name)
         if path.is_dir():
             model, tokenizer = open_clip.create_model(f"local-dir:{path}"), open_clip.get_tokenizer(f"local-dir:{path}")
         else:

@@ -94,8 +94,6 @@ def flags():
       help="largest change of these mean statistics of the watched pictures before the run is called hacked [ours]")
     p.add_argument("--recipe", choices=["released", "paper"], default="released", help="paper: every form as printed ("
                    + ", ".join(f"{k} {v}" for k, v in PAPER.items()) + ") [ours where the paper gives no number]")
-    if p.parse_known_args()[0].recipe == "paper":
-        p.set_defaults(**PAPER)
     return p
 
 
@@ -218,10 +216,11 @@ def hacking(now, before, band):
 
 def main():
     try:
-        a = flux.parse_flags(flags())
+        a = flux.parse_flags(flags(), {"paper": PAPER})
         check(a)
         device, dtype = flux.pick_device(a.model)
-        prompts, held_out = flux.read_prompts(a.prompts), flux.read_prompts(a.eval_prompts)[:max(a.eval, a.watch)]
+        prompts = flux.read_prompts(a.prompts)
+        held_out = flux.read_prompts(a.eval_prompts, "--eval-prompts")[:max(a.eval, a.watch)]
         rows = prompt_order(len(prompts), a.steps * a.batch, a.seed)
         used = sorted(set(rows))  # only the run's own prompts are encoded
         rows = [used.index(r) for r in rows]
@@ -251,7 +250,7 @@ def main():
 
     def look(n, desc):
         """Pictures [n, 3, H, W] of the first n held-out prompts at fixed seeds, and their scores."""
-        bar = partial(tqdm, desc=desc, leave=False) if n > 64 else list
+        n, bar = min(n, len(held_out)), partial(tqdm, desc=desc, leave=False) if n > 64 else list
         images = flux.sample(model, txt_held[:n], pooled_held[:n], flux.noise(model, grid, range(n)), grid,
                              a.eval_steps, a.guidance, progress=bar)
         return images, evaluate.measure(images, held_out[:n], reward, judge, controls[0], negs[0])

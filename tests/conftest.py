@@ -1,5 +1,6 @@
 """Shared by the tests: one thread (tiny tensors are slower on two), and a flags object with the defaults."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -8,15 +9,19 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.chdir(ROOT)
 torch.set_num_threads(1)
 
 
-@pytest.fixture
-def flags(monkeypatch):
-    """flags("--form", "srp") -> the namespace that train.py would use, for the miniature's folder layout or not."""
-    import train
+@pytest.fixture(scope="session")
+def miniature():
+    """The miniature, loaded as train.py loads any model."""
+    import flux
+    return flux.load("miniature")
 
-    def parse(*argv):
-        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-        return train.flags().parse_args(list(argv))
-    return parse
+
+@pytest.fixture
+def flags():
+    """flags("--form", "srp") -> the namespace that train.py has with these flags and the released defaults."""
+    import train
+    return lambda *argv: train.flags().parse_args(argv)

@@ -1,0 +1,95 @@
+"""Claim: a user's mistake ends in one clear line and exit status 2, before anything is written."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+
+SMALL = ["--model", "miniature", "--steps", "1", "--batch", "1", "--rollout-steps", "1", "--eval-steps", "1",
+         "--watch", "1", "--eval", "0"]
+
+
+def one_line(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("train.py: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--model", "no/such/folder"], "no such folder"),
+    (["--model", "tests"], "not a FLUX.1 folder, it has no model_index.json, transformer"),
+    (["--model", "black-forest-labs/FLUX.1-dev"], "needs a GPU and there is none; what works here: --model miniature"),
+    (["--size", "60"], "60 x 60: both sides must be multiples of 16"),
+    (["--size", "0"], "multiples of 16"),
+    (["--prompts", "no.txt"], "--prompts no.txt: no such file"),
+    (["--eval-prompts", "no.txt"], "--eval-prompts no.txt: no such file"),
+    (["--control", ""], "--control"), (["--neg", "CG render, "], "an empty control word"),
+    (["--steps", "0"], "--steps 0: must be at least 1"), (["--batch", "-1"], "--batch -1"),
+    (["--lr", "0"], "--lr 0.0: must be above 0"), (["--lr", "nan"], "--lr nan"),
+    (["--steps", "many"], "invalid int value: 'many'"), (["--no-such-flag"], "unrecognized arguments"),
+    (["--sigma-range", "0.5", "0.9"], "give MAX then MIN"), (["--sigma-range", "1.0", "0.5"], "MIN < MAX < 1"),
+    (["--branches", "sideways"], "must be denoise, invert"), (["--groundtruth-ratio", "1.5"], "between 0 and 1"),
+    (["--reward", "no.pt"], "--reward no.pt: no such file"), (["--reward", "README.md"], "not a reward model"),
+    (["--reward", "tests"], "not a reward model"), (["--resume"], "no checkpoint.pt"),
+], ids=lambda x: " ".join(x) if isinstance(x, list) else None)
+def test_one_line_and_status_2(monkeypatch, capsys, tmp_path, argv, words):
+    out = tmp_path / "run"
+    assert words in one_line(monkeypatch, capsys, "--out", out, *argv)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("content, words", [(b"", "every line is blank"), (b" \n\n", "every line is blank"),
+                                            (b"caf\xe9\n", "not UTF-8 text (byte 3)")])
+def test_prompt_files(monkeypatch, capsys, tmp_path, content, words):
+    (tmp_path / "p.txt").write_bytes(content)
+    assert words in one_line(monkeypatch, capsys, "--out", tmp_path / "run", "--prompts", tmp_path / "p.txt")
+
+
+def test_a_model_folder_says_what_it_lacks(monkeypatch, capsys, tmp_path):
+    shutil.copytree("miniature", tmp_path / "m", ignore=shutil.ignore_patterns(".build", "*.py"))
+    shutil.rmtree(tmp_path / "m" / "vae")
+    assert "it has no vae" in one_line(monkeypatch, capsys, "--model", tmp_path / "m")
+    (tmp_path / "m" / "vae").mkdir()
+    (tmp_path / "m" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
+    assert "says StableDiffusionPipeline, not FluxPipeline" in one_line(monkeypatch, capsys, "--model", tmp_path / "m")
+
+
+def test_a_checkpoint_that_is_not_a_reward(monkeypatch, capsys, tmp_path):
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "r.pt")
+    assert "not a reward model" in one_line(monkeypatch, capsys, "--reward", tmp_path / "r.pt", "--out", tmp_path / "run")
+
+
+def test_a_run_is_not_overwritten_by_accident(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--out", str(out)])
+    train.main()
+    capsys.readouterr()
+    log = (out / "log.jsonl").read_bytes()
+    assert "already holds a run; --resume continues it, --overwrite deletes it" in one_line(monkeypatch, capsys, "--out", out)
+    assert "--lr 5e-05, now 0.1" in one_line(monkeypatch, capsys, "--out", out, "--resume", "--lr", "0.1")
+    assert (out / "log.jsonl").read_bytes() == log
+
+
+def test_long_prompts_are_counted_once(monkeypatch, capsys, tmp_path):
+    (tmp_path / "p.txt").write_text("a red circle\n" + "a red circle left of " * 20 + "\n")
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--steps", "2", "--prompts", str(tmp_path / "p.txt"), "--out",
+                                      str(tmp_path / "run")])
+    train.main()
+    assert "1 of 3 prompts are longer than the text encoder takes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", ["evaluate.py", "sample.py"])
+def test_the_other_scripts_too(script):
+    done = subprocess.run([sys.executable, script, "--model", "black-forest-labs/FLUX.1-dev"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.strip().count("\n") == 0
+    assert "what works here: --model miniature" in done.stderr

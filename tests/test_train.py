@@ -1,0 +1,172 @@
+"""Claims about train.py, each on the miniature with few steps and few pictures."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+
+import direct_align as da
+import evaluate
+import flux
+import srpo_reward as sr
+import train
+
+SMALL = ["--model", "miniature", "--batch", "2", "--rollout-steps", "3", "--eval-steps", "2", "--watch", "2", "--eval", "0"]
+
+
+def run(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *map(str, argv)])
+    train.main()
+
+
+def log_of(out):
+    """The log without its clock readings: all the rest must repeat byte for byte."""
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+
+
+def test_a_run_leaves_what_the_readme_says(monkeypatch, tmp_path):
+    out = tmp_path / "run"
+    run(monkeypatch, "--steps", 2, "--eval", 4, "--out", out)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in log] == [1, 2]
+    for line in log:
+        assert {"reward_denoise", "reward_invert", "sgp", "grad_norm", "seconds_rollout", "seconds_update"} <= line.keys()
+        assert set(line["drift"]) == {"saturation", "redness", "brightness", "texture"}
+    assert json.loads((out / "args.json").read_text())["steps"] == 2
+    assert sorted(p.name for p in (out / "samples").iterdir()) == [f"step_0000{i}.png" for i in range(3)]
+    summary = json.loads((out / "summary.json").read_text())
+    assert {"reward", "sgp", "realism", "alignment", "broken"} <= summary["after"].keys()
+    assert (out / "before_after.png").exists() and (out / "weights_best" / "config.json").exists()
+    trained = FluxTransformer2DModel.from_pretrained(out / "weights")
+    pipe = FluxPipeline.from_pretrained("miniature", transformer=trained)
+    assert pipe("a red circle", height=64, width=64, num_inference_steps=2, max_sequence_length=16).images[0].size == (64, 64)
+    base = FluxTransformer2DModel.from_pretrained("miniature", subfolder="transformer", torch_dtype=torch.float32)
+    moved = [(a - b).abs().max().item() for a, b in zip(trained.parameters(), base.parameters())]
+    assert 0 < max(moved) < 1e-3
+
+
+def test_the_same_seed_gives_the_same_log_and_weights(monkeypatch, tmp_path):
+    for name in "ab":
+        run(monkeypatch, "--steps", 2, "--out", tmp_path / name)
+    assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
+    weights = [(tmp_path / n / "weights" / "diffusion_pytorch_model.safetensors").read_bytes() for n in "ab"]
+    assert weights[0] == weights[1]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(monkeypatch, tmp_path):
+    run(monkeypatch, "--steps", 3, "--out", tmp_path / "whole")
+    run(monkeypatch, "--steps", 2, "--out", tmp_path / "parts")
+    run(monkeypatch, "--steps", 3, "--out", tmp_path / "parts", "--resume")
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
+    weights = [(tmp_path / n / "weights" / "diffusion_pytorch_model.safetensors").read_bytes() for n in ("whole", "parts")]
+    assert weights[0] == weights[1]
+
+
+@pytest.fixture(scope="module")
+def pieces(miniature):
+    """What train.update takes, for three prompts of the miniature."""
+    prompts = ["a red circle", "a blue square above a white circle", "a green triangle left of a red square"]
+    txt, pooled, _ = flux.encode_prompts("miniature", prompts)
+    reward = sr.load_reward("miniature/reward")
+    eps = flux.noise(miniature, (4, 4), range(3))
+    v = lambda rows: lambda x, s: flux.velocity(miniature.transformer, x, s, txt[rows], pooled[rows], 3.5, (4, 4))
+    with torch.no_grad():
+        x0 = flux.rollout(v(slice(None)), eps, da.sigma_steps(4, 3.0))
+    C = [reward.text_features(t) for t in (prompts, sr.with_words("realistic photo", prompts), sr.with_words("CG render", prompts))]
+
+    def gradient(a, rows, middles):
+        miniature.transformer.zero_grad()
+        told = train.update(a, v(rows), lambda z: flux.decode(miniature.vae, z, (4, 4)), reward.image_features, x0[rows],
+                            eps[rows], *[c[rows] for c in C], [m[rows] for m in middles])
+        return told, torch.cat([p.grad.flatten() for p in miniature.transformer.parameters()]), reward
+    return gradient
+
+
+def test_the_mean_over_a_batch_equals_one_by_one(pieces, flags):
+    a = flags("--threshold", "off", "--injections", "2")
+    middles = [torch.tensor([100, 400, 800]), torch.tensor([900, 50, 300])]
+    whole = pieces(a, slice(None), middles)[1]
+    alone = [pieces(a, slice(i, i + 1), middles)[1] for i in range(3)]
+    assert (whole - sum(alone) / 3).norm() / whole.norm() < 1e-5
+
+
+def test_frozen_models_get_no_gradient(pieces, flags, miniature):
+    _, grad, reward = pieces(flags("--threshold", "off"), slice(None), [torch.tensor([100, 400, 800])])
+    assert grad.norm() > 0
+    assert all(p.grad is None for p in [*miniature.vae.parameters(), *reward.model.parameters()])
+
+
+def test_a_text_is_encoded_once(pieces):
+    reward = sr.load_reward("miniature/reward")
+    calls, encode = [], reward.model.encode_text
+    reward.model.encode_text = lambda ids: calls.append(len(ids)) or encode(ids)
+    for _ in range(3):
+        reward.text_features(["a red circle", "a blue circle", "a red circle"])
+    assert calls == [2]
+
+
+def test_nan_never_reaches_the_weights(monkeypatch, tmp_path, capsys):
+    features = sr.ClipReward.image_features
+
+    def poisoned(self, images):
+        f = features(self, images)
+        return f * float("nan") if f.requires_grad else f
+
+    monkeypatch.setattr(sr.ClipReward, "image_features", poisoned)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--steps", 2, "--out", tmp_path / "run")
+    assert stop.value.code == 1
+    message = capsys.readouterr().err
+    assert "step 1" in message and "reward is not finite" in message and "prompt 'a " in message
+    base = FluxTransformer2DModel.from_pretrained("miniature", subfolder="transformer", torch_dtype=torch.float32)
+    kept = FluxTransformer2DModel.from_pretrained(tmp_path / "run" / "weights")
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), kept.parameters()))
+
+
+def test_explain_tells_one_step_in_the_order_of_the_code(monkeypatch, capsys, tmp_path):
+    before = set(Path("runs").glob("*"))
+    with monkeypatch.context() as m:
+        for module, names in ((flux, ("rollout", "velocity", "decode")), (sr, ("with_words", "branch_reward", "loss")),
+                              (da, ("training_grid", "place", "inject", "recover", "recover_epsilon", "epsilon",
+                                    "discount", "lam", "aggregate"))):
+            for name in names:
+                m.setattr(module, name, getattr(module, name))  # put back afterwards what --explain replaces
+        run(m, "--explain")
+    told = capsys.readouterr().out
+    order = ["flux.rollout(", "srpo_reward.with_words(", "direct_align.place(", "Eq. 3:", "flux.velocity(", "Eq. 5 for a",
+             "flux.decode(", "image_features(", "direct_align.discount(", "branch_reward(", "Eq. 6:", "gradient norm"]
+    places = [told.index(word) for word in order]
+    assert places == sorted(places)
+    assert "[2, 16, 64]" in told and "[2, 3, 64, 64]" in told
+    assert set(Path("runs").glob("*")) == before
+
+
+def scores(**means):
+    base = dict(saturation=0.5, redness=0.0, brightness=0.5, texture=0.05, reward=0.8, sgp=0.0)
+    return {k: torch.full((8,), v + means.get(k, 0.0)) + torch.arange(8) * 1e-3 for k, v in base.items()}
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"saturation": 0.3}, "saturation drifted by +0.300"), ({"redness": -0.2}, "redness drifted by -0.200"),
+    ({"reward": 0.05, "sgp": -0.05}, "the reward rises while the SGP gap falls"),
+    ({"reward": 0.05, "sgp": 0.05}, None), ({"reward": -0.05, "sgp": 0.05, "saturation": -0.1}, None)])
+def test_the_hacking_gauge(change, word):
+    drift, wrong = train.hacking(scores(**change), scores(), [0.25, 0.1, 0.2, 0.04])
+    assert (wrong == []) if word is None else (len(wrong) == 1 and word in wrong[0])
+
+
+def test_the_paper_recipe_sets_every_printed_form(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "miniature", "--recipe", "paper", "--lam", "1", "0.2"])
+    a = flux.parse_flags(train.flags(), {"paper": train.PAPER})
+    assert (a.form, a.recover, a.meet, a.lam) == ("branches", "epsilon", "call", [1.0, 0.2])
+    assert a.size == 64  # from the miniature's srpo.json
+
+
+def test_prompts_come_in_seeded_permutations():
+    rows = train.prompt_order(5, 12, seed=1)
+    assert sorted(rows[:5]) == sorted(rows[5:10]) == list(range(5)) and len(rows) == 12
+    assert train.prompt_order(5, 7, seed=1) == rows[:7] != train.prompt_order(5, 7, seed=2)
