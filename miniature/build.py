@@ -216,7 +216,7 @@ def build_flow():
         v = velocity(transformer, x_t, t, *words.encode(text, text_2, row), 1.0, GRID)
         return F.mse_loss(v, eps - x0)
 
-    fit("flow", {"transformer": transformer, "text": text, "text_2": text_2}, loss_of, steps=7000, lr=1.5e-3)
+    fit("flow", {"transformer": transformer, "text": text, "text_2": text_2}, loss_of, steps=5500, lr=1.5e-3)
     return transformer, text, text_2, words
 
 
@@ -294,7 +294,7 @@ def build_reward():
         truth = torch.arange(n)
         return F.cross_entropy(torch.cat([across, own], 1), truth) + F.cross_entropy(across.T, truth)
 
-    fit("reward", {"reward": model}, loss_of, steps=2500, lr=1e-3)
+    fit("reward", {"reward": model}, loss_of, steps=2000, lr=1e-3)
     return model, words
 
 
