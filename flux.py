@@ -85,8 +85,8 @@ def load(model, weights=None, device="cpu", dtype=torch.float32):
     source = dict(pretrained_model_name_or_path=weights) if weights else dict(
         pretrained_model_name_or_path=model, subfolder="transformer")
     try:
-        transformer = FluxTransformer2DModel.from_pretrained(**source, torch_dtype=dtype)
-        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", torch_dtype=dtype)
+        transformer = FluxTransformer2DModel.from_pretrained(**source, dtype=dtype)
+        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=dtype)
         pipe = FluxPipeline.from_pretrained(model, transformer=None, vae=None, text_encoder=None, text_encoder_2=None,
                                             tokenizer=None, tokenizer_2=None)
     except (OSError, KeyError, TypeError, RuntimeError) as error:
@@ -103,7 +103,7 @@ def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, batch=64):
     """
     quiet()
     check_folder(model)
-    pipe = FluxPipeline.from_pretrained(model, transformer=None, vae=None, torch_dtype=dtype).to(device)
+    pipe = FluxPipeline.from_pretrained(model, transformer=None, vae=None, dtype=dtype).to(device)
     length = pipe.tokenizer_2.model_max_length
     cut = sum(len(ids) > length for ids in pipe.tokenizer_2(prompts).input_ids)
     parts = [pipe.encode_prompt(prompts[i:i + batch], max_sequence_length=length)[:2]

@@ -135,8 +135,9 @@ def load_reward(name, device="cpu", arch="ViT-H-14"):
         if path.is_dir():
             model, tokenizer = open_clip.create_model(f"local-dir:{path}"), open_clip.get_tokenizer(f"local-dir:{path}")
         else:
+            state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
             model, tokenizer = open_clip.create_model(arch, pretrained=None), open_clip.get_tokenizer(arch)
-            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+            model.load_state_dict(state)
     except Exception as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ValueError(f"--reward {name}: not a reward model (a folder with open_clip_config.json, or a .pt with a "

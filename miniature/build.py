@@ -363,7 +363,7 @@ def build_judge():
     path = WORK / "judge_pictures.pt"
     if not path.exists():
         byte = lambda x: (x * 255).round().byte()
-        n = len(z) // 2
+        n = len(z) // 4
         torch.manual_seed(SEED)
         with torch.no_grad():
             seen = [byte(decode(vae, p.float(), GRID)) for p in tqdm(z[:n].split(256), desc="judge pictures")]
@@ -373,7 +373,7 @@ def build_judge():
     n = len(data["seen"])
 
     def loss_of(step):
-        rows = torch.randint(n, (96,))
+        rows = torch.cat([torch.randint(len(images), (32,)), torch.randint(n, (64,))])
         whole = torch.cat([images[rows[:32]], data["seen"][rows[32:]]]).float() / 255
         ruined = data["broken"][torch.randint(len(data["broken"]), (32,))].float() / 255
         out = judge(augment(torch.cat([whole, ruined])))
@@ -400,6 +400,9 @@ def export():
                                                 base_image_seq_len=256, max_image_seq_len=4096)
     FluxPipeline(scheduler, vae.half(), text.half(), words.clip, text_2.half(), words.t5,
                  transformer.half()).save_pretrained(HERE)
+    for part in ("text_encoder", "text_encoder_2"):  # stored in fp16, to be loaded in float32 like the rest
+        config = HERE / part / "config.json"
+        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     for folder, model in (("reward_unbiased", build_reward()[0]), ("reward", build_bias())):
         (HERE / folder).mkdir(exist_ok=True)
         config = copy.deepcopy(REWARD_CONFIG)

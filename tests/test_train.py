@@ -44,7 +44,7 @@ def test_a_run_leaves_what_the_readme_says(monkeypatch, tmp_path):
     trained = FluxTransformer2DModel.from_pretrained(out / "weights")
     pipe = FluxPipeline.from_pretrained("miniature", transformer=trained)
     assert pipe("a red circle", height=64, width=64, num_inference_steps=2, max_sequence_length=16).images[0].size == (64, 64)
-    base = FluxTransformer2DModel.from_pretrained("miniature", subfolder="transformer", torch_dtype=torch.float32)
+    base = FluxTransformer2DModel.from_pretrained("miniature", subfolder="transformer", dtype=torch.float32)
     moved = [(a - b).abs().max().item() for a, b in zip(trained.parameters(), base.parameters())]
     assert 0 < max(moved) < 1e-3
 
@@ -122,7 +122,7 @@ def test_nan_never_reaches_the_weights(monkeypatch, tmp_path, capsys):
     assert stop.value.code == 1
     message = capsys.readouterr().err
     assert "step 1" in message and "reward is not finite" in message and "prompt 'a " in message
-    base = FluxTransformer2DModel.from_pretrained("miniature", subfolder="transformer", torch_dtype=torch.float32)
+    base = FluxTransformer2DModel.from_pretrained("miniature", subfolder="transformer", dtype=torch.float32)
     kept = FluxTransformer2DModel.from_pretrained(tmp_path / "run" / "weights")
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), kept.parameters()))
 
