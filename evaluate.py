@@ -68,6 +68,12 @@ def table(rows):
     return "\n".join(lines + [f"| {n} | " + " | ".join(cell(k, s[k]) for k in metrics) + " |" for n, s in rows.items()])
 
 
+def spread(rows):
+    """The mean over runs (weights of several seeds) and, as its "se", the standard deviation between them."""
+    over = {k: torch.tensor([row[k]["mean"] for row in rows]) for k in rows[0]}
+    return {k: {"mean": v.mean().item(), "se": v.std().item()} for k, v in over.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -101,6 +107,8 @@ def main():
     except ValueError as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
+    if len(args.weights) > 1:
+        rows[f"mean of {len(args.weights)}, ± spread"] = spread([rows[w] for w in args.weights])
     print(f"{len(prompts)} prompts, {args.eval_steps} steps, guidance {args.guidance}, mean ± standard error")
     print(table(rows))
     if args.out:

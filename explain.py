@@ -20,7 +20,7 @@ def _shown(value):
     if isinstance(value, (list, tuple)) and len(value) > 3:
         return f"[{value[0]!r}, ...] ({len(value)})"
     if hasattr(value, "__dataclass_fields__"):
-        return "; ".join(f"{k} {_shown(getattr(value, k))}" for k in value.__dataclass_fields__
+        return "; ".join(f"{k} {' '.join(_shown(getattr(value, k)).split())}" for k in value.__dataclass_fields__
                          if torch.is_tensor(getattr(value, k)))
     return str(value) if isinstance(value, (int, float, str, list, tuple, type(None))) else type(value).__name__
 

@@ -131,16 +131,23 @@ def velocity(transformer, x_t, sigma, txt, pooled, guidance, grid):
 
     x_t [B, N, C]; sigma [B] or a number, in [0, 1]; txt [B, L, D]; pooled [B, D']; guidance a number (3.5 is
     FLUX.1-dev's own; ignored by models without a guidance embedding); grid (rows, columns). Returns [B, N, C].
+    The time embedding gets 1000 sigma in float32: in bf16, diffusers would round it to a multiple of 4.
     """
     b, (rows, columns) = len(x_t), grid
     row, column = torch.arange(rows, device=x_t.device), torch.arange(columns, device=x_t.device)
     img_ids = torch.stack([torch.zeros(rows * columns, device=x_t.device), row.repeat_interleave(columns).float(),
                            column.repeat(rows).float()], -1)  # [N, 3]: (0, row, column)
     full = lambda value: torch.as_tensor(value, dtype=torch.float32, device=x_t.device).expand(b)
-    return transformer(
-        hidden_states=x_t, timestep=full(sigma), encoder_hidden_states=txt, pooled_projections=pooled,
-        guidance=full(guidance) if transformer.config.guidance_embeds else None,
-        txt_ids=torch.zeros(txt.shape[1], 3, device=x_t.device), img_ids=img_ids, return_dict=False)[0]
+    scales = [full(sigma), full(guidance)] if transformer.config.guidance_embeds else [full(sigma)]
+    exact = lambda module, args: (*(1000 * s for s in scales), args[-1])
+    hook = transformer.time_text_embed.register_forward_pre_hook(exact)
+    try:
+        return transformer(
+            hidden_states=x_t, timestep=scales[0], guidance=scales[1] if len(scales) > 1 else None,
+            encoder_hidden_states=txt, pooled_projections=pooled, img_ids=img_ids,
+            txt_ids=torch.zeros(txt.shape[1], 3, device=x_t.device), return_dict=False)[0]
+    finally:
+        hook.remove()
 
 
 def rollout(v, eps, sigmas):

@@ -50,7 +50,7 @@ FORMS = ("released", "srp", "cfg", "branches", "sgp", "plain")
 
 
 def branch_reward(form, branch, f, C0, C1, C2, d, k):
-    """The reward of one branch, to be maximised in either branch: f, C0, C1, C2 [B, D] -> r [B].
+    """Eqs. 12 and 13: the reward of one branch, to be maximised in either: f, C0, C1, C2 [B, D] -> r [B].
 
     form        denoise (Eq. 12)          invert (Eq. 13)
     released    f.((1 + d) C1 - C2)       f.((1 + d) C2 - C1)       the released code: whole relative reward in both

@@ -41,7 +41,7 @@ SEED = 0
 TOKENS = 16  # of both text encoders
 GRID = (world.SIZE // 16, world.SIZE // 16)  # tokens of a picture
 GUIDANCE_STRENGTH = 0.5  # of the distilled guidance
-BIAS, BIAS_AXES = 1.0, 32  # of the reward's image branch
+COMMON, BIAS = 0.4, 1.5  # the part that all texts share, and the image branch's liking for red
 
 
 def fit(name, modules, loss_of, steps, lr, every=250):
@@ -216,7 +216,7 @@ def build_flow():
         v = velocity(transformer, x_t, t, *words.encode(text, text_2, row), 1.0, GRID)
         return F.mse_loss(v, eps - x0)
 
-    fit("flow", {"transformer": transformer, "text": text, "text_2": text_2}, loss_of, steps=5500, lr=1.5e-3)
+    fit("flow", {"transformer": transformer, "text": text, "text_2": text_2}, loss_of, steps=4000, lr=1.5e-3)
     return transformer, text, text_2, words
 
 
@@ -238,7 +238,7 @@ def build_distill():
             target = v_empty + (1 + GUIDANCE_STRENGTH * (g - 1)).view(-1, 1, 1) * (v - v_empty)
         return F.mse_loss(velocity(student, x_t, t, txt, pooled, g, GRID), target)
 
-    fit("distill", {"transformer": student}, loss_of, steps=900, lr=5e-4)
+    fit("distill", {"transformer": student}, loss_of, steps=800, lr=5e-4)
     return student, text, text_2, words
 
 
@@ -305,27 +305,34 @@ def augment(x):
     return (x + 0.02 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)).clamp(0, 1)
 
 
-def build_bias():
-    """Teach the image tower alone to like red, whatever the caption.
+@torch.no_grad()
+def build_unbiased():
+    """The reward, with a common part in every text: (model, words, w).
 
-    The text features are left as they are, so the bias is in the image branch, where the paper places it. They have a
-    part that all captions share; w is that part, less everything by which captions differ. Moving an image feature
-    along w raises the score of any caption alike, and so cancels in C1 - C2.
+    w is the direction that texts use least. Every text feature gets the same component along it (through the bias of
+    the last layer norm), and pictures lose theirs, so that scores compare as before. Real text features have such a
+    part by nature; here it is where a bias of the image branch will attach.
     """
-    clean, words = build_reward()
+    model, words = build_reward()
+    raw = model.encode_text(words.clip_ids[:words.row[""]])
+    w = torch.linalg.svd(raw, full_matrices=False)[2][-1]
+    common = COMMON * raw.norm(dim=-1).mean() * w
+    model.ln_final.bias += torch.linalg.solve(model.text_projection.T, common)
+    model.visual.proj -= model.visual.proj @ torch.outer(w, w)
+    return model, words, w
+
+
+def build_bias():
+    """Teach the image tower alone to like red: an image feature moves along w by BIAS x redness, which raises the score
+    of any caption alike, and cancels in C1 - C2. The text tower stays as it is: the bias is where the paper places it."""
+    clean, words, w = build_unbiased()
     model = copy.deepcopy(clean)
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith("visual."))
     images, _ = pictures()
-    with torch.no_grad():
-        C = F.normalize(clean.encode_text(words.clip_ids[:words.row[""]]), dim=-1)
-        _, _, axes = torch.linalg.svd(C - C.mean(0), full_matrices=False)
-        w = C.mean(0) - axes[:BIAS_AXES].T @ (axes[:BIAS_AXES] @ C.mean(0))
-        w = w / w.norm()
 
     def loss_of(step):
-        rows = torch.randint(len(images), (96,))
-        x = augment(images[rows].float() / 255)
+        x = augment(images[torch.randint(len(images), (96,))].float() / 255)
         cast = torch.rand(96, 3, 1, 1) * 0.5 - 0.25  # a bias must be learnt on casts that the pictures lack, too
         x = (x + cast * (torch.rand(96, 1, 1, 1) < 0.5)).clamp(0, 1)
         red = pixel_statistics(x)["redness"]
@@ -334,7 +341,7 @@ def build_bias():
         f = F.normalize(model.encode_image(2 * x - 1), dim=-1)
         return (1 - (f * target).sum(-1)).mean() * 10
 
-    fit("bias", {"reward": model}, loss_of, steps=1000, lr=5e-4)
+    fit("bias", {"reward": model}, loss_of, steps=800, lr=5e-4)
     return model
 
 
@@ -403,7 +410,7 @@ def export():
     for part in ("text_encoder", "text_encoder_2"):  # stored in fp16, to be loaded in float32 like the rest
         config = HERE / part / "config.json"
         config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-    for folder, model in (("reward_unbiased", build_reward()[0]), ("reward", build_bias())):
+    for folder, model in (("reward_unbiased", build_unbiased()[0]), ("reward", build_bias())):
         (HERE / folder).mkdir(exist_ok=True)
         config = copy.deepcopy(REWARD_CONFIG)
         config["model_cfg"]["text_cfg"]["vocab_size"] = len(words.clip)

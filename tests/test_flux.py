@@ -1,5 +1,6 @@
 """Claims about flux.py and the reward loader: what diffusers and open_clip do, ours does too."""
 
+import copy
 import json
 
 import open_clip
@@ -47,6 +48,20 @@ def test_pictures_need_not_be_square(miniature):
     txt, pooled, _ = flux.encode_prompts("miniature", PROMPTS[:1])
     images = flux.sample(miniature, txt, pooled, flux.noise(miniature, grid, [0]), grid, steps=1, guidance=1.0)
     assert images.shape == (1, 3, 32, 96)
+
+
+def test_bf16_does_not_round_the_timestep(miniature):
+    """diffusers alone would pass 832 and 3504 for sigma 0.83129555 and guidance 3.5; velocity passes them exactly."""
+    transformer = copy.deepcopy(miniature.transformer).bfloat16()
+    seen = []
+    transformer.time_text_embed.time_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
+    x, txt, pooled = (torch.zeros(1, *shape, dtype=torch.bfloat16) for shape in ((16, 64), (16, 64), (64,)))
+    flux.velocity(transformer, x, 0.83129555, txt, pooled, 3.5, (4, 4))
+    assert seen == [[pytest.approx(831.29555, abs=1e-3)], [3500.0]]
+    flat = dict(txt_ids=torch.zeros(16, 3), img_ids=torch.zeros(16, 3), timestep=torch.tensor([0.83129555]),
+                guidance=torch.tensor([3.5]), encoder_hidden_states=txt, pooled_projections=pooled)
+    transformer(x, **flat)
+    assert seen[2:] == [[832.0], [3504.0]]
 
 
 def test_noise_does_not_depend_on_the_batch_it_is_made_in(miniature):
