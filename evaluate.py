@@ -56,6 +56,12 @@ def summary(scores):
     return out
 
 
+def save_grid(images, path, columns=8):
+    """Write pictures [P, 3, H, W] as one PNG; small ones enlarged to 128 pixels, so that they can be seen."""
+    scale = max(1, 128 // images.shape[-1])
+    save_image(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, nrow=columns)
+
+
 PERCENT = ("realism", "alignment", "broken")
 
 
@@ -116,7 +122,7 @@ def main():
         out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps({"args": vars(args), "results": rows}, indent=2) + "\n")
         for i, images in enumerate(sheets.values()):
-            save_image(images, out / f"sheet_{i}.png", nrow=16)
+            save_grid(images, out / f"sheet_{i}.png")
 
 
 if __name__ == "__main__":

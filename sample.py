@@ -9,6 +9,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import flux
+from evaluate import save_grid
 
 
 def main():
@@ -42,7 +43,7 @@ def main():
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         save_image(image, out / f"{i:05d}.png")
-    save_image(images, out / "grid.png", nrow=8)
+    save_grid(images, out / "grid.png")
     print(f"{len(images)} pictures in {out}/, all of them in {out / 'grid.png'}")
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch
 from torchvision.io import read_image, write_png
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 import direct_align as da
@@ -265,7 +264,7 @@ def main():
         (out / "log.jsonl").write_text("".join(line + "\n" for line in kept))
     elif not a.explain:
         images, before = look(a.watch, "watch")
-        save_image(images, out / "samples" / "step_00000.png", nrow=8)
+        evaluate.save_grid(images, out / "samples" / "step_00000.png")
         evaluated = evaluate.summary(look(a.eval, "evaluate before")[1]) if a.eval else None
     log = None if a.explain else open(out / "log.jsonl", "a")
 
@@ -296,8 +295,9 @@ def main():
             must_be_finite(gradient=norm.view(1))
         except NotFinite as error:
             what, row = error.args
-            print(f"\ntrain.py: step {step}, prompt {texts[row]!r}: {what} is not finite; the weights of step {step - 1} "
-                  f"are untouched. A smaller --lr, or another --seed.", file=sys.stderr)
+            where = f"the {len(texts)} prompts from {texts[0]!r}" if what == "gradient" else f"prompt {texts[row]!r}"
+            print(f"\ntrain.py: step {step}, {where}: {what} is not finite; the weights of step {step - 1} are kept. Try "
+                  f"a smaller --lr, or another --seed.", file=sys.stderr)
             transformer.save_pretrained(out / "weights")
             sys.exit(1)
         if a.explain:
@@ -310,7 +310,7 @@ def main():
 
         if step % a.watch_every == 0 or step == a.steps:
             images, now = look(a.watch, "watch")
-            save_image(images, out / "samples" / f"step_{step:05d}.png", nrow=8)
+            evaluate.save_grid(images, out / "samples" / f"step_{step:05d}.png")
             drift, wrong = hacking(now, before, a.drift_band)
             line |= {"drift": drift, "watch": {k: s["mean"] for k, s in evaluate.summary(now).items()}, "hacking": wrong}
             for w in wrong:
