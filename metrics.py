@@ -1,6 +1,5 @@
 """Scorers that are not rewards: nothing is ever trained on them."""
 
-import torch
 import torch.nn.functional as F
 
 STATISTICS = ("saturation", "redness", "brightness", "texture")

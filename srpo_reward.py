@@ -109,7 +109,6 @@ class ClipReward:
         """C: a list of B texts -> unit features [B, D] float32, no gradient; each text is encoded once and cached."""
         new = [t for t in dict.fromkeys(texts) if t not in self.cache]
         if new:
-            device = next(self.model.parameters()).device
             features = F.normalize(self.model.encode_text(self.tokenizer(new).to(self.device)).float(), dim=-1)
             self.cache.update(zip(new, features))
         return torch.stack([self.cache[t] for t in texts])

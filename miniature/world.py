@@ -10,7 +10,6 @@ Captions without a style word ("a red circle left of a blue square") come with p
 trained on them has the "AI look" as its default, and can still be steered by the style words: as FLUX.1-dev.
 """
 
-import math
 import re
 from dataclasses import dataclass
 

@@ -9,7 +9,6 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 import direct_align as da
-import evaluate
 import flux
 import srpo_reward as sr
 import train
