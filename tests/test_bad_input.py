@@ -75,7 +75,7 @@ def test_a_run_is_not_overwritten_by_accident(monkeypatch, capsys, tmp_path):
     capsys.readouterr()
     log = (out / "log.jsonl").read_bytes()
     assert "already holds a run; --resume continues it, --overwrite deletes it" in one_line(monkeypatch, capsys, "--out", out)
-    assert "--lr 5e-05, now 0.1" in one_line(monkeypatch, capsys, "--out", out, "--resume", "--lr", "0.1")
+    assert "--lr 2.5e-05, now 0.1" in one_line(monkeypatch, capsys, "--out", out, "--resume", "--lr", "0.1")
     assert (out / "log.jsonl").read_bytes() == log
 
 
