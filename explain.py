@@ -8,6 +8,10 @@ from functools import wraps
 
 import torch
 
+import direct_align as da
+import flux
+import srpo_reward as sr
+
 _inside = False  # only the outermost call is told: a rollout, not its 25 velocities
 
 
@@ -46,7 +50,10 @@ def told(function):
     return wrapper
 
 
-def tell(module, *names):
-    """Replace the named functions of a module (or methods of an object) by their told versions."""
-    for name in names:
-        setattr(module, name, told(getattr(module, name)))
+def tell_everything(reward):
+    """From now on, the functions that one update calls tell what they do."""
+    for room, names in ((flux, ("rollout", "velocity", "decode")), (reward, ("image_features", "text_features")),
+                        (da, ("training_grid", "place", "inject", "recover", "recover_epsilon", "epsilon", "discount",
+                              "lam", "aggregate")), (sr, ("with_words", "branch_reward", "loss"))):
+        for name in names:
+            setattr(room, name, told(getattr(room, name)))

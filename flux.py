@@ -14,8 +14,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+import parallel
 from direct_align import sigma_steps
 
 PATCH = 2  # a token is 2 x 2 latents: fixed by the FLUX pipeline, stored in no config
@@ -51,6 +54,8 @@ class Flux:
     transformer: FluxTransformer2DModel
     vae: AutoencoderKL
     scheduler: dict
+    device: torch.device
+    dtype: torch.dtype  # of the computation; the transformer's parameters may be float32 masters
 
     @property
     def pixels_per_token(self):
@@ -74,24 +79,32 @@ class Flux:
         return math.exp(c["base_shift"] + slope * (n_tokens - c["base_image_seq_len"]))
 
 
-def load(model, weights=None, device="cpu", dtype=torch.float32):
-    """A `Flux` from a folder or hub id; `weights` is a folder of trained transformer weights to use instead of the
-    model's own. The VAE is frozen. Raises ValueError with one line if the folder is not a FLUX.1."""
-    quiet()
-    check_folder(model)
+def transformer_folder(model, weights=None):
+    """Where the transformer's files are: `weights`, the model folder's, or the hub's, fetched now."""
     if weights and not (Path(weights) / "config.json").exists():
         raise ValueError(f"--weights {weights}: no transformer there (a folder with config.json and safetensors, such "
                          f"as runs/miniature/weights)")
-    source = dict(pretrained_model_name_or_path=weights) if weights else dict(
-        pretrained_model_name_or_path=model, subfolder="transformer")
+    if weights or Path(model).exists():
+        return Path(weights or Path(model) / "transformer")
+    return Path(snapshot_download(model, allow_patterns="transformer/*")) / "transformer"
+
+
+def load(model, weights=None, device="cpu", dtype=torch.float32, world=None):
+    """A `Flux` from a folder or hub id; `weights` is a folder of trained transformer weights to use instead of the
+    model's own; a `parallel.World` shards the transformer over its mesh, for training. The VAE is frozen.
+
+    Raises ValueError with one line if the folder is not a FLUX.1.
+    """
+    quiet()
+    check_folder(model)
     try:
-        transformer = FluxTransformer2DModel.from_pretrained(**source, dtype=dtype)
+        transformer = parallel.load_transformer(transformer_folder(model, weights), device, dtype, world)
         vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=dtype)
         pipe = FluxPipeline.from_pretrained(model, transformer=None, vae=None, text_encoder=None, text_encoder_2=None,
                                             tokenizer=None, tokenizer_2=None)
-    except (OSError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"--model {model}: cannot be loaded as FLUX.1: {str(error).strip().splitlines()[0]}") from error
-    return Flux(transformer.to(device), vae.to(device).eval().requires_grad_(False), dict(pipe.scheduler.config))
+    return Flux(transformer, vae.to(device).eval().requires_grad_(False), dict(pipe.scheduler.config), device, dtype)
 
 
 @torch.no_grad()
@@ -179,12 +192,12 @@ def sample(flux, txt, pooled, eps, grid, steps, guidance, batch=64, progress=lam
 
     txt [P, L, D], pooled [P, D'], eps [P, N, C]; `progress` may wrap the list of batches in a progress bar.
     """
-    device, dtype = flux.transformer.device, flux.transformer.dtype
     sigmas = sigma_steps(steps, flux.shift(eps.shape[1]))
     images = []
     for rows in progress(list(torch.arange(len(eps)).split(batch))):
-        t, p, x = (a[rows].to(device, dtype) for a in (txt, pooled, eps))
-        x = rollout(lambda x, s: velocity(flux.transformer, x, s, t, p, guidance, grid), x, sigmas)
+        t, p = (a[rows].to(flux.device, flux.dtype) for a in (txt, pooled))
+        v = lambda x, s: velocity(flux.transformer, x.to(flux.dtype), s, t, p, guidance, grid).float()
+        x = rollout(v, eps[rows].to(flux.device), sigmas)
         images.append(decode(flux.vae, x, grid).cpu())
     return torch.cat(images)
 
@@ -224,12 +237,14 @@ def parse_flags(parser, recipes={}):
     return parser.parse_args()
 
 
-def pick_device(model):
-    """(device, dtype): bf16 on a GPU, float32 on the CPU. Raises ValueError for a full-size model without a GPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda"), torch.bfloat16
+def needs_gpu(model):
+    """Raises ValueError for a full-size model on a machine without a GPU."""
     size = sum(f.stat().st_size for f in Path(model).glob("transformer/*.safetensors"))
-    if not Path(model).exists() or size > 4e9:
+    if not torch.cuda.is_available() and (not Path(model).exists() or size > 4e9):
         raise ValueError(f"--model {model} needs a GPU and there is none; what works here: --model miniature")
-    torch.set_num_threads(1)  # a second thread gains a sixth on the miniature, and costs tenfold on a busy machine
-    return torch.device("cpu"), torch.float32
+
+
+def pick_device(model):
+    """(device, dtype) of one process: bf16 on a GPU, float32 on the CPU."""
+    needs_gpu(model)
+    return parallel.device_and_dtype()

@@ -23,5 +23,5 @@ def miniature():
 @pytest.fixture
 def flags():
     """flags("--form", "srp") -> the namespace that train.py has with these flags and the released defaults."""
-    import train
-    return lambda *argv: train.flags().parse_args(argv)
+    import flags as room
+    return lambda *argv: room.parser("").parse_args(argv)

@@ -39,7 +39,7 @@ def one_line(monkeypatch, capsys, *argv):
     (["--sigma-range", "0.5", "0.9"], "give MAX then MIN"), (["--sigma-range", "1.0", "0.5"], "MIN < MAX < 1"),
     (["--branches", "sideways"], "must be denoise, invert"), (["--groundtruth-ratio", "1.5"], "between 0 and 1"),
     (["--reward", "no.pt"], "--reward no.pt: no such file"), (["--reward", "README.md"], "not a reward model"),
-    (["--reward", "tests"], "not a reward model"), (["--resume"], "no checkpoint.pt"),
+    (["--reward", "tests"], "not a reward model"), (["--resume"], "no checkpoint in"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else None)
 def test_one_line_and_status_2(monkeypatch, capsys, tmp_path, argv, words):
     out = tmp_path / "run"

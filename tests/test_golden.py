@@ -91,7 +91,7 @@ def test_one_update_is_the_released_one(models, flags, case):
         seen.append(images.detach())
         return image_features(images)
 
-    told = train.update(a, v, lambda z: flux.decode(vae, z, GRID), features, x0, eps, C1, C1, C2,
+    told, _ = train.update(a, v, lambda z: flux.decode(vae, z, GRID), features, x0, eps, C1, C1, C2,
                         [torch.tensor([case["mid_timestep"]])])
     for branch, image in zip(case["branches"], seen):
         name = {"denoise": "denoise", "inversion": "invert"}[branch["branch"]]

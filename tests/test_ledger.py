@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import direct_align as da
+import flags as room
 import flux
 import srpo_reward as sr
 import train
@@ -35,7 +36,7 @@ class Toy:
     def run(self, a, middles=((300, 400, 500, 600),)):
         self.calls, self.w.grad = [], None
         decode = lambda z: z.mean(1)
-        told = train.update(a, self.v, decode, lambda z: F.normalize(z @ self.project, dim=-1), self.x0, self.eps,
+        told, _ = train.update(a, self.v, decode, lambda z: F.normalize(z @ self.project, dim=-1), self.x0, self.eps,
                             *self.C, [torch.tensor(m) for m in middles])
         return told, self.w.grad.clone()
 
@@ -123,7 +124,7 @@ def test_d9_the_released_range_is_a_fifth_of_the_trajectory(flags):
 
 
 def test_d10_shared_noise_is_one_noise_and_the_injected_one(flags):
-    assert flags().noise == "shared" and train.PAPER["noise"] == "independent"
+    assert flags().noise == "shared" and room.PAPER["noise"] == "independent"
     other = torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(1))
     toy = Toy()
     own, fresh = (((da.inject(toy.x0, e, 0.9) - 0.9 * e) / 0.1 - toy.x0).abs().max() for e in (toy.eps, other))
@@ -138,7 +139,7 @@ def test_d11_released_branches_call_160_cells_apart_and_printed_ones_together():
 
 def test_d12_a_fixed_shift_of_3_where_flux_itself_has_2_2_at_720_pixels():
     config = dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096)
-    dev = flux.Flux(None, None, config)
+    dev = flux.Flux(None, None, config, None, None)
     assert dev.shift(2025) == pytest.approx(2.225, abs=1e-2) and dev.shift(4096) == pytest.approx(3.158, abs=1e-2)
     sigma = torch.tensor(0.83129555)
     truncated = int(1000 * sigma) / 1000

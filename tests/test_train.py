@@ -1,5 +1,6 @@
 """Claims about train.py, each on the miniature with few steps and few pictures."""
 
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 import direct_align as da
+import flags as room
 import flux
 import srpo_reward as sr
 import train
@@ -22,9 +24,9 @@ def run(monkeypatch, *argv):
 
 
 def log_of(out):
-    """The log without its clock readings: all the rest must repeat byte for byte."""
+    """The log without its readings of clock and memory: all the rest must repeat byte for byte."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith("seconds")} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("seconds_", "tflop_", "share_", "peak_"))} for line in lines]
 
 
 def test_a_run_leaves_what_the_readme_says(monkeypatch, tmp_path):
@@ -79,7 +81,7 @@ def pieces(miniature):
 
     def gradient(a, rows, middles):
         miniature.transformer.zero_grad()
-        told = train.update(a, v(rows), lambda z: flux.decode(miniature.vae, z, (4, 4)), reward.image_features, x0[rows],
+        told, _ = train.update(a, v(rows), lambda z: flux.decode(miniature.vae, z, (4, 4)), reward.image_features, x0[rows],
                             eps[rows], *[c[rows] for c in C], [m[rows] for m in middles])
         return told, torch.cat([p.grad.flatten() for p in miniature.transformer.parameters()]), reward
     return gradient
@@ -129,11 +131,10 @@ def test_nan_never_reaches_the_weights(monkeypatch, tmp_path, capsys):
 def test_explain_tells_one_step_in_the_order_of_the_code(monkeypatch, capsys, tmp_path):
     before = set(Path("runs").glob("*"))
     with monkeypatch.context() as m:
-        for module, names in ((flux, ("rollout", "velocity", "decode")), (sr, ("with_words", "branch_reward", "loss")),
-                              (da, ("training_grid", "place", "inject", "recover", "recover_epsilon", "epsilon",
-                                    "discount", "lam", "aggregate"))):
-            for name in names:
-                m.setattr(module, name, getattr(module, name))  # put back afterwards what --explain replaces
+        for room in (flux, sr, da):
+            for name, function in vars(room).copy().items():
+                if inspect.isfunction(function):
+                    m.setattr(room, name, function)  # put back afterwards what --explain replaces
         run(m, "--explain")
     told = capsys.readouterr().out
     order = ["flux.rollout(", "srpo_reward.with_words(", "direct_align.place(", "Eq. 3:", "flux.velocity(", "Eq. 5 for a",
@@ -160,7 +161,7 @@ def test_the_hacking_gauge(change, word):
 
 def test_the_paper_recipe_sets_every_printed_form(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--model", "miniature", "--recipe", "paper", "--lam", "1", "0.2"])
-    a = flux.parse_flags(train.flags(), {"paper": train.PAPER})
+    a = flux.parse_flags(room.parser(""), {"paper": room.PAPER})
     assert (a.form, a.recover, a.meet, a.lam) == ("branches", "epsilon", "call", [1.0, 0.2])
     assert a.size == 64  # from the miniature's srpo.json
 

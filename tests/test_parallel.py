@@ -1,0 +1,136 @@
+"""Claims about many processes, on the CPU over gloo: the same code that runs on GPUs over NCCL."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from safetensors.torch import load_file
+
+import flux
+import parallel
+
+ONE = [sys.executable]
+SMALL = ["train.py", "--model", "miniature", "--rollout-steps", "3", "--eval-steps", "2", "--watch", "2", "--eval", "0"]
+
+
+def torchrun(n):
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
+
+
+def call(*command):
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@pytest.mark.parametrize("n, replicas", [(2, 1), (4, 2)], ids=["2 ranks", "HSDP 2 x 2"])
+def test_ranks_compute_the_gradient_of_one_process(tmp_path, n, replicas):
+    """Within 1e-6, relative, in fp32 (one process takes the ranks' shares in turn, so that the matrices have the same
+    shapes); and the rollout of 5 steps gathers every unit once: 6 blocks and the root."""
+    call(*torchrun(n), "tests/worker.py", tmp_path / "n", replicas, n)
+    call(*ONE, "tests/worker.py", tmp_path / "one", 1, n)
+    got, reference = load_file(tmp_path / "n"), load_file(tmp_path / "one")
+    assert got.pop("gathers").item() == 7 and reference.pop("gathers").item() == 0
+    flat = lambda grads: torch.cat([grads[k].flatten() for k in sorted(got)])
+    assert (flat(got) - flat(reference)).norm() / flat(reference).norm() < 1e-6
+
+
+def weights(out):
+    return load_file(out / "weights" / "diffusion_pytorch_model.safetensors")
+
+
+def test_two_ranks_train_as_one_process_and_resume_on_one_and_three(tmp_path):
+    """Two ranks x batch 3 = one process x batch 6, weights and log; a run saved on 2 ranks goes on, on 1 and on 3."""
+    two, one, three = (tmp_path / n for n in ("two", "one", "three"))
+    call(*torchrun(2), *SMALL, "--batch", 3, "--steps", 1, "--out", two)
+    call(*ONE, *SMALL, "--batch", 6, "--steps", 2, "--out", one)
+    call("cp", "-r", two, three)
+    call(*ONE, *SMALL, "--batch", 6, "--steps", 2, "--out", two, "--resume")
+    call(*torchrun(3), *SMALL, "--batch", 2, "--steps", 2, "--out", three, "--resume")
+    reference = weights(one)
+    for out in (two, three):
+        difference = max((reference[k] - w).abs().max().item() for k, w in weights(out).items())
+        assert difference < 2e-6  # an update moves a weight by 2.5e-5: Adam turns 1e-8 of a small gradient into more
+        logs = [[json.loads(line) for line in (o / "log.jsonl").read_text().splitlines()] for o in (one, out)]
+        for a, b in zip(*logs):
+            assert b["reward_denoise"] == pytest.approx(a["reward_denoise"], abs=1e-5)
+            assert b["watch"]["sgp"] == pytest.approx(a["watch"]["sgp"], abs=1e-5)
+
+
+def test_killed_at_any_moment_it_resumes_bit_identically(tmp_path):
+    """kill -9 three times, at different moments of training and writing; the end is that of the uninterrupted run."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    flags = [*SMALL, "--batch", "2", "--steps", "8", "--save-every", "1"]
+    call(*ONE, *flags, "--out", whole)
+    for after in (0.0, 0.35, 0.8):
+        resume = ["--resume"] if parallel.checkpoints(killed) else ["--overwrite"]
+        before = len(parallel.checkpoints(killed)) and int(parallel.checkpoints(killed)[-1].name[5:])
+        process = subprocess.Popen([*ONE, *flags, "--out", str(killed), *resume], stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while not [c for c in parallel.checkpoints(killed) if int(c.name[5:]) > before] and process.poll() is None:
+            time.sleep(0.02)
+        time.sleep(after)
+        process.kill()
+        process.wait()
+    call(*ONE, *flags, "--out", killed, "--resume")
+    a, b = weights(whole), weights(killed)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_exits_0(tmp_path, number):
+    out = tmp_path / "run"
+    process = subprocess.Popen([*ONE, *SMALL, "--batch", "1", "--steps", "500", "--out", str(out)], stdout=subprocess.PIPE,
+                               stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
+        time.sleep(0.05)
+    process.send_signal(number)
+    printed = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "saved; --resume continues" in printed
+    last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"]
+    assert parallel.checkpoints(out)[-1].name == f"step_{last:05d}"
+
+
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, monkeypatch, capsys):
+    import train
+    save, out = parallel.dcp.save, tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", [*SMALL, "--batch", "1", "--steps", "3", "--save-every", "1", "--out", str(out)])
+
+    def full(*args, **kwargs):
+        if parallel.checkpoints(out):
+            raise OSError(28, "No space left on device")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(parallel.dcp, "save", full)
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    assert stop.value.code == 1
+    message = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train.py:")]
+    assert len(message) == 1 and "No space left on device" in message[0] and "step_00001" in message[0]
+    assert [c.name for c in parallel.checkpoints(out)] == ["step_00001"]
+
+
+def test_the_export_is_diffusers_layout_in_one_file_or_many(tmp_path, miniature):
+    world = parallel.World()
+    for name, limit in (("one", 1e9), ("many", 2e6)):
+        parallel.export(miniature.transformer, tmp_path / name, world, shard_bytes=limit)
+        again = FluxTransformer2DModel.from_pretrained(tmp_path / name)
+        assert all(torch.equal(x, y) for x, y in zip(again.parameters(), miniature.transformer.parameters()))
+        ours = flux.load("miniature", tmp_path / name).transformer
+        assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), again.parameters()))
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+
+
+def test_a_size_that_does_not_divide_is_one_line(tmp_path):
+    done = subprocess.run([*torchrun(2), *SMALL, "--batch", "1", "--replicas", "3", "--out", str(tmp_path / "x")],
+                          capture_output=True, text=True)
+    ours = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
+    assert done.returncode != 0 and ours == ["train.py: --replicas 3: does not divide the 2 processes"]
+    assert not (tmp_path / "x").exists()
