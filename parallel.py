@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -16,7 +16,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from diffusers import FluxTransformer2DModel
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -211,38 +210,33 @@ def load(folder, transformer, optimizer):
     return json.loads((Path(folder) / "state.json").read_text())
 
 
-def export(transformer, folder, world, dtype=None, shard_bytes=5e9):
-    """Write the transformer in diffusers layout (config.json and safetensors, with an index when there are several
-    files), tensor by tensor: rank 0 never holds more than one file's worth. dtype None keeps float32."""
-    folder, pending, files, size = Path(folder), {}, [], 0
+def export(transformer, folder, world, dtype=None):
+    """Write config.json and one diffusion_pytorch_model.safetensors in diffusers layout, which FluxPipeline and ComfyUI
+    load; dtype None keeps float32.
+
+    The file is streamed tensor by tensor (header first, then the bytes in its order), so no process ever holds a full
+    copy, and renamed when complete.
+    """
+    folder, dtype = Path(folder), dtype or torch.float32
+    code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, parameter in transformer.named_parameters():
+        size = parameter.numel() * dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(parameter.shape), "data_offsets": [end, end + size]}
+        end += size
+    beside = folder / "writing.tmp"
     if world.main:
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("*.safetensors*"):
-            old.unlink()
         transformer.save_config(folder)
-
-    def flush():
-        files.append(list(pending))
-        save_file(pending, folder / f"part_{len(files)}.safetensors", metadata={"format": "pt"})
-        pending.clear()
-
-    for name, parameter in transformer.named_parameters():
-        full = whole(parameter.detach())
-        if not world.main:
-            continue
-        full = full.to("cpu", dtype or full.dtype, copy=True).contiguous()
-        if pending and size + full.nbytes > shard_bytes:
-            flush()
-            size = 0
-        pending[name] = full
-        size += full.nbytes
+    with open(beside, "wb") if world.main else nullcontext() as file:
+        if world.main:
+            text = json.dumps(header).encode()
+            text += b" " * (-len(text) % 8)
+            file.write(len(text).to_bytes(8, "little") + text)
+        for parameter in transformer.parameters():
+            full = whole(parameter.detach())  # a collective: every rank takes part
+            if world.main:
+                file.write(full.to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes())
     if world.main:
-        flush()
-        names = [ONE_FILE] if len(files) == 1 else [
-            f"diffusion_pytorch_model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
-        for i, name in enumerate(names):
-            (folder / f"part_{i + 1}.safetensors").rename(folder / name)
-        if len(files) > 1:
-            total = sum((folder / n).stat().st_size for n in names)
-            index = {"metadata": {"total_size": total}, "weight_map": {k: n for n, keys in zip(names, files) for k in keys}}
-            (folder / INDEX).write_text(json.dumps(index, indent=2))
+        beside.replace(folder / ONE_FILE)
+        (folder / INDEX).unlink(missing_ok=True)

@@ -151,6 +151,27 @@ def predict(a, world_size, compute_dtype):
             "received": others * parameters * (width * (1 + 2 * calls) + 4 * calls)}
 
 
+def advice(peak, card, a, world_size):
+    """ValueError if a predicted peak of bytes does not fit a card's bytes, with the flags that would help."""
+    if peak <= card:
+        return
+    more = world_size
+    while predict(a, more, torch.bfloat16)["peak"] > card and more < 64:
+        more *= 2
+    helps = [] if a.checkpointing else ["--checkpointing"]
+    helps += [f"{more} GPUs (torchrun --nproc_per_node)"] if more <= 64 and more > world_size else []
+    helps += ["a smaller --batch"] if a.batch > 1 else ["a smaller --size"]
+    raise ValueError(f"--model {a.model}: predicted peak {peak / GIB:.0f} GiB a GPU, this one has {card / GIB:.0f}; what helps: "
+                     + ", or ".join(helps))
+
+
+def must_fit(a, world):
+    """Before anything is loaded: ValueError if the plan does not fit this GPU. On a CPU nothing is checked."""
+    if world.device.type == "cuda":
+        total = torch.cuda.get_device_properties(world.device).total_memory
+        advice(predict(a, world.size, torch.bfloat16)["peak"], total, a, world.size)
+
+
 def show(a):
     """Print the plan for --world-size processes; seconds for --card at --share of its peak."""
     world_size, card, share = a.world_size, a.card, a.share

@@ -103,7 +103,7 @@ def open_board(out):
     return SummaryWriter(out / "tensorboard")
 
 
-def main():
+def run():
     try:
         a = flux.parse_flags(flags.parser(__doc__), {"paper": flags.PAPER})
         flags.check(a)
@@ -114,6 +114,7 @@ def main():
         prompts = flux.read_prompts(a.prompts)
         held_out = flux.read_prompts(a.eval_prompts, "--eval-prompts")[:max(a.eval, a.watch)]
         world = parallel.World(a.replicas)
+        plan.must_fit(a, world)
         B, everyone = a.batch, a.batch * world.size  # images an update: of this process, of all
         order = prompt_order(len(prompts), a.steps * everyone, a.seed)
         mine = [order[step * everyone:][world.rows(B)] for step in range(a.steps)]  # B rows a step
@@ -214,7 +215,7 @@ def main():
             if world.main:
                 print(f"\ntrain.py: step {step}, {where}: {what} is not finite; the weights of step {step - 1} are kept. "
                       f"Try a smaller --lr, or another --seed.", file=sys.stderr)
-            parallel.export(transformer, out / "weights", world)
+            parallel.export(transformer, out / "weights", world, dtype)
             sys.exit(1)
         if a.explain:
             return say(f"\ngradient norm {norm:.4g}, clipped to {a.clip}; then AdamW with lr {a.lr} would step.")
@@ -234,7 +235,7 @@ def main():
                 tqdm.write(f"step {step}: {w}")
             if not wrong and (state["best"] is None or now["sgp"].mean().item() > state["best"]):
                 state["best"] = now["sgp"].mean().item()
-                parallel.export(transformer, out / "weights_best", world)
+                parallel.export(transformer, out / "weights_best", world, dtype)
             bar.set_postfix(sgp=f"{now['sgp'].mean():+.3f}", hacking="YES" if wrong else "no")
             if world.main:
                 evaluate.save_grid(images, out / "samples" / f"step_{step:05d}.png")
@@ -248,17 +249,13 @@ def main():
         stop = any(s for _, _, s in reports)
         if step % a.save_every == 0 or step == a.steps or stop:
             state["step"] = step
-            try:
-                parallel.save(out, transformer, optimizer, state, world, a.keep)
-            except OSError as error:
-                print(f"\ntrain.py: {error}", file=sys.stderr)
-                sys.exit(1)
+            parallel.save(out, transformer, optimizer, state, world, a.keep)
         if stop:
             say(f"\nstopped after step {step}, saved; --resume continues")
             return world.close()
 
     # ------------------------------------------------------------------------------------------------------ the results
-    parallel.export(transformer, out / "weights", world)
+    parallel.export(transformer, out / "weights", world, dtype)
     after = evaluate.summary(look(a.eval, "evaluate after")[1]) if a.eval else None
     world.close()
     if not world.main:
@@ -270,6 +267,14 @@ def main():
     if a.eval:
         print(evaluate.table({"before": result["before"], "after": after}))
     print(f"weights in {out}/weights (best by SGP gap inside the drift band: weights_best), pictures in {out}/before_after.png")
+
+
+def main():
+    try:
+        run()
+    except OSError as error:  # a full or vanished disk: the checkpoint before stays
+        print(f"\ntrain.py: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -65,11 +66,13 @@ def test_two_ranks_train_as_one_process_and_resume_on_one_and_three(tmp_path):
 
 
 def test_killed_at_any_moment_it_resumes_bit_identically(tmp_path):
-    """kill -9 three times, at different moments of training and writing; the end is that of the uninterrupted run."""
+    """kill -9 at random moments of training and writing (KILLS of them, default 3; KILLS=10 for the long version); the end
+    is that of the uninterrupted run."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = [*SMALL, "--batch", "2", "--steps", "8", "--save-every", "1"]
+    kills = int(os.environ.get("KILLS", 3))
+    flags = [*SMALL, "--batch", "2", "--steps", str(kills + 6), "--save-every", "1"]
     call(*ONE, *flags, "--out", whole)
-    for after in (0.0, 0.35, 0.8):
+    for after in (0.8 * random.random() for _ in range(kills)):
         resume = ["--resume"] if parallel.checkpoints(killed) else ["--overwrite"]
         before = len(parallel.checkpoints(killed)) and int(parallel.checkpoints(killed)[-1].name[5:])
         process = subprocess.Popen([*ONE, *flags, "--out", str(killed), *resume], stdout=subprocess.DEVNULL,
@@ -117,15 +120,40 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, monke
     assert [c.name for c in parallel.checkpoints(out)] == ["step_00001"]
 
 
-def test_the_export_is_diffusers_layout_in_one_file_or_many(tmp_path, miniature):
-    world = parallel.World()
-    for name, limit in (("one", 1e9), ("many", 2e6)):
-        parallel.export(miniature.transformer, tmp_path / name, world, shard_bytes=limit)
-        again = FluxTransformer2DModel.from_pretrained(tmp_path / name)
-        assert all(torch.equal(x, y) for x, y in zip(again.parameters(), miniature.transformer.parameters()))
-        ours = flux.load("miniature", tmp_path / name).transformer
-        assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), again.parameters()))
-    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_export_is_one_file_in_diffusers_layout(tmp_path, miniature, dtype):
+    parallel.export(miniature.transformer, tmp_path / "w", parallel.World(), dtype)
+    again = FluxTransformer2DModel.from_pretrained(tmp_path / "w")
+    assert all(torch.equal(x, y.to(dtype).float()) for x, y in zip(again.parameters(), miniature.transformer.parameters()))
+    ours = flux.load("miniature", tmp_path / "w").transformer
+    assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), again.parameters()))
+
+
+def test_the_export_has_the_keys_that_comfyui_converts(tmp_path, miniature):
+    """ComfyUI knows a diffusers FLUX by these names, all of them, and needs one file."""
+    parallel.export(miniature.transformer, tmp_path, parallel.World())
+    linear = lambda prefix, *names: [f"{prefix}{n}.{end}" for n in names for end in ("weight", "bias")]
+    keys = linear("", "x_embedder", "context_embedder", "norm_out.linear", "proj_out")
+    for part in ("timestep_embedder", "guidance_embedder", "text_embedder"):
+        keys += linear(f"time_text_embed.{part}.", "linear_1", "linear_2")
+    for i in range(2):
+        block = f"transformer_blocks.{i}."
+        keys += linear(block, "norm1.linear", "norm1_context.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+                       "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "ff.net.0.proj", "ff.net.2",
+                       "ff_context.net.0.proj", "ff_context.net.2")
+        keys += [f"{block}attn.{n}.weight" for n in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
+    for i in range(4):
+        block = f"single_transformer_blocks.{i}."
+        keys += linear(block, "norm.linear", "proj_mlp", "proj_out", "attn.to_q", "attn.to_k", "attn.to_v")
+        keys += [f"{block}attn.{n}.weight" for n in ("norm_q", "norm_k")]
+    assert sorted(load_file(tmp_path / "diffusion_pytorch_model.safetensors")) == sorted(keys)
+
+
+def test_a_transformer_in_several_files_loads_too(tmp_path, miniature):
+    miniature.transformer.save_pretrained(tmp_path, max_shard_size="3MB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    ours = flux.load("miniature", tmp_path).transformer
+    assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), miniature.transformer.parameters()))
 
 
 def test_a_size_that_does_not_divide_is_one_line(tmp_path):
