@@ -121,8 +121,6 @@ def predict(a, world_size, compute_dtype):
             activations = count_saved(run, transformer.parameters())[0] + one_block
         vae = new(AutoencoderKL, vae_config, compute_dtype).requires_grad_(False)
         clip = new(open_clip.model.CLIP, clip_config, torch.float32).requires_grad_(False)
-        if a.checkpointing:
-            vae.enable_gradient_checkpointing()
         latent = 2 * side
         z = torch.zeros(1, vae.config.latent_channels, latent, latent, dtype=compute_dtype, requires_grad=True)
         frozen = sum(p.nbytes for m in (vae, clip) for p in m.parameters())

@@ -139,7 +139,6 @@ def run():
     transformer, device, dtype = model.transformer, model.device, model.dtype
     if a.checkpointing and device.type == "cuda":
         transformer.enable_gradient_checkpointing()
-        model.vae.enable_gradient_checkpointing()
     if a.compile:
         for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
             block.compile()

@@ -131,10 +131,10 @@ def test_nan_never_reaches_the_weights(monkeypatch, tmp_path, capsys):
 def test_explain_tells_one_step_in_the_order_of_the_code(monkeypatch, capsys, tmp_path):
     before = set(Path("runs").glob("*"))
     with monkeypatch.context() as m:
-        for room in (flux, sr, da):
-            for name, function in vars(room).copy().items():
+        for module in (flux, sr, da):
+            for name, function in vars(module).copy().items():
                 if inspect.isfunction(function):
-                    m.setattr(room, name, function)  # put back afterwards what --explain replaces
+                    m.setattr(module, name, function)  # put back afterwards what --explain replaces
         run(m, "--explain")
     told = capsys.readouterr().out
     order = ["flux.rollout(", "srpo_reward.with_words(", "direct_align.place(", "Eq. 3:", "flux.velocity(", "Eq. 5 for a",
