@@ -85,7 +85,7 @@ def main():
     add = parser.add_argument
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
     add("--weights", nargs="*", default=[], help="folders of trained transformer weights, each compared with the base")
-    add("--prompts", dest="eval_prompts", default="prompts.txt", help="text file, one prompt a line")
+    add("--prompts", dest="eval_prompts", default="hpdv2-benchmark", help="text file, one prompt a line, or hpdv2-benchmark")
     add("--n", type=int, default=256, help="how many of the prompts, from the first")
     add("--reward", default="hpsv2.1", help="hpsv2.1, a .pt in its layout, or an open_clip folder")
     add("--control", default="Realistic photo", help="the wanted words of the SGP gap [paper 4.2]")

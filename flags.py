@@ -21,7 +21,7 @@ def parser(description):
     g = p.add_argument_group("the run").add_argument
     g("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id; its srpo.json, "
       "if there is one, holds defaults that suit it")
-    g("--prompts", default="prompts.txt", help="text file, one training prompt a line")
+    g("--prompts", default="hpdv2", help="text file, one training prompt a line; hpdv2: fetched from the hub [paper 4.1]")
     g("--out", help="folder of the run (default: runs/<model>)")
     g("--steps", type=int, default=19, help="updates; users see collapse by 20 to 50 [released code: 19]")
     g("--batch", type=int, default=1, help="images an update [released code: 1 a GPU]")
@@ -82,7 +82,8 @@ def parser(description):
     g("--card", choices=list(plan.PEAK), default="H200", help="GPU, for --plan")
     g("--share", type=float, default=0.4, help="of the card's peak that is reached, for --plan [ours]")
     g = p.add_argument_group("watching for collapse").add_argument
-    g("--eval-prompts", default="prompts.txt", help="text file: the first of them are sampled at fixed seeds")
+    g("--eval-prompts", default="hpdv2-benchmark", help="text file, or hpdv2-benchmark: the first of them are sampled at fixed "
+      "seeds [paper 4.2]")
     g("--eval-steps", type=int, default=50, help="sampling steps of samples and evaluation [paper 4.1]")
     g("--watch", type=int, default=4, help="pictures sampled at fixed seeds while training [ours]")
     g("--watch-every", type=int, default=5, help="updates between them [ours]")

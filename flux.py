@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
@@ -203,11 +203,25 @@ def sample(flux, txt, pooled, eps, grid, steps, guidance, batch=64, progress=lam
 
 
 # ------------------------------------------------------------------------------- what the scripts of this project share
-def read_prompts(path, flag="--prompts"):
-    """The prompts of a UTF-8 text file, one a line, blank lines left out. Raises ValueError with one line."""
-    path = Path(path)
+PROMPTS = {  # name: (dataset on the hub, files); the paper trains on the one and evaluates on the other (4.1, 4.2)
+    "hpdv2": ("ymhao/HPDv2", ["train.json"]),
+    "hpdv2-benchmark": ("zhwang/HPDv2", [f"benchmark/{s}.json" for s in ("anime", "concept-art", "paintings", "photo")])}
+
+
+def read_prompts(source, flag="--prompts"):
+    """The prompts of a UTF-8 text file, one a line, blank lines left out; or of a named set of PROMPTS, fetched from the
+    hub, each prompt once. Raises ValueError with one line."""
+    if source in PROMPTS:
+        dataset, files = PROMPTS[source]
+        try:
+            data = [json.loads(Path(hf_hub_download(dataset, f, repo_type="dataset")).read_text("utf-8")) for f in files]
+        except Exception as error:
+            raise ValueError(f"{flag} {source}: {dataset} cannot be fetched ({type(error).__name__}); give a text file, one "
+                             f"prompt a line") from error
+        return list(dict.fromkeys(entry if isinstance(entry, str) else entry["prompt"] for part in data for entry in part))
+    path = Path(source)
     if not path.is_file():
-        raise ValueError(f"{flag} {path}: no such file (a text file, one prompt a line)")
+        raise ValueError(f"{flag} {path}: no such file (a text file, one prompt a line), and not one of {', '.join(PROMPTS)}")
     try:
         prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:

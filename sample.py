@@ -18,7 +18,7 @@ def main():
     add("prompt", nargs="*", help="the prompts; none: those of --prompts")
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
     add("--weights", help="folder of trained transformer weights (runs/miniature/weights); default: the model's own")
-    add("--prompts", dest="eval_prompts", default="prompts.txt", help="text file, one prompt a line")
+    add("--prompts", dest="eval_prompts", default="hpdv2-benchmark", help="text file, one prompt a line, or hpdv2-benchmark")
     add("--n", type=int, default=16, help="how many of the prompts of the file, from the first")
     add("--size", type=int, default=1024, help="side of the pictures, pixels")
     add("--eval-steps", type=int, default=50, help="sampling steps [paper 4.1]")

@@ -1,4 +1,4 @@
-"""Build the miniature from nothing: `python -m miniature.build` (resumable, seeded, about two hours on 2 cores).
+"""Build the miniature from nothing: `python -m miniature.build` (resumable, seeded, about an hour and a half on 2 cores).
 
 Stages, each finished once and kept in miniature/.build/ (delete a stage's file to build it again). The pictures that
 they learn from, 49,152 with their truth, are drawn by the first stage that needs them.

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import flux
 import train
 
 SMALL = ["--model", "miniature", "--steps", "1", "--batch", "1", "--rollout-steps", "1", "--eval-steps", "1",
@@ -52,6 +53,19 @@ def test_one_line_and_status_2(monkeypatch, capsys, tmp_path, argv, words):
 def test_prompt_files(monkeypatch, capsys, tmp_path, content, words):
     (tmp_path / "p.txt").write_bytes(content)
     assert words in one_line(monkeypatch, capsys, "--out", tmp_path / "run", "--prompts", tmp_path / "p.txt")
+
+
+def test_the_papers_prompts_come_from_the_hub_each_once(monkeypatch, tmp_path):
+    """HPDv2's two layouts: pairs with a field `prompt`, and flat lists; no hub is one line that says what to give."""
+    (tmp_path / "train.json").write_text(json.dumps([{"prompt": "a fox"}, {"prompt": "a dog"}, {"prompt": "a fox"}]))
+    (tmp_path / "list.json").write_text(json.dumps(["a street", "a fox"]))
+    monkeypatch.setattr(flux, "hf_hub_download", lambda dataset, name, repo_type: tmp_path / (
+        "train.json" if name == "train.json" else "list.json"))
+    assert flux.read_prompts("hpdv2") == ["a fox", "a dog"]
+    assert flux.read_prompts("hpdv2-benchmark") == ["a street", "a fox"]
+    monkeypatch.setattr(flux, "hf_hub_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(ValueError, match="ymhao/HPDv2 cannot be fetched .*; give a text file"):
+        flux.read_prompts("hpdv2")
 
 
 def test_a_model_folder_says_what_it_lacks(monkeypatch, capsys, tmp_path):
