@@ -83,6 +83,12 @@ class World:
             dist.destroy_process_group()
 
 
+def is_anothers_end(error):
+    """Whether an error of a collective only says that another process is gone: that one's own error is the one to show."""
+    return dist.is_initialized() and any(words in str(error) for words in (
+        "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"))
+
+
 def shard(transformer, world):
     """FSDP2: every block its own unit, the rest one more. Compute in world.dtype, reduce gradients in float32.
 

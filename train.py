@@ -274,6 +274,10 @@ def main():
     except OSError as error:  # a full or vanished disk: the checkpoint before stays
         print(f"\ntrain.py: {error}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        if not parallel.is_anothers_end(error):
+            raise
+        sys.exit(1)  # the process that failed has said why
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ def one_line(monkeypatch, capsys, *argv):
     (["--branches", "sideways"], "must be denoise, invert"), (["--groundtruth-ratio", "1.5"], "between 0 and 1"),
     (["--reward", "no.pt"], "--reward no.pt: no such file"), (["--reward", "README.md"], "not a reward model"),
     (["--reward", "tests"], "not a reward model"), (["--resume"], "no checkpoint in"),
+    (["--out", "README.md/run"], "--out README.md/run: cannot be written: Not a directory"), (["--replicas", "2"], "does not divide"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else None)
 def test_one_line_and_status_2(monkeypatch, capsys, tmp_path, argv, words):
     out = tmp_path / "run"
@@ -90,6 +91,7 @@ def test_a_run_is_not_overwritten_by_accident(monkeypatch, capsys, tmp_path):
     log = (out / "log.jsonl").read_bytes()
     assert "already holds a run; --resume continues it, --overwrite deletes it" in one_line(monkeypatch, capsys, "--out", out)
     assert "--lr 2.5e-05, now 0.1" in one_line(monkeypatch, capsys, "--out", out, "--resume", "--lr", "0.1")
+    assert "--form released, now plain" in one_line(monkeypatch, capsys, "--out", out, "--resume", "--form", "plain")
     assert (out / "log.jsonl").read_bytes() == log
 
 

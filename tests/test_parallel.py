@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 
 import pytest
 import torch
@@ -30,16 +31,55 @@ def call(*command):
     return done
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """one_process(n): the gradient of four images in one process that takes the shares of n ranks in turn."""
+    @cache
+    def gradient(n):
+        path = tmp_path_factory.mktemp("gradient") / "one"
+        call(*ONE, "tests/worker.py", path, 1, n)
+        return load_file(path)
+    return gradient
+
+
+def flat(gradient):
+    return torch.cat([gradient[k].flatten() for k in sorted(gradient) if k != "gathers"])
+
+
 @pytest.mark.parametrize("n, replicas", [(2, 1), (4, 2)], ids=["2 ranks", "HSDP 2 x 2"])
-def test_ranks_compute_the_gradient_of_one_process(tmp_path, n, replicas):
+def test_ranks_compute_the_gradient_of_one_process(one_process, tmp_path, n, replicas):
     """Within 1e-6, relative, in fp32 (one process takes the ranks' shares in turn, so that the matrices have the same
     shapes); and the rollout of 5 steps gathers every unit once: 6 blocks and the root."""
     call(*torchrun(n), "tests/worker.py", tmp_path / "n", replicas, n)
-    call(*ONE, "tests/worker.py", tmp_path / "one", 1, n)
-    got, reference = load_file(tmp_path / "n"), load_file(tmp_path / "one")
-    assert got.pop("gathers").item() == 7 and reference.pop("gathers").item() == 0
-    flat = lambda grads: torch.cat([grads[k].flatten() for k in sorted(got)])
+    got, reference = load_file(tmp_path / "n"), one_process(n)
+    assert got["gathers"].item() == 7 and reference["gathers"].item() == 0
     assert (flat(got) - flat(reference)).norm() / flat(reference).norm() < 1e-6
+
+
+def test_the_dtypes_of_a_gpu_work_and_stay_near(one_process, tmp_path):
+    """float32 masters and gradients, bf16 compute, bf16 VAE, activation checkpointing, 2 ranks: the code of a GPU run, on the
+    CPU. The gradient is float32's to a few per cent, as bf16 is."""
+    call(*torchrun(2), "tests/worker.py", tmp_path / "bf16", 1, 2, "bf16")
+    got = load_file(tmp_path / "bf16")
+    assert all(g.dtype == torch.float32 for k, g in got.items() if k != "gathers")
+    assert torch.nn.functional.cosine_similarity(flat(got), flat(one_process(2)), dim=0) > 0.97
+
+
+def test_a_process_that_dies_ends_all_and_its_error_is_shown_once(tmp_path):
+    """A prompt whose reward is NaN on rank 1 alone would be the polite case; here rank 1 raises in the middle of a step."""
+    script = tmp_path / "dies.py"
+    script.write_text(f"""
+import os, sys
+sys.path.insert(0, {os.getcwd()!r})
+import srpo_reward, train
+if os.environ["RANK"] == "1":
+    srpo_reward.loss = lambda *_: (_ for _ in ()).throw(ArithmeticError("the cause"))
+train.main()
+""")
+    done = subprocess.run([*torchrun(2), str(script), *SMALL[1:], "--batch", "1", "--steps", "3", "--out", str(tmp_path / "run")],
+                          capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0
+    assert done.stderr.count("ArithmeticError: the cause") == 1 and "RuntimeError" not in done.stderr
 
 
 def weights(out):
