@@ -6,7 +6,6 @@
 """
 
 import sys
-import time
 from contextlib import nullcontext
 from statistics import median
 
@@ -47,25 +46,24 @@ def random_models(world):
 def one_update(a, model, reward, optimizer, txt, pooled, texts, habits=()):
     """Rollout, branches, optimizer; returns {phase: seconds}. `habits` are the released loop's, for --released."""
     grid, device = model.grid(a.size, a.size), model.device
-    shape, seconds = (grid[0] * grid[1], model.transformer.config.in_channels), {"rollout": 0.0, "branches": 0.0}
+    shape, seconds = (grid[0] * grid[1], model.transformer.config.in_channels), {"rollout": 0.0, "branches": 0.0, "optimizer": 0.0}
     g = torch.Generator().manual_seed(0)
     eps = torch.randn(len(texts), *shape, generator=g).to(device)
     middles = da.draw_middle(len(texts), a.cells, g)
 
-    def tick(phase, clock):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - clock
-        return time.perf_counter()
+    def tick(phase, since):
+        now = parallel.clock(device)
+        seconds[phase] += now - since
+        return now
 
     size = 1 if "one image at a time" in habits else len(texts)
     for rows in torch.arange(len(texts)).split(size):
-        clock = time.perf_counter()
+        since = parallel.clock(device)
         c, p = txt[rows].to(device, model.dtype), pooled[rows].to(device, model.dtype)
         v = lambda w: lambda x, s: flux.velocity(model.transformer, x.to(model.dtype), s, c, p, w, grid).float()
         with torch.no_grad(), parallel.gathered(model.transformer):
             x0 = flux.rollout(v(a.rollout_guidance), eps[rows], da.sigma_steps(a.rollout_steps, 3.0))
-        clock = tick("rollout", clock)
+        since = tick("rollout", since)
         names = [texts[r] for r in rows]
         for _ in range(2 if "text features four times" in habits else 1):
             if "text features four times" in habits:
@@ -74,12 +72,12 @@ def one_update(a, model, reward, optimizer, txt, pooled, texts, habits=()):
         with torch.autograd.set_detect_anomaly(True, check_nan=True) if "anomaly detection" in habits else nullcontext():
             train.update(a, v(a.guidance), lambda z: flux.decode(model.vae, z, grid), reward.image_features, x0, eps[rows],
                          C0, C1, C2, [middles[rows]])
-        tick("branches", clock)
-    clock = time.perf_counter()
+        tick("branches", since)
+    since = parallel.clock(device)
     torch.nn.utils.clip_grad_norm_(model.transformer.parameters(), a.clip)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    tick("optimizer", clock)
+    tick("optimizer", since)
     return seconds
 
 

@@ -141,6 +141,8 @@ def run_folder(a):
         if k not in free and now[k] != then.get(k):
             raise ValueError(f"--resume: the run in {out} has --{k.replace('_', '-')} {then.get(k)}, now {now[k]}; give the "
                              f"same flags, or another --out")
+    if int(done[-1].name.split("_")[1]) > a.steps:
+        raise ValueError(f"--steps {a.steps}: the run in {out} is past it, at {done[-1].name}; give more steps")
     return out, done[-1]
 
 

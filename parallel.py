@@ -7,6 +7,7 @@ everything else in train.py is written as if there were one process.
 import json
 import os
 import shutil
+import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -151,6 +152,13 @@ def load_transformer(folder, device, dtype, world=None):
         with torch.no_grad():
             local.copy_(rows[first:last])
     return transformer
+
+
+def clock(device):
+    """Seconds, when all work queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def whole(tensor):

@@ -1,17 +1,16 @@
-"""SRPO: align FLUX.1 with the difference between two prompts (arXiv 2509.06942), from flags to weights in one file.
+"""SRPO: align FLUX.1 with the difference between two prompts (arXiv 2509.06942).
 
-    python train.py --model miniature                                        on a laptop, in under three minutes
-    python train.py --control "realistic photo" --neg "CG render"            FLUX.1-dev
+    python train.py --model miniature                                                              on a laptop
+    torchrun --nproc_per_node=8 train.py --control "realistic photo" --neg "CG render"             FLUX.1-dev
 
-The mathematics is in direct_align.py (Eqs. 3-6) and srpo_reward.py (Eqs. 7-13); `update` below is one step of it, and
-the loop in `main` is everything else. Defaults are the released recipe; `--recipe paper` takes the printed forms.
+The mathematics is in direct_align.py (Eqs. 3-6) and srpo_reward.py (Eqs. 7-13); `update` below is one step of it, and `run` is
+the loop around it, from top to bottom. Defaults are the released recipe; `--recipe paper` takes the printed forms.
 """
 
 import json
 import os
 import signal
 import sys
-import time
 from functools import partial
 
 import torch
@@ -164,6 +163,9 @@ def run():
         parts = world.gather((images, scores))
         return torch.cat([p for p, _ in parts])[:n], {k: torch.cat([s[k] for _, s in parts])[:n] for k in scores}
 
+    asked_to_stop = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked_to_stop.append(True))
     state = {"step": 0, "best": None, "before": None, "evaluated": None}
     if checkpoint:
         state = parallel.load(checkpoint, transformer, optimizer)
@@ -178,15 +180,12 @@ def run():
             evaluate.save_grid(images, out / "samples" / "step_00000.png")
     before = {k: torch.tensor(v) for k, v in (state["before"] or {}).items()}
     log = open(out / "log.jsonl", "a") if world.main and not a.explain else None
-    asked_to_stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked_to_stop.append(True))
 
     # -------------------------------------------------------------------------------------------------------- the loop
     bar = tqdm(range(state["step"] + 1, a.steps + 1), initial=state["step"], total=a.steps, desc="train",
                disable=a.explain or not world.main)
     for step in bar:
-        clock = time.perf_counter()
+        clock = parallel.clock(device)
         g = torch.Generator().manual_seed(a.seed * 1_000_003 + step)  # all of a step's chance comes from its number
         rows = mine[step - 1]
         texts = [prompts[r] for r in rows]
@@ -199,7 +198,7 @@ def run():
             x0 = flux.rollout(v(a.rollout_guidance), eps, sigmas)  # [B, N, C]
         if a.noise == "fresh":
             eps = one_for_all()
-        rolled = time.perf_counter() - clock
+        rolled = parallel.clock(device) - clock
 
         control, neg = a.control[step % len(a.control)], a.neg[step % len(a.neg)]
         C0, C1, C2 = (reward.text_features(t) for t in (texts, sr.with_words(control, texts), sr.with_words(neg, texts)))
@@ -214,14 +213,15 @@ def run():
             if world.main:
                 print(f"\ntrain.py: step {step}, {where}: {what} is not finite; the weights of step {step - 1} are kept. "
                       f"Try a smaller --lr, or another --seed.", file=sys.stderr)
-            parallel.export(transformer, out / "weights", world, dtype)
+            if not a.explain:
+                parallel.export(transformer, out / "weights", world, dtype)
             sys.exit(1)
         if a.explain:
             return say(f"\ngradient norm {norm:.4g}, clipped to {a.clip}; then AdamW with lr {a.lr} would step.")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         told = {k: sum(t[k] for t, _, _ in reports) / world.size for k in told}
-        seconds = time.perf_counter() - clock
+        seconds = parallel.clock(device) - clock
         line = {"step": step, **{k if k == "sgp" else f"reward_{k}": x for k, x in told.items()}, "grad_norm": norm.item(),
                 "seconds_rollout": round(rolled, 3), "seconds_update": round(seconds - rolled, 3),
                 **plan.achieved(work, seconds, device)}
@@ -259,8 +259,8 @@ def run():
     world.close()
     if not world.main:
         return
-    pictures = [read_image(str(out / "samples" / f"step_{s:05d}.png")) for s in (0, a.steps)]
-    write_png(torch.cat(pictures, 1), str(out / "before_after.png"))
+    samples = sorted((out / "samples").glob("step_*.png"))
+    write_png(torch.cat([read_image(str(samples[i])) for i in (0, -1)], 1), str(out / "before_after.png"))
     result = {"steps": a.steps, "best_sgp": state["best"], "before": state["evaluated"], "after": after}
     (out / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
     if a.eval:

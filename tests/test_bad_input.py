@@ -91,6 +91,11 @@ def test_a_run_is_not_overwritten_by_accident(monkeypatch, capsys, tmp_path):
     log = (out / "log.jsonl").read_bytes()
     assert "already holds a run; --resume continues it, --overwrite deletes it" in one_line(monkeypatch, capsys, "--out", out)
     assert "--lr 2.5e-05, now 0.1" in one_line(monkeypatch, capsys, "--out", out, "--resume", "--lr", "0.1")
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--out", str(out), "--resume", "--steps", "2"])
+    train.main()
+    capsys.readouterr()
+    assert "is past it, at step_00002" in one_line(monkeypatch, capsys, "--out", out, "--resume")
+    log = (out / "log.jsonl").read_bytes()
     assert "--form released, now plain" in one_line(monkeypatch, capsys, "--out", out, "--resume", "--form", "plain")
     assert (out / "log.jsonl").read_bytes() == log
 
