@@ -1,8 +1,10 @@
-"""One update timed, phase by phase: `python bench.py --model miniature`, or on GPUs at full size with random weights:
+"""One update timed, phase by phase: `python bench.py --model miniature`, or on GPUs at full size with random
+weights:
 
     torchrun --nproc_per_node=8 bench.py --random-init
 
---released times the same work, on the miniature, the way the released loop does it, adding one habit after another.
+--released times the same work, on the miniature, the way the released loop does it, adding one habit after
+another.
 """
 
 import sys
@@ -23,7 +25,8 @@ import train
 
 
 def random_models(world):
-    """FLUX.1-dev and HPSv2.1's architecture with random weights: (Flux, ClipReward, text tokens). Nothing is downloaded."""
+    """FLUX.1-dev and HPSv2.1's architecture with random weights: (Flux, ClipReward, text tokens). Nothing is
+    downloaded."""
     (config, vae_config, text_tokens), clip_config = plan.FLUX_DEV, open_clip.get_model_config("ViT-H-14")
     torch.manual_seed(0)
     with torch.device("meta"):
@@ -44,7 +47,8 @@ def random_models(world):
 
 
 def one_update(a, model, reward, optimizer, txt, pooled, texts, habits=()):
-    """Rollout, branches, optimizer; returns {phase: seconds}. `habits` are the released loop's, for --released."""
+    """Rollout, branches, optimizer; returns {phase: seconds}. `habits` are the released loop's, for
+    --released."""
     grid, device = model.grid(a.size, a.size), model.device
     shape, seconds = (grid[0] * grid[1], model.transformer.config.in_channels), {"rollout": 0.0, "branches": 0.0, "optimizer": 0.0}
     g = torch.Generator().manual_seed(0)

@@ -3,8 +3,9 @@
 Symbols, the paper's:  x0 clean latent, eps the noise prior (known, Gaussian), x_t the noisy state, v_theta and eps_theta
 what the network says, sigma the noise level in [0, 1] with alpha = 1 - sigma, x0_hat the recovered latent.
 
-FLUX is a rectified flow: x_t = (1 - sigma) x0 + sigma eps, and the network predicts the velocity v = eps - x0, so an
-Euler step from sigma to sigma_to adds (sigma_to - sigma) v. Latents are [B, N, C]; a sigma is a float or a tensor [B].
+FLUX is a rectified flow: x_t = (1 - sigma) x0 + sigma eps, and the network predicts the velocity v = eps -
+x0, so an Euler step from sigma to sigma_to adds (sigma_to - sigma) v. Latents are [B, N, C]; a sigma is a
+float or a tensor [B].
 """
 
 from dataclasses import dataclass
@@ -39,11 +40,13 @@ def recover_exact(x_t, eps, sigma):
 def recover(x_t, v_theta, eps, sigma, sigma_to):
     """Eq. 5 for a velocity:  x0_hat = (x_t + (sigma_to - sigma) v_theta - sigma_to eps) / (1 - sigma_to).
 
-    One Euler step of the network to sigma_to, and the known noise does the rest. sigma_to < sigma is the "denoise"
-    direction (Eq. 12), sigma_to > sigma the "invert" direction (Eq. 13): the network's sign flips between them, since
+    One Euler step of the network to sigma_to, and the known noise does the rest. sigma_to < sigma is the
+    "denoise" direction (Eq. 12), sigma_to > sigma the "invert" direction (Eq. 13): the network's sign flips
+    between them, since
         x0_hat = x0 + (sigma_to - sigma) / (1 - sigma_to) * (v_theta - (eps - x0)).
-    All tensors [B, N, C]; sigma in [0, 1], sigma_to in [0, 1). Differs from the paper: it divides by alpha where the
-    network is called, which is right for its epsilon (`recover_epsilon`) and wrong for a velocity. Released code: this.
+    All tensors [B, N, C]; sigma in [0, 1], sigma_to in [0, 1). Differs from the paper: it divides by alpha
+    where the network is called, which is right for its epsilon (`recover_epsilon`) and wrong for a velocity.
+    Released code: this.
     """
     sigma, sigma_to = _column(sigma, x_t), _column(sigma_to, x_t)
     return (x_t + (sigma_to - sigma) * v_theta - sigma_to * eps) / (1 - sigma_to)
@@ -52,9 +55,10 @@ def recover(x_t, v_theta, eps, sigma, sigma_to):
 def recover_epsilon(x_t, eps_theta, eps, sigma, sigma_to):
     """Eq. 5:  x0_hat = (x_t - dsigma eps_theta - (sigma - dsigma) eps) / alpha,  dsigma = sigma - sigma_to.
 
-    As in the paper: alpha = 1 - sigma, of the call. All tensors [B, N, C]; sigma in [0, 1), sigma_to in [0, 1].
-    With eps_theta = `epsilon(x_t, v_theta, sigma)` it is exact for a perfect network, like `recover`, but passes on
-    (1 - sigma_to) times as much of the network's error: 4 to 28 times less between sigma 0.75 and 0.964.
+    As in the paper: alpha = 1 - sigma, of the call. All tensors [B, N, C]; sigma in [0, 1), sigma_to in [0,
+    1]. With eps_theta = `epsilon(x_t, v_theta, sigma)` it is exact for a perfect network, like `recover`, but
+    passes on (1 - sigma_to) times as much of the network's error: 4 to 28 times less between sigma 0.75 and
+    0.964.
     """
     sigma, sigma_to = _column(sigma, x_t), _column(sigma_to, x_t)
     dsigma = sigma - sigma_to
@@ -62,26 +66,30 @@ def recover_epsilon(x_t, eps_theta, eps, sigma, sigma_to):
 
 
 def epsilon(x_t, v_theta, sigma):
-    """eps_theta = x_t + (1 - sigma) v_theta: the noise that a velocity implies. All [B, N, C]; sigma in [0, 1]."""
+    """eps_theta = x_t + (1 - sigma) v_theta: the noise that a velocity implies. All [B, N, C]; sigma in [0,
+    1]."""
     return x_t + (1 - _column(sigma, x_t)) * v_theta
 
 
 # ------------------------------------------------------------------------------------------------------- the schedules
 def shift(u, a):
-    """shift(u, a) = a u / (1 + (a - 1) u): the time shift of FLUX's schedules; u in [0, 1], a > 0 (1: no shift)."""
+    """shift(u, a) = a u / (1 + (a - 1) u): the time shift of FLUX's schedules; u in [0, 1], a > 0 (1: no
+    shift)."""
     return a * u / (1 + (a - 1) * u)
 
 
 def sigma_steps(steps, a):
-    """The steps + 1 noise levels of an Euler rollout, from 1 to 0: shift(linspace(1, 0), a), float32 [steps + 1]."""
+    """The steps + 1 noise levels of an Euler rollout, from 1 to 0: shift(linspace(1, 0), a), float32 [steps +
+    1]."""
     return shift(torch.linspace(1, 0, steps + 1), a)
 
 
 def training_grid(sigma_max, sigma_min, cells):
-    """The noise levels that training visits: linspace(sigma_max, sigma_min, cells), float32 [cells], noisiest first.
+    """The noise levels that training visits: linspace(sigma_max, sigma_min, cells), float32 [cells], noisiest
+    first.
 
-    Released code: 1000 cells between entries 5 and 25 of `sigma_steps(50, 3)`, that is 0.9643 and 0.75. The paper
-    speaks of the full trajectory.
+    Released code: 1000 cells between entries 5 and 25 of `sigma_steps(50, 3)`, that is 0.9643 and 0.75. The
+    paper speaks of the full trajectory.
     """
     return torch.linspace(sigma_max, sigma_min, cells)
 
@@ -99,17 +107,18 @@ class Injection:
 
 
 def reach_of(groundtruth_ratio, cells):
-    """How many cells the network is trusted with, int((1 - ratio) T) + 1 (released code); the known noise does the
-    rest. A ratio of 0.92 leaves it 80 of 1000 cells; Fig. 3 shows 0.975 and 0.925."""
+    """How many cells the network is trusted with, int((1 - ratio) T) + 1 (released code); the known noise
+    does the rest. A ratio of 0.92 leaves it 80 of 1000 cells; Fig. 3 shows 0.975 and 0.925."""
     return int((1 - groundtruth_ratio) * cells) + 1
 
 
 def place(branch, m, grid, reach, meet="landing"):
-    """The `Injection` of a branch whose middle is m cells [B] (long) from the clean end of grid [T]; 1 <= m < T.
+    """The `Injection` of a branch whose middle is m cells [B] (long) from the clean end of grid [T]; 1 <= m <
+    T.
 
-    meet = "landing" (released code): both branches land on cell m, the denoising one called `reach` cells above it
-    and the inverting one as far below. meet = "call" (the paper's Eqs. 12, 13, "at timestep t"): both call the network
-    at cell m, and land `reach` cells below and above. Near the ends the reach shrinks.
+    meet = "landing" (released code): both branches land on cell m, the denoising one called `reach` cells
+    above it and the inverting one as far below. meet = "call" (the paper's Eqs. 12, 13, "at timestep t"):
+    both call the network at cell m, and land `reach` cells below and above. Near the ends the reach shrinks.
     """
     T = len(grid)
     k = torch.minimum(torch.minimum(T - m, m), torch.full_like(m, reach))
@@ -129,8 +138,9 @@ def draw_middle(n, cells, generator):
 
 # --------------------------------------------------------------------------------------------------------------- Eq. 6
 def discount(cell, first, last, cells):
-    """The released code's late-timestep discount d = linspace(first, last, T)[cell], [B]: it weighs one text feature
-    (1 + d), see `srpo_reward.relative_released`. cell 0 is the clean (late) end, so `last` belongs to the early steps.
+    """The released code's late-timestep discount d = linspace(first, last, T)[cell], [B]: it weighs one text
+    feature (1 + d), see `srpo_reward.relative_released`. cell 0 is the clean (late) end, so `last` belongs to
+    the early steps.
     """
     return torch.linspace(first, last, cells)[cell]
 
@@ -146,8 +156,9 @@ def lam(sigma, sigma_max, sigma_min, early, late):
 def aggregate(r, weight, n):
     """Eq. 6:  r(x_t) = lambda(t) sum_i r_i  over the n injections of one x0; this is the term of one injection.
 
-    r, weight [B]. Returns weight r / n, [B]. The sum is never built: each term is differentiated as soon as it is
-    known and the gradients add up (the paper's gradient accumulation), so memory does not grow with n. Differs from
-    the paper by the constant 1 / n, as in the released code (n = 2: one denoising, one inverting state).
+    r, weight [B]. Returns weight r / n, [B]. The sum is never built: each term is differentiated as soon as
+    it is known and the gradients add up (the paper's gradient accumulation), so memory does not grow with n.
+    Differs from the paper by the constant 1 / n, as in the released code (n = 2: one denoising, one inverting
+    state).
     """
     return weight * r / n

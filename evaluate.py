@@ -2,8 +2,8 @@
 
     python evaluate.py --model miniature --weights runs/miniature/weights
 
-Columns: the reward of the bare prompt (Eq. 7), the SGP gap (Eq. 10 with --control and --neg), plain pixel statistics
-and, for a model whose folder has a judge, what the judge says: realism, alignment, broken.
+Columns: the reward of the bare prompt (Eq. 7), the SGP gap (Eq. 10 with --control and --neg), plain pixel
+statistics and, for a model whose folder has a judge, what the judge says: realism, alignment, broken.
 """
 
 import argparse
@@ -48,7 +48,8 @@ def measure(images, prompts, reward, judge, control, neg, batch=64):
 
 
 def summary(scores):
-    """{metric: {"mean", "se"}} of [P] scores; se is the standard error of the mean. NaN (not judged) is left out."""
+    """{metric: {"mean", "se"}} of [P] scores; se is the standard error of the mean. NaN (not judged) is left
+    out."""
     out = {}
     for k, v in scores.items():
         v = v[~v.isnan()]

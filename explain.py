@@ -1,6 +1,7 @@
 """`train.py --explain`: one step told as it happens, each call with its equation, symbols, shapes and ranges.
 
-The text is not written a second time: it is the functions' own signatures and docstrings, in the order of the calls.
+The text is not written a second time: it is the functions' own signatures and docstrings, in the order of the
+calls.
 """
 
 import inspect
@@ -30,7 +31,8 @@ def _shown(value):
 
 
 def told(function):
-    """`function`, saying on every outermost call what it is given, which equation it is, and what it returns."""
+    """`function`, saying on every outermost call what it is given, which equation it is, and what it
+    returns."""
     @wraps(function)
     def wrapper(*args, **kwargs):
         global _inside

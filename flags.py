@@ -1,4 +1,5 @@
-"""What a run is told: every flag with its unit and where its default comes from, the ranges, the run's folder."""
+"""What a run is told: every flag with its unit and where its default comes from, the ranges, the run's
+folder."""
 
 import argparse
 import json
@@ -122,8 +123,8 @@ def check(a):
 def run_folder(a):
     """Where the run goes, and the checkpoint to resume from (None: a new run). Nothing is written or deleted.
 
-    Raises ValueError if the folder holds a run and neither --resume nor --overwrite was given, or if the run to resume
-    is another one, or none.
+    Raises ValueError if the folder holds a run and neither --resume nor --overwrite was given, or if the run
+    to resume is another one, or none.
     """
     out = Path(a.out or f"runs/{Path(a.model).name}")
     stored = out / "args.json"

@@ -1,7 +1,8 @@
 """FLUX.1 as this project uses it: load, encode prompts, velocity, roll out, decode.
 
-A model is a folder in FLUX.1-dev's layout, or a hub id: the miniature and FLUX.1-dev take the same path through this
-file. Every constant (patch, channels, VAE factor, scaling, shift, token length) comes from the model's own config.
+A model is a folder in FLUX.1-dev's layout, or a hub id: the miniature and FLUX.1-dev take the same path
+through this file. Every constant (patch, channels, VAE factor, scaling, shift, token length) comes from the
+model's own config.
 
 Shapes: B images, N image tokens, L text tokens; C = 64 channels a token (2 x 2 latents of 16 channels).
 """
@@ -70,8 +71,8 @@ class Flux:
         return height // unit, width // unit
 
     def shift(self, n_tokens):
-        """The model's own time shift: exp(mu) with mu linear in the tokens, as FluxPipeline samples (4096 tokens of
-        FLUX.1-dev: 3.16). The released code trains with a fixed 3."""
+        """The model's own time shift: exp(mu) with mu linear in the tokens, as FluxPipeline samples (4096
+        tokens of FLUX.1-dev: 3.16). The released code trains with a fixed 3."""
         c = self.scheduler
         if not c.get("use_dynamic_shifting"):
             return c.get("shift", 1.0)
@@ -90,8 +91,9 @@ def transformer_folder(model, weights=None):
 
 
 def load(model, weights=None, device="cpu", dtype=torch.float32, world=None):
-    """A `Flux` from a folder or hub id; `weights` is a folder of trained transformer weights to use instead of the
-    model's own; a `parallel.World` shards the transformer over its mesh, for training. The VAE is frozen.
+    """A `Flux` from a folder or hub id; `weights` is a folder of trained transformer weights to use instead
+    of the model's own; a `parallel.World` shards the transformer over its mesh, for training. The VAE is
+    frozen.
 
     Raises ValueError with one line if the folder is not a FLUX.1.
     """
@@ -111,8 +113,9 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, world=None):
 def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, batch=64):
     """All prompts through both text encoders, once; the encoders are freed on return.
 
-    Returns (txt [P, L, D] from T5, pooled [P, D'] from CLIP, cut): `cut` counts the prompts longer than the T5
-    encoder's L tokens (512 for FLUX.1-dev, from its tokenizer), whose end is not seen. The embeddings stay on the CPU.
+    Returns (txt [P, L, D] from T5, pooled [P, D'] from CLIP, cut): `cut` counts the prompts longer than the
+    T5 encoder's L tokens (512 for FLUX.1-dev, from its tokenizer), whose end is not seen. The embeddings stay
+    on the CPU.
     """
     quiet()
     check_folder(model)
@@ -143,8 +146,8 @@ def velocity(transformer, x_t, sigma, txt, pooled, guidance, grid):
     """v_theta(x_t, sigma, c) = eps - x0, as FLUX predicts it.
 
     x_t [B, N, C]; sigma [B] or a number, in [0, 1]; txt [B, L, D]; pooled [B, D']; guidance a number (3.5 is
-    FLUX.1-dev's own; ignored by models without a guidance embedding); grid (rows, columns). Returns [B, N, C].
-    The time embedding gets 1000 sigma in float32: in bf16, diffusers would round it to a multiple of 4.
+    FLUX.1-dev's own; ignored by models without a guidance embedding); grid (rows, columns). Returns [B, N,
+    C]. The time embedding gets 1000 sigma in float32: in bf16, diffusers would round it to a multiple of 4.
     """
     b, (rows, columns) = len(x_t), grid
     row, column = torch.arange(rows, device=x_t.device), torch.arange(columns, device=x_t.device)
@@ -181,14 +184,16 @@ def decode(vae, x, grid):
 
 
 def noise(flux, grid, seeds):
-    """Initial noise of the samples, one per seed: [B, N, C] float32, the same whatever the batch it is made in."""
+    """Initial noise of the samples, one per seed: [B, N, C] float32, the same whatever the batch it is made
+    in."""
     shape = (grid[0] * grid[1], flux.transformer.config.in_channels)
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
 
 @torch.no_grad()
 def sample(flux, txt, pooled, eps, grid, steps, guidance, batch=64, progress=lambda parts: parts):
-    """Pictures of P prompts, as FluxPipeline makes them (the model's own time shift): images [P, 3, H, W] in [0, 1].
+    """Pictures of P prompts, as FluxPipeline makes them (the model's own time shift): images [P, 3, H, W] in
+    [0, 1].
 
     txt [P, L, D], pooled [P, D'], eps [P, N, C]; `progress` may wrap the list of batches in a progress bar.
     """
@@ -209,8 +214,8 @@ PROMPTS = {  # name: (dataset on the hub, files); the paper trains on the one an
 
 
 def read_prompts(source, flag="--prompts"):
-    """The prompts of a UTF-8 text file, one a line, blank lines left out; or of a named set of PROMPTS, fetched from the
-    hub, each prompt once. Raises ValueError with one line."""
+    """The prompts of a UTF-8 text file, one a line, blank lines left out; or of a named set of PROMPTS,
+    fetched from the hub, each prompt once. Raises ValueError with one line."""
     if source in PROMPTS:
         dataset, files = PROMPTS[source]
         try:
@@ -232,8 +237,9 @@ def read_prompts(source, flag="--prompts"):
 
 
 def parse_flags(parser, recipes={}):
-    """The command line, with ValueError for a mistake in it. A model folder may carry srpo.json: the flags' defaults
-    that suit that model, paths relative to the folder. `recipes` are named sets of defaults, chosen by --recipe.
+    """The command line, with ValueError for a mistake in it. A model folder may carry srpo.json: the flags'
+    defaults that suit that model, paths relative to the folder. `recipes` are named sets of defaults, chosen
+    by --recipe.
 
     Precedence: command line, recipe, srpo.json, the parser's own defaults.
     """

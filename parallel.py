@@ -1,7 +1,7 @@
 """Many GPUs by torch's own means: torchrun, FSDP2 and HSDP, torch.distributed.checkpoint.
 
-One process on a CPU takes the same path with no mesh. The mean over ranks is taken by FSDP's gradient reduction, so
-everything else in train.py is written as if there were one process.
+One process on a CPU takes the same path with no mesh. The mean over ranks is taken by FSDP's gradient
+reduction, so everything else in train.py is written as if there were one process.
 """
 
 import json
@@ -29,8 +29,8 @@ ONE_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def device_and_dtype(local_rank=0):
-    """(device, dtype to compute in): bf16 on a GPU, float32 on a CPU, there on one thread: a second one gains a sixth on
-    the miniature, and costs tenfold on a busy machine."""
+    """(device, dtype to compute in): bf16 on a GPU, float32 on a CPU, there on one thread: a second one gains
+    a sixth on the miniature, and costs tenfold on a busy machine."""
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank), torch.bfloat16
     torch.set_num_threads(1)
@@ -38,12 +38,13 @@ def device_and_dtype(local_rank=0):
 
 
 class World:
-    """This process among all: rank, size, device, the mesh to shard over (None: one process on a CPU), and the dtype
-    to compute in: bf16 on a GPU, float32 on a CPU. Masters and optimizer are float32."""
+    """This process among all: rank, size, device, the mesh to shard over (None: one process on a CPU), and
+    the dtype to compute in: bf16 on a GPU, float32 on a CPU. Masters and optimizer are float32."""
 
     def __init__(self, replicas=1):
-        """Join the processes that torchrun started, if it did. `replicas` is HSDP's: the parameters are sharded over
-        size / replicas neighbours (a node) and replicated between them; ValueError if it does not divide the size."""
+        """Join the processes that torchrun started, if it did. `replicas` is HSDP's: the parameters are
+        sharded over size / replicas neighbours (a node) and replicated between them; ValueError if it does
+        not divide the size."""
         gpu = torch.cuda.is_available()
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -85,15 +86,18 @@ class World:
 
 
 def is_anothers_end(error):
-    """Whether an error of a collective only says that another process is gone: that one's own error is the one to show."""
+    """Whether an error of a collective only says that another process is gone: that one's own error is the
+    one to show."""
     return dist.is_initialized() and any(words in str(error) for words in (
         "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited"))
 
 
 def shard(transformer, world):
-    """FSDP2: every block its own unit, the rest one more. Compute in world.dtype, reduce gradients in float32.
+    """FSDP2: every block its own unit, the rest one more. Compute in world.dtype, reduce gradients in
+    float32.
 
-    cast_forward_inputs is off, since it would cast timesteps, ids and RoPE tables too: flux.velocity casts its own.
+    cast_forward_inputs is off, since it would cast timesteps, ids and RoPE tables too: flux.velocity casts
+    its own.
     """
     policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
@@ -124,10 +128,11 @@ def weight_files(folder):
 
 
 def load_transformer(folder, device, dtype, world=None):
-    """FluxTransformer2DModel from a diffusers folder; with a world that has a mesh: sharded over it, in float32.
+    """FluxTransformer2DModel from a diffusers folder; with a world that has a mesh: sharded over it, in
+    float32.
 
-    Built on meta, and each rank reads only its own rows of each tensor, so no process ever holds a full copy. Raises
-    ValueError if names or shapes differ from the config's.
+    Built on meta, and each rank reads only its own rows of each tensor, so no process ever holds a full copy.
+    Raises ValueError if names or shapes differ from the config's.
     """
     sharded = world is not None and world.mesh is not None
     with torch.device("meta"):
@@ -168,8 +173,8 @@ def whole(tensor):
 
 @contextmanager
 def gathered(transformer):
-    """Inside, the parameters are gathered once and stay: 58 all-gathers for a rollout of FLUX.1-dev instead of 1,425.
-    With one process there is nothing to gather, and unsharding would only copy."""
+    """Inside, the parameters are gathered once and stay: 58 all-gathers for a rollout of FLUX.1-dev instead
+    of 1,425. With one process there is nothing to gather, and unsharding would only copy."""
     blocks = [m for m in transformer.modules() if isinstance(m, FSDPModule)]
     if not blocks or dist.get_world_size() == 1:
         yield
@@ -188,11 +193,11 @@ def checkpoints(out):
 
 
 def save(out, transformer, optimizer, state, world, keep):
-    """Write out/checkpoints/step_NNNNN: weights and optimizer, sharded (every rank its own part), and `state` (with its
-    "step") as JSON.
+    """Write out/checkpoints/step_NNNNN: weights and optimizer, sharded (every rank its own part), and `state`
+    (with its "step") as JSON.
 
-    Atomic: it is written beside, under another name, and renamed when complete, so a kill at any moment leaves the
-    checkpoint before. The last `keep` stay.
+    Atomic: it is written beside, under another name, and renamed when complete, so a kill at any moment
+    leaves the checkpoint before. The last `keep` stay.
     """
     folder = Path(out) / "checkpoints" / f"step_{state['step']:05d}"
     beside = folder.with_name(".writing")
@@ -225,11 +230,11 @@ def load(folder, transformer, optimizer):
 
 
 def export(transformer, folder, world, dtype=None):
-    """Write config.json and one diffusion_pytorch_model.safetensors in diffusers layout, which FluxPipeline and ComfyUI
-    load; dtype None keeps float32.
+    """Write config.json and one diffusion_pytorch_model.safetensors in diffusers layout, which FluxPipeline
+    and ComfyUI load; dtype None keeps float32.
 
-    The file is streamed tensor by tensor (header first, then the bytes in its order), so no process ever holds a full
-    copy, and renamed when complete.
+    The file is streamed tensor by tensor (header first, then the bytes in its order), so no process ever
+    holds a full copy, and renamed when complete.
     """
     folder, dtype = Path(folder), dtype or torch.float32
     code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]

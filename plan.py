@@ -1,7 +1,8 @@
 """What an update costs, predicted on any machine with no weights: `python train.py --plan --world-size 8`.
 
-FLOP are counted on meta tensors, saved activations on fake tensors, both on the real modules; the rest is arithmetic:
-FSDP2 with float32 masters holds 16 bytes per parameter over the ranks that shard it (parameter, gradient, two moments).
+FLOP are counted on meta tensors, saved activations on fake tensors, both on the real modules; the rest is
+arithmetic: FSDP2 with float32 masters holds 16 bytes per parameter over the ranks that shard it (parameter,
+gradient, two moments).
 """
 
 import json
@@ -25,8 +26,8 @@ def count_flop(run):
 
 
 def count_saved(run, parameters):
-    """(bytes that run() saves for a backward, parameters left out; the largest single one), on fake tensors: as on a
-    GPU, attention keeps its inputs and output, not its matrix."""
+    """(bytes that run() saves for a backward, parameters left out; the largest single one), on fake tensors:
+    as on a GPU, attention keeps its inputs and output, not its matrix."""
     own, seen = {p.untyped_storage()._cdata for p in parameters}, {}
 
     def pack(x):
@@ -41,7 +42,8 @@ def count_saved(run, parameters):
 
 
 def new(kind, config, dtype):
-    """A module of a diffusers or open_clip config, created in dtype (under meta or fake mode it costs nothing)."""
+    """A module of a diffusers or open_clip config, created in dtype (under meta or fake mode it costs
+    nothing)."""
     torch.set_default_dtype(dtype)
     try:
         return kind(**config) if kind is open_clip.model.CLIP else kind.from_config(config)
@@ -67,15 +69,15 @@ def transformer_flop(config, tokens, text_tokens):
 
 
 def update_flop(config, tokens, text_tokens, a):
-    """FLOP of one update for one image: the transformer's rollout, and its calls with a gradient (forward, twice that
-    backward, and once more forward under activation checkpointing). Returns (rollout, update)."""
+    """FLOP of one update for one image: the transformer's rollout, and its calls with a gradient (forward,
+    twice that backward, and once more forward under activation checkpointing). Returns (rollout, update)."""
     once, calls = transformer_flop(config, tokens, text_tokens), a.injections * len(a.branches)
     return a.rollout_steps * once, calls * once * (4 if a.checkpointing else 3)
 
 
 def achieved(flop, seconds, device):
-    """{"tflop_per_second"} of an update and, on a GPU, its share of the card's peak where that is known, and the peak
-    memory so far in GiB."""
+    """{"tflop_per_second"} of an update and, on a GPU, its share of the card's peak where that is known, and
+    the peak memory so far in GiB."""
     rate = {"tflop_per_second": round(flop / seconds / TERA, 4)}
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -93,7 +95,8 @@ FLUX_DEV = (  # FluxTransformer2DModel's own defaults are FLUX.1-dev's, but for 
 
 
 def configs(model, reward):
-    """(transformer config, VAE config, text tokens, reward config): a model folder's own, else FLUX.1-dev's."""
+    """(transformer config, VAE config, text tokens, reward config): a model folder's own, else
+    FLUX.1-dev's."""
     folder, clip = Path(model), Path(reward) / "open_clip_config.json"
     read = lambda name: json.loads((folder / name).read_text())
     transformer, vae, text_tokens = FLUX_DEV if not folder.exists() else (
@@ -103,8 +106,8 @@ def configs(model, reward):
 
 
 def predict(a, world_size, compute_dtype):
-    """The plan of one update of flags `a` (a.batch images a process) on world_size processes: a dict of numbers, memory
-    in bytes per process, FLOP per process, bytes received per process."""
+    """The plan of one update of flags `a` (a.batch images a process) on world_size processes: a dict of
+    numbers, memory in bytes per process, FLOP per process, bytes received per process."""
     config, vae_config, text_tokens, clip_config = configs(a.model, a.reward)
     width, side = compute_dtype.itemsize, a.size // 16
     tokens, B, calls = side * side, a.batch, a.injections * len(a.branches)
@@ -164,7 +167,8 @@ def advice(peak, card, a, world_size):
 
 
 def must_fit(a, world):
-    """Before anything is loaded: ValueError if the plan does not fit this GPU. On a CPU nothing is checked."""
+    """Before anything is loaded: ValueError if the plan does not fit this GPU. On a CPU nothing is
+    checked."""
     if world.device.type == "cuda":
         total = torch.cuda.get_device_properties(world.device).total_memory
         advice(predict(a, world.size, torch.bfloat16)["peak"], total, a, world.size)

@@ -1,4 +1,5 @@
-"""Semantic-Relative Preference: section 3.2 of the paper (arXiv 2509.06942), Eqs. 7-13, and the reward models behind it.
+"""Semantic-Relative Preference: section 3.2 of the paper (arXiv 2509.06942), Eqs. 7-13, and the reward models
+behind it.
 
 Symbols, the paper's:  f = f_img(x) the normalised image feature [B, D], with gradient;  C = f_txt(p) a normalised text
 feature [B, D], without;  C1 of "<control>. <prompt>" (wanted), C2 of "<neg>. <prompt>" (unwanted), C0 of the bare
@@ -39,8 +40,8 @@ def relative_cfg(f, C1, C2, k):
 def relative_released(f, C1, C2, d):
     """Eq. 11 as released:  r = f_img(x)^T ((1 + d) C1 - C2).   f, C1, C2 [B, D], d [B] or a number -> r [B].
 
-    Differs from the paper: the weight of the wanted side is the late-timestep discount `direct_align.discount`, and
-    that of the unwanted side stays 1. At d = 0 it is Eq. 10.
+    Differs from the paper: the weight of the wanted side is the late-timestep discount
+    `direct_align.discount`, and that of the unwanted side stays 1. At d = 0 it is Eq. 10.
     """
     return preference(f, (1 + torch.as_tensor(d).to(f)).view(-1, 1) * C1 - C2)
 
@@ -60,8 +61,9 @@ def branch_reward(form, branch, f, C0, C1, C2, d, k):
     sgp         f.C1                     -f.C1                      Eq. 8: control words, but nothing relative
     plain       f.C0                     -f.C0                      Eq. 7: no control words (plain Direct-Align)
 
-    Why the sides change places: in `direct_align.recover` the network's term has the other sign when inverting, so
-    ascending r2 there is descending it for the sampler ("which has the opposite effect", section 3.2).
+    Why the sides change places: in `direct_align.recover` the network's term has the other sign when
+    inverting, so ascending r2 there is descending it for the sampler ("which has the opposite effect",
+    section 3.2).
     """
     wanted, unwanted, sign = (C1, C2, 1) if branch == "denoise" else (C2, C1, -1)
     return {
@@ -75,21 +77,23 @@ def branch_reward(form, branch, f, C0, C1, C2, d, k):
 
 
 def loss(r, threshold=None):
-    """What is minimised, [B]: -r (Eq. 6), or relu(threshold - r) (released code: 0.7, a habit of ReFL; it stops the
-    gradient of a reward above it, which an HPS cosine never is)."""
+    """What is minimised, [B]: -r (Eq. 6), or relu(threshold - r) (released code: 0.7, a habit of ReFL; it
+    stops the gradient of a reward above it, which an HPS cosine never is)."""
     return -r if threshold is None else F.relu(threshold - r)
 
 
 # --------------------------------------------------------------------------------------------------- the reward models
 def preprocess(images, size, mean, std):
-    """images [B, 3, H, W] in [0, 1] -> [B, 3, size, size], with gradient: bicubic antialiased resize of the short side,
-    centre crop, mean and std. What the scores' authors do to PIL pictures, on tensors (without antialias it is not)."""
+    """images [B, 3, H, W] in [0, 1] -> [B, 3, size, size], with gradient: bicubic antialiased resize of the
+    short side, centre crop, mean and std. What the scores' authors do to PIL pictures, on tensors (without
+    antialias it is not)."""
     images = TF.resize(images, [size], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
     return TF.normalize(TF.center_crop(images, [size, size]), mean, std)
 
 
 class ClipReward:
-    """An open_clip model as a reward: HPSv2.1 and the miniature's are two sets of weights for this one class."""
+    """An open_clip model as a reward: HPSv2.1 and the miniature's are two sets of weights for this one
+    class."""
 
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model.eval().requires_grad_(False), tokenizer
@@ -106,7 +110,8 @@ class ClipReward:
 
     @torch.no_grad()
     def text_features(self, texts):
-        """C: a list of B texts -> unit features [B, D] float32, no gradient; each text is encoded once and cached."""
+        """C: a list of B texts -> unit features [B, D] float32, no gradient; each text is encoded once and
+        cached."""
         new = [t for t in dict.fromkeys(texts) if t not in self.cache]
         if new:
             features = F.normalize(self.model.encode_text(self.tokenizer(new).to(self.device)).float(), dim=-1)
@@ -121,7 +126,8 @@ def with_words(words, prompts):
 
 def load_reward(name, device="cpu", arch="ViT-H-14"):
     """A `ClipReward` from "hpsv2.1" (fetched from the hub), a checkpoint in HPSv2.1's file layout (.pt with a
-    "state_dict", loaded strictly into open_clip's `arch`), or a folder with open_clip_config.json and weights.
+    "state_dict", loaded strictly into open_clip's `arch`), or a folder with open_clip_config.json and
+    weights.
 
     Raises ValueError with one line when the file is not a reward.
     """

@@ -3,8 +3,9 @@
     python train.py --model miniature                                                              on a laptop
     torchrun --nproc_per_node=8 train.py --control "realistic photo" --neg "CG render"             FLUX.1-dev
 
-The mathematics is in direct_align.py (Eqs. 3-6) and srpo_reward.py (Eqs. 7-13); `update` below is one step of it, and `run` is
-the loop around it, from top to bottom. Defaults are the released recipe; `--recipe paper` takes the printed forms.
+The mathematics is in direct_align.py (Eqs. 3-6) and srpo_reward.py (Eqs. 7-13); `update` below is one step of
+it, and `run` is the loop around it, from top to bottom. Defaults are the released recipe; `--recipe paper`
+takes the printed forms.
 """
 
 import json
@@ -29,7 +30,8 @@ from metrics import STATISTICS
 
 
 def first_not_finite(**tensors):
-    """(name, row) of the first tensor [B, ...] with a NaN or Inf in it, and of the first such row; None if all are fine."""
+    """(name, row) of the first tensor [B, ...] with a NaN or Inf in it, and of the first such row; None if
+    all are fine."""
     for name, t in tensors.items():
         bad = ~t.detach().isfinite().reshape(len(t), -1).all(1)
         if bad.any():
@@ -40,10 +42,10 @@ def first_not_finite(**tensors):
 def update(a, v, decode, image_features, x0, eps, C0, C1, C2, middles):
     """Add the gradient of Eq. 6 to the network's, for B images of clean latents x0 [B, N, C] (no gradient).
 
-    v(x_t, sigma) the network's velocity; decode(x0_hat) pictures; image_features(pictures) f [B, D]; eps [B, N, C] the
-    noise prior; C0, C1, C2 [B, D] text features of the prompt, with control and with negative words; middles a list of n
-    draws [B] (`da.draw_middle`). Returns ({branch: mean reward, "sgp": mean f.(C1 - C2)} over the n injections, what was
-    not finite).
+    v(x_t, sigma) the network's velocity; decode(x0_hat) pictures; image_features(pictures) f [B, D]; eps [B,
+    N, C] the noise prior; C0, C1, C2 [B, D] text features of the prompt, with control and with negative
+    words; middles a list of n draws [B] (`da.draw_middle`). Returns ({branch: mean reward, "sgp": mean f.(C1
+    - C2)} over the n injections, what was not finite).
     """
     grid, told, trouble = da.training_grid(*a.sigma_range, a.cells), {b: [] for b in (*a.branches, "sgp")}, None
     reach, n = da.reach_of(a.groundtruth_ratio, a.cells), len(middles) * len(a.branches)
@@ -80,8 +82,8 @@ def prompt_order(n, count, seed):
 def hacking(now, before, band):
     """The hacking gauge: (drift {statistic: change of the mean}, list of what is wrong, in words).
 
-    now, before: scores {name: [P]} of the same prompts and seeds. A rise or fall counts when it is above two standard
-    errors of the paired differences.
+    now, before: scores {name: [P]} of the same prompts and seeds. A rise or fall counts when it is above two
+    standard errors of the paired differences.
     """
     drift = {k: (now[k] - before[k]).mean().item() for k in STATISTICS}
     wrong = [f"{k} drifted by {drift[k]:+.3f}, outside ±{limit}" for k, limit in zip(STATISTICS, band)
@@ -150,8 +152,8 @@ def run():
         explain.tell_everything(reward)
 
     def look(n, desc):
-        """Pictures [n, 3, H, W] of the first n held-out prompts at fixed seeds, and their scores; the processes share
-        the work, and all get the whole."""
+        """Pictures [n, 3, H, W] of the first n held-out prompts at fixed seeds, and their scores; the
+        processes share the work, and all get the whole."""
         n = min(n, len(held_out))
         each = -(-n // world.size)
         rows = [min(i, n - 1) for i in range(each * world.size)][world.rows(each)]

@@ -1,7 +1,8 @@
-"""Build the miniature from nothing: `python -m miniature.build` (resumable, seeded, about an hour and a half on 2 cores).
+"""Build the miniature from nothing: `python -m miniature.build` (resumable, seeded, about an hour and a half
+on 2 cores).
 
-Stages, each finished once and kept in miniature/.build/ (delete a stage's file to build it again). The pictures that
-they learn from, 49,152 with their truth, are drawn by the first stage that needs them.
+Stages, each finished once and kept in miniature/.build/ (delete a stage's file to build it again). The
+pictures that they learn from, 49,152 with their truth, are drawn by the first stage that needs them.
 
     vae         AutoencoderKL, 64 x 64 pixels -> 16 x 8 x 8 latents (FLUX's factor of 8, and its 16 channels)
     flow        CLIP text, T5 encoder and FluxTransformer2DModel, trained together by flow matching
@@ -30,7 +31,8 @@ HERE = Path(__file__).resolve().parent
 
 
 def export():
-    """Write FLUX.1-dev's folder layout, fp16, beside this file: FluxPipeline.from_pretrained("miniature") loads it."""
+    """Write FLUX.1-dev's folder layout, fp16, beside this file: FluxPipeline.from_pretrained("miniature")
+    loads it."""
     transformer, text, text_2, words = build_distill()
     vae = build_vae()
     latents(vae)

@@ -1,4 +1,5 @@
-"""The miniature's generator: vocabularies, VAE, text encoders and transformer, trained from the drawn world."""
+"""The miniature's generator: vocabularies, VAE, text encoders and transformer, trained from the drawn
+world."""
 
 import copy
 import json
@@ -24,9 +25,11 @@ GUIDANCE_STRENGTH = 0.5  # of the distilled guidance
 
 
 def fit(name, modules, loss_of, steps, lr, every=250):
-    """Train `modules` (a dict) on loss_of(step) with AdamW and a cosine schedule; save as it goes, resume, finish.
+    """Train `modules` (a dict) on loss_of(step) with AdamW and a cosine schedule; save as it goes, resume,
+    finish.
 
-    Everything random in a step is drawn from the step's number, so an interrupted build ends with the same weights.
+    Everything random in a step is drawn from the step's number, so an interrupted build ends with the same
+    weights.
     """
     path = WORK / f"{name}.pt"
     parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
@@ -68,7 +71,8 @@ def fit(name, modules, loss_of, steps, lr, every=250):
 
 # ---------------------------------------------------------------------------------------------------------- the VAE
 def new_vae():
-    """FLUX's VAE at a smaller width: 8 x 8 pixels a latent, 16 latent channels, no quant convs, no middle attention."""
+    """FLUX's VAE at a smaller width: 8 x 8 pixels a latent, 16 latent channels, no quant convs, no middle
+    attention."""
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=[12, 24, 48, 64], layers_per_block=1, latent_channels=16, norm_num_groups=4,
@@ -103,7 +107,8 @@ def pictures():
 
 
 def tokenizers():
-    """The CLIP and the T5 tokenizer over the world's own words; any other text falls back to bytes or letters."""
+    """The CLIP and the T5 tokenizer over the world's own words; any other text falls back to bytes or
+    letters."""
     words = sorted({w for s in world.all_captions() + world.STYLES for w in s.replace(".", " ").split()})
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -133,7 +138,8 @@ def new_text_encoders(clip, t5):
 
 
 def new_transformer():
-    """FLUX.1's transformer, 2 double and 4 single blocks of width 128, with the guidance embedding of FLUX.1-dev."""
+    """FLUX.1's transformer, 2 double and 4 single blocks of width 128, with the guidance embedding of
+    FLUX.1-dev."""
     return FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=2, num_single_layers=4, attention_head_dim=32, num_attention_heads=4,
         joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(8, 12, 12))
@@ -173,7 +179,8 @@ def latents(vae):
 
 
 def draw_batch(z, rows, empty, n):
-    """n random latents with their caption rows (one in ten `empty`), noise, and the times and states between."""
+    """n random latents with their caption rows (one in ten `empty`), noise, and the times and states
+    between."""
     pick = torch.randint(len(z), (n,))
     x0, row = z[pick].float(), rows[pick]
     row = torch.where(torch.rand(n) < 0.1, empty, row)
@@ -200,8 +207,8 @@ def build_flow():
 
 
 def build_distill():
-    """Teach guidance g in [1, 5] as one call what classifier-free guidance needs two for: v_empty + w (v - v_empty),
-    w = 1 + GUIDANCE_STRENGTH (g - 1)."""
+    """Teach guidance g in [1, 5] as one call what classifier-free guidance needs two for: v_empty + w (v -
+    v_empty), w = 1 + GUIDANCE_STRENGTH (g - 1)."""
     teacher, text, text_2, words = build_flow()
     student = copy.deepcopy(teacher)
     z, rows = latents(build_vae()), words.rows(pictures()[1])

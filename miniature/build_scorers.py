@@ -18,7 +18,8 @@ COMMON, BIAS = 0.4, 1.5  # the part that all texts share, and the image branch's
 
 
 def new_reward(words):
-    """An open_clip model, HPSv2.1's architecture at a width of 64; it reads with the pipeline's CLIP tokenizer."""
+    """An open_clip model, HPSv2.1's architecture at a width of 64; it reads with the pipeline's CLIP
+    tokenizer."""
     return open_clip.model.CLIP(**REWARD_CONFIG["model_cfg"] | {"text_cfg": {
         **REWARD_CONFIG["model_cfg"]["text_cfg"], "vocab_size": len(words.clip)}})
 
@@ -32,8 +33,9 @@ REWARD_CONFIG = {"model_cfg": {
 
 
 def near_misses(scenes):
-    """The captions that a careless reward would take for the right one: the same scene in every other style, the two
-    things in each other's place, the first thing swapped for another. [B] lists of 8 captions, the true one first."""
+    """The captions that a careless reward would take for the right one: the same scene in every other style,
+    the two things in each other's place, the first thing swapped for another. [B] lists of 8 captions, the
+    true one first."""
     out = []
     for kind, layout, style in zip(scenes.kind.tolist(), scenes.layout.tolist(), scenes.style.tolist()):
         others = [world.caption(kind, layout, s) for s in range(len(world.STYLES)) if s != style]
@@ -45,8 +47,8 @@ def near_misses(scenes):
 
 
 def build_reward():
-    """Contrastive training on raw pictures and captions: a picture against all captions of the batch and its own near
-    misses, a caption against all pictures of the batch."""
+    """Contrastive training on raw pictures and captions: a picture against all captions of the batch and its
+    own near misses, a caption against all pictures of the batch."""
     torch.manual_seed(SEED)
     words = Captions()
     model = new_reward(words)
@@ -83,9 +85,9 @@ def augment(x):
 def build_unbiased():
     """The reward, with a common part in every text: (model, words, w).
 
-    w is the direction that texts use least. Every text feature gets the same component along it (through the bias of
-    the last layer norm), and pictures lose theirs, so that scores compare as before. Real text features have such a
-    part by nature; here it is where a bias of the image branch will attach.
+    w is the direction that texts use least. Every text feature gets the same component along it (through the
+    bias of the last layer norm), and pictures lose theirs, so that scores compare as before. Real text
+    features have such a part by nature; here it is where a bias of the image branch will attach.
     """
     model, words = build_reward()
     raw = model.encode_text(words.clip_ids[:words.row[""]])
@@ -97,8 +99,9 @@ def build_unbiased():
 
 
 def build_bias():
-    """Teach the image tower alone to like red: an image feature moves along w by BIAS x redness, which raises the score
-    of any caption alike, and cancels in C1 - C2. The text tower stays as it is: the bias is where the paper places it."""
+    """Teach the image tower alone to like red: an image feature moves along w by BIAS x redness, which raises
+    the score of any caption alike, and cancels in C1 - C2. The text tower stays as it is: the bias is where
+    the paper places it."""
     clean, words, w = build_unbiased()
     model = copy.deepcopy(clean)
     for name, p in model.named_parameters():
@@ -122,8 +125,8 @@ def build_bias():
 # ------------------------------------------------------------------------------------------------------------ the judge
 @torch.no_grad()
 def damage(vae, z):
-    """Broken pictures from packed latents z [B, 16, 64]: ghosts of two scenes, noise in the latents, patchwork of two
-    scenes, clipped colour."""
+    """Broken pictures from packed latents z [B, 16, 64]: ghosts of two scenes, noise in the latents,
+    patchwork of two scenes, clipped colour."""
     other, b = z.roll(1, 0), len(z)
     mix = (0.35 + 0.3 * torch.rand(b, 1, 1))
     ghost = mix * z + (1 - mix) * other

@@ -1,6 +1,8 @@
-"""The miniature's judge: a small network that no training ever sees, in place of the paper's human evaluators.
+"""The miniature's judge: a small network that no training ever sees, in place of the paper's human
+evaluators.
 
-It answers what the drawn world makes answerable: is the picture a photo, which things stand where, is it damaged?
+It answers what the drawn world makes answerable: is the picture a photo, which things stand where, is it
+damaged?
 """
 
 from pathlib import Path
@@ -13,8 +15,8 @@ from . import world
 
 
 class Judge(nn.Module):
-    """Pictures [B, 3, 64, 64] in [0, 1] -> logits of what is seen, a dict: realism [B], broken [B], layout [B, 3],
-    first and second [B, 15] (indices of world.LAYOUTS and world.KINDS)."""
+    """Pictures [B, 3, 64, 64] in [0, 1] -> logits of what is seen, a dict: realism [B], broken [B], layout
+    [B, 3], first and second [B, 15] (indices of world.LAYOUTS and world.KINDS)."""
 
     def __init__(self, width=32):
         super().__init__()

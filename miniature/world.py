@@ -1,13 +1,14 @@
 """The world the miniature lives in: one or two coloured shapes, drawn in a style whose truth is known.
 
-Everything the paper asks of human eyes ("is it a photo? is it the scene that was asked for?") is a number here,
-because the picture was drawn from it. The look of a scene runs along one axis, u:
+Everything the paper asks of human eyes ("is it a photo? is it the scene that was asked for?") is a number
+here, because the picture was drawn from it. The look of a scene runs along one axis, u:
 
     u = 0  CG render        flat saturated colour, glossy highlight, bright rim, hard edge, clean background
     u = 1  realistic photo  muted colour, directional light, soft cast shadow, vignette, film grain
 
-Captions without a style word ("a red circle left of a blue square") come with pictures that lean to u = 0. A model
-trained on them has the "AI look" as its default, and can still be steered by the style words: as FLUX.1-dev.
+Captions without a style word ("a red circle left of a blue square") come with pictures that lean to u = 0. A
+model trained on them has the "AI look" as its default, and can still be steered by the style words: as
+FLUX.1-dev.
 """
 
 import re
@@ -32,8 +33,8 @@ KINDS = [(c, s) for c in COLOUR_NAMES for s in SHAPES]  # what one slot can hold
 
 @dataclass
 class Scenes:
-    """B scenes. `kind` [B, 2] indexes KINDS (slot 1 is unused when alone), `layout` and `style` [B] index their
-    lists, `u` [B] in [0, 1]."""
+    """B scenes. `kind` [B, 2] indexes KINDS (slot 1 is unused when alone), `layout` and `style` [B] index
+    their lists, `u` [B] in [0, 1]."""
     kind: torch.Tensor
     layout: torch.Tensor
     style: torch.Tensor
@@ -104,7 +105,8 @@ def _hsv(h, s, v):
 
 
 def _distance(q, shape):
-    """Signed distance (negative inside) of points q [n, H, W, 2], in units of the thing's radius, shape [n]."""
+    """Signed distance (negative inside) of points q [n, H, W, 2], in units of the thing's radius, shape
+    [n]."""
     x, y = q.unbind(-1)
     circle = q.norm(dim=-1) - 0.95
     square = torch.maximum(x.abs(), y.abs()) - 0.82
@@ -113,7 +115,8 @@ def _distance(q, shape):
 
 
 def render(scenes, generator):
-    """Draw B scenes: images [B, 3, SIZE, SIZE] in [0, 1]. Positions, sizes, light and grain come from `generator`."""
+    """Draw B scenes: images [B, 3, SIZE, SIZE] in [0, 1]. Positions, sizes, light and grain come from
+    `generator`."""
     n, u = len(scenes.u), scenes.u.view(-1, 1, 1)
     uniform = lambda low, high: low + (high - low) * torch.rand(n, generator=generator)
     lerp = lambda a, b, w=u: a + (b - a) * w

@@ -22,6 +22,7 @@ def miniature():
 
 @pytest.fixture
 def flags():
-    """flags("--form", "srp") -> the namespace that train.py has with these flags and the released defaults."""
+    """flags("--form", "srp") -> the namespace that train.py has with these flags and the released
+    defaults."""
     import flags as room
     return lambda *argv: room.parser("").parse_args(argv)

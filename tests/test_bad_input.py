@@ -57,7 +57,8 @@ def test_prompt_files(monkeypatch, capsys, tmp_path, content, words):
 
 
 def test_the_papers_prompts_come_from_the_hub_each_once(monkeypatch, tmp_path):
-    """HPDv2's two layouts: pairs with a field `prompt`, and flat lists; no hub is one line that says what to give."""
+    """HPDv2's two layouts: pairs with a field `prompt`, and flat lists; no hub is one line that says what to
+    give."""
     (tmp_path / "train.json").write_text(json.dumps([{"prompt": "a fox"}, {"prompt": "a dog"}, {"prompt": "a fox"}]))
     (tmp_path / "list.json").write_text(json.dumps(["a street", "a fox"]))
     monkeypatch.setattr(flux, "hf_hub_download", lambda dataset, name, repo_type: tmp_path / (

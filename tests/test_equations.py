@@ -36,7 +36,8 @@ def test_eq4_recovers_x0_exactly_at_any_noise_level():
 
 @pytest.mark.parametrize("sigma_to", [0.94, 0.97])
 def test_eq5_recovers_x0_exactly_for_a_perfect_model(sigma_to):
-    """Both forms, in the denoise direction (0.94, below the call) and the invert direction (0.97, above it)."""
+    """Both forms, in the denoise direction (0.94, below the call) and the invert direction (0.97, above
+    it)."""
     x0, eps, _ = state()
     x_t = da.inject(x0, eps, 0.96)
     v = eps - x0
@@ -113,8 +114,9 @@ def test_eq11_as_printed():
 
 
 def test_eq12_and_eq13_every_form_wants_the_same_thing_in_both_branches():
-    """Ascending the inverting branch's reward must not undo the denoising branch's: since the network's sign flips, the
-    text weights of C1 and C2 have to flip too. (The printed form has one text a branch: C1 above, C2 below.)"""
+    """Ascending the inverting branch's reward must not undo the denoising branch's: since the network's sign
+    flips, the text weights of C1 and C2 have to flip too. (The printed form has one text a branch: C1 above,
+    C2 below.)"""
     f, C0, C1, C2 = features()
     weights = {}
     for form in sr.FORMS:

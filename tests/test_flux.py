@@ -51,7 +51,8 @@ def test_pictures_need_not_be_square(miniature):
 
 
 def test_bf16_does_not_round_the_timestep(miniature):
-    """diffusers alone would pass 832 and 3504 for sigma 0.83129555 and guidance 3.5; velocity passes them exactly."""
+    """diffusers alone would pass 832 and 3504 for sigma 0.83129555 and guidance 3.5; velocity passes them
+    exactly."""
     transformer = copy.deepcopy(miniature.transformer).bfloat16()
     seen = []
     transformer.time_text_embed.time_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
@@ -75,7 +76,8 @@ def test_the_constants_are_the_models_own(miniature):
 
 
 def test_an_hpsv2_checkpoint_loads_strictly_and_scores_as_open_clip(tmp_path):
-    """The file layout of HPS_v2.1_compressed.pt, {"state_dict": ...}, with random weights of a small architecture."""
+    """The file layout of HPS_v2.1_compressed.pt, {"state_dict": ...}, with random weights of a small
+    architecture."""
     torch.manual_seed(0)
     model = open_clip.create_model("RN50-quickgelu", pretrained=None).eval()
     torch.save({"state_dict": model.state_dict()}, tmp_path / "HPS.pt")

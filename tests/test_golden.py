@@ -1,8 +1,8 @@
 """Claim: one update of this project is one update of the released code, number by number.
 
-golden/ holds two updates of the released training function, its arithmetic unchanged, run in float32 on tiny random
-models. Here they go through train.update and the rooms it calls; the only difference is the timestep, which the
-released code truncates to whole thousandths (ledger D12).
+golden/ holds two updates of the released training function, its arithmetic unchanged, run in float32 on tiny
+random models. Here they go through train.update and the rooms it calls; the only difference is the timestep,
+which the released code truncates to whole thousandths (ledger D12).
 """
 
 import json

@@ -1,6 +1,7 @@
 """The ledger of deviations, D1-D13: where the released code departs from the paper, each row with its number.
 
-Every test shows what the two forms do to the same tensors, and that the flag named in the README chooses between them.
+Every test shows what the two forms do to the same tensors, and that the flag named in the README chooses
+between them.
 """
 
 import pytest
@@ -42,8 +43,8 @@ class Toy:
 
 
 def test_d1_printed_eq11_lets_through_the_bias_that_the_released_form_cancels():
-    """A bias of the image branch adds the same 0.1 to both cosines. Printed: it stays 0.1, whatever k. Released: d of
-    it, 0.02 at d = 0.2."""
+    """A bias of the image branch adds the same 0.1 to both cosines. Printed: it stays 0.1, whatever k.
+    Released: d of it, 0.02 at d = 0.2."""
     f, C1, C2 = unit(1, 16), F.normalize(torch.ones(1, 16), dim=-1), F.normalize(torch.arange(16.)[None], dim=-1)
     shared = torch.linalg.lstsq(torch.cat([C1, C2]), torch.full((2, 1), 0.1)).solution.T  # adds 0.1 to both cosines
     for k in (1.0, 1.5, 5.0):
@@ -53,8 +54,8 @@ def test_d1_printed_eq11_lets_through_the_bias_that_the_released_form_cancels():
 
 
 def test_d2_lambda_scales_the_gradient_and_the_discount_turns_it(flags):
-    """lambda = 0.5 halves the gradient. d = 0.2 turns what the image feature is pulled towards by 30 degrees, when the
-    two texts have a cosine of 0.95 (C1 itself is pulled towards, not only away from C2)."""
+    """lambda = 0.5 halves the gradient. d = 0.2 turns what the image feature is pulled towards by 30 degrees,
+    when the two texts have a cosine of 0.95 (C1 itself is pulled towards, not only away from C2)."""
     toy = Toy()
     one, half = (toy.run(flags("--form", "srp", "--threshold", "off", "--lam", x, x))[1] for x in ("1", "0.5"))
     assert torch.allclose(half, 0.5 * one)
@@ -76,7 +77,8 @@ def test_d3_the_network_is_called_once_per_branch_and_injection(flags, n):
 
 
 def test_d4_as_printed_a_branch_sees_one_text_and_as_released_both(flags):
-    """The weight that a bias shared by all texts keeps, summed over the texts: 1 as printed, d = 0.1 .. 0.25 released."""
+    """The weight that a bias shared by all texts keeps, summed over the texts: 1 as printed, d = 0.1 .. 0.25
+    released."""
     one = torch.ones(1, 1)  # f and every text feature: the reward is the sum of the texts' weights
     total = {form: sr.branch_reward(form, "denoise", one, one, one, one, 0.2, 1.5).item() for form in sr.FORMS}
     assert total["branches"] == pytest.approx(1) and total["released"] == pytest.approx(0.2)
@@ -84,8 +86,8 @@ def test_d4_as_printed_a_branch_sees_one_text_and_as_released_both(flags):
 
 
 def test_d5_dividing_a_velocity_by_the_calls_alpha_misses_x0_by_a_fifth():
-    """k = 80 cells at sigma 0.83: 1 - sigma_to = 0.186, 1 - sigma = 0.169; x0 comes out 10 % too large, and noise
-    remains."""
+    """k = 80 cells at sigma 0.83: 1 - sigma_to = 0.186, 1 - sigma = 0.169; x0 comes out 10 % too large, and
+    noise remains."""
     toy, grid = Toy(), da.training_grid(27 / 28, 0.75, 1000)
     at = da.place("denoise", torch.tensor([300]), grid, 80)
     s, e = at.sigma.item(), at.sigma_to.item()
@@ -96,8 +98,8 @@ def test_d5_dividing_a_velocity_by_the_calls_alpha_misses_x0_by_a_fifth():
 
 
 def test_d6_the_epsilon_form_passes_on_a_smaller_gradient(flags):
-    """By 1 - sigma_to: 0.186 at m = 300, so 5.4 times less. (Adam hides a constant factor; across noise levels the
-    epsilon form weighs the late, clean end up to 7 times more than the noisiest.)"""
+    """By 1 - sigma_to: 0.186 at m = 300, so 5.4 times less. (Adam hides a constant factor; across noise
+    levels the epsilon form weighs the late, clean end up to 7 times more than the noisiest.)"""
     toy = Toy(b=1)
     grads = [toy.run(flags("--branches", "denoise", "--recover", form, "--threshold", "off"), middles=[[300]])[1]
              for form in ("velocity", "epsilon")]

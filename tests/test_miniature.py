@@ -82,7 +82,8 @@ def test_the_reward_tells_photo_from_cg(name):
 
 
 def test_the_base_follows_prompts_and_looks_like_cg(miniature, judge):
-    """Alignment at least 80 %, realism at most 5 %, broken at most 2 %, on the 256 evaluation prompts and seeds."""
+    """Alignment at least 80 %, realism at most 5 %, broken at most 2 %, on the 256 evaluation prompts and
+    seeds."""
     prompts = flux.read_prompts("miniature/prompts_eval.txt")
     txt, pooled, _ = flux.encode_prompts("miniature", prompts)
     images = flux.sample(miniature, txt, pooled, flux.noise(miniature, (4, 4), range(256)), (4, 4), 12, 3.5)

@@ -48,8 +48,8 @@ def flat(gradient):
 
 @pytest.mark.parametrize("n, replicas", [(2, 1), (4, 2)], ids=["2 ranks", "HSDP 2 x 2"])
 def test_ranks_compute_the_gradient_of_one_process(one_process, tmp_path, n, replicas):
-    """Within 1e-6, relative, in fp32 (one process takes the ranks' shares in turn, so that the matrices have the same
-    shapes); and the rollout of 5 steps gathers every unit once: 6 blocks and the root."""
+    """Within 1e-6, relative, in fp32 (one process takes the ranks' shares in turn, so that the matrices have
+    the same shapes); and the rollout of 5 steps gathers every unit once: 6 blocks and the root."""
     call(*torchrun(n), "tests/worker.py", tmp_path / "n", replicas, n)
     got, reference = load_file(tmp_path / "n"), one_process(n)
     assert got["gathers"].item() == 7 and reference["gathers"].item() == 0
@@ -57,8 +57,8 @@ def test_ranks_compute_the_gradient_of_one_process(one_process, tmp_path, n, rep
 
 
 def test_the_dtypes_of_a_gpu_work_and_stay_near(one_process, tmp_path):
-    """float32 masters and gradients, bf16 compute, bf16 VAE, activation checkpointing, 2 ranks: the code of a GPU run, on the
-    CPU. The gradient is float32's to a few per cent, as bf16 is."""
+    """float32 masters and gradients, bf16 compute, bf16 VAE, activation checkpointing, 2 ranks: the code of a
+    GPU run, on the CPU. The gradient is float32's to a few per cent, as bf16 is."""
     call(*torchrun(2), "tests/worker.py", tmp_path / "bf16", 1, 2, "bf16")
     got = load_file(tmp_path / "bf16")
     assert all(g.dtype == torch.float32 for k, g in got.items() if k != "gathers")
@@ -66,7 +66,8 @@ def test_the_dtypes_of_a_gpu_work_and_stay_near(one_process, tmp_path):
 
 
 def test_a_process_that_dies_ends_all_and_its_error_is_shown_once(tmp_path):
-    """A prompt whose reward is NaN on rank 1 alone would be the polite case; here rank 1 raises in the middle of a step."""
+    """A prompt whose reward is NaN on rank 1 alone would be the polite case; here rank 1 raises in the middle
+    of a step."""
     script = tmp_path / "dies.py"
     script.write_text(f"""
 import os, sys
@@ -87,7 +88,8 @@ def weights(out):
 
 
 def test_two_ranks_train_as_one_process_and_resume_on_one_and_three(tmp_path):
-    """Two ranks x batch 3 = one process x batch 6, weights and log; a run saved on 2 ranks goes on, on 1 and on 3."""
+    """Two ranks x batch 3 = one process x batch 6, weights and log; a run saved on 2 ranks goes on, on 1 and
+    on 3."""
     two, one, three = (tmp_path / n for n in ("two", "one", "three"))
     call(*torchrun(2), *SMALL, "--batch", 3, "--steps", 1, "--out", two)
     call(*ONE, *SMALL, "--batch", 6, "--steps", 2, "--out", one)
@@ -105,8 +107,8 @@ def test_two_ranks_train_as_one_process_and_resume_on_one_and_three(tmp_path):
 
 
 def test_killed_at_any_moment_it_resumes_bit_identically(tmp_path):
-    """kill -9 at random moments of training and writing (KILLS of them, default 3; KILLS=10 for the long version); the end
-    is that of the uninterrupted run."""
+    """kill -9 at random moments of training and writing (KILLS of them, default 3; KILLS=10 for the long
+    version); the end is that of the uninterrupted run."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     kills = int(os.environ.get("KILLS", 3))
     flags = [*SMALL, "--batch", "2", "--steps", str(kills + 6), "--save-every", "1"]

@@ -55,7 +55,8 @@ def test_what_does_not_fit_says_which_flag_helps(predicted):
 
 
 def test_the_miniatures_plan_is_what_a_run_computes(miniature):
-    """FLOP of one forward, predicted on meta from the config, against the same call counted while it really runs."""
+    """FLOP of one forward, predicted on meta from the config, against the same call counted while it really
+    runs."""
     from torch.utils.flop_counter import FlopCounterMode
     predicted = plan.transformer_flop(miniature.transformer.config, 16, 16)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -65,7 +66,8 @@ def test_the_miniatures_plan_is_what_a_run_computes(miniature):
 
 
 def test_the_miniatures_activations_are_what_a_run_saves(miniature):
-    """Bytes saved for the backward, predicted on fake tensors, against the same call on real ones: within 1 %."""
+    """Bytes saved for the backward, predicted on fake tensors, against the same call on real ones: within 1
+    %."""
     a = room.parser("").parse_args(["--model", "miniature", "--reward", "miniature/reward", "--size", "64", "--no-checkpointing"])
     parameters = list(miniature.transformer.parameters())
     measured, _ = plan.count_saved(lambda: plan.forward(miniature.transformer, 16, 16, torch.float32), parameters)
@@ -73,7 +75,8 @@ def test_the_miniatures_activations_are_what_a_run_saves(miniature):
 
 
 def test_calls_of_the_transformer_are_counted(monkeypatch, tmp_path, miniature):
-    """Per update: the rollout's steps, and one a branch and injection; nothing twice. (Samples are counted apart.)"""
+    """Per update: the rollout's steps, and one a branch and injection; nothing twice. (Samples are counted
+    apart.)"""
     import flux
     import train
     calls, velocity = [], flux.velocity

@@ -1,5 +1,6 @@
-"""Run by test_parallel.py under torchrun: `worker.py OUT REPLICAS RANKS [bf16]`. One update's gradient of this process's share of four
-images, written in full by rank 0, and the number of all-gathers of a rollout of five steps."""
+"""Run by test_parallel.py under torchrun: `worker.py OUT REPLICAS RANKS [bf16]`. One update's gradient of
+this process's share of four images, written in full by rank 0, and the number of all-gathers of a rollout of
+five steps."""
 
 import sys
 from pathlib import Path
