@@ -40,7 +40,8 @@ def random_models(world):
         vae = plan.new(AutoencoderKL, vae_config, world.dtype).eval().requires_grad_(False)
         vae.register_to_config(scaling_factor=0.3611, shift_factor=0.1159)
         clip = open_clip.model.CLIP(**clip_config)
-    clip.visual.image_mean, clip.visual.image_std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+    clip.visual.image_mean, clip.visual.image_std = (open_clip.OPENAI_DATASET_MEAN,
+                                                     open_clip.OPENAI_DATASET_STD)
     scheduler = dict(use_dynamic_shifting=False, shift=3.0)
     return (flux.Flux(transformer, vae, scheduler, world.device, world.dtype),
             sr.ClipReward(clip, open_clip.get_tokenizer("ViT-H-14")), text_tokens)
@@ -50,7 +51,8 @@ def one_update(a, model, reward, optimizer, txt, pooled, texts, habits=()):
     """Rollout, branches, optimizer; returns {phase: seconds}. `habits` are the released loop's, for
     --released."""
     grid, device = model.grid(a.size, a.size), model.device
-    shape, seconds = (grid[0] * grid[1], model.transformer.config.in_channels), {"rollout": 0.0, "branches": 0.0, "optimizer": 0.0}
+    shape, seconds = ((grid[0] * grid[1], model.transformer.config.in_channels),
+                      {"rollout": 0.0, "branches": 0.0, "optimizer": 0.0})
     g = torch.Generator().manual_seed(0)
     eps = torch.randn(len(texts), *shape, generator=g).to(device)
     middles = da.draw_middle(len(texts), a.cells, g)
@@ -64,7 +66,8 @@ def one_update(a, model, reward, optimizer, txt, pooled, texts, habits=()):
     for rows in torch.arange(len(texts)).split(size):
         since = parallel.clock(device)
         c, p = txt[rows].to(device, model.dtype), pooled[rows].to(device, model.dtype)
-        v = lambda w: lambda x, s: flux.velocity(model.transformer, x.to(model.dtype), s, c, p, w, grid).float()
+        v = lambda w: lambda x, s: flux.velocity(model.transformer, x.to(model.dtype), s, c, p,
+                                                 w, grid).float()
         with torch.no_grad(), parallel.gathered(model.transformer):
             x0 = flux.rollout(v(a.rollout_guidance), eps[rows], da.sigma_steps(a.rollout_steps, 3.0))
         since = tick("rollout", since)
@@ -72,10 +75,12 @@ def one_update(a, model, reward, optimizer, txt, pooled, texts, habits=()):
         for _ in range(2 if "text features four times" in habits else 1):
             if "text features four times" in habits:
                 reward.cache.clear()
-            C0, C1, C2 = (reward.text_features(t) for t in (names, sr.with_words(a.control[0], names), sr.with_words(a.neg[0], names)))
-        with torch.autograd.set_detect_anomaly(True, check_nan=True) if "anomaly detection" in habits else nullcontext():
-            train.update(a, v(a.guidance), lambda z: flux.decode(model.vae, z, grid), reward.image_features, x0, eps[rows],
-                         C0, C1, C2, [middles[rows]])
+            C0, C1, C2 = (reward.text_features(t) for t in (names, sr.with_words(a.control[0], names),
+                                                            sr.with_words(a.neg[0], names)))
+        with (torch.autograd.set_detect_anomaly(True, check_nan=True) if "anomaly detection" in habits
+              else nullcontext()):
+            train.update(a, v(a.guidance), lambda z: flux.decode(model.vae, z, grid), reward.image_features,
+                         x0, eps[rows], C0, C1, C2, [middles[rows]])
         tick("branches", since)
     since = parallel.clock(device)
     torch.nn.utils.clip_grad_norm_(model.transformer.parameters(), a.clip)
@@ -87,7 +92,8 @@ def one_update(a, model, reward, optimizer, txt, pooled, texts, habits=()):
 
 def main():
     parser = flags.parser(__doc__)
-    parser.add_argument("--random-init", action="store_true", help="FLUX.1-dev's and ViT-H's size, random weights")
+    parser.add_argument("--random-init", action="store_true",
+                        help="FLUX.1-dev's and ViT-H's size, random weights")
     parser.add_argument("--released", action="store_true", help="compare with the released loop's habits")
     parser.add_argument("--repeats", type=int, default=5, help="timed updates, after one that is not")
     try:
@@ -99,12 +105,14 @@ def main():
         if a.random_init:
             model, reward, text_tokens = random_models(world)
             c = model.transformer.config
-            txt, pooled = torch.randn(a.batch, text_tokens, c.joint_attention_dim), torch.randn(a.batch, c.pooled_projection_dim)
+            txt, pooled = (torch.randn(a.batch, text_tokens, c.joint_attention_dim),
+                           torch.randn(a.batch, c.pooled_projection_dim))
             texts = [f"prompt {i}" for i in range(a.batch)]
         else:
             texts = flux.read_prompts(a.prompts)[:a.batch]
             txt, pooled, _ = flux.encode_prompts(a.model, texts, world.device, world.dtype)
-            model, reward = flux.load(a.model, None, world.device, world.dtype, world), sr.load_reward(a.reward, world.device)
+            model, reward = (flux.load(a.model, None, world.device, world.dtype, world),
+                             sr.load_reward(a.reward, world.device))
     except ValueError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         sys.exit(2)
@@ -126,8 +134,9 @@ def main():
                 runs[habits].append(seconds)
     if not world.main:
         return world.close()
-    print(f"{torch.cuda.get_device_name() if world.device.type == 'cuda' else 'CPU, one thread'}, {world.size} process(es), "
-          f"batch {a.batch} each, {a.size} x {a.size}, {a.rollout_steps} rollout steps, median of {a.repeats}\n")
+    print(f"{torch.cuda.get_device_name() if world.device.type == 'cuda' else 'CPU, one thread'}, "
+          f"{world.size} process(es), batch {a.batch} each, {a.size} x {a.size}, "
+          f"{a.rollout_steps} rollout steps, median of {a.repeats}\n")
     print(f"{'':46}{'rollout':>9}{'branches':>10}{'optimizer':>10}{'total':>9}{'ratio':>7}")
     first = None
     for habits, measured in runs.items():
@@ -135,7 +144,8 @@ def main():
         total = median(sum(s.values()) for s in measured)
         first = first or total
         name = f"+ {habits[-1]}" if habits else "this project"
-        print(f"{name:46}" + "".join(f"{middle[k]:>9.3f} " for k in middle) + f"{total:>8.3f} {total / first:>6.2f}")
+        print(f"{name:46}" + "".join(f"{middle[k]:>9.3f} " for k in middle)
+              + f"{total:>8.3f} {total / first:>6.2f}")
     rate = plan.achieved(flop, first, world.device)
     print("\n" + ", ".join(f"{k} {x}" for k, x in rate.items()))
     world.close()

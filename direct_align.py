@@ -1,11 +1,12 @@
 """Direct-Align: section 3.1 of the paper (arXiv 2509.06942), Eqs. 3-6, as pure tensor functions.
 
-Symbols, the paper's:  x0 clean latent, eps the noise prior (known, Gaussian), x_t the noisy state, v_theta and eps_theta
-what the network says, sigma the noise level in [0, 1] with alpha = 1 - sigma, x0_hat the recovered latent.
+Symbols, the paper's:  x0 clean latent, eps the noise prior (known, Gaussian), x_t the noisy state,
+v_theta and eps_theta what the network says, sigma the noise level in [0, 1] with alpha = 1 - sigma,
+x0_hat the recovered latent.
 
-FLUX is a rectified flow: x_t = (1 - sigma) x0 + sigma eps, and the network predicts the velocity v = eps -
-x0, so an Euler step from sigma to sigma_to adds (sigma_to - sigma) v. Latents are [B, N, C]; a sigma is a
-float or a tensor [B].
+FLUX is a rectified flow: x_t = (1 - sigma) x0 + sigma eps, and the network predicts the velocity
+v = eps - x0, so an Euler step from sigma to sigma_to adds (sigma_to - sigma) v. Latents are [B, N, C]; a
+sigma is a float or a tensor [B].
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ def _column(sigma, x):
     return sigma.to(x).view(-1, *[1] * (x.ndim - 1)) if torch.is_tensor(sigma) and sigma.ndim else sigma
 
 
-# -------------------------------------------------------------------------------------------------------- Eqs. 3 to 5
+# ------------------------------------------------------------------------------------------------ Eqs. 3 to 5
 def inject(x0, eps, sigma):
     """Eq. 3:  x_t = alpha x0 + sigma eps,  alpha = 1 - sigma.
 
@@ -55,10 +56,10 @@ def recover(x_t, v_theta, eps, sigma, sigma_to):
 def recover_epsilon(x_t, eps_theta, eps, sigma, sigma_to):
     """Eq. 5:  x0_hat = (x_t - dsigma eps_theta - (sigma - dsigma) eps) / alpha,  dsigma = sigma - sigma_to.
 
-    As in the paper: alpha = 1 - sigma, of the call. All tensors [B, N, C]; sigma in [0, 1), sigma_to in [0,
-    1]. With eps_theta = `epsilon(x_t, v_theta, sigma)` it is exact for a perfect network, like `recover`, but
-    passes on (1 - sigma_to) times as much of the network's error: 4 to 28 times less between sigma 0.75 and
-    0.964.
+    As in the paper: alpha = 1 - sigma, of the call. All tensors [B, N, C]; sigma in [0, 1), sigma_to in
+    [0, 1]. With eps_theta = `epsilon(x_t, v_theta, sigma)` it is exact for a perfect network, like `recover`,
+    but passes on (1 - sigma_to) times as much of the network's error: 4 to 28 times less between sigma 0.75
+    and 0.964.
     """
     sigma, sigma_to = _column(sigma, x_t), _column(sigma_to, x_t)
     dsigma = sigma - sigma_to
@@ -66,21 +67,21 @@ def recover_epsilon(x_t, eps_theta, eps, sigma, sigma_to):
 
 
 def epsilon(x_t, v_theta, sigma):
-    """eps_theta = x_t + (1 - sigma) v_theta: the noise that a velocity implies. All [B, N, C]; sigma in [0,
-    1]."""
+    """eps_theta = x_t + (1 - sigma) v_theta: the noise that a velocity implies. All [B, N, C];
+    sigma in [0, 1]."""
     return x_t + (1 - _column(sigma, x_t)) * v_theta
 
 
-# ------------------------------------------------------------------------------------------------------- the schedules
+# ---------------------------------------------------------------------------------------------- the schedules
 def shift(u, a):
-    """shift(u, a) = a u / (1 + (a - 1) u): the time shift of FLUX's schedules; u in [0, 1], a > 0 (1: no
-    shift)."""
+    """shift(u, a) = a u / (1 + (a - 1) u): the time shift of FLUX's schedules; u in [0, 1], a > 0
+    (1: no shift)."""
     return a * u / (1 + (a - 1) * u)
 
 
 def sigma_steps(steps, a):
-    """The steps + 1 noise levels of an Euler rollout, from 1 to 0: shift(linspace(1, 0), a), float32 [steps +
-    1]."""
+    """The steps + 1 noise levels of an Euler rollout, from 1 to 0: shift(linspace(1, 0), a),
+    float32 [steps + 1]."""
     return shift(torch.linspace(1, 0, steps + 1), a)
 
 
@@ -113,8 +114,8 @@ def reach_of(groundtruth_ratio, cells):
 
 
 def place(branch, m, grid, reach, meet="landing"):
-    """The `Injection` of a branch whose middle is m cells [B] (long) from the clean end of grid [T]; 1 <= m <
-    T.
+    """The `Injection` of a branch whose middle is m cells [B] (long) from the clean end of grid [T];
+    1 <= m < T.
 
     meet = "landing" (released code): both branches land on cell m, the denoising one called `reach` cells
     above it and the inverting one as far below. meet = "call" (the paper's Eqs. 12, 13, "at timestep t"):
@@ -136,7 +137,7 @@ def draw_middle(n, cells, generator):
     return torch.randint(5, cells - 4, (n,), generator=generator)
 
 
-# --------------------------------------------------------------------------------------------------------------- Eq. 6
+# ------------------------------------------------------------------------------------------------------ Eq. 6
 def discount(cell, first, last, cells):
     """The released code's late-timestep discount d = linspace(first, last, T)[cell], [B]: it weighs one text
     feature (1 + d), see `srpo_reward.relative_released`. cell 0 is the clean (late) end, so `last` belongs to
@@ -154,11 +155,12 @@ def lam(sigma, sigma_max, sigma_min, early, late):
 
 
 def aggregate(r, weight, n):
-    """Eq. 6:  r(x_t) = lambda(t) sum_i r_i  over the n injections of one x0; this is the term of one injection.
+    """Eq. 6:  r(x_t) = lambda(t) sum_i r_i  over the n injections of one x0; this is the term of one
+    injection.
 
     r, weight [B]. Returns weight r / n, [B]. The sum is never built: each term is differentiated as soon as
     it is known and the gradients add up (the paper's gradient accumulation), so memory does not grow with n.
-    Differs from the paper by the constant 1 / n, as in the released code (n = 2: one denoising, one inverting
-    state).
+    Differs from the paper by the constant 1 / n, as in the released code (n = 2: one denoising, one
+    inverting state).
     """
     return weight * r / n

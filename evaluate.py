@@ -33,13 +33,15 @@ def load_judge(model):
 def measure(images, prompts, reward, judge, control, neg, batch=64):
     """Every score of P pictures [P, 3, H, W] in [0, 1] for their P prompts: a dict of [P] float tensors.
 
-    reward  Eq. 7, f.C0 of the bare prompt;  sgp  Eq. 10, f.(C1 - C2);  the pixel statistics;  the judge's verdicts.
+    reward  Eq. 7, f.C0 of the bare prompt;  sgp  Eq. 10, f.(C1 - C2);  the pixel statistics;
+    the judge's verdicts.
     """
     parts = []
     for i in range(0, len(images), batch):
         x, texts = images[i:i + batch], prompts[i:i + batch]
         f = reward.image_features(x.to(reward.device))
-        C0, C1, C2 = (reward.text_features(t) for t in (texts, with_words(control, texts), with_words(neg, texts)))
+        C0, C1, C2 = (reward.text_features(t)
+                      for t in (texts, with_words(control, texts), with_words(neg, texts)))
         scores = {"reward": preference(f, C0), "sgp": relative(f, C1, C2), **pixel_statistics(x)}
         if judge is not None:
             scores |= judge.verdicts(x, texts)
@@ -72,7 +74,8 @@ def table(rows):
     cell = lambda k, s: (f"{100 * s['mean']:.1f} ± {100 * s['se']:.1f} %" if k in PERCENT
                          else f"{s['mean']:+.3f} ± {s['se']:.3f}")
     lines = ["| | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
-    return "\n".join(lines + [f"| {n} | " + " | ".join(cell(k, s[k]) for k in metrics) + " |" for n, s in rows.items()])
+    return "\n".join(lines + [f"| {n} | " + " | ".join(cell(k, s[k]) for k in metrics) + " |"
+                              for n, s in rows.items()])
 
 
 def spread(rows):
@@ -82,11 +85,14 @@ def spread(rows):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
-    add("--weights", nargs="*", default=[], help="folders of trained transformer weights, each compared with the base")
-    add("--prompts", dest="eval_prompts", default="hpdv2-benchmark", help="text file, one prompt a line, or hpdv2-benchmark")
+    add("--weights", nargs="*", default=[],
+        help="folders of trained transformer weights, each compared with the base")
+    add("--prompts", dest="eval_prompts", default="hpdv2-benchmark",
+        help="text file, one prompt a line, or hpdv2-benchmark")
     add("--n", type=int, default=256, help="how many of the prompts, from the first")
     add("--reward", default="hpsv2.1", help="hpsv2.1, a .pt in its layout, or an open_clip folder")
     add("--control", default="Realistic photo", help="the wanted words of the SGP gap [paper 4.2]")
@@ -116,7 +122,8 @@ def main():
         sys.exit(2)
     if len(args.weights) > 1:
         rows[f"mean of {len(args.weights)}, ± spread"] = spread([rows[w] for w in args.weights])
-    print(f"{len(prompts)} prompts, {args.eval_steps} steps, guidance {args.guidance}, mean ± standard error")
+    print(f"{len(prompts)} prompts, {args.eval_steps} steps, guidance {args.guidance}, "
+          f"mean ± standard error")
     print(table(rows))
     if args.out:
         out = Path(args.out)

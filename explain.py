@@ -21,13 +21,15 @@ def _shown(value):
     if torch.is_tensor(value):
         low, high = value.min().item(), value.max().item()
         grad = "  with gradient" if value.requires_grad else ""
-        return f"{str(list(value.shape)):16}" + (f"{low:.4g} .. {high:.4g}" if low != high else f"{low:.4g}") + grad
+        return (f"{str(list(value.shape)):16}"
+                + (f"{low:.4g} .. {high:.4g}" if low != high else f"{low:.4g}") + grad)
     if isinstance(value, (list, tuple)) and len(value) > 3:
         return f"[{value[0]!r}, ...] ({len(value)})"
     if hasattr(value, "__dataclass_fields__"):
-        return "; ".join(f"{k} {' '.join(_shown(getattr(value, k)).split())}" for k in value.__dataclass_fields__
-                         if torch.is_tensor(getattr(value, k)))
-    return str(value) if isinstance(value, (int, float, str, list, tuple, type(None))) else type(value).__name__
+        return "; ".join(f"{k} {' '.join(_shown(getattr(value, k)).split())}"
+                         for k in value.__dataclass_fields__ if torch.is_tensor(getattr(value, k)))
+    return (str(value) if isinstance(value, (int, float, str, list, tuple, type(None)))
+            else type(value).__name__)
 
 
 def told(function):
@@ -54,8 +56,10 @@ def told(function):
 
 def tell_everything(reward):
     """From now on, the functions that one update calls tell what they do."""
-    for room, names in ((flux, ("rollout", "velocity", "decode")), (reward, ("image_features", "text_features")),
-                        (da, ("training_grid", "place", "inject", "recover", "recover_epsilon", "epsilon", "discount",
-                              "lam", "aggregate")), (sr, ("with_words", "branch_reward", "loss"))):
+    for room, names in ((flux, ("rollout", "velocity", "decode")),
+                        (reward, ("image_features", "text_features")),
+                        (da, ("training_grid", "place", "inject", "recover", "recover_epsilon", "epsilon",
+                              "discount", "lam", "aggregate")),
+                        (sr, ("with_words", "branch_reward", "loss"))):
         for name in names:
             setattr(room, name, told(getattr(room, name)))

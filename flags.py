@@ -20,9 +20,10 @@ def parser(description):
     p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     words, off = lambda s: [w.strip() for w in s.split(",")], lambda s: None if s == "off" else float(s)
     g = p.add_argument_group("the run").add_argument
-    g("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id; its srpo.json, "
-      "if there is one, holds defaults that suit it")
-    g("--prompts", default="hpdv2", help="text file, one training prompt a line; hpdv2: fetched from the hub [paper 4.1]")
+    g("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id; "
+      "its srpo.json, if there is one, holds defaults that suit it")
+    g("--prompts", default="hpdv2",
+      help="text file, one training prompt a line; hpdv2: fetched from the hub [paper 4.1]")
     g("--out", help="folder of the run (default: runs/<model>)")
     g("--steps", type=int, default=19, help="updates; users see collapse by 20 to 50 [released code: 19]")
     g("--batch", type=int, default=1, help="images an update [released code: 1 a GPU]")
@@ -34,13 +35,17 @@ def parser(description):
     g("--keep", type=int, default=2, help="checkpoints that stay [ours]")
     g("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
     g("--overwrite", action="store_true", help="delete the run in --out first")
-    g("--tensorboard", action="store_true", help="also write out/tensorboard (needs: pip install tensorboard)")
-    g("--explain", action="store_true", help="tell one update call by call, with equations and shapes; writes nothing")
+    g("--tensorboard", action="store_true",
+      help="also write out/tensorboard (needs: pip install tensorboard)")
+    g("--explain", action="store_true",
+      help="tell one update call by call, with equations and shapes; writes nothing")
     g = p.add_argument_group("the reward (Eqs. 7-13)").add_argument
-    g("--reward", default="hpsv2.1", help="hpsv2.1, a .pt in its file layout, or an open_clip folder [paper 4.1]")
+    g("--reward", default="hpsv2.1",
+      help="hpsv2.1, a .pt in its file layout, or an open_clip folder [paper 4.1]")
     g("--control", type=words, default=["Natural-lighting", "Detail", "Detailed", "Real"],
       help="wanted words, comma-separated, cycling with the step [released code]")
-    g("--neg", type=words, default=["Concept art", "Painting", "Anime", "Flat", "Oil"], help="unwanted words, likewise")
+    g("--neg", type=words, default=["Concept art", "Painting", "Anime", "Flat", "Oil"],
+      help="unwanted words, likewise")
     g("--form", choices=sr.FORMS, default="released", help="which reward in which branch: the table in "
       "srpo_reward.branch_reward [released code]")
     g("--cfg-k", type=float, default=1.5, help="k of Eq. 11, for --form cfg [ours; the paper gives none]")
@@ -53,46 +58,52 @@ def parser(description):
     g("--sigma-range", type=float, nargs=2, default=[27 / 28, 0.75], metavar=("MAX", "MIN"),
       help="noise levels that are trained [released code: 0.9643 0.75]")
     g("--cells", type=int, default=1000, help="grid cells in that range [released code]")
-    g("--groundtruth-ratio", type=float, default=0.92, help="share of the range left to the known noise; the network "
-      "is called the rest away from where it lands [released code: 0.92 HPS, 0.9 PickScore]")
+    g("--groundtruth-ratio", type=float, default=0.92, help="share of the range left to the known noise; "
+      "the network is called the rest away from where it lands [released code: 0.92 HPS, 0.9 PickScore]")
     g("--branches", type=words, default=["denoise", "invert"], help="denoise, invert, or both [paper 3.2]")
-    g("--injections", type=int, default=1, help="n of Eq. 6: noise levels a branch visits per image [released code]")
-    g("--meet", choices=["landing", "call"], default="landing", help="where the branches meet: at the level they land "
-      "on [released code], or at the level they call the network [paper]")
-    g("--recover", choices=["velocity", "epsilon"], default="velocity", help="Eq. 5 for a velocity [released code], or "
-      "as printed")
-    g("--lam", type=float, nargs=2, default=[1.0, 1.0], metavar=("EARLY", "LATE"), help="lambda(t) of Eq. 6 at both "
-      "ends of --sigma-range [released code: none]")
-    g("--noise", choices=["shared", "independent", "fresh"], default="shared", help="one noise prior for all images of "
-      "an update [released code], one each, or shared but with fresh noise to inject")
+    g("--injections", type=int, default=1,
+      help="n of Eq. 6: noise levels a branch visits per image [released code]")
+    g("--meet", choices=["landing", "call"], default="landing", help="where the branches meet: at the "
+      "level they land on [released code], or at the level they call the network [paper]")
+    g("--recover", choices=["velocity", "epsilon"], default="velocity",
+      help="Eq. 5 for a velocity [released code], or as printed")
+    g("--lam", type=float, nargs=2, default=[1.0, 1.0], metavar=("EARLY", "LATE"),
+      help="lambda(t) of Eq. 6 at both ends of --sigma-range [released code: none]")
+    g("--noise", choices=["shared", "independent", "fresh"], default="shared", help="one noise prior for all "
+      "images of an update [released code], one each, or shared but with fresh noise to inject")
     g = p.add_argument_group("the rollout").add_argument
     g("--size", type=int, default=720, help="side of the pictures, pixels [released code]")
     g("--rollout-steps", type=int, default=25, help="Euler steps to x0 [paper 4.1]")
     g("--rollout-guidance", type=float, default=1.0, help="distilled guidance of the rollout [released code]")
-    g("--guidance", type=float, default=3.5, help="distilled guidance of the update, and of samples [released code]")
-    g("--shift", type=off, default=3.0, help="time shift of the rollout; off: the model's own [released code]")
+    g("--guidance", type=float, default=3.5,
+      help="distilled guidance of the update, and of samples [released code]")
+    g("--shift", type=off, default=3.0,
+      help="time shift of the rollout; off: the model's own [released code]")
     g = p.add_argument_group("many GPUs (torchrun)").add_argument
-    g("--replicas", type=int, default=1, help="HSDP: parameters are sharded inside each of so many groups and copied "
-      "between them; the number of nodes [ours]")
-    g("--checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute activations in the "
-      "backward: 21 GiB less for FLUX.1-dev at 720 pixels, a quarter more work in the update [released code]")
+    g("--replicas", type=int, default=1, help="HSDP: parameters are sharded inside each of so many groups "
+      "and copied between them; the number of nodes [ours]")
+    g("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
+      help="recompute activations in the backward: 21 GiB less for FLUX.1-dev at 720 pixels, "
+           "a quarter more work in the update [released code]")
     g("--compile", action="store_true", help="torch.compile every transformer block")
-    g("--plan", action="store_true", help="print the predicted memory, work and seconds of an update, and stop: no GPU and "
-      "no weights needed")
+    g("--plan", action="store_true", help="print the predicted memory, work and seconds of an update, "
+      "and stop: no GPU and no weights needed")
     g("--world-size", type=int, default=8, help="processes, for --plan")
     g("--card", choices=list(plan.PEAK), default="H200", help="GPU, for --plan")
     g("--share", type=float, default=0.4, help="of the card's peak that is reached, for --plan [ours]")
     g = p.add_argument_group("watching for collapse").add_argument
-    g("--eval-prompts", default="hpdv2-benchmark", help="text file, or hpdv2-benchmark: the first of them are sampled at fixed "
-      "seeds [paper 4.2]")
+    g("--eval-prompts", default="hpdv2-benchmark", help="text file, or hpdv2-benchmark: the first of them "
+      "are sampled at fixed seeds [paper 4.2]")
     g("--eval-steps", type=int, default=50, help="sampling steps of samples and evaluation [paper 4.1]")
     g("--watch", type=int, default=4, help="pictures sampled at fixed seeds while training [ours]")
     g("--watch-every", type=int, default=5, help="updates between them [ours]")
     g("--eval", type=int, default=0, help="pictures of the evaluation before and after; 0: none [ours]")
-    g("--drift-band", type=float, nargs=4, default=[0.25, 0.1, 0.2, 0.04], metavar=tuple(s.upper() for s in STATISTICS),
-      help="largest change of these mean statistics of the watched pictures before the run is called hacked [ours]")
-    p.add_argument("--recipe", choices=["released", "paper"], default="released", help="paper: every form as printed ("
-                   + ", ".join(f"{k} {v}" for k, v in PAPER.items()) + ") [ours where the paper gives no number]")
+    g("--drift-band", type=float, nargs=4, default=[0.25, 0.1, 0.2, 0.04],
+      metavar=tuple(s.upper() for s in STATISTICS), help="largest change of these mean statistics of the "
+      "watched pictures before the run is called hacked [ours]")
+    p.add_argument("--recipe", choices=["released", "paper"], default="released",
+                   help="paper: every form as printed (" + ", ".join(f"{k} {v}" for k, v in PAPER.items())
+                        + ") [ours where the paper gives no number]")
     return p
 
 
@@ -100,7 +111,8 @@ def check(a):
     """Raise ValueError, one line, for the first flag that is out of range."""
     ranges = {"steps": (1, None), "batch": (1, None), "injections": (1, None), "rollout_steps": (1, None),
               "eval_steps": (1, None), "cells": (20, None), "watch": (1, None), "watch_every": (1, None),
-              "save_every": (1, None), "keep": (1, None), "replicas": (1, None), "world_size": (1, None), "eval": (0, None), "groundtruth_ratio": (0, 1), "seed": (0, 2**40)}
+              "save_every": (1, None), "keep": (1, None), "replicas": (1, None), "world_size": (1, None),
+              "eval": (0, None), "groundtruth_ratio": (0, 1), "seed": (0, 2**40)}
     for name, (low, high) in ranges.items():
         value = getattr(a, name)
         if value < low or (high is not None and value > high):
@@ -115,7 +127,8 @@ def check(a):
     for name in ("control", "neg"):
         words = getattr(a, name)
         if not words or not all(words):
-            raise ValueError(f'--{name} "{",".join(words)}": an empty control word; give for example "realistic photo"')
+            raise ValueError(f'--{name} "{",".join(words)}": an empty control word; '
+                             'give for example "realistic photo"')
     if not a.branches or set(a.branches) - {"denoise", "invert"}:
         raise ValueError(f"--branches {','.join(a.branches)}: must be denoise, invert or denoise,invert")
 
@@ -130,20 +143,22 @@ def run_folder(a):
     stored = out / "args.json"
     if not a.resume:
         if stored.exists() and not a.overwrite:
-            raise ValueError(f"--out {out} already holds a run; --resume continues it, --overwrite deletes it")
+            raise ValueError(f"--out {out} already holds a run; --resume continues it, "
+                             "--overwrite deletes it")
         return out, None
     done = parallel.checkpoints(out)
     if not done or not stored.exists():
         raise ValueError(f"--resume: no checkpoint in {out}; start without --resume, or give the run's --out")
     then, now = json.loads(stored.read_text()), json.loads(json.dumps(vars(a)))
-    free = ("steps", "resume", "overwrite", "explain", "out", "save_every", "keep", "replicas", "checkpointing", "compile",
-            "tensorboard", "batch")
+    free = ("steps", "resume", "overwrite", "explain", "out", "save_every", "keep", "replicas",
+            "checkpointing", "compile", "tensorboard", "batch")
     for k in now:
         if k not in free and now[k] != then.get(k):
-            raise ValueError(f"--resume: the run in {out} has --{k.replace('_', '-')} {then.get(k)}, now {now[k]}; give the "
-                             f"same flags, or another --out")
+            raise ValueError(f"--resume: the run in {out} has --{k.replace('_', '-')} {then.get(k)}, "
+                             f"now {now[k]}; give the same flags, or another --out")
     if int(done[-1].name.split("_")[1]) > a.steps:
-        raise ValueError(f"--steps {a.steps}: the run in {out} is past it, at {done[-1].name}; give more steps")
+        raise ValueError(f"--steps {a.steps}: the run in {out} is past it, at {done[-1].name}; "
+                         "give more steps")
     return out, done[-1]
 
 

@@ -39,14 +39,15 @@ def check_folder(model):
     if not path.exists():
         if str(model).count("/") == 1 and not str(model).startswith((".", "/")):
             return
-        raise ValueError(f"--model {model}: no such folder (give a folder in FLUX.1-dev's layout, or a hub id "
-                         f"such as black-forest-labs/FLUX.1-dev)")
+        raise ValueError(f"--model {model}: no such folder (give a folder in FLUX.1-dev's layout, or a "
+                         f"hub id such as black-forest-labs/FLUX.1-dev)")
     missing = [p for p in ("model_index.json", *PARTS) if not (path / p).exists()]
     if missing:
         raise ValueError(f"--model {model}: not a FLUX.1 folder, it has no {', '.join(missing)}")
     index = json.loads((path / "model_index.json").read_text())
     if index.get("_class_name") != "FluxPipeline":
-        raise ValueError(f"--model {model}: model_index.json says {index.get('_class_name')}, not FluxPipeline")
+        raise ValueError(f"--model {model}: model_index.json says {index.get('_class_name')}, "
+                         f"not FluxPipeline")
 
 
 @dataclass
@@ -67,7 +68,8 @@ class Flux:
         """(rows, columns) of tokens of a picture of height x width pixels; N = rows x columns."""
         unit = self.pixels_per_token
         if height % unit or width % unit or height < unit or width < unit:
-            raise ValueError(f"size {width} x {height}: both sides must be multiples of {unit} pixels for this model")
+            raise ValueError(f"size {width} x {height}: both sides must be multiples of {unit} pixels for "
+                             f"this model")
         return height // unit, width // unit
 
     def shift(self, n_tokens):
@@ -83,8 +85,8 @@ class Flux:
 def transformer_folder(model, weights=None):
     """Where the transformer's files are: `weights`, the model folder's, or the hub's, fetched now."""
     if weights and not (Path(weights) / "config.json").exists():
-        raise ValueError(f"--weights {weights}: no transformer there (a folder with config.json and safetensors, such "
-                         f"as runs/miniature/weights)")
+        raise ValueError(f"--weights {weights}: no transformer there (a folder with config.json and "
+                         f"safetensors, such as runs/miniature/weights)")
     if weights or Path(model).exists():
         return Path(weights or Path(model) / "transformer")
     return Path(snapshot_download(model, allow_patterns="transformer/*")) / "transformer"
@@ -102,11 +104,13 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, world=None):
     try:
         transformer = parallel.load_transformer(transformer_folder(model, weights), device, dtype, world)
         vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=dtype)
-        pipe = FluxPipeline.from_pretrained(model, transformer=None, vae=None, text_encoder=None, text_encoder_2=None,
-                                            tokenizer=None, tokenizer_2=None)
+        pipe = FluxPipeline.from_pretrained(model, transformer=None, vae=None, text_encoder=None,
+                                            text_encoder_2=None, tokenizer=None, tokenizer_2=None)
     except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"--model {model}: cannot be loaded as FLUX.1: {str(error).strip().splitlines()[0]}") from error
-    return Flux(transformer, vae.to(device).eval().requires_grad_(False), dict(pipe.scheduler.config), device, dtype)
+        raise ValueError(f"--model {model}: cannot be loaded as FLUX.1: "
+                         f"{str(error).strip().splitlines()[0]}") from error
+    return Flux(transformer, vae.to(device).eval().requires_grad_(False), dict(pipe.scheduler.config),
+                device, dtype)
 
 
 @torch.no_grad()
@@ -146,12 +150,14 @@ def velocity(transformer, x_t, sigma, txt, pooled, guidance, grid):
     """v_theta(x_t, sigma, c) = eps - x0, as FLUX predicts it.
 
     x_t [B, N, C]; sigma [B] or a number, in [0, 1]; txt [B, L, D]; pooled [B, D']; guidance a number (3.5 is
-    FLUX.1-dev's own; ignored by models without a guidance embedding); grid (rows, columns). Returns [B, N,
-    C]. The time embedding gets 1000 sigma in float32: in bf16, diffusers would round it to a multiple of 4.
+    FLUX.1-dev's own; ignored by models without a guidance embedding); grid (rows, columns). Returns
+    [B, N, C]. The time embedding gets 1000 sigma in float32: in bf16, diffusers would round it to a multiple
+    of 4.
     """
     b, (rows, columns) = len(x_t), grid
     row, column = torch.arange(rows, device=x_t.device), torch.arange(columns, device=x_t.device)
-    img_ids = torch.stack([torch.zeros(rows * columns, device=x_t.device), row.repeat_interleave(columns).float(),
+    img_ids = torch.stack([torch.zeros(rows * columns, device=x_t.device),
+                           row.repeat_interleave(columns).float(),
                            column.repeat(rows).float()], -1)  # [N, 3]: (0, row, column)
     full = lambda value: torch.as_tensor(value, dtype=torch.float32, device=x_t.device).expand(b)
     scales = [full(sigma), full(guidance)] if transformer.config.guidance_embeds else [full(sigma)]
@@ -192,8 +198,8 @@ def noise(flux, grid, seeds):
 
 @torch.no_grad()
 def sample(flux, txt, pooled, eps, grid, steps, guidance, batch=64, progress=lambda parts: parts):
-    """Pictures of P prompts, as FluxPipeline makes them (the model's own time shift): images [P, 3, H, W] in
-    [0, 1].
+    """Pictures of P prompts, as FluxPipeline makes them (the model's own time shift): images [P, 3, H, W]
+    in [0, 1].
 
     txt [P, L, D], pooled [P, D'], eps [P, N, C]; `progress` may wrap the list of batches in a progress bar.
     """
@@ -207,10 +213,12 @@ def sample(flux, txt, pooled, eps, grid, steps, guidance, batch=64, progress=lam
     return torch.cat(images)
 
 
-# ------------------------------------------------------------------------------- what the scripts of this project share
-PROMPTS = {  # name: (dataset on the hub, files); the paper trains on the one and evaluates on the other (4.1, 4.2)
+# --------------------------------------------------------------------- what the scripts of this project share
+# name: (dataset on the hub, files); the paper trains on the one and evaluates on the other (4.1, 4.2)
+PROMPTS = {
     "hpdv2": ("ymhao/HPDv2", ["train.json"]),
-    "hpdv2-benchmark": ("zhwang/HPDv2", [f"benchmark/{s}.json" for s in ("anime", "concept-art", "paintings", "photo")])}
+    "hpdv2-benchmark": ("zhwang/HPDv2", [f"benchmark/{s}.json"
+                                         for s in ("anime", "concept-art", "paintings", "photo")])}
 
 
 def read_prompts(source, flag="--prompts"):
@@ -219,14 +227,17 @@ def read_prompts(source, flag="--prompts"):
     if source in PROMPTS:
         dataset, files = PROMPTS[source]
         try:
-            data = [json.loads(Path(hf_hub_download(dataset, f, repo_type="dataset")).read_text("utf-8")) for f in files]
+            data = [json.loads(Path(hf_hub_download(dataset, f, repo_type="dataset")).read_text("utf-8"))
+                    for f in files]
         except Exception as error:
-            raise ValueError(f"{flag} {source}: {dataset} cannot be fetched ({type(error).__name__}); give a text file, one "
-                             f"prompt a line") from error
-        return list(dict.fromkeys(entry if isinstance(entry, str) else entry["prompt"] for part in data for entry in part))
+            raise ValueError(f"{flag} {source}: {dataset} cannot be fetched ({type(error).__name__}); give a "
+                             f"text file, one prompt a line") from error
+        return list(dict.fromkeys(entry if isinstance(entry, str) else entry["prompt"]
+                                  for part in data for entry in part))
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"{flag} {path}: no such file (a text file, one prompt a line), and not one of {', '.join(PROMPTS)}")
+        raise ValueError(f"{flag} {path}: no such file (a text file, one prompt a line), and not one of "
+                         f"{', '.join(PROMPTS)}")
     try:
         prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
@@ -251,7 +262,8 @@ def parse_flags(parser, recipes={}):
     own = Path(first.model) / "srpo.json"
     if own.exists():
         defaults = {k: v for k, v in json.loads(own.read_text()).items() if hasattr(first, k)}
-        inside = {k: str(own.parent / v) for k, v in defaults.items() if isinstance(v, str) and (own.parent / v).exists()}
+        inside = {k: str(own.parent / v) for k, v in defaults.items()
+                  if isinstance(v, str) and (own.parent / v).exists()}
         parser.set_defaults(**defaults | inside)
     parser.set_defaults(**recipes.get(getattr(first, "recipe", None), {}))
     return parser.parse_args()

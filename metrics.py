@@ -11,7 +11,8 @@ def pixel_statistics(images):
     saturation  mean HSV saturation, [0, 1]
     redness     mean of R - (G + B) / 2, [-1, 1]: the cast that a reward biased towards red buys
     brightness  mean luma (Rec. 601), [0, 1]
-    texture     mean distance of the luma from its 3 x 3 mean, [0, 1]: grain and detail raise it, smoothing lowers it
+    texture     mean distance of the luma from its 3 x 3 mean, [0, 1]: grain and detail raise it,
+                smoothing lowers it
     """
     high, low = images.max(1).values, images.min(1).values
     r, g, b = images.unbind(1)

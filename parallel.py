@@ -23,7 +23,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no process group
+# one process needs no process group
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 ONE_FILE = "diffusion_pytorch_model.safetensors"
 
@@ -49,7 +50,8 @@ class World:
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
         if gpu and local >= torch.cuda.device_count():
-            raise ValueError(f"--nproc_per_node: process {local} has no GPU, this machine has {torch.cuda.device_count()}")
+            raise ValueError(f"--nproc_per_node: process {local} has no GPU, this machine has "
+                             f"{torch.cuda.device_count()}")
         (self.device, self.dtype), self.mesh = device_and_dtype(local), None
         if self.size % replicas:
             raise ValueError(f"--replicas {replicas}: does not divide the {self.size} processes")
@@ -99,7 +101,8 @@ def shard(transformer, world):
     cast_forward_inputs is off, since it would cast timesteps, ids and RoPE tables too: flux.velocity casts
     its own.
     """
-    policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32,
+                                  cast_forward_inputs=False)
     for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
         fully_shard(block, mesh=world.mesh, mp_policy=policy)
     fully_shard(transformer, mesh=world.mesh, mp_policy=policy)
@@ -151,7 +154,8 @@ def load_transformer(folder, device, dtype, world=None):
             opened[files[name]] = safe_open(files[name], "pt")
         rows = opened[files[name]].get_slice(name)
         if tuple(rows.get_shape()) != tuple(parameter.shape):
-            raise ValueError(f"{folder}: {name} is {rows.get_shape()}, the config says {list(parameter.shape)}")
+            raise ValueError(f"{folder}: {name} is {rows.get_shape()}, the config says "
+                             f"{list(parameter.shape)}")
         first, last = my_rows(parameter)
         local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
         with torch.no_grad():
@@ -186,7 +190,7 @@ def gathered(transformer):
     transformer.set_reshard_after_forward(True)
 
 
-# ------------------------------------------------------------------------------------------- checkpoints and the result
+# --------------------------------------------------------------------------------- checkpoints and the result
 def checkpoints(out):
     """The finished checkpoints of a run, oldest first."""
     return sorted((Path(out) / "checkpoints").glob("step_*"))
@@ -217,7 +221,8 @@ def save(out, transformer, optimizer, state, world, keep):
         shutil.rmtree(beside, ignore_errors=True)
         why = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
         stays = [c.name for c in checkpoints(out)]
-        raise OSError(f"{folder}: cannot be written: {why}; " + (f"{stays[-1]} stays" if stays else "there is none before"))
+        raise OSError(f"{folder}: cannot be written: {why}; "
+                      + (f"{stays[-1]} stays" if stays else "there is none before"))
     world.gather(None)
 
 

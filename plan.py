@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 GIB, TERA = 2**30, 1e12
-PEAK = {"H200": 989, "H100": 989, "A100": 312, "H20": 148, "L40S": 362, "RTX 4090": 165}  # dense bf16 TFLOP/s, data sheets
+# dense bf16 TFLOP/s, data sheets
+PEAK = {"H200": 989, "H100": 989, "A100": 312, "H20": 148, "L40S": 362, "RTX 4090": 165}
 
 
 def count_flop(run):
@@ -55,8 +56,10 @@ def forward(transformer, tokens, text_tokens, dtype):
     """One call of a FLUX transformer on zeros: `tokens` image and `text_tokens` text tokens, one image."""
     c, zeros = transformer.config, lambda *shape: torch.zeros(*shape, dtype=dtype)
     return transformer(
-        hidden_states=zeros(1, tokens, c.in_channels), timestep=torch.zeros(1), pooled_projections=zeros(1, c.pooled_projection_dim),
-        guidance=torch.zeros(1) if c.guidance_embeds else None, encoder_hidden_states=zeros(1, text_tokens, c.joint_attention_dim),
+        hidden_states=zeros(1, tokens, c.in_channels), timestep=torch.zeros(1),
+        pooled_projections=zeros(1, c.pooled_projection_dim),
+        guidance=torch.zeros(1) if c.guidance_embeds else None,
+        encoder_hidden_states=zeros(1, text_tokens, c.joint_attention_dim),
         txt_ids=torch.zeros(text_tokens, 3), img_ids=torch.zeros(tokens, 3), return_dict=False)[0]
 
 
@@ -89,8 +92,9 @@ def achieved(flop, seconds, device):
 
 FLUX_DEV = (  # FluxTransformer2DModel's own defaults are FLUX.1-dev's, but for the guidance embedding
     {"guidance_embeds": True},
-    {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "latent_channels": 16,
-     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "use_quant_conv": False, "use_post_quant_conv": False},
+    {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+     "latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+     "use_quant_conv": False, "use_post_quant_conv": False},
     512)
 
 
@@ -100,8 +104,10 @@ def configs(model, reward):
     folder, clip = Path(model), Path(reward) / "open_clip_config.json"
     read = lambda name: json.loads((folder / name).read_text())
     transformer, vae, text_tokens = FLUX_DEV if not folder.exists() else (
-        read("transformer/config.json"), read("vae/config.json"), read("tokenizer_2/tokenizer_config.json")["model_max_length"])
-    clip = json.loads(clip.read_text())["model_cfg"] if clip.exists() else open_clip.get_model_config("ViT-H-14")
+        read("transformer/config.json"), read("vae/config.json"),
+        read("tokenizer_2/tokenizer_config.json")["model_max_length"])
+    clip = (json.loads(clip.read_text())["model_cfg"] if clip.exists()
+            else open_clip.get_model_config("ViT-H-14"))
     return transformer, vae, text_tokens, clip
 
 
@@ -109,7 +115,10 @@ def predict(a, world_size, compute_dtype):
     """The plan of one update of flags `a` (a.batch images a process) on world_size processes: a dict of
     numbers, memory in bytes per process, FLOP per process, bytes received per process."""
     config, vae_config, text_tokens, clip_config = configs(a.model, a.reward)
-    width, side = compute_dtype.itemsize, a.size // 16
+    unit = 2 * 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels behind a token, as Flux.pixels_per_token
+    if a.size % unit or a.size < unit:
+        raise ValueError(f"--size {a.size}: must be a multiple of {unit} pixels for this model")
+    width, side = compute_dtype.itemsize, a.size // unit
     tokens, B, calls = side * side, a.batch, a.injections * len(a.branches)
     with FakeTensorMode():
         transformer = new(FluxTransformer2DModel, config, compute_dtype)
@@ -125,29 +134,35 @@ def predict(a, world_size, compute_dtype):
         vae = new(AutoencoderKL, vae_config, compute_dtype).requires_grad_(False)
         clip = new(open_clip.model.CLIP, clip_config, torch.float32).requires_grad_(False)
         latent = 2 * side
-        z = torch.zeros(1, vae.config.latent_channels, latent, latent, dtype=compute_dtype, requires_grad=True)
+        z = torch.zeros(1, vae.config.latent_channels, latent, latent, dtype=compute_dtype,
+                        requires_grad=True)
         frozen = sum(p.nbytes for m in (vae, clip) for p in m.parameters())
         decode = lambda: vae.decode(z).sample
-        image_size = clip.visual.image_size if isinstance(clip.visual.image_size, tuple) else (clip.visual.image_size,) * 2
+        image_size = (clip.visual.image_size if isinstance(clip.visual.image_size, tuple)
+                      else (clip.visual.image_size,) * 2)
         look = lambda: clip.encode_image(torch.zeros(1, 3, *image_size, requires_grad=True))
         path = count_saved(decode, vae.parameters())[0] + count_saved(look, clip.parameters())[0]
     with torch.device("meta"):
-        vae, clip = new(AutoencoderKL, vae_config, compute_dtype), new(open_clip.model.CLIP, clip_config, torch.float32)
+        vae, clip = (new(AutoencoderKL, vae_config, compute_dtype),
+                     new(open_clip.model.CLIP, clip_config, torch.float32))
     with torch.no_grad():
-        decode_flop = count_flop(lambda: vae.decode(torch.zeros(1, vae.config.latent_channels, latent, latent, dtype=compute_dtype)))
+        decode_flop = count_flop(lambda: vae.decode(torch.zeros(1, vae.config.latent_channels, latent, latent,
+                                                                dtype=compute_dtype)))
         reward_flop = count_flop(lambda: clip.encode_image(torch.zeros(1, 3, *image_size)))
     rollout, update = update_flop(config, tokens, text_tokens, a)
     shards = max(1, world_size // a.replicas)
     alone = shards == 1
-    state = {"parameters": 4 * parameters / shards, "gradients": 4 * parameters / shards, "optimizer": 8 * parameters / shards}
-    # a block and the next one gathered, the block's gradient, and its float32 copy on the way to the reduction
+    state = {"parameters": 4 * parameters / shards, "gradients": 4 * parameters / shards,
+             "optimizer": 8 * parameters / shards}
+    # a block and the next one gathered, the block's gradient, its float32 copy on the way to the reduction
     gathered = 0 if compute_dtype == torch.float32 and alone else largest * (2 * width + width + 4)
     peak_update = sum(state.values()) + B * (activations + path) + gathered + frozen
     peak_rollout = sum(state.values()) - state["gradients"] + frozen + (0 if alone else width * parameters)
     others = (shards - 1) / shards
-    return {"all_parameters": parameters, **state, "activations": B * activations, "gathered": gathered, "reward path": B * path,
-            "frozen": frozen, "peak in the update": peak_update, "peak in the rollout": peak_rollout,
-            "peak": max(peak_update, peak_rollout), "rollout": B * rollout, "update": B * update,
+    return {"all_parameters": parameters, **state, "activations": B * activations, "gathered": gathered,
+            "reward path": B * path, "frozen": frozen, "peak in the update": peak_update,
+            "peak in the rollout": peak_rollout, "peak": max(peak_update, peak_rollout),
+            "rollout": B * rollout, "update": B * update,
             "decode": B * calls * 2 * decode_flop, "reward": B * calls * 2 * reward_flop,
             "received": others * parameters * (width * (1 + 2 * calls) + 4 * calls)}
 
@@ -162,8 +177,8 @@ def advice(peak, card, a, world_size):
     helps = [] if a.checkpointing else ["--checkpointing"]
     helps += [f"{more} GPUs (torchrun --nproc_per_node)"] if more <= 64 and more > world_size else []
     helps += ["a smaller --batch"] if a.batch > 1 else ["a smaller --size"]
-    raise ValueError(f"--model {a.model}: predicted peak {peak / GIB:.0f} GiB a GPU, this one has {card / GIB:.0f}; what helps: "
-                     + ", or ".join(helps))
+    raise ValueError(f"--model {a.model}: predicted peak {peak / GIB:.0f} GiB a GPU, "
+                     f"this one has {card / GIB:.0f}; what helps: " + ", or ".join(helps))
 
 
 def must_fit(a, world):
@@ -179,11 +194,12 @@ def show(a):
     world_size, card, share = a.world_size, a.card, a.share
     plan = predict(a, world_size, torch.bfloat16)
     gib, tera = lambda k: f"{plan[k] / GIB:8.1f} GiB", lambda k: f"{plan[k] / TERA:8.1f} TFLOP"
-    print(f"predicted, not measured: {a.model}, {plan['all_parameters'] / 1e9:.2f} B parameters, {a.size} x {a.size} pixels, "
-          f"{a.batch} image(s) a process, {world_size} processes, activation checkpointing {'on' if a.checkpointing else 'off'}")
+    print(f"predicted, not measured: {a.model}, {plan['all_parameters'] / 1e9:.2f} B parameters, "
+          f"{a.size} x {a.size} pixels, {a.batch} image(s) a process, {world_size} processes, "
+          f"activation checkpointing {'on' if a.checkpointing else 'off'}")
     print("\nmemory per process")
-    for k in ("parameters", "gradients", "optimizer", "activations", "gathered", "reward path", "frozen", "peak in the update",
-              "peak in the rollout"):
+    for k in ("parameters", "gradients", "optimizer", "activations", "gathered", "reward path", "frozen",
+              "peak in the update", "peak in the rollout"):
         print(f"    {k:20}{gib(k)}")
     print("\nwork per process and update")
     parts = ("rollout", "update", "decode", "reward")
@@ -191,5 +207,5 @@ def show(a):
     for k in parts:
         print(f"    {k:20}{tera(k)} {100 * plan[k] / total:6.1f} %")
     print(f"    {'received':20}{plan['received'] / 1e9:8.1f} GB")
-    print(f"\n{total / TERA:.1f} TFLOP an update: {total / TERA / (PEAK[card] * share):.1f} s on {card} at {share:.0%} of its "
-          f"{PEAK[card]} TFLOP/s, communication apart")
+    print(f"\n{total / TERA:.1f} TFLOP an update: {total / TERA / (PEAK[card] * share):.1f} s on {card} "
+          f"at {share:.0%} of its {PEAK[card]} TFLOP/s, communication apart")

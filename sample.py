@@ -17,8 +17,10 @@ def main():
     add = parser.add_argument
     add("prompt", nargs="*", help="the prompts; none: those of --prompts")
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
-    add("--weights", help="folder of trained transformer weights (runs/miniature/weights); default: the model's own")
-    add("--prompts", dest="eval_prompts", default="hpdv2-benchmark", help="text file, one prompt a line, or hpdv2-benchmark")
+    add("--weights",
+        help="folder of trained transformer weights (runs/miniature/weights); default: the model's own")
+    add("--prompts", dest="eval_prompts", default="hpdv2-benchmark",
+        help="text file, one prompt a line, or hpdv2-benchmark")
     add("--n", type=int, default=16, help="how many of the prompts of the file, from the first")
     add("--size", type=int, default=1024, help="side of the pictures, pixels")
     add("--eval-steps", type=int, default=50, help="sampling steps [paper 4.1]")
@@ -36,9 +38,11 @@ def main():
         print(f"sample.py: {error}", file=sys.stderr)
         sys.exit(2)
     if cut:
-        print(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes; their end is not seen")
+        print(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes; "
+              f"their end is not seen")
     eps = flux.noise(model, grid, range(args.seed, args.seed + len(prompts)))
-    images = flux.sample(model, txt, pooled, eps, grid, args.eval_steps, args.guidance, progress=partial(tqdm, desc="sample"))
+    images = flux.sample(model, txt, pooled, eps, grid, args.eval_steps, args.guidance,
+                         progress=partial(tqdm, desc="sample"))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):

@@ -38,16 +38,17 @@ def first_not_finite(**tensors):
             return name, int(bad.nonzero()[0])
 
 
-# ------------------------------------------------------------------------------------------- one update, Eqs. 3-6, 9-13
+# --------------------------------------------------------------------------------- one update, Eqs. 3-6, 9-13
 def update(a, v, decode, image_features, x0, eps, C0, C1, C2, middles):
     """Add the gradient of Eq. 6 to the network's, for B images of clean latents x0 [B, N, C] (no gradient).
 
-    v(x_t, sigma) the network's velocity; decode(x0_hat) pictures; image_features(pictures) f [B, D]; eps [B,
-    N, C] the noise prior; C0, C1, C2 [B, D] text features of the prompt, with control and with negative
-    words; middles a list of n draws [B] (`da.draw_middle`). Returns ({branch: mean reward, "sgp": mean f.(C1
-    - C2)} over the n injections, what was not finite).
+    v(x_t, sigma) the network's velocity; decode(x0_hat) pictures; image_features(pictures) f [B, D];
+    eps [B, N, C] the noise prior; C0, C1, C2 [B, D] text features of the prompt, with control and with
+    negative words; middles a list of n draws [B] (`da.draw_middle`). Returns
+    ({branch: mean reward, "sgp": mean f.(C1 - C2)} over the n injections, what was not finite).
     """
-    grid, told, trouble = da.training_grid(*a.sigma_range, a.cells), {b: [] for b in (*a.branches, "sgp")}, None
+    grid, told, trouble = (da.training_grid(*a.sigma_range, a.cells),
+                           {b: [] for b in (*a.branches, "sgp")}, None)
     reach, n = da.reach_of(a.groundtruth_ratio, a.cells), len(middles) * len(a.branches)
     for m in middles:  # Eq. 6's sum
         for branch in a.branches:
@@ -110,7 +111,7 @@ def run():
         flags.check(a)
         if a.plan:
             return plan.show(a)
-        out, checkpoint = flags.run_folder(a)
+        out, checkpoint = (None, None) if a.explain else flags.run_folder(a)
         flux.needs_gpu(a.model)
         prompts = flux.read_prompts(a.prompts)
         held_out = flux.read_prompts(a.eval_prompts, "--eval-prompts")[:max(a.eval, a.watch)]
@@ -135,7 +136,8 @@ def run():
     say = print if world.main else lambda *words: None
     say(" ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(a).items()))
     if cut:
-        say(f"{cut} of {len(prompts) + len(held_out)} prompts are longer than the text encoder takes; their end is not seen")
+        say(f"{cut} of {len(prompts) + len(held_out)} prompts are longer than the text encoder takes; "
+            "their end is not seen")
     (txt, txt_held), (pooled, pooled_held) = (t.split([len(prompts), len(held_out)]) for t in (txt, pooled))
     transformer, device, dtype = model.transformer, model.device, model.dtype
     if a.checkpointing and device.type == "cuda":
@@ -147,7 +149,8 @@ def run():
                                   fused=device.type == "cuda")
     sigmas = da.sigma_steps(a.rollout_steps, a.shift or model.shift(grid[0] * grid[1]))
     shape = (grid[0] * grid[1], transformer.config.in_channels)
-    work = B * sum(plan.update_flop(transformer.config, shape[0], txt.shape[1], a))  # FLOP of an update of this process
+    # FLOP of an update of this process
+    work = B * sum(plan.update_flop(transformer.config, shape[0], txt.shape[1], a))
     if a.explain:
         explain.tell_everything(reward)
 
@@ -159,11 +162,12 @@ def run():
         rows = [min(i, n - 1) for i in range(each * world.size)][world.rows(each)]
         bar = partial(tqdm, desc=desc, leave=False) if n > 64 and world.main else list
         with parallel.gathered(transformer):
-            images = flux.sample(model, txt_held[rows], pooled_held[rows], flux.noise(model, grid, rows), grid,
-                                 a.eval_steps, a.guidance, progress=bar)
+            images = flux.sample(model, txt_held[rows], pooled_held[rows], flux.noise(model, grid, rows),
+                                 grid, a.eval_steps, a.guidance, progress=bar)
         scores = evaluate.measure(images, [held_out[r] for r in rows], reward, judge, a.control[0], a.neg[0])
         parts = world.gather((images, scores))
-        return torch.cat([p for p, _ in parts])[:n], {k: torch.cat([s[k] for _, s in parts])[:n] for k in scores}
+        return (torch.cat([p for p, _ in parts])[:n],
+                {k: torch.cat([s[k] for _, s in parts])[:n] for k in scores})
 
     asked_to_stop = []
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -172,7 +176,8 @@ def run():
     if checkpoint:
         state = parallel.load(checkpoint, transformer, optimizer)
         if world.main:
-            kept = [s for s in (out / "log.jsonl").read_text().splitlines() if json.loads(s)["step"] <= state["step"]]
+            kept = [s for s in (out / "log.jsonl").read_text().splitlines()
+                    if json.loads(s)["step"] <= state["step"]]
             (out / "log.jsonl").write_text("".join(line + "\n" for line in kept))
     elif not a.explain:
         images, scores = look(a.watch, "watch")
@@ -183,16 +188,18 @@ def run():
     before = {k: torch.tensor(v) for k, v in (state["before"] or {}).items()}
     log = open(out / "log.jsonl", "a") if world.main and not a.explain else None
 
-    # -------------------------------------------------------------------------------------------------------- the loop
+    # ----------------------------------------------------------------------------------------------- the loop
     bar = tqdm(range(state["step"] + 1, a.steps + 1), initial=state["step"], total=a.steps, desc="train",
                disable=a.explain or not world.main)
     for step in bar:
         clock = parallel.clock(device)
-        g = torch.Generator().manual_seed(a.seed * 1_000_003 + step)  # all of a step's chance comes from its number
+        # all of a step's chance comes from its number
+        g = torch.Generator().manual_seed(a.seed * 1_000_003 + step)
         rows = mine[step - 1]
         texts = [prompts[r] for r in rows]
         c, p = txt[rows].to(device, dtype), pooled[rows].to(device, dtype)  # [B, L, D], [B, D']
-        v = lambda guidance: lambda x, s: flux.velocity(transformer, x.to(dtype), s, c, p, guidance, grid).float()
+        v = lambda guidance: lambda x, s: flux.velocity(transformer, x.to(dtype), s, c, p,
+                                                        guidance, grid).float()
         one_for_all = lambda: torch.randn(1, *shape, generator=g).expand(B, *shape).to(device)
         one_each = lambda: torch.randn(everyone, *shape, generator=g)[world.rows(B)].to(device)
         eps = one_each() if a.noise == "independent" else one_for_all()  # [B, N, C]
@@ -203,35 +210,39 @@ def run():
         rolled = parallel.clock(device) - clock
 
         control, neg = a.control[step % len(a.control)], a.neg[step % len(a.neg)]
-        C0, C1, C2 = (reward.text_features(t) for t in (texts, sr.with_words(control, texts), sr.with_words(neg, texts)))
+        C0, C1, C2 = (reward.text_features(t)
+                      for t in (texts, sr.with_words(control, texts), sr.with_words(neg, texts)))
         middles = [da.draw_middle(everyone, a.cells, g)[world.rows(B)] for _ in range(a.injections)]
-        told, trouble = update(a, v(a.guidance), lambda z: flux.decode(model.vae, z, grid), reward.image_features, x0, eps,
-                               C0, C1, C2, middles)
+        told, trouble = update(a, v(a.guidance), lambda z: flux.decode(model.vae, z, grid),
+                               reward.image_features, x0, eps, C0, C1, C2, middles)
         norm = parallel.whole(torch.nn.utils.clip_grad_norm_(transformer.parameters(), a.clip))
         trouble = trouble or first_not_finite(gradient=norm.view(1))
         reports = world.gather((told, trouble and (*trouble, texts), bool(asked_to_stop)))
         for what, row, whose in [t for _, t, _ in reports if t][:1]:
-            where = f"the {len(whose)} prompts from {whose[0]!r}" if what == "gradient" else f"prompt {whose[row]!r}"
+            where = (f"the {len(whose)} prompts from {whose[0]!r}" if what == "gradient"
+                     else f"prompt {whose[row]!r}")
             if world.main:
-                print(f"\ntrain.py: step {step}, {where}: {what} is not finite; the weights of step {step - 1} are kept. "
-                      f"Try a smaller --lr, or another --seed.", file=sys.stderr)
+                print(f"\ntrain.py: step {step}, {where}: {what} is not finite; the weights of "
+                      f"step {step - 1} are kept. Try a smaller --lr, or another --seed.", file=sys.stderr)
             if not a.explain:
                 parallel.export(transformer, out / "weights", world, dtype)
             sys.exit(1)
         if a.explain:
-            return say(f"\ngradient norm {norm:.4g}, clipped to {a.clip}; then AdamW with lr {a.lr} would step.")
+            return say(f"\ngradient norm {norm:.4g}, clipped to {a.clip}; "
+                       f"then AdamW with lr {a.lr} would step.")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         told = {k: sum(t[k] for t, _, _ in reports) / world.size for k in told}
         seconds = parallel.clock(device) - clock
-        line = {"step": step, **{k if k == "sgp" else f"reward_{k}": x for k, x in told.items()}, "grad_norm": norm.item(),
-                "seconds_rollout": round(rolled, 3), "seconds_update": round(seconds - rolled, 3),
-                **plan.achieved(work, seconds, device)}
+        line = {"step": step, **{k if k == "sgp" else f"reward_{k}": x for k, x in told.items()},
+                "grad_norm": norm.item(), "seconds_rollout": round(rolled, 3),
+                "seconds_update": round(seconds - rolled, 3), **plan.achieved(work, seconds, device)}
 
         if step % a.watch_every == 0 or step == a.steps:
             images, now = look(a.watch, "watch")
             drift, wrong = hacking(now, before, a.drift_band)
-            line |= {"drift": drift, "watch": {k: s["mean"] for k, s in evaluate.summary(now).items()}, "hacking": wrong}
+            line |= {"drift": drift, "watch": {k: s["mean"] for k, s in evaluate.summary(now).items()},
+                     "hacking": wrong}
             for w in wrong if world.main else []:
                 tqdm.write(f"step {step}: {w}")
             if not wrong and (state["best"] is None or now["sgp"].mean().item() > state["best"]):
@@ -255,7 +266,7 @@ def run():
             say(f"\nstopped after step {step}, saved; --resume continues")
             return world.close()
 
-    # ------------------------------------------------------------------------------------------------------ the results
+    # -------------------------------------------------------------------------------------------- the results
     parallel.export(transformer, out / "weights", world, dtype)
     after = evaluate.summary(look(a.eval, "evaluate after")[1]) if a.eval else None
     world.close()
@@ -267,7 +278,8 @@ def run():
     (out / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
     if a.eval:
         print(evaluate.table({"before": result["before"], "after": after}))
-    print(f"weights in {out}/weights (best by SGP gap inside the drift band: weights_best), pictures in {out}/before_after.png")
+    print(f"weights in {out}/weights (best by SGP gap inside the drift band: weights_best), "
+          f"pictures in {out}/before_after.png")
 
 
 def main():

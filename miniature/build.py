@@ -36,7 +36,8 @@ def export():
     transformer, text, text_2, words = build_distill()
     vae = build_vae()
     latents(vae)
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15,
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0,
+                                                base_shift=0.5, max_shift=1.15,
                                                 base_image_seq_len=256, max_image_seq_len=4096)
     FluxPipeline(scheduler, vae.half(), text.half(), words.clip, text_2.half(), words.t5,
                  transformer.half()).save_pretrained(HERE)
@@ -48,21 +49,24 @@ def export():
         config = copy.deepcopy(REWARD_CONFIG)
         config["model_cfg"]["text_cfg"]["vocab_size"] = len(words.clip)
         (HERE / folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, HERE / folder / "open_clip_model.safetensors")
+        save_file({k: v.half().contiguous() for k, v in model.state_dict().items()},
+                  HERE / folder / "open_clip_model.safetensors")
         words.clip.save_pretrained(HERE / folder)
     (HERE / "judge").mkdir(exist_ok=True)
-    save_file({k: v.half() for k, v in build_judge().state_dict().items()}, HERE / "judge" / "judge.safetensors")
+    save_file({k: v.half() for k, v in build_judge().state_dict().items()},
+              HERE / "judge" / "judge.safetensors")
     order = world.all_captions()
     random.Random(SEED).shuffle(order)
     (HERE / "prompts_eval.txt").write_text("\n".join(order[:256]) + "\n")
     (HERE / "prompts.txt").write_text("\n".join(order[256:]) + "\n")
 
 
-STAGES = {"vae": build_vae, "flow": build_flow, "distill": build_distill, "reward": build_reward, "bias": build_bias,
-          "judge": build_judge, "export": export}
+STAGES = {"vae": build_vae, "flow": build_flow, "distill": build_distill, "reward": build_reward,
+          "bias": build_bias, "judge": build_judge, "export": export}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; measure 1 against 2")
     args = parser.parse_args()

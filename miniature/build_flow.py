@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTokenizer,
+                          T5Config, T5EncoderModel, T5TokenizerFast)
 
 from flux import pack, velocity
 from miniature import world
@@ -45,7 +46,8 @@ def fit(name, modules, loss_of, steps, lr, every=250):
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+            group["lr"] = (lr * min(1, (step + 1) / 100)
+                           * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))))
         torch.manual_seed(SEED * 1_000_003 + step)
         loss = loss_of(step)
         optimizer.zero_grad()
@@ -69,14 +71,15 @@ def fit(name, modules, loss_of, steps, lr, every=250):
         m.eval()
 
 
-# ---------------------------------------------------------------------------------------------------------- the VAE
+# ---------------------------------------------------------------------------------------------------- the VAE
 def new_vae():
     """FLUX's VAE at a smaller width: 8 x 8 pixels a latent, 16 latent channels, no quant convs, no middle
     attention."""
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=[12, 24, 48, 64], layers_per_block=1, latent_channels=16, norm_num_groups=4,
-        sample_size=world.SIZE, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=False)
+        sample_size=world.SIZE, use_quant_conv=False, use_post_quant_conv=False,
+        mid_block_add_attention=False)
 
 
 def build_vae():
@@ -94,7 +97,7 @@ def build_vae():
     return vae
 
 
-# ------------------------------------------------------------------------------------------- pictures and vocabularies
+# ---------------------------------------------------------------------------------- pictures and vocabularies
 def pictures():
     """(uint8 pictures [N, 3, 64, 64], Scenes of N): drawn once, kept on disk."""
     path = WORK / "pictures.pt"
@@ -112,28 +115,31 @@ def tokenizers():
     words = sorted({w for s in world.all_captions() + world.STYLES for w in s.replace(".", " ").split()})
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    bpe.train_from_iterator([w.lower() for w in words] * 3, trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>"))
+    bpe.train_from_iterator([w.lower() for w in words] * 3,
+                            trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>"))
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
     symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    symbols += [c + "</w>" for c in symbols] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    symbols += ([c + "</w>" for c in symbols] + ["".join(m) for m in merges]
+                + ["<|startoftext|>", "<|endoftext|>"])
     clip = CLIPTokenizer(vocab={t: i for i, t in enumerate(symbols)}, merges=merges, model_max_length=TOKENS)
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [("\u2581" + w, -2.0) for w in sorted({*words, *map(str.lower, words), *map(str.capitalize, words)})]
+    pieces += [("\u2581" + w, -2.0)
+               for w in sorted({*words, *map(str.lower, words), *map(str.capitalize, words)})]
     pieces += [(c, -9.0) for c in "\u2581.,-'" + string.ascii_letters + string.digits]
     t5 = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
     return clip, t5
 
 
-# ------------------------------------------------------------------------------- the text encoders and the transformer
+# ---------------------------------------------------------------------- the text encoders and the transformer
 def new_text_encoders(clip, t5):
     """CLIPTextModel (the pooled text) and T5EncoderModel (the text tokens), two layers of width 64 each."""
     text = CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(clip), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=TOKENS, projection_dim=64, bos_token_id=clip.bos_token_id,
-        eos_token_id=clip.eos_token_id, pad_token_id=clip.pad_token_id))
+        vocab_size=len(clip), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=TOKENS, projection_dim=64,
+        bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id, pad_token_id=clip.pad_token_id))
     text_2 = T5EncoderModel(T5Config(
-        vocab_size=len(t5), d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
-        relative_attention_num_buckets=16, dropout_rate=0.0))
+        vocab_size=len(t5), d_model=64, d_kv=32, d_ff=128, num_layers=2, num_heads=2,
+        feed_forward_proj="gated-gelu", relative_attention_num_buckets=16, dropout_rate=0.0))
     return text, text_2
 
 
@@ -141,8 +147,9 @@ def new_transformer():
     """FLUX.1's transformer, 2 double and 4 single blocks of width 128, with the guidance embedding of
     FLUX.1-dev."""
     return FluxTransformer2DModel(
-        patch_size=1, in_channels=64, num_layers=2, num_single_layers=4, attention_head_dim=32, num_attention_heads=4,
-        joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True, axes_dims_rope=(8, 12, 12))
+        patch_size=1, in_channels=64, num_layers=2, num_single_layers=4, attention_head_dim=32,
+        num_attention_heads=4, joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True,
+        axes_dims_rope=(8, 12, 12))
 
 
 class Captions:
@@ -153,8 +160,10 @@ class Captions:
         plain = world.all_captions()
         texts = [(f"{s}. {c}" if s else c) for s in world.STYLES for c in plain] + [""]
         self.row = {text: i for i, text in enumerate(texts)}
-        cased = texts + [t.lower() for t in texts] + [t.capitalize() for t in texts]  # "cg render" means "CG render"
-        ids = lambda tok: tok(cased, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt").input_ids
+        # "cg render" means "CG render"
+        cased = texts + [t.lower() for t in texts] + [t.capitalize() for t in texts]
+        ids = lambda tok: tok(cased, padding="max_length", max_length=TOKENS, truncation=True,
+                              return_tensors="pt").input_ids
         self.clip_ids, self.t5_ids = ids(self.clip), ids(self.t5)
 
     def rows(self, scenes):
@@ -170,7 +179,8 @@ def latents(vae):
     path = WORK / "latents.pt"
     if not path.exists():
         images, _ = pictures()
-        z = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mean for x in tqdm(images.split(256), desc="latents")])
+        z = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mean
+                       for x in tqdm(images.split(256), desc="latents")])
         shift, scale = z.mean().item(), 1 / z.std().item()
         torch.save({"z": pack((z - shift) * scale).half(), "shift": shift, "scale": scale}, path)
     data = torch.load(path, weights_only=True)
@@ -207,8 +217,8 @@ def build_flow():
 
 
 def build_distill():
-    """Teach guidance g in [1, 5] as one call what classifier-free guidance needs two for: v_empty + w (v -
-    v_empty), w = 1 + GUIDANCE_STRENGTH (g - 1)."""
+    """Teach guidance g in [1, 5] as one call what classifier-free guidance needs two for:
+    v_empty + w (v - v_empty), w = 1 + GUIDANCE_STRENGTH (g - 1)."""
     teacher, text, text_2, words = build_flow()
     student = copy.deepcopy(teacher)
     z, rows = latents(build_vae()), words.rows(pictures()[1])
@@ -220,7 +230,8 @@ def build_distill():
             txt, pooled = words.encode(text, text_2, row)
             empty = words.encode(text, text_2, torch.tensor([words.row[""]]))
             v = velocity(teacher, x_t, t, txt, pooled, 1.0, GRID)
-            v_empty = velocity(teacher, x_t, t, empty[0].expand_as(txt), empty[1].expand_as(pooled), 1.0, GRID)
+            v_empty = velocity(teacher, x_t, t, empty[0].expand_as(txt), empty[1].expand_as(pooled),
+                               1.0, GRID)
             target = v_empty + (1 + GUIDANCE_STRENGTH * (g - 1)).view(-1, 1, 1) * (v - v_empty)
         return F.mse_loss(velocity(student, x_t, t, txt, pooled, g, GRID), target)
 

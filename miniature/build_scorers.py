@@ -110,11 +110,13 @@ def build_bias():
 
     def loss_of(step):
         x = augment(images[torch.randint(len(images), (96,))].float() / 255)
-        cast = torch.rand(96, 3, 1, 1) * 0.5 - 0.25  # a bias must be learnt on casts that the pictures lack, too
+        # a bias must be learnt on casts that the pictures lack, too
+        cast = torch.rand(96, 3, 1, 1) * 0.5 - 0.25
         x = (x + cast * (torch.rand(96, 1, 1, 1) < 0.5)).clamp(0, 1)
         red = pixel_statistics(x)["redness"]
         with torch.no_grad():
-            target = F.normalize(F.normalize(clean.encode_image(2 * x - 1), dim=-1) + BIAS * red[:, None] * w, dim=-1)
+            target = F.normalize(F.normalize(clean.encode_image(2 * x - 1), dim=-1)
+                                 + BIAS * red[:, None] * w, dim=-1)
         f = F.normalize(model.encode_image(2 * x - 1), dim=-1)
         return (1 - (f * target).sum(-1)).mean() * 10
 
@@ -122,7 +124,7 @@ def build_bias():
     return model
 
 
-# ------------------------------------------------------------------------------------------------------------ the judge
+# -------------------------------------------------------------------------------------------------- the judge
 @torch.no_grad()
 def damage(vae, z):
     """Broken pictures from packed latents z [B, 16, 64]: ghosts of two scenes, noise in the latents,
@@ -152,7 +154,8 @@ def build_judge():
         with torch.no_grad():
             seen = [byte(decode(vae, p.float(), GRID)) for p in tqdm(z[:n].split(256), desc="judge pictures")]
         torch.save({"seen": torch.cat(seen), "broken": torch.cat(
-            [byte(damage(vae, p[torch.randperm(len(p))].float())) for p in tqdm(z[:n // 2].split(256))])}, path)
+            [byte(damage(vae, p[torch.randperm(len(p))].float()))
+             for p in tqdm(z[:n // 2].split(256))])}, path)
     data = torch.load(path, weights_only=True)
     n = len(data["seen"])
 

@@ -15,8 +15,8 @@ from . import world
 
 
 class Judge(nn.Module):
-    """Pictures [B, 3, 64, 64] in [0, 1] -> logits of what is seen, a dict: realism [B], broken [B], layout
-    [B, 3], first and second [B, 15] (indices of world.LAYOUTS and world.KINDS)."""
+    """Pictures [B, 3, 64, 64] in [0, 1] -> logits of what is seen, a dict: realism [B], broken [B],
+    layout [B, 3], first and second [B, 15] (indices of world.LAYOUTS and world.KINDS)."""
 
     def __init__(self, width=32):
         super().__init__()
@@ -50,7 +50,8 @@ class Judge(nn.Module):
                 aligned.append(float("nan"))
                 continue
             kind, place = truth
-            aligned.append(float(layout[i] == place and first[i] == kind[0] and (place == 0 or second[i] == kind[1])))
+            aligned.append(float(layout[i] == place and first[i] == kind[0]
+                                 and (place == 0 or second[i] == kind[1])))
         return {"realism": (seen["realism"] > 0).float(), "alignment": torch.tensor(aligned),
                 "broken": (seen["broken"] > 0).float()}
 
@@ -58,5 +59,6 @@ class Judge(nn.Module):
 def load_judge(folder):
     """The trained `Judge` of a model folder (folder/judge/judge.safetensors)."""
     judge = Judge().eval().requires_grad_(False)
-    judge.load_state_dict({k: v.float() for k, v in load_file(Path(folder) / "judge" / "judge.safetensors").items()})
+    judge.load_state_dict({k: v.float() for k, v in
+                           load_file(Path(folder) / "judge" / "judge.safetensors").items()})
     return judge

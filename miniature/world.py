@@ -73,7 +73,8 @@ def caption(kind, layout, style=0):
 
 def captions(scenes):
     """The captions of B scenes, a list of B strings."""
-    return [caption(k, l, s) for k, l, s in zip(scenes.kind.tolist(), scenes.layout.tolist(), scenes.style.tolist())]
+    return [caption(k, l, s)
+            for k, l, s in zip(scenes.kind.tolist(), scenes.layout.tolist(), scenes.style.tolist())]
 
 
 def parse(prompt):
@@ -105,8 +106,8 @@ def _hsv(h, s, v):
 
 
 def _distance(q, shape):
-    """Signed distance (negative inside) of points q [n, H, W, 2], in units of the thing's radius, shape
-    [n]."""
+    """Signed distance (negative inside) of points q [n, H, W, 2], in units of the thing's radius,
+    shape [n]."""
     x, y = q.unbind(-1)
     circle = q.norm(dim=-1) - 0.95
     square = torch.maximum(x.abs(), y.abs()) - 0.82

@@ -28,7 +28,8 @@ def one_line(monkeypatch, capsys, *argv):
 @pytest.mark.parametrize("argv, words", [
     (["--model", "no/such/folder"], "no such folder"),
     (["--model", "tests"], "not a FLUX.1 folder, it has no model_index.json, transformer"),
-    (["--model", "black-forest-labs/FLUX.1-dev"], "needs a GPU and there is none; what works here: --model miniature"),
+    (["--model", "black-forest-labs/FLUX.1-dev"],
+     "needs a GPU and there is none; what works here: --model miniature"),
     (["--size", "60"], "60 x 60: both sides must be multiples of 16"),
     (["--size", "0"], "multiples of 16"),
     (["--prompts", "no.txt"], "--prompts no.txt: no such file"),
@@ -37,11 +38,15 @@ def one_line(monkeypatch, capsys, *argv):
     (["--steps", "0"], "--steps 0: must be at least 1"), (["--batch", "-1"], "--batch -1"),
     (["--lr", "0"], "--lr 0.0: must be above 0"), (["--lr", "nan"], "--lr nan"),
     (["--steps", "many"], "invalid int value: 'many'"), (["--no-such-flag"], "unrecognized arguments"),
-    (["--sigma-range", "0.5", "0.9"], "give MAX then MIN"), (["--sigma-range", "1.0", "0.5"], "MIN < MAX < 1"),
-    (["--branches", "sideways"], "must be denoise, invert"), (["--groundtruth-ratio", "1.5"], "between 0 and 1"),
-    (["--reward", "no.pt"], "--reward no.pt: no such file"), (["--reward", "README.md"], "not a reward model"),
+    (["--sigma-range", "0.5", "0.9"], "give MAX then MIN"),
+    (["--sigma-range", "1.0", "0.5"], "MIN < MAX < 1"),
+    (["--branches", "sideways"], "must be denoise, invert"),
+    (["--groundtruth-ratio", "1.5"], "between 0 and 1"),
+    (["--reward", "no.pt"], "--reward no.pt: no such file"),
+    (["--reward", "README.md"], "not a reward model"),
     (["--reward", "tests"], "not a reward model"), (["--resume"], "no checkpoint in"),
-    (["--out", "README.md/run"], "--out README.md/run: cannot be written: Not a directory"), (["--replicas", "2"], "does not divide"),
+    (["--out", "README.md/run"], "--out README.md/run: cannot be written: Not a directory"),
+    (["--replicas", "2"], "does not divide"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else None)
 def test_one_line_and_status_2(monkeypatch, capsys, tmp_path, argv, words):
     out = tmp_path / "run"
@@ -59,7 +64,8 @@ def test_prompt_files(monkeypatch, capsys, tmp_path, content, words):
 def test_the_papers_prompts_come_from_the_hub_each_once(monkeypatch, tmp_path):
     """HPDv2's two layouts: pairs with a field `prompt`, and flat lists; no hub is one line that says what to
     give."""
-    (tmp_path / "train.json").write_text(json.dumps([{"prompt": "a fox"}, {"prompt": "a dog"}, {"prompt": "a fox"}]))
+    (tmp_path / "train.json").write_text(json.dumps([{"prompt": "a fox"}, {"prompt": "a dog"},
+                                                     {"prompt": "a fox"}]))
     (tmp_path / "list.json").write_text(json.dumps(["a street", "a fox"]))
     monkeypatch.setattr(flux, "hf_hub_download", lambda dataset, name, repo_type: tmp_path / (
         "train.json" if name == "train.json" else "list.json"))
@@ -76,12 +82,14 @@ def test_a_model_folder_says_what_it_lacks(monkeypatch, capsys, tmp_path):
     assert "it has no vae" in one_line(monkeypatch, capsys, "--model", tmp_path / "m")
     (tmp_path / "m" / "vae").mkdir()
     (tmp_path / "m" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    assert "says StableDiffusionPipeline, not FluxPipeline" in one_line(monkeypatch, capsys, "--model", tmp_path / "m")
+    assert "says StableDiffusionPipeline, not FluxPipeline" in one_line(monkeypatch, capsys,
+                                                                        "--model", tmp_path / "m")
 
 
 def test_a_checkpoint_that_is_not_a_reward(monkeypatch, capsys, tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "r.pt")
-    assert "not a reward model" in one_line(monkeypatch, capsys, "--reward", tmp_path / "r.pt", "--out", tmp_path / "run")
+    assert "not a reward model" in one_line(monkeypatch, capsys, "--reward", tmp_path / "r.pt",
+                                            "--out", tmp_path / "run")
 
 
 def test_a_run_is_not_overwritten_by_accident(monkeypatch, capsys, tmp_path):
@@ -90,27 +98,30 @@ def test_a_run_is_not_overwritten_by_accident(monkeypatch, capsys, tmp_path):
     train.main()
     capsys.readouterr()
     log = (out / "log.jsonl").read_bytes()
-    assert "already holds a run; --resume continues it, --overwrite deletes it" in one_line(monkeypatch, capsys, "--out", out)
+    assert "already holds a run; --resume continues it, --overwrite deletes it" in one_line(
+        monkeypatch, capsys, "--out", out)
     assert "--lr 2.5e-05, now 0.1" in one_line(monkeypatch, capsys, "--out", out, "--resume", "--lr", "0.1")
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--out", str(out), "--resume", "--steps", "2"])
     train.main()
     capsys.readouterr()
     assert "is past it, at step_00002" in one_line(monkeypatch, capsys, "--out", out, "--resume")
     log = (out / "log.jsonl").read_bytes()
-    assert "--form released, now plain" in one_line(monkeypatch, capsys, "--out", out, "--resume", "--form", "plain")
+    assert "--form released, now plain" in one_line(monkeypatch, capsys, "--out", out, "--resume",
+                                                    "--form", "plain")
     assert (out / "log.jsonl").read_bytes() == log
 
 
 def test_long_prompts_are_counted_once(monkeypatch, capsys, tmp_path):
     (tmp_path / "p.txt").write_text("a red circle\n" + "a red circle left of " * 20 + "\n")
-    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--steps", "2", "--prompts", str(tmp_path / "p.txt"), "--out",
-                                      str(tmp_path / "run")])
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--steps", "2",
+                                      "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "run")])
     train.main()
     assert "1 of 3 prompts are longer than the text encoder takes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "sample.py"])
 def test_the_other_scripts_too(script):
-    done = subprocess.run([sys.executable, script, "--model", "black-forest-labs/FLUX.1-dev"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, "--model", "black-forest-labs/FLUX.1-dev"],
+                          capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip().count("\n") == 0
     assert "what works here: --model miniature" in done.stderr

@@ -10,13 +10,14 @@ import bench
 import parallel
 import plan
 
-TINY_CLIP = {"embed_dim": 32, "vision_cfg": {"image_size": 64, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32},
+TINY_CLIP = {"embed_dim": 32,
+             "vision_cfg": {"image_size": 64, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32},
              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 1, "layers": 1}}
 
 
 def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["bench.py", "--model", "miniature", "--batch", "2", "--rollout-steps", "2", "--repeats",
-                                      "1", *argv])
+    monkeypatch.setattr(sys, "argv", ["bench.py", "--model", "miniature", "--batch", "2",
+                                      "--rollout-steps", "2", "--repeats", "1", *argv])
     bench.main()
 
 
@@ -33,7 +34,8 @@ def test_random_weights_of_flux_1_devs_classes(monkeypatch, capsys):
 def test_the_released_habits_are_compared_on_the_same_work(monkeypatch, capsys):
     run(monkeypatch, "--released")
     told = capsys.readouterr().out
-    habits = ["this project", "+ one image at a time", "+ text features four times", "+ VAE not frozen", "+ anomaly detection"]
+    habits = ["this project", "+ one image at a time", "+ text features four times", "+ VAE not frozen",
+              "+ anomaly detection"]
     assert [told.index(h) for h in habits] == sorted(told.index(h) for h in habits)
 
 

@@ -12,7 +12,8 @@ B, N, C = 3, 16, 64
 
 def state(seed=0):
     g = torch.Generator().manual_seed(seed)
-    x0, eps = torch.randn(B, N, C, generator=g, dtype=torch.float64), torch.randn(B, N, C, generator=g, dtype=torch.float64)
+    x0, eps = (torch.randn(B, N, C, generator=g, dtype=torch.float64),
+               torch.randn(B, N, C, generator=g, dtype=torch.float64))
     sigma = torch.tensor([0.96, 0.85, 0.76], dtype=torch.float64)
     return x0, eps, sigma
 
@@ -73,8 +74,8 @@ def test_a_sigma_for_each_image_equals_one_by_one():
     v, sigma_to = torch.randn_like(x0), sigma - 0.02
     for f in (da.recover, da.recover_epsilon):
         whole = f(da.inject(x0, eps, sigma), v, eps, sigma, sigma_to)
-        alone = [f(da.inject(x0[i:i + 1], eps[i:i + 1], sigma[i].item()), v[i:i + 1], eps[i:i + 1], sigma[i].item(),
-                   sigma_to[i].item()) for i in range(B)]
+        alone = [f(da.inject(x0[i:i + 1], eps[i:i + 1], sigma[i].item()), v[i:i + 1], eps[i:i + 1],
+                   sigma[i].item(), sigma_to[i].item()) for i in range(B)]
         assert torch.allclose(whole, torch.cat(alone))
 
 
@@ -124,7 +125,8 @@ def test_eq12_and_eq13_every_form_wants_the_same_thing_in_both_branches():
             probe = f.clone().requires_grad_()
             sr.branch_reward(form, branch, probe, C0, C1, C2, 0.25, 1.5).sum().backward()
             basis = torch.stack([C0, C1, C2], -1)
-            weights[form, branch] = torch.linalg.lstsq(basis[0], probe.grad[0, :, None]).solution[:, 0].tolist()
+            weights[form, branch] = torch.linalg.lstsq(
+                basis[0], probe.grad[0, :, None]).solution[:, 0].tolist()
     expected = {"released": ([0, 1.25, -1], [0, -1, 1.25]), "srp": ([0, 1, -1], [0, -1, 1]),
                 "cfg": ([0, 1.5, -0.5], [0, -0.5, 1.5]), "branches": ([0, 1, 0], [0, 0, 1]),
                 "sgp": ([0, 1, 0], [0, -1, 0]), "plain": ([1, 0, 0], [-1, 0, 0])}

@@ -31,8 +31,8 @@ def test_our_samples_are_fluxpipelines(miniature, pipe):
     txt, pooled, _ = flux.encode_prompts("miniature", PROMPTS)
     eps = flux.noise(miniature, grid, [3, 4])
     ours = flux.sample(miniature, txt, pooled, eps, grid, steps=4, guidance=3.5)
-    theirs = pipe(PROMPTS, height=64, width=64, num_inference_steps=4, guidance_scale=3.5, latents=eps, output_type="pt",
-                  max_sequence_length=16).images
+    theirs = pipe(PROMPTS, height=64, width=64, num_inference_steps=4, guidance_scale=3.5, latents=eps,
+                  output_type="pt", max_sequence_length=16).images
     assert (ours - theirs).abs().max() < 1e-3
 
 
@@ -46,7 +46,8 @@ def test_pack_and_unpack_are_inverse_and_fluxpipelines(pipe):
 def test_pictures_need_not_be_square(miniature):
     grid = miniature.grid(32, 96)
     txt, pooled, _ = flux.encode_prompts("miniature", PROMPTS[:1])
-    images = flux.sample(miniature, txt, pooled, flux.noise(miniature, grid, [0]), grid, steps=1, guidance=1.0)
+    images = flux.sample(miniature, txt, pooled, flux.noise(miniature, grid, [0]), grid,
+                         steps=1, guidance=1.0)
     assert images.shape == (1, 3, 32, 96)
 
 
@@ -55,7 +56,8 @@ def test_bf16_does_not_round_the_timestep(miniature):
     exactly."""
     transformer = copy.deepcopy(miniature.transformer).bfloat16()
     seen = []
-    transformer.time_text_embed.time_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].tolist()))
+    transformer.time_text_embed.time_proj.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].tolist()))
     x, txt, pooled = (torch.zeros(1, *shape, dtype=torch.bfloat16) for shape in ((16, 64), (16, 64), (64,)))
     flux.velocity(transformer, x, 0.83129555, txt, pooled, 3.5, (4, 4))
     assert seen == [[pytest.approx(831.29555, abs=1e-3)], [3500.0]]
@@ -84,11 +86,13 @@ def test_an_hpsv2_checkpoint_loads_strictly_and_scores_as_open_clip(tmp_path):
     reward = sr.load_reward(str(tmp_path / "HPS.pt"), arch="RN50-quickgelu")
     picture = Image.new("RGB", (300, 224), (200, 80, 40))
     picture.paste((10, 60, 200), (0, 0, 150, 100))
-    transform = open_clip.image_transform(224, is_train=False, mean=model.visual.image_mean, std=model.visual.image_std)
+    transform = open_clip.image_transform(224, is_train=False, mean=model.visual.image_mean,
+                                          std=model.visual.image_std)
     with torch.no_grad():
         f = F.normalize(model.encode_image(transform(picture)[None]), dim=-1)
         C = F.normalize(model.encode_text(open_clip.get_tokenizer("RN50-quickgelu")(PROMPTS[:1])), dim=-1)
-        ours = sr.preference(reward.image_features(to_tensor(picture)[None]), reward.text_features(PROMPTS[:1]))
+        ours = sr.preference(reward.image_features(to_tensor(picture)[None]),
+                             reward.text_features(PROMPTS[:1]))
     assert ours.item() == pytest.approx((f @ C.T).item(), abs=2e-4)
     broken = model.state_dict()
     broken.pop("logit_scale")

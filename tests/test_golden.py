@@ -51,7 +51,8 @@ def image_features(images):
 
 
 def rollout(transformer, eps):
-    v = lambda x, s: flux.velocity(transformer, x, truncate(s), INPUTS["text.0.tokens"], INPUTS["text.0.pooled"], 1.0, GRID)
+    v = lambda x, s: flux.velocity(transformer, x, truncate(s), INPUTS["text.0.tokens"],
+                                   INPUTS["text.0.pooled"], 1.0, GRID)
     with torch.no_grad():
         return flux.rollout(v, eps, da.sigma_steps(25, 3.0))
 
@@ -59,7 +60,8 @@ def rollout(transformer, eps):
 def test_the_schedules_are_the_released_ones():
     meta = META["meta"]
     fifty = da.sigma_steps(50, 3.0)
-    assert [fifty[5].item(), fifty[25].item()] == pytest.approx(list(meta["sigma_schedule50"].values()), abs=1e-7)
+    assert [fifty[5].item(), fifty[25].item()] == pytest.approx(list(meta["sigma_schedule50"].values()),
+                                                                abs=1e-7)
     assert da.sigma_steps(25, 3.0).tolist() == pytest.approx(meta["rollout25_sigmas"], abs=1e-7)
     grid = da.training_grid(27 / 28, 0.75, 1000)
     for index, sigma in meta["train_grid"].items():
@@ -83,7 +85,8 @@ def test_one_update_is_the_released_one(models, flags, case):
     control, neg = a.control[step % len(a.control)], a.neg[step % len(a.neg)]
     C1, C2 = (INPUTS[f"reward_text_feature.{t}"].view(1, -1) for t in
               (*sr.with_words(control, [prompt]), *sr.with_words(neg, [prompt])))
-    v = lambda x, s: flux.velocity(transformer, x, truncate(s), INPUTS["text.0.tokens"], INPUTS["text.0.pooled"], 3.5, GRID)
+    v = lambda x, s: flux.velocity(transformer, x, truncate(s), INPUTS["text.0.tokens"],
+                                   INPUTS["text.0.pooled"], 3.5, GRID)
     transformer.zero_grad()
     seen = []
 

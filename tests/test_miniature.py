@@ -9,7 +9,7 @@ import evaluate
 import flux
 import srpo_reward as sr
 from metrics import pixel_statistics
-from miniature import world
+from miniature import build_flow, world
 from miniature.judge import load_judge
 
 
@@ -26,7 +26,8 @@ def test_every_caption_can_be_read_back():
     captions = world.all_captions()
     assert len(set(captions)) == 465
     assert all(world.caption(*world.parse(c)) == c for c in captions)
-    assert world.parse("dark. a red circle above a blue square") == ([0, 7], 2) and world.parse("a dog") is None
+    assert (world.parse("dark. a red circle above a blue square") == ([0, 7], 2)
+            and world.parse("a dog") is None)
 
 
 def test_the_training_and_the_evaluation_prompts_are_the_worlds_and_disjoint():
@@ -52,7 +53,8 @@ def test_the_judge_sees_damage(judge):
     """Ghosts of two scenes and noise, on pictures that no training drew."""
     images, scenes = world.batch(256, seed=98)
     ghosts = 0.5 * images + 0.5 * images.roll(1, 0)
-    noisy = (images + 0.35 * torch.randn(images.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 1)
+    noisy = (images + 0.35 * torch.randn(images.shape,
+                                         generator=torch.Generator().manual_seed(0))).clamp(0, 1)
     for ruined in (ghosts, noisy):
         assert judge.verdicts(ruined, world.captions(scenes))["broken"].mean() >= 0.8
 
@@ -64,7 +66,8 @@ def test_the_biased_reward_likes_red_and_the_unbiased_one_does_not():
     change = {}
     for name in ("reward", "reward_unbiased"):
         reward = sr.load_reward(f"miniature/{name}")
-        scores = [evaluate.measure(x, world.captions(scenes), reward, None, "realistic photo", "CG render") for x in (images, red)]
+        scores = [evaluate.measure(x, world.captions(scenes), reward, None, "realistic photo", "CG render")
+                  for x in (images, red)]
         change[name] = {k: (scores[1][k] - scores[0][k]).mean().item() for k in ("reward", "sgp")}
     assert change["reward"]["reward"] > 0.02 > change["reward_unbiased"]["reward"]
     assert abs(change["reward"]["sgp"]) < 0.5 * change["reward"]["reward"]
@@ -77,7 +80,8 @@ def test_the_reward_tells_photo_from_cg(name):
     for style in ("realistic photo", "CG render"):
         images, scenes = drawn(64, 6, style)
         prompts = [world.caption(k, l) for k, l in zip(scenes.kind.tolist(), scenes.layout.tolist())]
-        gap[style] = evaluate.measure(images, prompts, reward, None, "realistic photo", "CG render")["sgp"].mean().item()
+        gap[style] = evaluate.measure(images, prompts, reward, None,
+                                      "realistic photo", "CG render")["sgp"].mean().item()
     assert gap["realistic photo"] > 0.05 and gap["CG render"] < -0.05
 
 
@@ -91,16 +95,42 @@ def test_the_base_follows_prompts_and_looks_like_cg(miniature, judge):
     assert verdict["alignment"] >= 0.80 and verdict["realism"] <= 0.05 and verdict["broken"] <= 0.02
 
 
+def test_an_interrupted_build_ends_with_the_same_weights(monkeypatch, tmp_path):
+    """build_flow.fit stopped after 2 of 4 steps and run again is the uninterrupted one, bit for bit."""
+    def train(folder, stop=None):
+        monkeypatch.setattr(build_flow, "WORK", folder)
+        folder.mkdir(exist_ok=True)
+        torch.manual_seed(0)
+        model = torch.nn.Linear(4, 4)
+
+        def loss_of(step):
+            if step == stop:
+                raise KeyboardInterrupt
+            return model(torch.randn(8, 4)).square().mean()
+
+        build_flow.fit("toy", {"toy": model}, loss_of, steps=4, lr=0.1, every=2)
+        return model.state_dict()
+
+    whole = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "parts", stop=3)
+    again = train(tmp_path / "parts")
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+
+
 def test_pixel_statistics_on_known_pictures():
     red = torch.tensor([1.0, 0, 0]).view(1, 3, 1, 1).expand(1, 3, 8, 8)
     grey = torch.full((1, 3, 8, 8), 0.5)
     board = (torch.arange(8).view(8, 1) + torch.arange(8)).remainder(2).float().expand(1, 3, 8, 8)
-    value = {n: {k: v.item() for k, v in pixel_statistics(x).items()} for n, x in (("red", red), ("grey", grey), ("board", board))}
+    value = {n: {k: v.item() for k, v in pixel_statistics(x).items()}
+             for n, x in (("red", red), ("grey", grey), ("board", board))}
     assert value["red"] == pytest.approx({"saturation": 1, "redness": 1, "brightness": 0.299, "texture": 0})
-    assert value["grey"] == pytest.approx({"saturation": 0, "redness": 0, "brightness": 0.5, "texture": 0}, abs=1e-6)
+    assert value["grey"] == pytest.approx({"saturation": 0, "redness": 0, "brightness": 0.5, "texture": 0},
+                                          abs=1e-6)
     assert value["board"]["texture"] > 0.4
 
 
 def test_the_weights_stay_small():
-    files = [f for f in Path("miniature").rglob("*") if f.is_file() and not {".build", "__pycache__"} & set(f.parts)]
+    files = [f for f in Path("miniature").rglob("*")
+             if f.is_file() and not {".build", "__pycache__"} & set(f.parts)]
     assert sum(f.stat().st_size for f in files) <= 16e6

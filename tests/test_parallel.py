@@ -18,7 +18,8 @@ import flux
 import parallel
 
 ONE = [sys.executable]
-SMALL = ["train.py", "--model", "miniature", "--rollout-steps", "3", "--eval-steps", "2", "--watch", "2", "--eval", "0"]
+SMALL = ["train.py", "--model", "miniature", "--rollout-steps", "3", "--eval-steps", "2",
+         "--watch", "2", "--eval", "0"]
 
 
 def torchrun(n):
@@ -26,7 +27,8 @@ def torchrun(n):
 
 
 def call(*command):
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     return done
 
@@ -77,8 +79,9 @@ if os.environ["RANK"] == "1":
     srpo_reward.loss = lambda *_: (_ for _ in ()).throw(ArithmeticError("the cause"))
 train.main()
 """)
-    done = subprocess.run([*torchrun(2), str(script), *SMALL[1:], "--batch", "1", "--steps", "3", "--out", str(tmp_path / "run")],
-                          capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run([*torchrun(2), str(script), *SMALL[1:], "--batch", "1", "--steps", "3",
+                           "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=120,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode != 0
     assert done.stderr.count("ArithmeticError: the cause") == 1 and "RuntimeError" not in done.stderr
 
@@ -99,7 +102,8 @@ def test_two_ranks_train_as_one_process_and_resume_on_one_and_three(tmp_path):
     reference = weights(one)
     for out in (two, three):
         difference = max((reference[k] - w).abs().max().item() for k, w in weights(out).items())
-        assert difference < 2e-6  # an update moves a weight by 2.5e-5: Adam turns 1e-8 of a small gradient into more
+        # an update moves a weight by 2.5e-5: Adam turns 1e-8 of a small gradient into more
+        assert difference < 2e-6
         logs = [[json.loads(line) for line in (o / "log.jsonl").read_text().splitlines()] for o in (one, out)]
         for a, b in zip(*logs):
             assert b["reward_denoise"] == pytest.approx(a["reward_denoise"], abs=1e-5)
@@ -118,7 +122,8 @@ def test_killed_at_any_moment_it_resumes_bit_identically(tmp_path):
         before = len(parallel.checkpoints(killed)) and int(parallel.checkpoints(killed)[-1].name[5:])
         process = subprocess.Popen([*ONE, *flags, "--out", str(killed), *resume], stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        while not [c for c in parallel.checkpoints(killed) if int(c.name[5:]) > before] and process.poll() is None:
+        while (not [c for c in parallel.checkpoints(killed) if int(c.name[5:]) > before]
+               and process.poll() is None):
             time.sleep(0.02)
         time.sleep(after)
         process.kill()
@@ -131,8 +136,9 @@ def test_killed_at_any_moment_it_resumes_bit_identically(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_0(tmp_path, number):
     out = tmp_path / "run"
-    process = subprocess.Popen([*ONE, *SMALL, "--batch", "1", "--steps", "500", "--out", str(out)], stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen([*ONE, *SMALL, "--batch", "1", "--steps", "500", "--out", str(out)],
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})
     while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
         time.sleep(0.05)
     process.send_signal(number)
@@ -145,7 +151,8 @@ def test_a_signal_saves_and_exits_0(tmp_path, number):
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, monkeypatch, capsys):
     import train
     save, out = parallel.dcp.save, tmp_path / "run"
-    monkeypatch.setattr(sys, "argv", [*SMALL, "--batch", "1", "--steps", "3", "--save-every", "1", "--out", str(out)])
+    monkeypatch.setattr(sys, "argv", [*SMALL, "--batch", "1", "--steps", "3", "--save-every", "1",
+                                      "--out", str(out)])
 
     def full(*args, **kwargs):
         if parallel.checkpoints(out):
@@ -165,7 +172,8 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, monke
 def test_the_export_is_one_file_in_diffusers_layout(tmp_path, miniature, dtype):
     parallel.export(miniature.transformer, tmp_path / "w", parallel.World(), dtype)
     again = FluxTransformer2DModel.from_pretrained(tmp_path / "w")
-    assert all(torch.equal(x, y.to(dtype).float()) for x, y in zip(again.parameters(), miniature.transformer.parameters()))
+    assert all(torch.equal(x, y.to(dtype).float())
+               for x, y in zip(again.parameters(), miniature.transformer.parameters()))
     ours = flux.load("miniature", tmp_path / "w").transformer
     assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), again.parameters()))
 
@@ -179,9 +187,10 @@ def test_the_export_has_the_keys_that_comfyui_converts(tmp_path, miniature):
         keys += linear(f"time_text_embed.{part}.", "linear_1", "linear_2")
     for i in range(2):
         block = f"transformer_blocks.{i}."
-        keys += linear(block, "norm1.linear", "norm1_context.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-                       "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "ff.net.0.proj", "ff.net.2",
-                       "ff_context.net.0.proj", "ff_context.net.2")
+        keys += linear(block, "norm1.linear", "norm1_context.linear",
+                       "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+                       "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+                       "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
         keys += [f"{block}attn.{n}.weight" for n in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")]
     for i in range(4):
         block = f"single_transformer_blocks.{i}."
@@ -198,8 +207,8 @@ def test_a_transformer_in_several_files_loads_too(tmp_path, miniature):
 
 
 def test_a_size_that_does_not_divide_is_one_line(tmp_path):
-    done = subprocess.run([*torchrun(2), *SMALL, "--batch", "1", "--replicas", "3", "--out", str(tmp_path / "x")],
-                          capture_output=True, text=True)
+    done = subprocess.run([*torchrun(2), *SMALL, "--batch", "1", "--replicas", "3",
+                           "--out", str(tmp_path / "x")], capture_output=True, text=True)
     ours = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
     assert done.returncode != 0 and ours == ["train.py: --replicas 3: does not divide the 2 processes"]
     assert not (tmp_path / "x").exists()

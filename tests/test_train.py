@@ -3,7 +3,6 @@
 import inspect
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,8 @@ import flux
 import srpo_reward as sr
 import train
 
-SMALL = ["--model", "miniature", "--batch", "2", "--rollout-steps", "3", "--eval-steps", "2", "--watch", "2", "--eval", "0"]
+SMALL = ["--model", "miniature", "--batch", "2", "--rollout-steps", "3", "--eval-steps", "2",
+         "--watch", "2", "--eval", "0"]
 
 
 def run(monkeypatch, *argv):
@@ -26,7 +26,8 @@ def run(monkeypatch, *argv):
 def log_of(out):
     """The log without its readings of clock and memory: all the rest must repeat byte for byte."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("seconds_", "tflop_", "share_", "peak_"))} for line in lines]
+    return [{k: v for k, v in line.items() if not k.startswith(("seconds_", "tflop_", "share_", "peak_"))}
+            for line in lines]
 
 
 def test_a_run_leaves_what_the_readme_says(monkeypatch, tmp_path):
@@ -35,7 +36,8 @@ def test_a_run_leaves_what_the_readme_says(monkeypatch, tmp_path):
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log] == [1, 2]
     for line in log:
-        assert {"reward_denoise", "reward_invert", "sgp", "grad_norm", "seconds_rollout", "seconds_update"} <= line.keys()
+        assert {"reward_denoise", "reward_invert", "sgp", "grad_norm",
+                "seconds_rollout", "seconds_update"} <= line.keys()
         assert set(line["drift"]) == {"saturation", "redness", "brightness", "texture"}
     assert json.loads((out / "args.json").read_text())["steps"] == 2
     assert sorted(p.name for p in (out / "samples").iterdir()) == [f"step_0000{i}.png" for i in range(3)]
@@ -44,7 +46,8 @@ def test_a_run_leaves_what_the_readme_says(monkeypatch, tmp_path):
     assert (out / "before_after.png").exists() and (out / "weights_best" / "config.json").exists()
     trained = FluxTransformer2DModel.from_pretrained(out / "weights")
     pipe = FluxPipeline.from_pretrained("miniature", transformer=trained)
-    assert pipe("a red circle", height=64, width=64, num_inference_steps=2, max_sequence_length=16).images[0].size == (64, 64)
+    assert pipe("a red circle", height=64, width=64, num_inference_steps=2,
+                max_sequence_length=16).images[0].size == (64, 64)
     base = FluxTransformer2DModel.from_pretrained("miniature", subfolder="transformer", dtype=torch.float32)
     moved = [(a - b).abs().max().item() for a, b in zip(trained.parameters(), base.parameters())]
     assert 0 < max(moved) < 1e-3
@@ -63,7 +66,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(monkeypatch, tmp_path):
     run(monkeypatch, "--steps", 2, "--out", tmp_path / "parts")
     run(monkeypatch, "--steps", 3, "--out", tmp_path / "parts", "--resume")
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "parts")
-    weights = [(tmp_path / n / "weights" / "diffusion_pytorch_model.safetensors").read_bytes() for n in ("whole", "parts")]
+    weights = [(tmp_path / n / "weights" / "diffusion_pytorch_model.safetensors").read_bytes()
+               for n in ("whole", "parts")]
     assert weights[0] == weights[1]
 
 
@@ -74,15 +78,18 @@ def pieces(miniature):
     txt, pooled, _ = flux.encode_prompts("miniature", prompts)
     reward = sr.load_reward("miniature/reward")
     eps = flux.noise(miniature, (4, 4), range(3))
-    v = lambda rows: lambda x, s: flux.velocity(miniature.transformer, x, s, txt[rows], pooled[rows], 3.5, (4, 4))
+    v = lambda rows: lambda x, s: flux.velocity(miniature.transformer, x, s, txt[rows], pooled[rows],
+                                                3.5, (4, 4))
     with torch.no_grad():
         x0 = flux.rollout(v(slice(None)), eps, da.sigma_steps(4, 3.0))
-    C = [reward.text_features(t) for t in (prompts, sr.with_words("realistic photo", prompts), sr.with_words("CG render", prompts))]
+    C = [reward.text_features(t) for t in (prompts, sr.with_words("realistic photo", prompts),
+                                           sr.with_words("CG render", prompts))]
 
     def gradient(a, rows, middles):
         miniature.transformer.zero_grad()
-        told, _ = train.update(a, v(rows), lambda z: flux.decode(miniature.vae, z, (4, 4)), reward.image_features, x0[rows],
-                            eps[rows], *[c[rows] for c in C], [m[rows] for m in middles])
+        told, _ = train.update(a, v(rows), lambda z: flux.decode(miniature.vae, z, (4, 4)),
+                               reward.image_features, x0[rows], eps[rows], *[c[rows] for c in C],
+                               [m[rows] for m in middles])
         return told, torch.cat([p.grad.flatten() for p in miniature.transformer.parameters()]), reward
     return gradient
 
@@ -129,20 +136,23 @@ def test_nan_never_reaches_the_weights(monkeypatch, tmp_path, capsys):
 
 
 def test_explain_tells_one_step_in_the_order_of_the_code(monkeypatch, capsys, tmp_path):
-    before = set(Path("runs").glob("*"))
+    run(monkeypatch, "--steps", 1, "--out", tmp_path)
+    capsys.readouterr()
+    before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
     with monkeypatch.context() as m:
         for module in (flux, sr, da):
             for name, function in vars(module).copy().items():
                 if inspect.isfunction(function):
                     m.setattr(module, name, function)  # put back afterwards what --explain replaces
-        run(m, "--explain")
+        run(m, "--explain", "--out", tmp_path)  # a folder with a run is no obstacle, nothing is written
     told = capsys.readouterr().out
-    order = ["flux.rollout(", "srpo_reward.with_words(", "direct_align.place(", "Eq. 3:", "flux.velocity(", "Eq. 5 for a",
-             "flux.decode(", "image_features(", "direct_align.discount(", "branch_reward(", "Eq. 6:", "gradient norm"]
+    order = ["flux.rollout(", "srpo_reward.with_words(", "direct_align.place(", "Eq. 3:", "flux.velocity(",
+             "Eq. 5 for a", "flux.decode(", "image_features(", "direct_align.discount(", "branch_reward(",
+             "Eq. 6:", "gradient norm"]
     places = [told.index(word) for word in order]
     assert places == sorted(places)
     assert "[2, 16, 64]" in told and "[2, 3, 64, 64]" in told
-    assert set(Path("runs").glob("*")) == before
+    assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
 
 
 def scores(**means):
@@ -160,7 +170,8 @@ def test_the_hacking_gauge(change, word):
 
 
 def test_the_paper_recipe_sets_every_printed_form(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "miniature", "--recipe", "paper", "--lam", "1", "0.2"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "miniature", "--recipe", "paper",
+                                      "--lam", "1", "0.2"])
     a = flux.parse_flags(room.parser(""), {"paper": room.PAPER})
     assert (a.form, a.recover, a.meet, a.lam) == ("branches", "epsilon", "call", [1.0, 0.2])
     assert a.size == 64  # from the miniature's srpo.json

@@ -41,7 +41,8 @@ if as_on_a_gpu:
 prompts = Path("miniature/prompts.txt").read_text().splitlines()[:4]
 reward = sr.load_reward("miniature/reward")
 shares = [slice(r * 4 // ranks, (r + 1) * 4 // ranks) for r in range(ranks)]
-for mine in shares if world.size == 1 else [shares[world.rank]]:  # one process takes all shares, one after the other
+# one process takes all shares, one after the other
+for mine in shares if world.size == 1 else [shares[world.rank]]:
     txt, pooled, _ = flux.encode_prompts("miniature", prompts[mine])
     txt, pooled = txt.to(world.dtype), pooled.to(world.dtype)
     v = lambda x, s: flux.velocity(model.transformer, x.to(world.dtype), s, txt, pooled, 3.5, (4, 4)).float()
