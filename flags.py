@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import parallel
-import plan
 import srpo_reward as sr
 from metrics import STATISTICS
 
@@ -89,7 +88,7 @@ def parser(description):
     g("--plan", action="store_true", help="print the predicted memory, work and seconds of an update, "
       "and stop: no GPU and no weights needed")
     g("--world-size", type=int, default=8, help="processes, for --plan")
-    g("--card", choices=list(plan.PEAK), default="H200", help="GPU, for --plan")
+    g("--card", default="H200", help="GPU, for --plan: H200, H100, A100, H20, L40S or 'RTX 4090'")
     g("--share", type=float, default=0.4, help="of the card's peak that is reached, for --plan [ours]")
     g = p.add_argument_group("watching for collapse").add_argument
     g("--eval-prompts", default="hpdv2-benchmark", help="text file, or hpdv2-benchmark: the first of them "

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline,
+                       FluxTransformer2DModel)
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download, snapshot_download
-from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
 import parallel
@@ -92,6 +92,13 @@ def transformer_folder(model, weights=None):
     return Path(snapshot_download(model, allow_patterns="transformer/*")) / "transformer"
 
 
+def cannot_load(model, error):
+    """The ValueError, one line, for a model whose files cannot be read or fetched."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    hub = "" if Path(model).exists() else " (on the hub FLUX.1-dev needs its licence accepted and `hf auth login`)"
+    return ValueError(f"--model {model}: cannot be loaded as FLUX.1: {reason}{hub}")
+
+
 def load(model, weights=None, device="cpu", dtype=torch.float32, world=None):
     """A `Flux` from a folder or hub id; `weights` is a folder of trained transformer weights to use instead
     of the model's own; a `parallel.World` shards the transformer over its mesh, for training. The VAE is
@@ -104,12 +111,12 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, world=None):
     try:
         transformer = parallel.load_transformer(transformer_folder(model, weights), device, dtype, world)
         vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=dtype)
-        pipe = FluxPipeline.from_pretrained(model, transformer=None, vae=None, text_encoder=None,
-                                            text_encoder_2=None, tokenizer=None, tokenizer_2=None)
-    except (OSError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"--model {model}: cannot be loaded as FLUX.1: "
-                         f"{str(error).strip().splitlines()[0]}") from error
-    return Flux(transformer, vae.to(device).eval().requires_grad_(False), dict(pipe.scheduler.config),
+        scheduler = FlowMatchEulerDiscreteScheduler.load_config(model, subfolder="scheduler")
+    except ValueError:
+        raise
+    except Exception as error:
+        raise cannot_load(model, error) from error
+    return Flux(transformer, vae.to(device).eval().requires_grad_(False), dict(scheduler),
                 device, dtype)
 
 
@@ -123,7 +130,10 @@ def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, batch=64):
     """
     quiet()
     check_folder(model)
-    pipe = FluxPipeline.from_pretrained(model, transformer=None, vae=None, dtype=dtype).to(device)
+    try:
+        pipe = FluxPipeline.from_pretrained(model, transformer=None, vae=None, dtype=dtype).to(device)
+    except Exception as error:
+        raise cannot_load(model, error) from error
     length = pipe.tokenizer_2.model_max_length
     cut = sum(len(ids) > length for ids in pipe.tokenizer_2(prompts).input_ids)
     parts = [pipe.encode_prompt(prompts[i:i + batch], max_sequence_length=length)[:2]

@@ -14,6 +14,8 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from flux import PATCH
+
 GIB, TERA = 2**30, 1e12
 # dense bf16 TFLOP/s, data sheets
 PEAK = {"H200": 989, "H100": 989, "A100": 312, "H20": 148, "L40S": 362, "RTX 4090": 165}
@@ -115,7 +117,7 @@ def predict(a, world_size, compute_dtype):
     """The plan of one update of flags `a` (a.batch images a process) on world_size processes: a dict of
     numbers, memory in bytes per process, FLOP per process, bytes received per process."""
     config, vae_config, text_tokens, clip_config = configs(a.model, a.reward)
-    unit = 2 * 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels behind a token, as Flux.pixels_per_token
+    unit = PATCH * 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels behind a token
     if a.size % unit or a.size < unit:
         raise ValueError(f"--size {a.size}: must be a multiple of {unit} pixels for this model")
     width, side = compute_dtype.itemsize, a.size // unit
@@ -192,6 +194,8 @@ def must_fit(a, world):
 def show(a):
     """Print the plan for --world-size processes; seconds for --card at --share of its peak."""
     world_size, card, share = a.world_size, a.card, a.share
+    if card not in PEAK:
+        raise ValueError(f"--card {card}: its peak is not known here; known are {', '.join(PEAK)}")
     plan = predict(a, world_size, torch.bfloat16)
     gib, tera = lambda k: f"{plan[k] / GIB:8.1f} GiB", lambda k: f"{plan[k] / TERA:8.1f} TFLOP"
     print(f"predicted, not measured: {a.model}, {plan['all_parameters'] / 1e9:.2f} B parameters, "

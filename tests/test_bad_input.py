@@ -45,6 +45,7 @@ def one_line(monkeypatch, capsys, *argv):
     (["--reward", "no.pt"], "--reward no.pt: no such file"),
     (["--reward", "README.md"], "not a reward model"),
     (["--reward", "tests"], "not a reward model"), (["--resume"], "no checkpoint in"),
+    (["--plan", "--card", "B7"], "--card B7: its peak is not known here; known are H200"),
     (["--out", "README.md/run"], "--out README.md/run: cannot be written: Not a directory"),
     (["--replicas", "2"], "does not divide"),
 ], ids=lambda x: " ".join(x) if isinstance(x, list) else None)
@@ -84,6 +85,15 @@ def test_a_model_folder_says_what_it_lacks(monkeypatch, capsys, tmp_path):
     (tmp_path / "m" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
     assert "says StableDiffusionPipeline, not FluxPipeline" in one_line(monkeypatch, capsys,
                                                                         "--model", tmp_path / "m")
+
+
+@pytest.mark.parametrize("part", ["transformer/diffusion_pytorch_model.safetensors", "vae/config.json",
+                                  "text_encoder_2/model.safetensors"])
+def test_a_damaged_model_file_is_one_line(monkeypatch, capsys, tmp_path, part):
+    shutil.copytree("miniature", tmp_path / "m", ignore=shutil.ignore_patterns(".build", "*.py"))
+    (tmp_path / "m" / part).write_bytes(b"not what it should be")
+    said = one_line(monkeypatch, capsys, "--model", tmp_path / "m", "--out", tmp_path / "run")
+    assert "cannot be loaded as FLUX.1" in said and not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_that_is_not_a_reward(monkeypatch, capsys, tmp_path):
