@@ -95,7 +95,7 @@ def transformer_folder(model, weights=None):
 def cannot_load(model, error):
     """The ValueError, one line, for a model whose files cannot be read or fetched."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    hub = "" if Path(model).exists() else " (on the hub FLUX.1-dev needs its licence accepted and `hf auth login`)"
+    hub = "" if Path(model).exists() else " (on the hub: is its licence accepted, and `hf auth login` done?)"
     return ValueError(f"--model {model}: cannot be loaded as FLUX.1: {reason}{hub}")
 
 

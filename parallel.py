@@ -49,9 +49,9 @@ class World:
         gpu = torch.cuda.is_available()
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
-        if gpu and local >= torch.cuda.device_count():
-            raise ValueError(f"--nproc_per_node: process {local} has no GPU, this machine has "
-                             f"{torch.cuda.device_count()}")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if gpu and here > torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node {here}: this machine has {torch.cuda.device_count()} GPUs")
         (self.device, self.dtype), self.mesh = device_and_dtype(local), None
         if self.size % replicas:
             raise ValueError(f"--replicas {replicas}: does not divide the {self.size} processes")

@@ -197,8 +197,9 @@ def show(a):
     if card not in PEAK:
         raise ValueError(f"--card {card}: its peak is not known here; known are {', '.join(PEAK)}")
     plan = predict(a, world_size, torch.bfloat16)
-    gib, tera = lambda k: f"{plan[k] / GIB:8.1f} GiB", lambda k: f"{plan[k] / TERA:8.1f} TFLOP"
-    print(f"predicted, not measured: {a.model}, {plan['all_parameters'] / 1e9:.2f} B parameters, "
+    gib = lambda k: f"{plan[k] / GIB:8.1f} GiB" if plan[k] >= GIB / 10 else f"{plan[k] / 2**20:8.1f} MiB"
+    tera = lambda k: f"{plan[k] / TERA:8.1f} TFLOP" if plan[k] >= TERA / 10 else f"{plan[k] / 1e9:8.1f} GFLOP"
+    print(f"predicted, not measured: {a.model}, {plan['all_parameters'] / 1e6:,.1f} M parameters, "
           f"{a.size} x {a.size} pixels, {a.batch} image(s) a process, {world_size} processes, "
           f"activation checkpointing {'on' if a.checkpointing else 'off'}")
     print("\nmemory per process")
@@ -211,5 +212,6 @@ def show(a):
     for k in parts:
         print(f"    {k:20}{tera(k)} {100 * plan[k] / total:6.1f} %")
     print(f"    {'received':20}{plan['received'] / 1e9:8.1f} GB")
-    print(f"\n{total / TERA:.1f} TFLOP an update: {total / TERA / (PEAK[card] * share):.1f} s on {card} "
-          f"at {share:.0%} of its {PEAK[card]} TFLOP/s, communication apart")
+    plan["total"], seconds = total, total / TERA / (PEAK[card] * share)
+    print(f"\n{tera('total').strip()} an update: {seconds:.3g} s on {card} at {share:.0%} of its "
+          f"{PEAK[card]} TFLOP/s, communication apart")
