@@ -17,6 +17,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import flux
+from flags import Help
 from metrics import pixel_statistics
 from srpo_reward import load_reward, preference, relative, with_words
 
@@ -86,7 +87,7 @@ def spread(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+                                     formatter_class=Help)
     add = parser.add_argument
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
     add("--weights", nargs="*", default=[],
@@ -101,7 +102,7 @@ def main():
     add("--eval-steps", type=int, default=50, help="sampling steps [paper 4.1]")
     add("--guidance", type=float, default=3.5, help="distilled guidance of sampling [FLUX.1-dev]")
     add("--seed", type=int, default=0, help="prompt i is sampled from noise seed + i, for every model")
-    add("--out", help="folder for results.json and a contact sheet a model (default: nothing is written)")
+    add("--out", help="folder for results.json and a contact sheet a model (None: nothing is written)")
     try:
         args = flux.parse_flags(parser)
         device, dtype = flux.pick_device(args.model)

@@ -14,16 +14,20 @@ PAPER = dict(form="branches", recover="epsilon", meet="call", lam=[1.0, 0.4], in
              noise="independent", rollout_guidance=3.5, shift=None)
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it is written, and every flag's default behind its help."""
+
+
 def parser(description):
     """All flags of train.py."""
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=description, formatter_class=Help)
     words, off = lambda s: [w.strip() for w in s.split(",")], lambda s: None if s == "off" else float(s)
     g = p.add_argument_group("the run").add_argument
     g("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id; "
       "its srpo.json, if there is one, holds defaults that suit it")
     g("--prompts", default="hpdv2",
       help="text file, one training prompt a line; hpdv2: fetched from the hub [paper 4.1]")
-    g("--out", help="folder of the run (default: runs/<model>)")
+    g("--out", help="folder of the run (None: runs/<model>)")
     g("--steps", type=int, default=19, help="updates; users see collapse by 20 to 50 [released code: 19]")
     g("--batch", type=int, default=1, help="images an update [released code: 1 a GPU]")
     g("--lr", type=float, default=5e-6, help="AdamW's learning rate, constant [released code]")
@@ -100,8 +104,9 @@ def parser(description):
     g("--drift-band", type=float, nargs=4, default=[0.25, 0.1, 0.2, 0.04],
       metavar=tuple(s.upper() for s in STATISTICS), help="largest change of these mean statistics of the "
       "watched pictures before the run is called hacked [ours]")
+    printed = ", ".join(f"{k} {'off' if v is None else v}" for k, v in PAPER.items())
     p.add_argument("--recipe", choices=["released", "paper"], default="released",
-                   help="paper: every form as printed (" + ", ".join(f"{k} {v}" for k, v in PAPER.items())
+                   help="paper: every form as printed (" + printed
                         + ") [ours where the paper gives no number]")
     return p
 

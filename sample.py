@@ -10,15 +10,16 @@ from tqdm import tqdm
 
 import flux
 from evaluate import save_grid
+from flags import Help
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("prompt", nargs="*", help="the prompts; none: those of --prompts")
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
     add("--weights",
-        help="folder of trained transformer weights (runs/miniature/weights); default: the model's own")
+        help="folder of trained transformer weights (None: the model's own), such as runs/miniature/weights")
     add("--prompts", dest="eval_prompts", default="hpdv2-benchmark",
         help="text file, one prompt a line, or hpdv2-benchmark")
     add("--n", type=int, default=16, help="how many of the prompts of the file, from the first")
