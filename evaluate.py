@@ -17,7 +17,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import flux
-from flags import Help
+from flags import Help, check_sampling
 from metrics import pixel_statistics
 from srpo_reward import load_reward, preference, relative, with_words
 
@@ -105,6 +105,8 @@ def main():
     add("--out", help="folder for results.json and a contact sheet a model (None: nothing is written)")
     try:
         args = flux.parse_flags(parser)
+        flux.needs_gpu(args.model)
+        check_sampling(args)
         device, dtype = flux.pick_device(args.model)
         prompts = flux.read_prompts(args.eval_prompts)[:args.n]
         reward, judge = load_reward(args.reward, device), load_judge(args.model)
@@ -128,7 +130,6 @@ def main():
     print(table(rows))
     if args.out:
         out = Path(args.out)
-        out.mkdir(parents=True, exist_ok=True)
         (out / "results.json").write_text(json.dumps({"args": vars(args), "results": rows}, indent=2) + "\n")
         for i, images in enumerate(sheets.values()):
             save_grid(images, out / f"sheet_{i}.png")

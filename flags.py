@@ -137,6 +137,20 @@ def check(a):
         raise ValueError(f"--branches {','.join(a.branches)}: must be denoise, invert or denoise,invert")
 
 
+def check_sampling(a):
+    """For sample.py and evaluate.py: make --out before any work is done. ValueError for a bad flag."""
+    for name in ("n", "eval_steps"):
+        if getattr(a, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be at least 1")
+    if a.seed < 0:
+        raise ValueError(f"--seed {a.seed}: must be at least 0")
+    try:
+        if a.out:
+            Path(a.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {a.out}: cannot be written: {error.strerror}") from error
+
+
 def run_folder(a):
     """Where the run goes, and the checkpoint to resume from (None: a new run). Nothing is written or deleted.
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import flux
 from evaluate import save_grid
-from flags import Help
+from flags import Help, check_sampling
 
 
 def main():
@@ -30,6 +30,8 @@ def main():
     add("--out", default="samples", help="folder: one PNG a prompt, named by its number, and grid.png")
     try:
         args = flux.parse_flags(parser)
+        flux.needs_gpu(args.model)
+        check_sampling(args)
         device, dtype = flux.pick_device(args.model)
         prompts = args.prompt or flux.read_prompts(args.eval_prompts)[:args.n]
         txt, pooled, cut = flux.encode_prompts(args.model, prompts, device, dtype)
@@ -45,7 +47,6 @@ def main():
     images = flux.sample(model, txt, pooled, eps, grid, args.eval_steps, args.guidance,
                          progress=partial(tqdm, desc="sample"))
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(images):
         save_image(image, out / f"{i:05d}.png")
     save_grid(images, out / "grid.png")

@@ -8,7 +8,9 @@ import sys
 import pytest
 import torch
 
+import evaluate
 import flux
+import sample
 import train
 
 SMALL = ["--model", "miniature", "--steps", "1", "--batch", "1", "--rollout-steps", "1", "--eval-steps", "1",
@@ -135,3 +137,17 @@ def test_the_other_scripts_too(script):
                           capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip().count("\n") == 0
     assert "what works here: --model miniature" in done.stderr
+
+
+@pytest.mark.parametrize("room", [sample, evaluate], ids=["sample.py", "evaluate.py"])
+@pytest.mark.parametrize("argv, words", [(["--n", "0"], "--n 0: must be at least 1"),
+                                         (["--eval-steps", "0"], "--eval-steps 0: must be at least 1"),
+                                         (["--seed", "-1"], "--seed -1: must be at least 0"),
+                                         (["--out", "README.md/x"], "cannot be written: Not a directory"),
+                                         (["--size", "60"], "must be multiples of 16")])
+def test_sampling_says_what_is_wrong_before_it_works(monkeypatch, capsys, tmp_path, room, argv, words):
+    monkeypatch.setattr(sys, "argv", ["script", "--model", "miniature", "--out", str(tmp_path / "o"), *argv])
+    with pytest.raises(SystemExit) as stop:
+        room.main()
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(said) == 1 and words in said[0]
