@@ -101,7 +101,6 @@ class Injection:
 
     `cell` [B] counts training-grid cells from the clean end, 0 .. T: it indexes the released discount.
     """
-    branch: str
     sigma: torch.Tensor
     sigma_to: torch.Tensor
     cell: torch.Tensor
@@ -125,11 +124,11 @@ def place(branch, m, grid, reach, meet="landing"):
     k = torch.minimum(torch.minimum(T - m, m), torch.full_like(m, reach))
     if meet == "call":
         landing = (T - m + k).clamp(max=T - 1) if branch == "denoise" else T - m - k
-        return Injection(branch, grid[T - m], grid[landing], m)
+        return Injection(grid[T - m], grid[landing], m)
     if branch == "denoise":
-        return Injection(branch, grid[T - m - k], grid[T - m], m)
+        return Injection(grid[T - m - k], grid[T - m], m)
     below = (m - k).clamp(min=1)
-    return Injection(branch, grid[T - below], grid[T - (below + k).clamp(max=T)], below)
+    return Injection(grid[T - below], grid[T - (below + k).clamp(max=T)], below)
 
 
 def draw_middle(n, cells, generator):

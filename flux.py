@@ -264,9 +264,10 @@ def parse_flags(parser, recipes={}):
 
     Precedence: command line, recipe, srpo.json, the parser's own defaults.
     """
-    def complain(message):
+    def one_line(message):
+        """What argparse prints with its usage, as the one line that the scripts print."""
         raise ValueError(message)
-    parser.error = complain
+    parser.error = one_line
     first = parser.parse_known_args()[0]
     check_folder(first.model)
     own = Path(first.model) / "srpo.json"
