@@ -1,4 +1,9 @@
-"""Scorers that are not rewards: nothing is ever trained on them."""
+"""Scorers that are not rewards: nothing is ever trained on them.
+
+A scorer is made from a path (`fetch` of its file gives it) and is called with B PIL pictures (RGB, any size)
+and their B prompts; it gives a dict {column: [B] float32 on the CPU}. imagereward.py, geneval.py and deqa.py
+hold one each.
+"""
 
 import torch.nn.functional as F
 

@@ -1,0 +1,49 @@
+"""Where a scorer's files are, a local path or the hub, and loading them without a tensor missing or unread."""
+
+import logging
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from transformers.utils import logging as transformers_logging
+
+
+def one_line(error):
+    """The first line of what an exception says, at most 200 characters; its type's name if it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def fetched(where, files):
+    """The local path of `where`: itself if it exists; otherwise the folder of a hub repository's `files` (a
+    list of names or patterns), downloaded now if they are not cached.
+
+    Raises ValueError, one line, if it is neither.
+    """
+    if Path(where).exists():
+        return Path(where)
+    if str(where).count("/") != 1 or str(where).startswith((".", "/")):
+        raise ValueError(f"{where}: no such file or folder")
+    try:
+        if len(files) == 1 and "*" not in files[0]:
+            return Path(hf_hub_download(where, files[0])).parent
+        return Path(snapshot_download(where, allow_patterns=files))
+    except Exception as error:
+        raise ValueError(f"{where}: not on this machine, and the hub does not give it "
+                         f"({type(error).__name__})") from error
+
+
+def strict(cls, folder, dtype, unread=()):
+    """cls.from_pretrained(folder) on the CPU in `dtype`, evaluating, frozen. Raises ValueError, one line, if
+    the file lacks a tensor of the model, or holds one that is not read and starts with none of `unread`."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        model, told = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except Exception as error:
+        raise ValueError(f"{folder}: cannot be loaded as {cls.__name__}: {one_line(error)}") from error
+    odd = [*told["missing_keys"], *told.get("mismatched_keys", []),
+           *(k for k in told["unexpected_keys"] if not k.startswith(tuple(unread)))]
+    if odd:
+        raise ValueError(f"{folder}: not a {cls.__name__}: {len(odd)} tensors are missing or not its own, "
+                         f"such as {odd[0]}")
+    return model.eval().requires_grad_(False)
