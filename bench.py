@@ -25,7 +25,7 @@ import train
 
 
 def random_models(world):
-    """FLUX.1-dev and HPSv2.1's architecture with random weights: (Flux, ClipReward, text tokens). Nothing is
+    """FLUX.1-dev and HPSv2.1's architecture with random weights: (Flux, Rewards, text tokens). Nothing is
     downloaded."""
     (config, vae_config, text_tokens), clip_config = plan.FLUX_DEV, open_clip.get_model_config("ViT-H-14")
     torch.manual_seed(0)
@@ -43,8 +43,9 @@ def random_models(world):
     clip.visual.image_mean, clip.visual.image_std = (open_clip.OPENAI_DATASET_MEAN,
                                                      open_clip.OPENAI_DATASET_STD)
     scheduler = dict(use_dynamic_shifting=False, shift=3.0)
+    reward = sr.ClipReward(clip, open_clip.get_tokenizer("ViT-H-14"))
     return (flux.Flux(transformer, vae, scheduler, world.device, world.dtype),
-            sr.ClipReward(clip, open_clip.get_tokenizer("ViT-H-14")), text_tokens)
+            sr.Rewards({"hpsv2.1": (reward, 1.0)}), text_tokens)
 
 
 def one_update(a, model, reward, optimizer, txt, pooled, texts, habits=()):
@@ -74,9 +75,9 @@ def one_update(a, model, reward, optimizer, txt, pooled, texts, habits=()):
         names = [texts[r] for r in rows]
         for _ in range(2 if "text features four times" in habits else 1):
             if "text features four times" in habits:
-                reward.cache.clear()
-            C0, C1, C2 = (reward.text_features(t) for t in (names, sr.with_words(a.control[0], names),
-                                                            sr.with_words(a.neg[0], names)))
+                for part, _ in reward.parts.values():
+                    part.cache.clear()
+            C0, C1, C2 = reward.conditions(names, a.control[0], a.neg[0])
         with (torch.autograd.set_detect_anomaly(True, check_nan=True) if "anomaly detection" in habits
               else nullcontext()):
             train.update(a, v(a.guidance), lambda z: flux.decode(model.vae, z, grid), reward.image_features,
@@ -112,7 +113,7 @@ def main():
             texts = flux.read_prompts(a.prompts)[:a.batch]
             txt, pooled, _ = flux.encode_prompts(a.model, texts, world.device, world.dtype)
             model, reward = (flux.load(a.model, None, world.device, world.dtype, world),
-                             sr.load_reward(a.reward, world.device))
+                             sr.load_rewards(a.reward, world.device))
     except ValueError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,15 +1,22 @@
-"""Prompts to the table: base against trained weights, on fixed prompts and seeds.
+"""Prompts to the table of metrics (Table 1 of the paper): a model, and what training made of it.
 
+    python evaluate.py                                                    FLUX.1-dev on the HPDv2 benchmark
+    python evaluate.py --weights runs/FLUX.1-dev/weights                  and trained weights beside it
     python evaluate.py --model miniature --weights runs/miniature/weights
+    python evaluate.py --images base=DIR srpo=DIR                         pictures that exist, any model's
 
-Columns: the reward of the bare prompt (Eq. 7), the SGP gap (Eq. 10 with --control and --neg), plain pixel
-statistics and, for a model whose folder has a judge, what the judge says: realism, alignment, broken.
+First the pictures (PNG, named by their prompt's number), then the scores (JSONL), one scorer in memory at a
+time. Both go on where they were stopped; torchrun splits the prompts over processes, with the same result.
 """
 
 import argparse
+import gc
+import hashlib
 import json
+import os
 import sys
-from functools import partial
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,122 +24,253 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import flux
+import gallery
+import parallel
+import tables
 from flags import Help, check_sampling
-from metrics import pixel_statistics
-from srpo_reward import load_reward, preference, relative, with_words
+from metrics import METRICS, geneval, parse_metrics
+from preprocess import read_picture
+from weights import one_line
+
+SCORED_AT_ONCE = 16
 
 
-def load_judge(model):
-    """The judge that lies in the model's folder, or None."""
-    if not (Path(model) / "judge").is_dir():
-        return None
-    from miniature.judge import load_judge
-    return load_judge(model)
+def share(pictures, size, world):
+    """This process's part of a list, in chunks of `size` that are the same for any number of processes, so
+    that a picture always meets the same batch, and comes out the same."""
+    chunks = [pictures[i:i + size] for i in range(0, len(pictures), size)]
+    return chunks[world.rank::world.size]
 
 
 @torch.no_grad()
-def measure(images, prompts, reward, judge, control, neg, batch=64):
-    """Every score of P pictures [P, 3, H, W] in [0, 1] for their P prompts: a dict of [P] float tensors.
-
-    reward  Eq. 7, f.C0 of the bare prompt;  sgp  Eq. 10, f.(C1 - C2);  the pixel statistics;
-    the judge's verdicts.
-    """
-    parts = []
-    for i in range(0, len(images), batch):
-        x, texts = images[i:i + batch], prompts[i:i + batch]
-        f = reward.image_features(x.to(reward.device))
-        C0, C1, C2 = (reward.text_features(t)
-                      for t in (texts, with_words(control, texts), with_words(neg, texts)))
-        scores = {"reward": preference(f, C0), "sgp": relative(f, C1, C2), **pixel_statistics(x)}
-        if judge is not None:
-            scores |= judge.verdicts(x, texts)
-        parts.append({k: v.float().cpu() for k, v in scores.items()})
-    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
-
-
-def summary(scores):
-    """{metric: {"mean", "se"}} of [P] scores; se is the standard error of the mean. NaN (not judged) is left
-    out."""
-    out = {}
-    for k, v in scores.items():
-        v = v[~v.isnan()]
-        out[k] = {"mean": v.mean().item(), "se": (v.std(unbiased=False) / max(len(v), 1) ** 0.5).item()}
-    return out
-
-
-def save_grid(images, path, columns=8):
-    """Write pictures [P, 3, H, W] as one PNG; small ones enlarged to 128 pixels, so that they can be seen."""
-    scale = max(1, 128 // images.shape[-1])
-    save_image(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, nrow=columns)
+def generate(args, methods, pictures, world):
+    """Stage 1: sample what is not there yet. A chunk that lacks one picture is sampled whole, and what it
+    lacks is written, each file whole or not at all."""
+    lacking = {m.name: [chunk for chunk in share(pictures, args.batch, world)
+                        if not all(m.path(p).exists() for p in chunk)] for m in methods}
+    prompts = list(dict.fromkeys(p.prompt for chunks in lacking.values() for c in chunks for p in c))
+    if not prompts:
+        return
+    txt, pooled, cut = flux.encode_prompts(args.model, prompts, world.device, world.dtype)
+    if cut:
+        print(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes; their end is "
+              f"not seen")
+    row = {prompt: i for i, prompt in enumerate(prompts)}
+    for method in (m for m in methods if lacking[m.name]):
+        model = flux.load(args.model, method.weights, world.device, world.dtype)
+        grid = model.grid(args.size, args.size)
+        for chunk in tqdm(lacking[method.name], f"sample {method.name}", leave=False, disable=not world.main):
+            rows, eps = [row[p.prompt] for p in chunk], flux.noise(model, grid, [p.seed for p in chunk])
+            images = flux.sample(model, txt[rows], pooled[rows], eps, grid, args.eval_steps, args.guidance,
+                                 len(chunk))
+            for path, image in zip(map(method.path, chunk), images):
+                if not path.exists():
+                    path.parent.mkdir(exist_ok=True)
+                    beside = path.with_name(f".{path.name}")
+                    save_image(image, beside, format="png")
+                    beside.replace(path)
+        del model
+        free()
 
 
-PERCENT = ("realism", "alignment", "broken")
+def free():
+    """Give back the memory of models that are no longer held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
-def table(rows):
-    """A Markdown table of {name: summary}: one line a model, mean +- standard error."""
-    metrics = list(next(iter(rows.values())))
-    cell = lambda k, s: (f"{100 * s['mean']:.1f} ± {100 * s['se']:.1f} %" if k in PERCENT
-                         else f"{s['mean']:+.3f} ± {s['se']:.3f}")
-    lines = ["| | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
-    return "\n".join(lines + [f"| {n} | " + " | ".join(cell(k, s[k]) for k in metrics) + " |"
-                              for n, s in rows.items()])
+def scores_on_disk(folder, metric):
+    """{key: {column: value}} of the lines that any process has written; one cut off by a kill is left out."""
+    found = {}
+    for file in folder.glob(f"{metric}.*.jsonl"):
+        for line in file.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+                found[entry["key"]] = entry["scores"]
+            except ValueError:
+                pass
+    return found
 
 
-def spread(rows):
-    """The mean over runs (weights of several seeds) and, as its "se", the standard deviation between them."""
-    over = {k: torch.tensor([row[k]["mean"] for row in rows]) for k in rows[0]}
-    return {k: {"mean": v.mean().item(), "se": v.std().item()} for k, v in over.items()}
+def key_of(path, picture, settings):
+    """What a score depends on, as one word: the picture's bytes, its prompt, the scorer's settings."""
+    words = json.dumps([picture.prompt, picture.entry, *settings])
+    return hashlib.sha256(path.read_bytes() + words.encode()).hexdigest()[:24]
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=Help)
+def read_all(method, pictures, unreadable):
+    """{picture: PIL} of those that can be read; what is wrong with the others is added to `unreadable`."""
+    images = {}
+    for p in pictures:
+        try:
+            images[p.name] = read_picture(method.path(p))
+        except ValueError as error:
+            unreadable.append(str(error))
+    return images
+
+
+@torch.no_grad()
+def score(args, metric, settings, scorer, method, pictures, world):
+    """Stage 2, one metric and one row of the table: score what is not scored yet, and append it, a line a
+    picture. scorer() loads the scorer, if it is needed. Returns ({picture name: {column: value}}, [what could
+    not be read]) of this process's share."""
+    folder = Path(args.out) / "scores" / method.folder.name
+    folder.mkdir(parents=True, exist_ok=True)
+    known, scores, unreadable = scores_on_disk(folder, metric), {}, []
+    with open(folder / f"{metric}.{world.rank}.jsonl", "a") as log:
+        log.write("\n" if log.tell() else "")  # whatever a kill left there ends here
+        for chunk in tqdm(share(pictures, SCORED_AT_ONCE, world), f"{metric} {method.name}", leave=False,
+                          disable=not world.main):
+            chunk = [p for p in chunk if method.path(p).exists()]
+            keys = {p.name: key_of(method.path(p), p, settings) for p in chunk}
+            if not set(keys.values()) <= known.keys():
+                images = read_all(method, chunk, unreadable)
+                chunk = [p for p in chunk if p.name in images]
+                values = chunk and scorer()(list(images.values()), [p.entry or p.prompt for p in chunk])
+                for i, p in enumerate(chunk):
+                    if keys[p.name] not in known:
+                        known[keys[p.name]] = {column: float(v[i]) for column, v in values.items()}
+                        log.write(json.dumps({"picture": p.name, "key": keys[p.name],
+                                              "scores": known[keys[p.name]]}) + "\n")
+                log.flush()
+            scores |= {p.name: known[keys[p.name]] for p in chunk}
+    return scores, unreadable
+
+
+def flags():
+    """The flags of this script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
-    add("--weights", nargs="*", default=[],
+    add("--weights", nargs="*", default=[], metavar="[NAME=]PATH",
         help="folders of trained transformer weights, each compared with the base")
+    add("--images", nargs="*", default=[], metavar="[NAME=]PATH",
+        help="score folders of pictures named by their prompt's number, and sample nothing; the first one is "
+             "what the others are compared with")
     add("--prompts", dest="eval_prompts", default="hpdv2-benchmark",
-        help="text file, one prompt a line, or hpdv2-benchmark")
-    add("--n", type=int, default=256, help="how many of the prompts, from the first")
-    add("--reward", default="hpsv2.1", help="hpsv2.1, a .pt in its layout, or an open_clip folder")
+        help="text file, one prompt a line, a folder of .json lists, or hpdv2-benchmark")
+    add("--n", type=int, help="how many prompts of each category, from the first (None: all)")
+    add("--metrics", default="aesthetic,pickscore,imagereward,hpsv2.1,geneval,deqa",
+        help=f"of {', '.join(METRICS)}; NAME=PATH takes a scorer's files from there [paper 4.2]")
+    add("--reward", default="hpsv2.1", help="for the metric `reward`: as train.py's")
     add("--control", default="Realistic photo", help="the wanted words of the SGP gap [paper 4.2]")
     add("--neg", default="CG Render", help="the unwanted words of the SGP gap [paper 4.2]")
     add("--size", type=int, default=1024, help="side of the pictures, pixels [authors' answer for Table 1]")
     add("--eval-steps", type=int, default=50, help="sampling steps [paper 4.1]")
     add("--guidance", type=float, default=3.5, help="distilled guidance of sampling [FLUX.1-dev]")
     add("--seed", type=int, default=0, help="prompt i is sampled from noise seed + i, for every model")
-    add("--out", help="folder for results.json and a contact sheet a model (None: nothing is written)")
-    try:
-        args = flux.parse_flags(parser)
+    add("--batch", type=int, default=1, help="pictures sampled at a time")
+    add("--out", help="folder of pictures, scores, table.md, results.json and sheet.png "
+                      "(None: runs/evaluate_<model>)")
+    return parser
+
+
+def available(args, metrics, world):
+    """({metric: files} of those whose weights can be had, {metric: why not} of the others), the same on all
+    processes."""
+    files, missing = {}, {}
+    for name, where in metrics.items():
+        try:
+            files[name] = METRICS[name][1](where, args)
+        except (ValueError, OSError) as error:
+            missing[name] = one_line(error)
+    for theirs in world.gather(missing):
+        missing |= theirs
+    return {k: v for k, v in files.items() if k not in missing}, missing
+
+
+def prepare():
+    """From the command line: (flags, world, rows of the table, {metric: files}, {metric: why not}, pictures).
+    Raises ValueError with one line."""
+    args = flux.parse_flags(flags())
+    args.out = args.out or "runs/evaluate_" + ("images" if args.images else Path(args.model).name)
+    metrics = parse_metrics(args.metrics)
+    if not args.images:
         flux.needs_gpu(args.model)
-        check_sampling(args)
-        device, dtype = flux.pick_device(args.model)
-        prompts = flux.read_prompts(args.eval_prompts)[:args.n]
-        reward, judge = load_reward(args.reward, device), load_judge(args.model)
-        txt, pooled, _ = flux.encode_prompts(args.model, prompts, device, dtype)
-        rows, sheets = {}, {}
-        for name in [None, *args.weights]:
-            model = flux.load(args.model, name, device, dtype)
-            grid = model.grid(args.size, args.size)
-            eps = flux.noise(model, grid, range(args.seed, args.seed + len(prompts)))
-            bar = partial(tqdm, desc=f"sample {name or 'base'}", leave=False)
-            images = flux.sample(model, txt, pooled, eps, grid, args.eval_steps, args.guidance, progress=bar)
-            rows[name or "base"] = summary(measure(images, prompts, reward, judge, args.control, args.neg))
-            sheets[name or "base"] = images[:64]
+        flux.check_size(args.model, args.size)
+    check_sampling(args)
+    if args.images:
+        methods, prompts = gallery.existing(args)
+    else:
+        prompts = flux.read_prompts_by_category(args.eval_prompts)
+        methods = gallery.planned(args, prompts)
+    world = parallel.World(patience=timedelta(days=30))
+    files, missing = available(args, metrics, world)
+    if not files:
+        raise ValueError("--metrics: none of them can be had: " + "; ".join(missing.values()))
+    pictures = gallery.benchmark(prompts, args.seed, args.n)
+    if "geneval" in files:
+        pictures += gallery.geneval_pictures(geneval.read_metadata(metrics["geneval"]), args.seed)
+    return args, world, methods, files, missing, pictures
+
+
+def run():
+    """Both stages, then the table. Returns the exit status: 1 if a picture could not be read."""
+    args, world, methods, files, missing, pictures = prepare()
+    ours, theirs = [p for p in pictures if not p.entry], [p for p in pictures if p.entry]
+    for part in (ours, theirs) if not args.images else ():
+        generate(args, methods, part, world)
+    scores, unreadable = {m.name: {} for m in methods}, []
+    for metric, path in files.items():
+        load = cache(lambda: METRICS[metric][2](path, args, world.device))
+        settings = [metric, str(path), args.control, args.neg]
+        try:
+            for m in methods:
+                which = theirs if metric == "geneval" else ours
+                found, bad = score(args, metric, settings, load, m, which, world)
+                unreadable += bad
+                for name, values in found.items():
+                    scores[m.name].setdefault(name, {}).update(values)
+        except ValueError as error:
+            missing[metric] = one_line(error)
+        del load
+        free()
+    parts = world.gather((scores, unreadable, missing))
+    world.close()
+    if not world.main:
+        return 0
+    for theirs, bad, why in parts[1:]:
+        unreadable, missing = unreadable + bad, missing | why
+        for name in scores:
+            for picture, values in theirs[name].items():
+                scores[name].setdefault(picture, {}).update(values)
+    return finish(args, methods, files, missing, pictures, scores, sorted(set(unreadable)))
+
+
+def finish(args, methods, files, missing, pictures, scores, unreadable):
+    """Write and print the results; the exit status."""
+    out = Path(args.out)
+    asked = {column for metric in parse_metrics(args.metrics) for column in METRICS[metric][0]}
+    columns = [column for column in tables.COLUMNS if column in asked]
+    found = tables.results([m.name for m in methods], columns, pictures, scores)
+    text = tables.report(found, columns)
+    gallery.write_json(out / "results.json", {"args": vars(args), "missing": missing,
+                                              "unreadable": unreadable, "rows": found})
+    (out / "table.md").write_text(text, "utf-8")
+    gallery.contact_sheet(methods, pictures, out / "sheet.png")
+    print(text)
+    for metric, why in missing.items():
+        print(f"{metric}: - ({why})")
+    for m in methods:
+        absent = sum(not m.path(p).exists() for p in pictures)
+        if absent:
+            print(f"{m.name}: {absent} of {len(pictures)} pictures are not there; means are over the others")
+    for line in unreadable:
+        print(f"evaluate.py: {line}; left out", file=sys.stderr)
+    if unreadable:
+        print(f"evaluate.py: {len(unreadable)} pictures could not be read", file=sys.stderr)
+    print(f"pictures, scores, table.md, results.json and sheet.png in {out}/")
+    return 1 if unreadable else 0
+
+
+def main():
+    try:
+        sys.exit(run())
     except ValueError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
-    if len(args.weights) > 1:
-        rows[f"mean of {len(args.weights)}, ± spread"] = spread([rows[w] for w in args.weights])
-    print(f"{len(prompts)} prompts, {args.eval_steps} steps, guidance {args.guidance}, "
-          f"mean ± standard error")
-    print(table(rows))
-    if args.out:
-        out = Path(args.out)
-        (out / "results.json").write_text(json.dumps({"args": vars(args), "results": rows}, indent=2) + "\n")
-        for i, images in enumerate(sheets.values()):
-            save_grid(images, out / f"sheet_{i}.png")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ def _shown(value):
         grad = "  with gradient" if value.requires_grad else ""
         return (f"{str(list(value.shape)):16}"
                 + (f"{low:.4g} .. {high:.4g}" if low != high else f"{low:.4g}") + grad)
+    if isinstance(value, tuple) and value and all(map(torch.is_tensor, value)):
+        return "; ".join(" ".join(_shown(v).split()) for v in value)
     if isinstance(value, (list, tuple)) and len(value) > 3:
         return f"[{value[0]!r}, ...] ({len(value)})"
     if hasattr(value, "__dataclass_fields__"):
@@ -57,9 +59,9 @@ def told(function):
 def tell_everything(reward):
     """From now on, the functions that one update calls tell what they do."""
     for room, names in ((flux, ("rollout", "velocity", "decode")),
-                        (reward, ("image_features", "text_features")),
+                        (reward, ("image_features", "conditions")),
                         (da, ("training_grid", "place", "inject", "recover", "recover_epsilon", "epsilon",
                               "discount", "lam", "aggregate")),
-                        (sr, ("with_words", "branch_reward", "loss"))):
+                        (sr, ("branch_reward", "loss"))):
         for name in names:
             setattr(room, name, told(getattr(room, name)))

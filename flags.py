@@ -44,7 +44,9 @@ def parser(description):
       help="tell one update call by call, with equations and shapes; writes nothing")
     g = p.add_argument_group("the reward (Eqs. 7-13)").add_argument
     g("--reward", default="hpsv2.1",
-      help="hpsv2.1, a .pt in its file layout, or an open_clip folder [paper 4.1]")
+      help="hpsv2.1, pickscore, clip, aesthetic (NAME=PATH: weights from there), a .pt in HPSv2.1's layout, "
+           "or an open_clip folder; several with weights: hpsv2.1:0.7,pickscore:0.3; weight 0: held out, "
+           "watched only [paper 4.1]")
     g("--control", type=words, default=["Natural-lighting", "Detail", "Detailed", "Real"],
       help="wanted words, comma-separated, cycling with the step [released code]")
     g("--neg", type=words, default=["Concept art", "Painting", "Anime", "Flat", "Oil"],
@@ -139,9 +141,10 @@ def check(a):
 
 def check_sampling(a):
     """For sample.py and evaluate.py: make --out before any work is done. ValueError for a bad flag."""
-    for name in ("n", "eval_steps"):
-        if getattr(a, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(a, name)}: must be at least 1")
+    for name in ("n", "eval_steps", "batch"):
+        value = getattr(a, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if a.seed < 0:
         raise ValueError(f"--seed {a.seed}: must be at least 0")
     try:

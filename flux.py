@@ -50,6 +50,32 @@ def check_folder(model):
                          f"not FluxPipeline")
 
 
+def pixels_per_token(vae_config):
+    """Side of the square of pixels behind one token: VAE factor x patch, 16."""
+    return PATCH * 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def token_grid(vae_config, height, width):
+    """(rows, columns) of tokens of a picture; ValueError, one line, for a size that the model cannot make."""
+    unit = pixels_per_token(vae_config)
+    if height % unit or width % unit or height < unit or width < unit:
+        raise ValueError(f"size {width} x {height}: both sides must be multiples of {unit} pixels for "
+                         f"this model")
+    return height // unit, width // unit
+
+
+def check_size(model, side):
+    """ValueError, one line, if a model (a folder or a hub id) cannot make pictures of side x side pixels:
+    read from its VAE's config, before anything is loaded."""
+    quiet()
+    check_folder(model)
+    try:
+        config = AutoencoderKL.load_config(model, subfolder="vae")
+    except Exception as error:
+        raise cannot_load(model, error) from error
+    token_grid(config, side, side)
+
+
 @dataclass
 class Flux:
     """The two networks of FLUX.1 that training and sampling touch, and what their configs say."""
@@ -59,18 +85,9 @@ class Flux:
     device: torch.device
     dtype: torch.dtype  # of the computation; the transformer's parameters may be float32 masters
 
-    @property
-    def pixels_per_token(self):
-        """Side of the square of pixels behind one token: VAE factor x patch, 16."""
-        return PATCH * 2 ** (len(self.vae.config.block_out_channels) - 1)
-
     def grid(self, height, width):
         """(rows, columns) of tokens of a picture of height x width pixels; N = rows x columns."""
-        unit = self.pixels_per_token
-        if height % unit or width % unit or height < unit or width < unit:
-            raise ValueError(f"size {width} x {height}: both sides must be multiples of {unit} pixels for "
-                             f"this model")
-        return height // unit, width // unit
+        return token_grid(self.vae.config, height, width)
 
     def shift(self, n_tokens):
         """The model's own time shift: exp(mu) with mu linear in the tokens, as FluxPipeline samples (4096
@@ -231,20 +248,34 @@ PROMPTS = {
                                          for s in ("anime", "concept-art", "paintings", "photo")])}
 
 
-def read_prompts(source, flag="--prompts"):
-    """The prompts of a UTF-8 text file, one a line, blank lines left out; or of a named set of PROMPTS,
-    fetched from the hub, each prompt once. Raises ValueError with one line."""
-    if source in PROMPTS:
-        dataset, files = PROMPTS[source]
-        try:
-            data = [json.loads(Path(hf_hub_download(dataset, f, repo_type="dataset")).read_text("utf-8"))
-                    for f in files]
-        except Exception as error:
-            raise ValueError(f"{flag} {source}: {dataset} cannot be fetched ({type(error).__name__}); give a "
-                             f"text file, one prompt a line") from error
-        return list(dict.fromkeys(entry if isinstance(entry, str) else entry["prompt"]
-                                  for part in data for entry in part))
+def prompt_files(source, flag):
+    """The local JSON files of a named set of PROMPTS, fetched from the hub, or of a folder, by name."""
+    if source not in PROMPTS:
+        return sorted(Path(source).glob("*.json"))
+    dataset, files = PROMPTS[source]
+    try:
+        return [Path(hf_hub_download(dataset, f, repo_type="dataset")) for f in files]
+    except Exception as error:
+        raise ValueError(f"{flag} {source}: {dataset} cannot be fetched ({type(error).__name__}); give a "
+                         f"text file, one prompt a line, or a folder of its .json files") from error
+
+
+def read_prompts_by_category(source, flag="--prompts"):
+    """[(prompt, category)] of a UTF-8 text file, one prompt a line, blank lines left out, all of category "";
+    of a folder of .json files, lists of prompts or of objects with a "prompt", a category each; or of a named
+    set of PROMPTS, fetched from the hub. Raises ValueError with one line."""
     path = Path(source)
+    if source in PROMPTS or path.is_dir():
+        found = []
+        for file in prompt_files(source, flag):
+            try:
+                found += [(entry if isinstance(entry, str) else entry["prompt"], file.stem)
+                          for entry in json.loads(file.read_text("utf-8"))]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{flag} {file}: not a JSON list of prompts") from error
+        if not found:
+            raise ValueError(f"{flag} {source}: no prompt in it (a folder of .json files, lists of prompts)")
+        return found
     if not path.is_file():
         raise ValueError(f"{flag} {path}: no such file (a text file, one prompt a line), and not one of "
                          f"{', '.join(PROMPTS)}")
@@ -254,7 +285,13 @@ def read_prompts(source, flag="--prompts"):
         raise ValueError(f"{flag} {path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     if not prompts:
         raise ValueError(f"{flag} {path}: no prompt in it, every line is blank")
-    return prompts
+    return [(prompt, "") for prompt in prompts]
+
+
+def read_prompts(source, flag="--prompts"):
+    """The prompts of `read_prompts_by_category`; of a named set, each once."""
+    prompts = [prompt for prompt, _ in read_prompts_by_category(source, flag)]
+    return list(dict.fromkeys(prompts)) if source in PROMPTS else prompts
 
 
 def parse_flags(parser, recipes={}):

@@ -10,6 +10,7 @@ import shutil
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -42,10 +43,10 @@ class World:
     """This process among all: rank, size, device, the mesh to shard over (None: one process on a CPU), and
     the dtype to compute in: bf16 on a GPU, float32 on a CPU. Masters and optimizer are float32."""
 
-    def __init__(self, replicas=1):
+    def __init__(self, replicas=1, patience=timedelta(minutes=30)):
         """Join the processes that torchrun started, if it did. `replicas` is HSDP's: the parameters are
         sharded over size / replicas neighbours (a node) and replicated between them; ValueError if it does
-        not divide the size."""
+        not divide the size. `patience` is how long a process waits for the others."""
         gpu = torch.cuda.is_available()
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
@@ -56,7 +57,7 @@ class World:
         if self.size % replicas:
             raise ValueError(f"--replicas {replicas}: does not divide the {self.size} processes")
         if "RANK" in os.environ:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=patience)
         elif gpu:
             dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
         if gpu:

@@ -13,8 +13,10 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from flux import PATCH
+from flux import pixels_per_token
+from srpo_reward import parse_rewards
 
 GIB, TERA = 2**30, 1e12
 # dense bf16 TFLOP/s, data sheets
@@ -45,11 +47,10 @@ def count_saved(run, parameters):
 
 
 def new(kind, config, dtype):
-    """A module of a diffusers or open_clip config, created in dtype (under meta or fake mode it costs
-    nothing)."""
+    """A module of a diffusers config, created in dtype (under meta or fake mode it costs nothing)."""
     torch.set_default_dtype(dtype)
     try:
-        return kind(**config) if kind is open_clip.model.CLIP else kind.from_config(config)
+        return kind.from_config(config)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -100,24 +101,46 @@ FLUX_DEV = (  # FluxTransformer2DModel's own defaults are FLUX.1-dev's, but for 
     512)
 
 
-def configs(model, reward):
-    """(transformer config, VAE config, text tokens, reward config): a model folder's own, else
-    FLUX.1-dev's."""
-    folder, clip = Path(model), Path(reward) / "open_clip_config.json"
+SIGLIP = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
+              image_size=384, patch_size=14)  # Aesthetic v2.5's, so400m
+
+
+def configs(model):
+    """(transformer config, VAE config, text tokens): a model folder's own, else FLUX.1-dev's."""
+    folder = Path(model)
     read = lambda name: json.loads((folder / name).read_text())
     transformer, vae, text_tokens = FLUX_DEV if not folder.exists() else (
         read("transformer/config.json"), read("vae/config.json"),
         read("tokenizer_2/tokenizer_config.json")["model_max_length"])
-    clip = (json.loads(clip.read_text())["model_cfg"] if clip.exists()
-            else open_clip.get_model_config("ViT-H-14"))
-    return transformer, vae, text_tokens, clip
+    return transformer, vae, text_tokens
+
+
+def reward_networks(spec):
+    """[(network, one call of its image side, times it is called for an image)] of --reward, in float32; 0
+    times for one that is held out. An open_clip folder's own architecture, else ViT-H/14, HPSv2.1's and
+    PickScore's, or SigLIP's."""
+    networks = []
+    for name, _, weight in parse_rewards(spec).values():
+        if name == "aesthetic":  # twice: clean and noised (S1)
+            network = SiglipVisionModel(SiglipVisionConfig(**SIGLIP))
+            look, passes = (lambda x, n=network: n(x).pooler_output), 2
+            side = (SIGLIP["image_size"],) * 2
+        else:
+            own = Path(name) / "open_clip_config.json"
+            network = open_clip.model.CLIP(**(json.loads(own.read_text())["model_cfg"] if own.exists()
+                                              else open_clip.get_model_config("ViT-H-14")))
+            look, passes, side = network.encode_image, 1, network.visual.image_size
+            side = side if isinstance(side, tuple) else (side, side)
+        call = lambda grad=False, look=look, side=side: look(torch.zeros(1, 3, *side, requires_grad=grad))
+        networks.append((network.requires_grad_(False), call, passes if weight else 0))
+    return networks
 
 
 def predict(a, world_size, compute_dtype):
     """The plan of one update of flags `a` (a.batch images a process) on world_size processes: a dict of
     numbers, memory in bytes per process, FLOP per process, bytes received per process."""
-    config, vae_config, text_tokens, clip_config = configs(a.model, a.reward)
-    unit = PATCH * 2 ** (len(vae_config["block_out_channels"]) - 1)  # pixels behind a token
+    config, vae_config, text_tokens = configs(a.model)
+    unit = pixels_per_token(vae_config)
     if a.size % unit or a.size < unit:
         raise ValueError(f"--size {a.size}: must be a multiple of {unit} pixels for this model")
     width, side = compute_dtype.itemsize, a.size // unit
@@ -134,23 +157,21 @@ def predict(a, world_size, compute_dtype):
             transformer.enable_gradient_checkpointing()
             activations = count_saved(run, transformer.parameters())[0] + one_block
         vae = new(AutoencoderKL, vae_config, compute_dtype).requires_grad_(False)
-        clip = new(open_clip.model.CLIP, clip_config, torch.float32).requires_grad_(False)
+        rewards = reward_networks(a.reward)
         latent = 2 * side
         z = torch.zeros(1, vae.config.latent_channels, latent, latent, dtype=compute_dtype,
                         requires_grad=True)
-        frozen = sum(p.nbytes for m in (vae, clip) for p in m.parameters())
+        frozen = sum(p.nbytes for m in (vae, *(network for network, _, _ in rewards)) for p in m.parameters())
         decode = lambda: vae.decode(z).sample
-        image_size = (clip.visual.image_size if isinstance(clip.visual.image_size, tuple)
-                      else (clip.visual.image_size,) * 2)
-        look = lambda: clip.encode_image(torch.zeros(1, 3, *image_size, requires_grad=True))
-        path = count_saved(decode, vae.parameters())[0] + count_saved(look, clip.parameters())[0]
+        path = count_saved(decode, vae.parameters())[0] + sum(
+            times * count_saved(lambda: call(grad=True), network.parameters())[0]
+            for network, call, times in rewards if times)
     with torch.device("meta"):
-        vae, clip = (new(AutoencoderKL, vae_config, compute_dtype),
-                     new(open_clip.model.CLIP, clip_config, torch.float32))
+        vae, rewards = new(AutoencoderKL, vae_config, compute_dtype), reward_networks(a.reward)
     with torch.no_grad():
         decode_flop = count_flop(lambda: vae.decode(torch.zeros(1, vae.config.latent_channels, latent, latent,
                                                                 dtype=compute_dtype)))
-        reward_flop = count_flop(lambda: clip.encode_image(torch.zeros(1, 3, *image_size)))
+        reward_flop = sum(times * count_flop(call) for _, call, times in rewards if times)
     rollout, update = update_flop(config, tokens, text_tokens, a)
     shards = max(1, world_size // a.replicas)
     alone = shards == 1

@@ -2,17 +2,14 @@
 8-bit PIL pictures exactly as the scorers' authors do it, for evaluation.
 
 `fit` says what becomes of a picture that is not square: "crop" (short side to size, centre crop: open_clip,
-ImageReward), "letterbox" (long side to size, black borders: HPSv2's evaluator), "stretch" (both sides to
-size: SigLIP).
+ImageReward), "crop-floor" (the same, but half a pixel is rounded down: transformers' CLIP), "letterbox" (long
+side to size, black borders: HPSv2's evaluator), "stretch" (both sides to size: SigLIP).
 """
-
-import hashlib
-from io import BytesIO
-from pathlib import Path
 
 import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import save_image
 
 BICUBIC = TF.InterpolationMode.BICUBIC
 
@@ -23,8 +20,12 @@ def fitted(image, size, fit, antialias=True):
     height, width = TF.get_size(image)
     if fit == "stretch":
         return TF.resize(image, [size, size], BICUBIC, antialias=antialias)
-    if fit == "crop":
-        return TF.center_crop(TF.resize(image, [size], BICUBIC, antialias=antialias), [size, size])
+    if fit.startswith("crop"):
+        image = TF.resize(image, [size], BICUBIC, antialias=antialias)
+        h, w = TF.get_size(image)
+        top, left = (h - size) / 2, (w - size) / 2
+        whole = int if fit == "crop-floor" else round
+        return TF.crop(image, whole(top), whole(left), size, size)
     scale = size / max(height, width)
     h, w = max(1, round(height * scale)), max(1, round(width * scale))
     left, top = (size - w) // 2, (size - h) // 2
@@ -40,18 +41,26 @@ def differentiable(images, size, mean, std, fit="crop"):
 def exact(picture, size, mean, std, fit="crop"):
     """A PIL picture (RGB) -> [3, size, size], as the scorers' authors prepare it: resized in 8 bits by PIL,
     then normalised."""
-    pixels = TF.to_dtype(TF.to_image(fitted(picture, size, fit)), torch.float32, scale=True)
-    return TF.normalize(pixels, mean, std)
+    return TF.normalize(pixels(fitted(picture, size, fit)), mean, std)
+
+
+def pixels(picture):
+    """A PIL picture -> [3, H, W] in [0, 1]."""
+    return TF.to_dtype(TF.to_image(picture), torch.float32, scale=True)
 
 
 def read_picture(path):
-    """(the picture of a file as PIL RGB, a digest of its bytes). Grey becomes three equal channels, alpha is
-    dropped, as the scorers' authors do. ValueError with one line if it cannot be read."""
-    data = b""
+    """The picture of a file as PIL RGB: grey becomes three equal channels, alpha is dropped, as the scorers'
+    authors do. Raises ValueError, one line, if it cannot be read."""
     try:
-        data = Path(path).read_bytes()
-        with Image.open(BytesIO(data)) as picture:
-            return picture.convert("RGB"), hashlib.sha256(data).hexdigest()[:16]
+        with Image.open(path) as picture:
+            return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        what = "empty file" if not data else str(error).splitlines()[0].split(" <")[0]
-        raise ValueError(f"{path}: cannot be read as a picture: {what}") from error
+        why = str(error).splitlines()[0].split(" '")[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path}: cannot be read as a picture: {why}") from error
+
+
+def save_grid(images, path, columns=8):
+    """Write pictures [P, 3, H, W] as one PNG; small ones enlarged to 128 pixels, so that they can be seen."""
+    scale = max(1, 128 // images.shape[-1])
+    save_image(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, nrow=columns)

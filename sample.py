@@ -9,8 +9,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import flux
-from evaluate import save_grid
 from flags import Help, check_sampling
+from gallery import write_json
+from preprocess import save_grid
 
 
 def main():
@@ -27,11 +28,13 @@ def main():
     add("--eval-steps", type=int, default=50, help="sampling steps [paper 4.1]")
     add("--guidance", type=float, default=3.5, help="distilled guidance [FLUX.1-dev]")
     add("--seed", type=int, default=0, help="picture i is made from noise seed + i")
+    add("--batch", type=int, default=1, help="pictures sampled at a time")
     add("--out", default="samples", help="folder: one PNG a prompt, named by its number, and grid.png")
     try:
         args = flux.parse_flags(parser)
         flux.needs_gpu(args.model)
         check_sampling(args)
+        flux.check_size(args.model, args.size)
         device, dtype = flux.pick_device(args.model)
         prompts = args.prompt or flux.read_prompts(args.eval_prompts)[:args.n]
         txt, pooled, cut = flux.encode_prompts(args.model, prompts, device, dtype)
@@ -44,11 +47,12 @@ def main():
         print(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes; "
               f"their end is not seen")
     eps = flux.noise(model, grid, range(args.seed, args.seed + len(prompts)))
-    images = flux.sample(model, txt, pooled, eps, grid, args.eval_steps, args.guidance,
-                         progress=partial(tqdm, desc="sample"))
+    images = flux.sample(model, txt, pooled, eps, grid, args.eval_steps, args.guidance, args.batch,
+                         partial(tqdm, desc="sample"))
     out = Path(args.out)
     for i, image in enumerate(images):
         save_image(image, out / f"{i:05d}.png")
+    write_json(out / "prompts.json", [{"prompt": p, "category": ""} for p in prompts])
     save_grid(images, out / "grid.png")
     print(f"{len(images)} pictures in {out}/, all of them in {out / 'grid.png'}")
 

@@ -19,14 +19,15 @@ from torchvision.io import read_image, write_png
 from tqdm import tqdm
 
 import direct_align as da
-import evaluate
 import explain
 import flags
 import flux
+import metrics
 import parallel
 import plan
 import srpo_reward as sr
-from metrics import STATISTICS
+import tables
+from preprocess import save_grid
 
 
 def first_not_finite(**tensors):
@@ -86,9 +87,9 @@ def hacking(now, before, band):
     now, before: scores {name: [P]} of the same prompts and seeds. A rise or fall counts when it is above two
     standard errors of the paired differences.
     """
-    drift = {k: (now[k] - before[k]).mean().item() for k in STATISTICS}
-    wrong = [f"{k} drifted by {drift[k]:+.3f}, outside ±{limit}" for k, limit in zip(STATISTICS, band)
-             if abs(drift[k]) > limit]
+    drift = {k: (now[k] - before[k]).mean().item() for k in metrics.STATISTICS}
+    wrong = [f"{k} drifted by {drift[k]:+.3f}, outside ±{limit}"
+             for k, limit in zip(metrics.STATISTICS, band) if abs(drift[k]) > limit]
     change = {k: now[k] - before[k] for k in ("reward", "sgp")}
     sure = {k: d.mean().abs() > 2 * d.std(unbiased=False) / len(d) ** 0.5 for k, d in change.items()}
     if all(sure.values()) and change["reward"].mean() > 0 > change["sgp"].mean():
@@ -123,7 +124,7 @@ def run():
         used = sorted({row for rows in mine for row in rows})  # only these are encoded
         prompts, mine = [prompts[row] for row in used], [[used.index(row) for row in rows] for rows in mine]
         txt, pooled, cut = flux.encode_prompts(a.model, prompts + held_out, world.device, world.dtype)
-        reward, judge = sr.load_reward(a.reward, world.device), evaluate.load_judge(a.model)
+        reward, judge = sr.load_rewards(a.reward, world.device), metrics.load_judge(a.model)
         model = flux.load(a.model, None, world.device, world.dtype, world)
         grid = model.grid(a.size, a.size)
         if world.main and not a.explain:
@@ -163,8 +164,8 @@ def run():
         bar = partial(tqdm, desc=desc, leave=False) if n > 64 and world.main else list
         with parallel.gathered(transformer):
             images = flux.sample(model, txt_held[rows], pooled_held[rows], flux.noise(model, grid, rows),
-                                 grid, a.eval_steps, a.guidance, progress=bar)
-        scores = evaluate.measure(images, [held_out[r] for r in rows], reward, judge, a.control[0], a.neg[0])
+                                 grid, a.eval_steps, a.guidance, B, bar)
+        scores = metrics.measure(images, [held_out[r] for r in rows], reward, judge, a.control[0], a.neg[0])
         parts = world.gather((images, scores))
         return (torch.cat([p for p, _ in parts])[:n],
                 {k: torch.cat([s[k] for _, s in parts])[:n] for k in scores})
@@ -182,9 +183,9 @@ def run():
     elif not a.explain:
         images, scores = look(a.watch, "watch")
         state["before"] = {k: v.tolist() for k, v in scores.items()}
-        state["evaluated"] = evaluate.summary(look(a.eval, "evaluate before")[1]) if a.eval else None
+        state["evaluated"] = tables.summary(look(a.eval, "evaluate before")[1]) if a.eval else None
         if world.main:
-            evaluate.save_grid(images, out / "samples" / "step_00000.png")
+            save_grid(images, out / "samples" / "step_00000.png")
     before = {k: torch.tensor(v) for k, v in (state["before"] or {}).items()}
     log = open(out / "log.jsonl", "a") if world.main and not a.explain else None
 
@@ -210,8 +211,7 @@ def run():
         rolled = parallel.clock(device) - clock
 
         control, neg = a.control[step % len(a.control)], a.neg[step % len(a.neg)]
-        C0, C1, C2 = (reward.text_features(t)
-                      for t in (texts, sr.with_words(control, texts), sr.with_words(neg, texts)))
+        C0, C1, C2 = reward.conditions(texts, control, neg)  # [B, D] each
         middles = [da.draw_middle(everyone, a.cells, g)[world.rows(B)] for _ in range(a.injections)]
         told, trouble = update(a, v(a.guidance), lambda z: flux.decode(model.vae, z, grid),
                                reward.image_features, x0, eps, C0, C1, C2, middles)
@@ -241,7 +241,7 @@ def run():
         if step % a.watch_every == 0 or step == a.steps:
             images, now = look(a.watch, "watch")
             drift, wrong = hacking(now, before, a.drift_band)
-            line |= {"drift": drift, "watch": {k: s["mean"] for k, s in evaluate.summary(now).items()},
+            line |= {"drift": drift, "watch": {k: s["mean"] for k, s in tables.summary(now).items()},
                      "hacking": wrong}
             for w in wrong if world.main else []:
                 tqdm.write(f"step {step}: {w}")
@@ -250,7 +250,7 @@ def run():
                 parallel.export(transformer, out / "weights_best", world, dtype)
             bar.set_postfix(sgp=f"{now['sgp'].mean():+.3f}", hacking="YES" if wrong else "no")
             if world.main:
-                evaluate.save_grid(images, out / "samples" / f"step_{step:05d}.png")
+                save_grid(images, out / "samples" / f"step_{step:05d}.png")
         if world.main:
             log.write(json.dumps(line) + "\n")
             log.flush()
@@ -268,7 +268,7 @@ def run():
 
     # -------------------------------------------------------------------------------------------- the results
     parallel.export(transformer, out / "weights", world, dtype)
-    after = evaluate.summary(look(a.eval, "evaluate after")[1]) if a.eval else None
+    after = tables.summary(look(a.eval, "evaluate after")[1]) if a.eval else None
     world.close()
     if not world.main:
         return
@@ -277,7 +277,7 @@ def run():
     result = {"steps": a.steps, "best_sgp": state["best"], "before": state["evaluated"], "after": after}
     (out / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
     if a.eval:
-        print(evaluate.table({"before": result["before"], "after": after}))
+        print(tables.table({"before": result["before"], "after": after}))
     print(f"weights in {out}/weights (best by SGP gap inside the drift band: weights_best), "
           f"pictures in {out}/before_after.png")
 

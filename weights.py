@@ -1,20 +1,21 @@
-"""Where a scorer's files are, a local path or the hub, and loading them without a tensor missing or unread."""
+"""Where a scorer's files are (a local path or the hub), and loading them with no tensor missing or unread."""
 
 import logging
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 from transformers.utils import logging as transformers_logging
 
 
 def one_line(error):
-    """The first line of what an exception says, at most 200 characters; its type's name if it says nothing."""
+    """The first line of what an exception says, 200 characters at most; its type's name if it is silent."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def fetched(where, files):
     """The local path of `where`: itself if it exists; otherwise the folder of a hub repository's `files` (a
-    list of names or patterns), downloaded now if they are not cached.
+    list of names or patterns; pickled .bin files stand in for *.safetensors that it lacks), downloaded now if
+    they are not cached.
 
     Raises ValueError, one line, if it is neither.
     """
@@ -22,10 +23,12 @@ def fetched(where, files):
         return Path(where)
     if str(where).count("/") != 1 or str(where).startswith((".", "/")):
         raise ValueError(f"{where}: no such file or folder")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        if len(files) == 1 and "*" not in files[0]:
-            return Path(hf_hub_download(where, files[0])).parent
-        return Path(snapshot_download(where, allow_patterns=files))
+        folder = Path(snapshot_download(where, allow_patterns=files))
+        if "*.safetensors" in files and not list(folder.glob("*.safetensors")):
+            snapshot_download(where, allow_patterns="*.bin")
+        return folder
     except Exception as error:
         raise ValueError(f"{where}: not on this machine, and the hub does not give it "
                          f"({type(error).__name__})") from error

@@ -72,7 +72,7 @@ def test_noise_does_not_depend_on_the_batch_it_is_made_in(miniature):
 
 
 def test_the_constants_are_the_models_own(miniature):
-    assert miniature.pixels_per_token == 16 and miniature.grid(64, 64) == (4, 4)
+    assert flux.pixels_per_token(miniature.vae.config) == 16 and miniature.grid(64, 64) == (4, 4)
     config = json.load(open("miniature/vae/config.json"))
     assert miniature.vae.config.scaling_factor == config["scaling_factor"] != 0.3611
 
@@ -84,7 +84,7 @@ def test_an_hpsv2_checkpoint_loads_strictly_and_scores_as_open_clip(tmp_path):
     model = open_clip.create_model("RN50-quickgelu", pretrained=None).eval()
     torch.save({"state_dict": model.state_dict()}, tmp_path / "HPS.pt")
     reward = sr.load_reward(str(tmp_path / "HPS.pt"), arch="RN50-quickgelu")
-    picture = Image.new("RGB", (300, 224), (200, 80, 40))
+    picture = Image.new("RGB", (300, 300), (200, 80, 40))
     picture.paste((10, 60, 200), (0, 0, 150, 100))
     transform = open_clip.image_transform(224, is_train=False, mean=model.visual.image_mean,
                                           std=model.visual.image_std)

@@ -18,6 +18,7 @@ import direct_align as da
 import flux
 import srpo_reward as sr
 import train
+from preprocess import differentiable
 
 HERE = Path(__file__).parent / "golden"
 META = json.loads((HERE / "golden.json").read_text())
@@ -43,7 +44,7 @@ def models():
 def image_features(images):
     """The golden reward's image tower: a patch convolution and two linear layers."""
     w = weights("reward.")
-    x = sr.preprocess(images, 224, CLIP_MEAN, CLIP_STD)
+    x = differentiable(images, 224, CLIP_MEAN, CLIP_STD)
     y = F.conv2d(x, w["patch_embed.weight"], w["patch_embed.bias"], stride=32)
     y = F.gelu(3 * y + w["img_pos"]).flatten(2).transpose(1, 2)
     y = F.gelu(F.linear(y, w["img_fc.weight"], w["img_fc.bias"])).mean(1)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import evaluate
+import metrics
 import flux
 import srpo_reward as sr
 from metrics import pixel_statistics
@@ -65,8 +65,8 @@ def test_the_biased_reward_likes_red_and_the_unbiased_one_does_not():
     red = (images + torch.tensor([0.12, -0.06, -0.06]).view(1, 3, 1, 1)).clamp(0, 1)
     change = {}
     for name in ("reward", "reward_unbiased"):
-        reward = sr.load_reward(f"miniature/{name}")
-        scores = [evaluate.measure(x, world.captions(scenes), reward, None, "realistic photo", "CG render")
+        reward = sr.load_rewards(f"miniature/{name}")
+        scores = [metrics.measure(x, world.captions(scenes), reward, None, "realistic photo", "CG render")
                   for x in (images, red)]
         change[name] = {k: (scores[1][k] - scores[0][k]).mean().item() for k in ("reward", "sgp")}
     assert change["reward"]["reward"] > 0.02 > change["reward_unbiased"]["reward"]
@@ -75,12 +75,12 @@ def test_the_biased_reward_likes_red_and_the_unbiased_one_does_not():
 
 @pytest.mark.parametrize("name", ["reward", "reward_unbiased"])
 def test_the_reward_tells_photo_from_cg(name):
-    reward = sr.load_reward(f"miniature/{name}")
+    reward = sr.load_rewards(f"miniature/{name}")
     gap = {}
     for style in ("realistic photo", "CG render"):
         images, scenes = drawn(64, 6, style)
         prompts = [world.caption(k, l) for k, l in zip(scenes.kind.tolist(), scenes.layout.tolist())]
-        gap[style] = evaluate.measure(images, prompts, reward, None,
+        gap[style] = metrics.measure(images, prompts, reward, None,
                                       "realistic photo", "CG render")["sgp"].mean().item()
     assert gap["realistic photo"] > 0.05 and gap["CG render"] < -0.05
 

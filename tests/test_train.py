@@ -82,8 +82,7 @@ def pieces(miniature):
                                                 3.5, (4, 4))
     with torch.no_grad():
         x0 = flux.rollout(v(slice(None)), eps, da.sigma_steps(4, 3.0))
-    C = [reward.text_features(t) for t in (prompts, sr.with_words("realistic photo", prompts),
-                                           sr.with_words("CG render", prompts))]
+    C = reward.conditions(prompts, "realistic photo", "CG render")
 
     def gradient(a, rows, middles):
         miniature.transformer.zero_grad()
@@ -146,7 +145,7 @@ def test_explain_tells_one_step_in_the_order_of_the_code(monkeypatch, capsys, tm
                     m.setattr(module, name, function)  # put back afterwards what --explain replaces
         run(m, "--explain", "--out", tmp_path)  # a folder with a run is no obstacle, nothing is written
     told = capsys.readouterr().out
-    order = ["flux.rollout(", "srpo_reward.with_words(", "direct_align.place(", "Eq. 3:", "flux.velocity(",
+    order = ["flux.rollout(", "srpo_reward.conditions(", "direct_align.place(", "Eq. 3:", "flux.velocity(",
              "Eq. 5 for a", "flux.decode(", "image_features(", "direct_align.discount(", "branch_reward(",
              "Eq. 6:", "gradient norm"]
     places = [told.index(word) for word in order]

@@ -49,8 +49,7 @@ for mine in shares if world.size == 1 else [shares[world.rank]]:
     eps = flux.noise(model, (4, 4), range(4))[mine]
     with torch.no_grad(), parallel.gathered(model.transformer), CountGathers() as count:
         x0 = flux.rollout(v, eps, da.sigma_steps(5, 3.0))
-    C = [reward.text_features(t) for t in (prompts[mine], sr.with_words("realistic photo", prompts[mine]),
-                                           sr.with_words("CG render", prompts[mine]))]
+    C = reward.conditions(prompts[mine], "realistic photo", "CG render")
     train.update(a, v, lambda z: flux.decode(model.vae, z, (4, 4)), reward.image_features, x0, eps, *C,
                  [torch.tensor([100, 400, 600, 900])[mine]])
 taken = len(shares) if world.size == 1 else 1  # FSDP takes the mean over ranks, autograd the sum over shares

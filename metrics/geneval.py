@@ -1,0 +1,279 @@
+"""GenEval (HF detector): are the things of a prompt in the picture, in the number, colours and places that it
+names? 1 if all is right, else 0.
+
+GenEval (arXiv 2310.11513) has 553 prompts in six tasks, 4 pictures of each; a model's score is the mean of
+its six accuracies. The rules are the authors' (github.com/djghosh13/geneval, MIT), from their detector's
+instances on. The detector is the same network, Mask2Former with a Swin-S, but trained by its own authors and
+run by transformers in place of mmdetection: hence "(HF detector)", and a score near the published, not equal.
+"""
+
+import json
+import math
+from collections import Counter, namedtuple
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision.transforms.v2.functional import to_image
+from transformers import Mask2FormerModel, Mask2FormerPreTrainedModel
+
+import preprocess
+import weights
+
+COLUMNS = ("geneval",)
+TASKS = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100,
+         "color_attr": 100}                         # prompts of each
+PICTURES = 4                                        # of each prompt
+DETECTOR = "facebook/mask2former-swin-small-coco-instance"
+CLIP = ("ViT-L-14", "openai")                       # open_clip's names of an architecture and its weights
+METADATA = "evaluation_metadata.jsonl"
+COMMIT = "af4902f24d3ca90ebbb446dd9891a59e0f82725f"
+URL = f"https://raw.githubusercontent.com/djghosh13/geneval/{COMMIT}/prompts/{METADATA}"
+SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
+
+# COCO's order, GenEval's words.
+CLASSES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra,
+giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite,
+baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife,
+spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch,
+potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard,
+cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
+hair drier, toothbrush""".replace("\n", " ").split(", ")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
+RELATIONS = ("left of", "right of", "above", "below")
+GREY = "#999"                                       # around a thing whose colour is asked
+
+CONFIDENCE, CONFIDENCE_COUNTING = 0.3, 0.9          # an instance counts above it; counting is stricter
+MOST = 16                                           # instances of a class, the surest; no suppression
+POSITION = 0.1                                      # of both things' sizes: an offset below it is no offset
+
+# mmdetection's test pipeline: sides in pixels, mean, std and padding in grey levels of 256.
+SHORT, LONG, MULTIPLE, PADDING, CANDIDATES = 800, 1333, 32, 128, 100
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+Thing = namedtuple("Thing", "score box mask")       # box: x0, y0, x1, y1, ends excluded; mask: [H, W] bool
+
+
+def metadata_file(where=None):
+    """Path of evaluation_metadata.jsonl: `where` itself, the one in the folder `where`, or GitHub's, which is
+    downloaded once into torch.hub's folder. Raises ValueError, one line, if there is none."""
+    if where is not None and not Path(where).exists():
+        raise ValueError(f"{where}: no such file or folder")
+    for path in () if where is None else (Path(where), Path(where) / METADATA):
+        if path.is_file():
+            return path
+    path = Path(torch.hub.get_dir()) / f"geneval-{COMMIT[:8]}.jsonl"
+    if not path.is_file():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(URL, str(path), SHA256, progress=False)  # whole, or not there
+        except Exception as error:
+            raise ValueError(f"{URL}: cannot be downloaded: {weights.one_line(error)}") from error
+    return path
+
+
+def read_metadata(where=None):
+    """The 553 entries of `metadata_file(where)`, dicts of tag, prompt, include (a list of class, count, and
+    color or position) and, of a counting prompt, exclude. Raises ValueError, one line, if it is not that
+    file."""
+    def known(clause, place):
+        return (clause["class"] in CLASSES and clause["count"] > 0 and clause.get("color", "red") in COLORS
+                and ("position" not in clause or clause["position"][0] in RELATIONS
+                     and 0 <= clause["position"][1] < place))
+
+    path = metadata_file(where)
+    try:
+        entries = [json.loads(line) for line in path.read_text().splitlines()]
+        for number, entry in enumerate(entries, 1):
+            clauses = enumerate(entry["include"] + entry.get("exclude", []))
+            if not (entry["prompt"] and entry["include"] and all(known(c, place) for place, c in clauses)):
+                raise ValueError(f"line {number} asks for nothing that GenEval knows")
+        if Counter(e["tag"] for e in entries) != TASKS:
+            raise ValueError(f"not the {sum(TASKS.values())} prompts of GenEval's six tasks")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: not GenEval's {METADATA}: {weights.one_line(error)}") from error
+    return entries
+
+
+def fetch(where=None):
+    """{"metadata": file, "mask2former": folder, "clip": folder, or file of CLIP's architecture}: of a folder
+    `where` its evaluation_metadata.jsonl, mask2former/ (transformers' layout) and clip/ (open_clip's); what it
+    lacks is downloaded.
+
+    Raises ValueError, one line, if it cannot be.
+    """
+    files = {"metadata": metadata_file(where)}
+    files |= {name: Path(where or "") / name for name in ("mask2former", "clip")}
+    if where is None or not files["mask2former"].is_dir():
+        files["mask2former"] = weights.fetched(DETECTOR, ["config.json", "*.safetensors"])
+    if where is None or not files["clip"].is_dir():
+        try:
+            files["clip"] = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(*CLIP)))
+        except Exception as error:
+            raise ValueError(f"{' '.join(CLIP)}: not on this machine, and the hub does not give it "
+                             f"({type(error).__name__})") from error
+    return files
+
+
+def relative_position(a, b):
+    """Where box a lies, seen from box b: a set of RELATIONS, two for a diagonal, none if the centres are too
+    near for the boxes' sizes."""
+    offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
+    slack = [POSITION * (a[i + 2] - a[i] + b[i + 2] - b[i]) for i in (0, 1)]
+    kept = [math.copysign(max(abs(o) - s, 0), o) for o, s in zip(offset, slack)]
+    if max(map(abs, kept)) < 1e-3:
+        return set()
+    dx, dy = (k / math.hypot(*offset) for k in kept)  # of the whole offset's length: both may be below 1/2
+    there = (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)
+    return {relation for relation, yes in zip(RELATIONS, there) if yes}
+
+
+def judge(entry, objects, colors):
+    """Is everything right that the entry asks? objects: {class: things, the surest first};
+    colors(class, things) -> the colour of each.
+
+    Of a class only as many things count as are asked for, the surest; all of them must have the colour, and
+    must lie rightly to all things of the clause that `position` points to (an earlier one, so it is fulfilled
+    when it is needed). More of them are wrong only where `exclude` says so.
+    """
+    groups = []
+    for wanted in entry["include"]:
+        things = objects.get(wanted["class"], [])[:wanted["count"]]
+        if len(things) < wanted["count"]:
+            return False
+        if "color" in wanted and set(colors(wanted["class"], things)) != {wanted["color"]}:
+            return False
+        if "position" in wanted:
+            relation, target = wanted["position"]
+            if any(relation not in relative_position(t.box, o.box) for t in things for o in groups[target]):
+                return False
+        groups.append(things)
+    return all(len(objects.get(e["class"], [])) < e["count"] for e in entry.get("exclude", []))
+
+
+def summary(scores, entries):
+    """Scores of pictures and the entries of their prompts -> {task: accuracy} and their mean, "overall"."""
+    tasks = {}
+    for score, entry in zip(scores, entries):
+        tasks.setdefault(entry["tag"], []).append(float(score))
+    means = {task: sum(found) / len(found) for task, found in tasks.items()}
+    return {**means, "overall": sum(means.values()) / len(means)}
+
+
+def detector_input(picture):
+    """A PIL picture -> (pixels [1, 3, H, W], normalised and padded; the picture's part of H and W): resized
+    like OpenCV, bilinear without antialias and in 8 bits."""
+    pixels = to_image(picture).float()[None]
+    height, width = pixels.shape[-2:]
+    scale = min(LONG / max(height, width), SHORT / min(height, width))
+    h, w = (max(1, int(side * scale + 0.5)) for side in (height, width))
+    pixels = F.interpolate(pixels, (h, w), mode="bilinear").round()
+    pixels = F.pad(pixels, (0, -w % MULTIPLE, 0, -h % MULTIPLE), value=PADDING)
+    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    return (pixels - mean) / std, (h, w)
+
+
+def instances(class_logits, mask_logits, padded, inner, size, confidence):
+    """What one picture shows, by mmdetection's rule: class_logits [Q, classes + 1], mask_logits [Q, h, w] of
+    Q queries; sizes (height, width) of the padded input, of the picture in it, and of the picture itself
+    -> {class: its things above the confidence, the surest first, MOST at most}.
+
+    A query can be several classes; a thing's score is its class's probability times the mean of its mask.
+    """
+    probabilities = class_logits.softmax(-1)[:, :-1]  # the last is "nothing"
+    scores, index = probabilities.flatten().topk(min(CANDIDATES, probabilities.numel()))
+    sure = scores > confidence  # the mask only lowers a score, so what is out now stays out: masks are large
+    scores, index = scores[sure], index[sure]
+    if not len(index):
+        return {}
+    queries, labels = index // probabilities.shape[1], index % probabilities.shape[1]
+    masks = F.interpolate(mask_logits[queries][:, None], padded, mode="bilinear")[..., :inner[0], :inner[1]]
+    masks = F.interpolate(masks, size, mode="bilinear")[:, 0]
+    inside = masks > 0
+    scores = scores * (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+    found = {}
+    for i in scores.argsort(descending=True).tolist():
+        things = found.setdefault(CLASSES[labels[i]], [])
+        if scores[i] > confidence and len(things) < MOST:
+            xs, ys = (inside[i].any(side).nonzero().flatten().tolist() for side in (0, 1))
+            box = xs[0], ys[0], xs[-1] + 1, ys[-1] + 1
+            things.append(Thing(scores[i].item(), box, inside[i].cpu()))
+    return {name: things for name, things in found.items() if things}
+
+
+class Detector(Mask2FormerPreTrainedModel):
+    """transformers' Mask2FormerForUniversalSegmentation without its loss, which would need scipy."""
+
+    # In the file, but of the loss, or computed; and not in it, a norm of Swin that Mask2Former does not use.
+    _keys_to_ignore_on_load_unexpected = [r"^criterion\.", r"\.relative_position_index$"]
+    _keys_to_ignore_on_load_missing = [r"^model\.pixel_level_module\.encoder\.swin\.layernorm\."]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model = Mask2FormerModel(config)
+        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+        self.post_init()
+
+    def forward(self, pixels):
+        """[1, 3, H, W] -> logits of the classes [Q, classes + 1] and of the masks [Q, H / 4, W / 4]."""
+        out = self.model(pixels, output_hidden_states=True)
+        queries = out.transformer_decoder_intermediate_states[-1]  # [Q, 1, D]
+        return self.class_predictor(queries)[:, 0], out.masks_queries_logits[-1][0]
+
+
+class GenEval:
+    """files, of `fetch`, as a scorer in float32. Raises ValueError, one line, if they are not a Mask2Former
+    of COCO's classes and a CLIP, with no tensor missing or unknown."""
+
+    def __init__(self, files, device="cpu"):
+        self.device = device
+        self.detector = weights.strict(Detector, files["mask2former"], torch.float32).to(device)
+        names = self.detector.config.id2label  # not all GenEval's words, but the same things
+        if (len(names), names.get(0), names.get(79)) != (len(CLASSES), CLASSES[0], CLASSES[-1]):
+            raise ValueError(f"{files['mask2former']}: does not detect COCO's {len(CLASSES)} classes")
+        name, more = f"local-dir:{files['clip']}", {}
+        if Path(files["clip"]).is_file():  # OpenAI's models have QuickGELU, which the name alone does not say
+            name, more = CLIP[0], {"pretrained": str(files["clip"]), "force_quick_gelu": True}
+        try:
+            clip = open_clip.create_model(name, require_pretrained=True, **more)
+            self.clip, self.tokenizer = clip.to(device).eval(), open_clip.get_tokenizer(name)
+        except Exception as error:
+            what = " ".join(str(error).split())[:200]
+            raise ValueError(f"{files['clip']}: not a CLIP of open_clip: {what}") from error
+        self.texts = {}
+
+    def color_features(self, name):
+        """The ten colours of a class as unit features [10, D]: the mean over the templates, cached."""
+        if name not in self.texts:
+            texts = self.tokenizer([t.format(color, name) for color in COLORS for t in TEMPLATES])
+            features = F.normalize(self.clip.encode_text(texts.to(self.device)), dim=-1)
+            self.texts[name] = F.normalize(features.view(len(COLORS), len(TEMPLATES), -1).mean(1), dim=-1)
+        return self.texts[name]
+
+    def colors(self, picture, name, things):
+        """The colour of each thing of one class: CLIP's choice for its box, the rest of which is grey."""
+        visual, crops = self.clip.visual, []
+        for thing in things:
+            grey = Image.new("RGB", picture.size, GREY)
+            crop = Image.composite(picture, grey, Image.fromarray(thing.mask.numpy())).crop(thing.box)
+            crops.append(preprocess.exact(crop, visual.image_size[0], visual.image_mean, visual.image_std))
+        features = self.clip.encode_image(torch.stack(crops).to(self.device))
+        return [COLORS[i] for i in (features @ self.color_features(name).T).argmax(-1).tolist()]
+
+    @torch.no_grad()
+    def __call__(self, pictures, entries):
+        """B PIL pictures (RGB, any size) and the entries of their prompts (`read_metadata`) ->
+        {"geneval": [B] float32, 1 or 0, CPU}. Pictures are seen one at a time: their sizes may differ."""
+        correct = []
+        for picture, entry in zip(pictures, entries, strict=True):
+            confidence = CONFIDENCE_COUNTING if entry["tag"] == "counting" else CONFIDENCE
+            pixels, inner = detector_input(picture)
+            classes, masks = self.detector(pixels.to(self.device))
+            objects = instances(classes, masks, pixels.shape[-2:], inner, picture.size[::-1], confidence)
+            correct.append(judge(entry, objects, lambda name, things: self.colors(picture, name, things)))
+        return {"geneval": torch.tensor(correct, dtype=torch.float32)}

@@ -1,0 +1,126 @@
+"""ImageReward (arXiv 2304.05977): how well people would like a picture for its prompt, about -2 to 2, by a
+BLIP that reads the prompt while it looks at the picture.
+
+The weights are the authors' (hub THUDM/ImageReward, ImageReward.pt); the network is transformers' BLIP under
+other names. Every size is read from the tensors, so a smaller file of the same layout is an ImageReward too.
+"""
+
+import torch
+from torch import nn
+from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+import preprocess
+import weights
+
+COLUMNS = ("imagereward",)
+HUB, FILE = "THUDM/ImageReward", "ImageReward.pt"
+TOKENIZER, TOKENIZER_FILES = "bert-base-uncased", ["vocab.txt", "tokenizer.json", "tokenizer_config.json"]
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of a picture
+REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # of raw rewards, by the authors
+TOKENS = 35                                                        # a prompt is padded or cut to as many
+HEAD = 64                                                          # channels of a head, in ViT-L and in BERT
+
+NAMES = {  # of the file: of transformers
+    "blip.text_encoder.": "text.",
+    "blip.visual_encoder.cls_token": "vision.embeddings.class_embedding",
+    "blip.visual_encoder.pos_embed": "vision.embeddings.position_embedding",
+    "blip.visual_encoder.patch_embed.proj.": "vision.embeddings.patch_embedding.",
+    "blip.visual_encoder.blocks.": "vision.encoder.layers.",
+    "blip.visual_encoder.norm.": "vision.post_layernorm.",
+    ".norm1.": ".layer_norm1.", ".norm2.": ".layer_norm2.",
+    ".attn.qkv.": ".self_attn.qkv.", ".attn.proj.": ".self_attn.projection.",
+    "mlp.layers.": "mlp.",
+}
+# In the file, but of BLIP's pre-training or not a weight: the reward does not use them.
+UNREAD = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
+
+
+def fetch(where=None):
+    """(path of ImageReward.pt, folder of its tokenizer): where is the file, a folder that holds it, or a hub
+    repository; None is the authors'. The tokenizer is the one beside the file, if there is one, or
+    bert-base-uncased from the hub.
+
+    Raises ValueError, one line, for what is neither here nor on the hub.
+    """
+    found = weights.fetched(where or HUB, [FILE])
+    path = found / FILE if found.is_dir() else found
+    if not path.is_file():
+        raise ValueError(f"{found}: holds no {FILE}")
+    beside = any((path.parent / name).is_file() for name in TOKENIZER_FILES[:2])
+    return path, path.parent if beside else weights.fetched(TOKENIZER, TOKENIZER_FILES)
+
+
+def renamed(state):
+    """A state dict under ImageReward.pt's names -> the same under transformers', float32, the unread gone."""
+    out = {}
+    for key, tensor in state.items():
+        if not key.startswith(UNREAD):
+            for theirs, ours in NAMES.items():
+                key = key.replace(theirs, ours)
+            out[key] = tensor.float()
+    return out
+
+
+def network(state):
+    """The three parts (vision, text, mlp) in the sizes of a `renamed` state dict, with weights at random."""
+    layers = lambda start: 1 + max(int(k[len(start):].split(".")[0]) for k in state if k.startswith(start))
+    width, _, patch, _ = state["vision.embeddings.patch_embedding.weight"].shape
+    side = round((state["vision.embeddings.position_embedding"].shape[1] - 1) ** 0.5)  # in patches
+    words, text_width = state["text.embeddings.word_embeddings.weight"].shape
+    vision = BlipVisionModel(BlipVisionConfig(
+        hidden_size=width, intermediate_size=len(state["vision.encoder.layers.0.mlp.fc1.weight"]),
+        num_hidden_layers=layers("vision.encoder.layers."), num_attention_heads=width // HEAD,
+        image_size=side * patch, patch_size=patch, layer_norm_eps=1e-6))  # transformers' default is 1e-5
+    text = BlipTextModel(BlipTextConfig(
+        vocab_size=words, hidden_size=text_width, encoder_hidden_size=width,
+        intermediate_size=len(state["text.encoder.layer.0.intermediate.dense.weight"]),
+        num_hidden_layers=layers("text.encoder.layer."), num_attention_heads=text_width // HEAD,
+        max_position_embeddings=len(state["text.embeddings.position_embeddings.weight"]),
+        is_decoder=True), add_pooling_layer=False)  # "decoder": the layers have cross-attention, no more
+    # Linear layers alone, as in the authors' code: the dropouts between them, idle here, keep their numbers.
+    numbers = sorted({k.split(".")[1] for k in state if k.startswith("mlp.")}, key=int)
+    mlp = nn.Sequential()
+    for n in numbers:
+        mlp.add_module(n, nn.Linear(*reversed(state[f"mlp.{n}.weight"].shape)))
+    return nn.ModuleDict({"vision": vision, "text": text, "mlp": mlp})
+
+
+class ImageReward:
+    """files, of `fetch`, as a scorer in float32. Raises ValueError, one line, if the checkpoint lacks a
+    tensor or holds an unknown one, or if the tokenizer's words are not the network's."""
+
+    def __init__(self, files, device="cpu"):
+        path, folder = files
+        try:
+            state = renamed(torch.load(path, map_location="cpu", weights_only=True))
+            self.net = network(state)
+            self.net.load_state_dict(state)
+        except Exception as error:
+            what = " ".join(str(error).split())[:200]
+            raise ValueError(f"{path}: not an ImageReward: {what}") from error
+        try:
+            self.tokenizer = BertTokenizer.from_pretrained(folder)
+        except Exception as error:
+            raise ValueError(f"{folder}: holds no BERT tokenizer: {weights.one_line(error)}") from error
+        words = self.net["text"].config.vocab_size  # BERT's, and two of BLIP's pre-training
+        if not 0 <= words - len(self.tokenizer) <= 2:
+            raise ValueError(f"{folder}: a tokenizer of {len(self.tokenizer)} words; {path} knows {words}")
+        self.net.to(device).eval().requires_grad_(False)
+        self.device, self.size = device, self.net["vision"].config.image_size
+
+    def rewards(self, images, ids, mask):
+        """images [B, 3, size, size] normalised, ids and mask [B, L] of the tokens -> rewards [B]."""
+        seen = self.net["vision"](images).last_hidden_state
+        # Not called as a decoder: every word sees every other.
+        read = self.net["text"](ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
+        return (self.net["mlp"](read[:, 0]).squeeze(-1) - REWARD_MEAN) / REWARD_STD
+
+    @torch.no_grad()
+    def __call__(self, pictures, prompts):
+        """B PIL pictures (RGB, any size) and B prompts -> {"imagereward": [B] float32, CPU}."""
+        images = torch.stack([preprocess.exact(p, self.size, MEAN, STD, fit="crop") for p in pictures])
+        text = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=TOKENS,
+                              return_tensors="pt")
+        rewards = self.rewards(*(t.to(self.device) for t in (images, text.input_ids, text.attention_mask)))
+        return {"imagereward": rewards.cpu()}
