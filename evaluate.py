@@ -118,8 +118,10 @@ def score(args, metric, settings, scorer, method, pictures, world):
     folder = Path(args.out) / "scores" / method.folder.name
     folder.mkdir(parents=True, exist_ok=True)
     known, scores, unreadable = scores_on_disk(folder, metric), {}, []
-    with open(folder / f"{metric}.{world.rank}.jsonl", "a") as log:
-        log.write("\n" if log.tell() else "")  # whatever a kill left there ends here
+    mine = folder / f"{metric}.{world.rank}.jsonl"
+    cut_off = mine.exists() and mine.read_bytes()[-1:] not in (b"", b"\n")
+    with open(mine, "a") as log:
+        log.write("\n" if cut_off else "")
         for chunk in tqdm(share(pictures, SCORED_AT_ONCE, world), f"{metric} {method.name}", leave=False,
                           disable=not world.main):
             chunk = [p for p in chunk if method.path(p).exists()]
@@ -150,7 +152,7 @@ def flags():
              "what the others are compared with")
     add("--prompts", dest="eval_prompts", default="hpdv2-benchmark",
         help="text file, one prompt a line, a folder of .json lists, or hpdv2-benchmark")
-    add("--n", type=int, help="how many prompts of each category, from the first (None: all)")
+    add("--first", type=int, help="how many prompts of each category, from the first (None: all)")
     add("--metrics", default="aesthetic,pickscore,imagereward,hpsv2.1,geneval,deqa",
         help=f"of {', '.join(METRICS)}; NAME=PATH takes a scorer's files from there [paper 4.2]")
     add("--reward", default="hpsv2.1", help="for the metric `reward`: as train.py's")
@@ -199,9 +201,9 @@ def prepare():
     files, missing = available(args, metrics, world)
     if not files:
         raise ValueError("--metrics: none of them can be had: " + "; ".join(missing.values()))
-    pictures = gallery.benchmark(prompts, args.seed, args.n)
+    pictures = gallery.benchmark(prompts, args.seed, args.first)
     if "geneval" in files:
-        pictures += gallery.geneval_pictures(geneval.read_metadata(metrics["geneval"]), args.seed)
+        pictures += gallery.geneval_pictures(geneval.read_metadata(files["geneval"]["metadata"]), args.seed)
     return args, world, methods, files, missing, pictures
 
 
@@ -211,6 +213,7 @@ def run():
     ours, theirs = [p for p in pictures if not p.entry], [p for p in pictures if p.entry]
     for part in (ours, theirs) if not args.images else ():
         generate(args, methods, part, world)
+    world.gather(None)  # what one process sampled another may score
     scores, unreadable = {m.name: {} for m in methods}, []
     for metric, path in files.items():
         load = cache(lambda: METRICS[metric][2](path, args, world.device))

@@ -141,7 +141,7 @@ def check(a):
 
 def check_sampling(a):
     """For sample.py and evaluate.py: make --out before any work is done. ValueError for a bad flag."""
-    for name in ("n", "eval_steps", "batch"):
+    for name in ("first", "eval_steps", "batch"):
         value = getattr(a, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} {value}: must be at least 1")

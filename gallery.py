@@ -118,12 +118,14 @@ def existing(args):
             raise ValueError(f"--images: the prompts of {folder} and {next(iter(known))} differ, first at "
                              f"number {i}")
     for method in methods:
+        if not method.folder.is_dir():
+            raise ValueError(f"--images {method.folder}: no such folder")
         stems = [f.stem for f in method.folder.glob("*") if f.suffix.lower() in SUFFIXES and f.stem.isdigit()]
         if not stems:
             raise ValueError(f"--images {method.folder}: no pictures there (00000.png and so on, named by "
                              "their prompt's number)")
         if max(map(int, stems)) >= len(prompts):
-            raise ValueError(f"--images {method.folder}: picture {max(stems, key=int)}, but there are "
+            raise ValueError(f"--images {method.folder}: picture {max(map(int, stems))}, but there are "
                              f"{len(prompts)} prompts; give theirs: --prompts FILE")
     return methods, prompts
 

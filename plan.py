@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers.initialization import no_init_weights
 
 from flux import pixels_per_token
 from srpo_reward import parse_rewards
@@ -122,7 +123,8 @@ def reward_networks(spec):
     networks = []
     for name, _, weight in parse_rewards(spec).values():
         if name == "aesthetic":  # twice: clean and noised (S1)
-            network = SiglipVisionModel(SiglipVisionConfig(**SIGLIP))
+            with no_init_weights():
+                network = SiglipVisionModel(SiglipVisionConfig(**SIGLIP))
             look, passes = (lambda x, n=network: n(x).pooler_output), 2
             side = (SIGLIP["image_size"],) * 2
         else:

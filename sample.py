@@ -23,7 +23,7 @@ def main():
         help="folder of trained transformer weights (None: the model's own), such as runs/miniature/weights")
     add("--prompts", dest="eval_prompts", default="hpdv2-benchmark",
         help="text file, one prompt a line, or hpdv2-benchmark")
-    add("--n", type=int, default=16, help="how many of the prompts of the file, from the first")
+    add("--first", type=int, default=16, help="how many of the prompts of the file, from the first")
     add("--size", type=int, default=1024, help="side of the pictures, pixels")
     add("--eval-steps", type=int, default=50, help="sampling steps [paper 4.1]")
     add("--guidance", type=float, default=3.5, help="distilled guidance [FLUX.1-dev]")
@@ -36,7 +36,7 @@ def main():
         check_sampling(args)
         flux.check_size(args.model, args.size)
         device, dtype = flux.pick_device(args.model)
-        prompts = args.prompt or flux.read_prompts(args.eval_prompts)[:args.n]
+        prompts = args.prompt or flux.read_prompts(args.eval_prompts)[:args.first]
         txt, pooled, cut = flux.encode_prompts(args.model, prompts, device, dtype)
         model = flux.load(args.model, args.weights, device, dtype)
         grid = model.grid(args.size, args.size)

@@ -252,7 +252,8 @@ def load_clip(path, device, arch="ViT-H-14"):
     logging.getLogger().setLevel(logging.ERROR)
     if (path / "open_clip_config.json").exists():
         where = f"local-dir:{path}"
-        return ClipReward(open_clip.create_model(where).to(device), open_clip.get_tokenizer(where))
+        model = open_clip.create_model(where, require_pretrained=True)
+        return ClipReward(model.to(device), open_clip.get_tokenizer(where))
     path = path / HUB["hpsv2.1"][1][0] if path.is_dir() else path
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     model = open_clip.create_model(arch, pretrained=None)

@@ -71,7 +71,8 @@ def table(rows, differences={}, columns=None, paper=True):
     place = {k: COLUMNS.get(k, (k, "+.3f", None)) for k in columns}
     lines = [[""] + [title for title, _, _ in place.values()], ["---"] * (len(columns) + 1)]
     if paper and any(at is not None for _, _, at in place.values()):
-        lines += [[f"{name} [paper]"] + ["-" if at is None else f"{row[at]:.3f}" for _, _, at in place.values()]
+        number = lambda row, at: "-" if at is None else f"{row[at]:.3f}"
+        lines += [[f"{name} [paper]"] + [number(row, at) for _, _, at in place.values()]
                   for name, row in TABLE_1.items()]
     for each, difference in ((rows, False), (differences, True)):
         lines += [[name] + [cell(k, row.get(k), difference) for k in columns] for name, row in each.items()]

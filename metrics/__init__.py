@@ -2,7 +2,8 @@
 (imagereward.py, geneval.py, deqa.py), plain pixel statistics, the miniature's judge.
 
 A scorer is made from files, which `fetch` finds (a local path or the hub), and is called with B PIL pictures
-(RGB, any size) and their B prompts; it gives a dict {column: [B] float32}.
+(RGB, any size) and their B prompts (GenEval: their lines of its metadata); it gives a dict
+{column: [B] float32}.
 """
 
 from pathlib import Path

@@ -35,14 +35,14 @@ URL = f"https://raw.githubusercontent.com/djghosh13/geneval/{COMMIT}/prompts/{ME
 SHA256 = "5c48e0813e812e3c373fa5c8ed07a8f0a483be30272b4427b0559c8048e67c13"
 
 # COCO's order, GenEval's words.
-CLASSES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
+CLASSES = tuple("""person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light,
 fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra,
 giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite,
 baseball bat, baseball glove, skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife,
 spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch,
 potted plant, bed, dining table, toilet, tv, laptop, computer mouse, tv remote, computer keyboard,
 cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
-hair drier, toothbrush""".replace("\n", " ").split(", ")
+hair drier, toothbrush""".replace("\n", " ").split(", "))
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 RELATIONS = ("left of", "right of", "above", "below")
@@ -62,9 +62,10 @@ Thing = namedtuple("Thing", "score box mask")       # box: x0, y0, x1, y1, ends 
 def metadata_file(where=None):
     """Path of evaluation_metadata.jsonl: `where` itself, the one in the folder `where`, or GitHub's, which is
     downloaded once into torch.hub's folder. Raises ValueError, one line, if there is none."""
-    if where is not None and not Path(where).exists():
-        raise ValueError(f"{where}: no such file or folder")
-    for path in () if where is None else (Path(where), Path(where) / METADATA):
+    if where is not None:
+        if not Path(where).exists():
+            raise ValueError(f"{where}: no such file or folder")
+        path = Path(where) / METADATA if Path(where).is_dir() else Path(where)
         if path.is_file():
             return path
     path = Path(torch.hub.get_dir()) / f"geneval-{COMMIT[:8]}.jsonl"
@@ -82,9 +83,9 @@ def read_metadata(where=None):
     color or position) and, of a counting prompt, exclude. Raises ValueError, one line, if it is not that
     file."""
     def known(clause, place):
+        relation, target = clause.get("position", ("above", -1))
         return (clause["class"] in CLASSES and clause["count"] > 0 and clause.get("color", "red") in COLORS
-                and ("position" not in clause or clause["position"][0] in RELATIONS
-                     and 0 <= clause["position"][1] < place))
+                and relation in RELATIONS and target < place)
 
     path = metadata_file(where)
     try:
@@ -101,9 +102,9 @@ def read_metadata(where=None):
 
 
 def fetch(where=None):
-    """{"metadata": file, "mask2former": folder, "clip": folder, or file of CLIP's architecture}: of a folder
-    `where` its evaluation_metadata.jsonl, mask2former/ (transformers' layout) and clip/ (open_clip's); what it
-    lacks is downloaded.
+    """{"metadata": file, "mask2former": folder, "clip": folder, or file of CLIP[0]'s weights}: of a folder
+    `where` its evaluation_metadata.jsonl, mask2former/ (transformers' layout) and clip/ (open_clip's); what
+    it lacks is downloaded.
 
     Raises ValueError, one line, if it cannot be.
     """
@@ -154,15 +155,6 @@ def judge(entry, objects, colors):
                 return False
         groups.append(things)
     return all(len(objects.get(e["class"], [])) < e["count"] for e in entry.get("exclude", []))
-
-
-def summary(scores, entries):
-    """Scores of pictures and the entries of their prompts -> {task: accuracy} and their mean, "overall"."""
-    tasks = {}
-    for score, entry in zip(scores, entries):
-        tasks.setdefault(entry["tag"], []).append(float(score))
-    means = {task: sum(found) / len(found) for task, found in tasks.items()}
-    return {**means, "overall": sum(means.values()) / len(means)}
 
 
 def detector_input(picture):

@@ -78,10 +78,8 @@ def network(state):
         num_hidden_layers=layers("text.encoder.layer."), num_attention_heads=text_width // HEAD,
         max_position_embeddings=len(state["text.embeddings.position_embeddings.weight"]),
         is_decoder=True), add_pooling_layer=False)  # "decoder": the layers have cross-attention, no more
-    # Linear layers alone, as in the authors' code: the dropouts between them, idle here, keep their numbers.
-    numbers = sorted({k.split(".")[1] for k in state if k.startswith("mlp.")}, key=int)
     mlp = nn.Sequential()
-    for n in numbers:
+    for n in "02467":  # linear layers alone: the numbers between are dropouts, idle here
         mlp.add_module(n, nn.Linear(*reversed(state[f"mlp.{n}.weight"].shape)))
     return nn.ModuleDict({"vision": vision, "text": text, "mlp": mlp})
 

@@ -140,7 +140,7 @@ def test_the_other_scripts_too(script):
 
 
 @pytest.mark.parametrize("room", [sample, evaluate], ids=["sample.py", "evaluate.py"])
-@pytest.mark.parametrize("argv, words", [(["--n", "0"], "--n 0: must be at least 1"),
+@pytest.mark.parametrize("argv, words", [(["--first", "0"], "--first 0: must be at least 1"),
                                          (["--eval-steps", "0"], "--eval-steps 0: must be at least 1"),
                                          (["--seed", "-1"], "--seed -1: must be at least 0"),
                                          (["--out", "README.md/x"], "cannot be written: Not a directory"),

@@ -47,12 +47,17 @@ def folder(tmp_path):
     return write
 
 
+def make_deqa(folder):
+    """Fill a folder: a tiny DeQA-Score in one safetensors file."""
+    (folder / "config.json").write_text(json.dumps(GOLDEN["config"]))
+    save_file({key: weight(key, shape) for key, shape in GOLDEN["shapes"].items()},
+              folder / "model.safetensors")
+    return folder
+
+
 @pytest.fixture(scope="module")
-def scorer(state, tmp_path_factory):
-    path = tmp_path_factory.mktemp("deqa")
-    (path / "config.json").write_text(json.dumps(GOLDEN["config"]))
-    save_file(state, path / "model.safetensors")
-    return deqa.DeQA(path)
+def scorer(tmp_path_factory):
+    return deqa.DeQA(make_deqa(tmp_path_factory.mktemp("deqa")))
 
 
 @pytest.fixture(scope="module")

@@ -71,15 +71,19 @@ def prompt(i, words):
 PICTURES, PROMPTS = [picture(i) for i in range(3)], [prompt(0, 2), prompt(1, 7), prompt(2, 33)]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A folder with a tiny ImageReward.pt and a tokenizer beside it."""
+def make_imagereward(folder):
+    """Fill a folder: a tiny ImageReward.pt and a tokenizer beside it."""
     state = {name: weight(name, shape) for name, shape in layout().items()}
     state["blip.text_encoder.embeddings.position_ids"] = torch.arange(POSITIONS)[None]
-    torch.save(state, tmp_path / ir.FILE)
+    torch.save(state, folder / ir.FILE)
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + [f"w{n}" for n in range(5, VOCAB)]
-    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
-    return tmp_path
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make_imagereward(tmp_path)
 
 
 def test_our_rewards_are_the_authors(folder):
@@ -89,6 +93,13 @@ def test_our_rewards_are_the_authors(folder):
     assert (ours["imagereward"] - torch.tensor(GOLDEN)).abs().max() < 1e-5
     ours = score(PICTURES[1:] + PICTURES[:1], PROMPTS)["imagereward"]
     assert (ours - torch.tensor(GOLDEN_NEXT)).abs().max() < 1e-5
+
+
+def test_the_tokenizer_is_the_one_beside_or_berts(folder, monkeypatch):
+    assert ir.fetch(folder) == ir.fetch(folder / ir.FILE) == (folder / ir.FILE, folder)
+    monkeypatch.setattr(ir.weights, "fetched", lambda at, files: folder if at == ir.HUB else (at, files))
+    (folder / "vocab.txt").unlink()
+    assert ir.fetch() == (folder / ir.FILE, ("bert-base-uncased", ir.TOKENIZER_FILES))
 
 
 def test_a_prompt_is_cut_at_35_tokens_and_a_batch_changes_nothing(folder):
@@ -106,6 +117,7 @@ def test_one_pixel_pictures_and_no_words(folder):
 @pytest.mark.parametrize("change, what", [
     (lambda s: s.pop("blip.visual_encoder.blocks.1.norm2.bias"), "layer_norm2.bias"),
     (lambda s: s.pop("mlp.layers.7.bias"), "mlp.7.bias"),
+    (lambda s: [s.pop(f"mlp.layers.6.{part}") for part in ("weight", "bias")], "mlp.6.weight"),
     (lambda s: s.pop("blip.visual_encoder.pos_embed"), "position_embedding"),
     (lambda s: s.update({"blip.itm_head.weight": torch.zeros(2)}), "blip.itm_head.weight"),
     (lambda s: s.update({"blip.visual_encoder.norm.weight": torch.zeros(2)}), "size mismatch"),

@@ -47,7 +47,7 @@ def test_every_deviation_has_a_row_and_a_test():
 def test_every_flag_the_readme_names_exists():
     import flags
     known = set(flags.parser("").format_help().split()) | {
-        "--weights", "--n", "--released", "--random-init", "--nproc_per_node", "--nnodes", "--rdzv_endpoint"}
+        "--weights", "--first", "--released", "--random-init", "--nproc_per_node", "--nnodes", "--rdzv_endpoint"}
     known = {word.strip("[],") for word in known}
     assert {flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)} <= known
 

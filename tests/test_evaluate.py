@@ -1,0 +1,236 @@
+"""Claims about evaluate.py: Table 1's columns from any pictures, both stages resumable to the picture, the same
+result on any number of processes, and no score for what cannot be had or read."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_deqa import make_deqa
+from test_geneval import make_geneval, metadata, write
+from test_imagereward import make_imagereward
+from test_rewards import make_aesthetic, make_pickscore
+
+import evaluate
+import flux
+import gallery
+from metrics import geneval
+from tables import COLUMNS
+
+SMALL = ["--model", "miniature", "--first", "40", "--eval-steps", "2", "--batch", "8"]
+
+
+def run(monkeypatch, *argv):
+    """evaluate.py with these arguments, in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, argv)])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    return stop.value.code
+
+
+def one_line(monkeypatch, capsys, *argv):
+    assert run(monkeypatch, *argv) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("evaluate.py: "), lines
+    return lines[0]
+
+
+def rows(out):
+    return json.loads((out / "results.json").read_text())["rows"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted evaluation of the base and of "trained" weights, in one process."""
+    out = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert run(monkeypatch, *SMALL, "--weights", "again=miniature/transformer", "--out", out) == 0
+    return out
+
+
+def same(a, b):
+    assert rows(a) == rows(b) and (a / "table.md").read_bytes() == (b / "table.md").read_bytes()
+    for picture in (a / "base").glob("*.png"):
+        assert picture.read_bytes() == (b / "base" / picture.name).read_bytes()
+
+
+def test_pictures_are_named_by_their_prompts_number_and_the_same_noise_serves_every_model(whole):
+    names = [f"{i:05d}.png" for i in range(40)]
+    for method in ("base", "again"):
+        assert sorted(p.name for p in (whole / method).glob("*.png")) == names
+        assert len(gallery.listed(whole / method)) == 256
+    same_weights = rows(whole)["again"]["difference"]
+    assert all(d["mean"] == 0 == d["se"] and d["n"] == 40 for d in same_weights.values())
+    assert Image.open(whole / "sheet.png").width > 1000
+    assert [list(r) for r in rows(whole).values()] == [["overall", "categories", "difference"]] * 2
+
+
+def test_killed_anywhere_and_run_again_it_ends_the_same(whole, tmp_path):
+    """kill -9 in the middle of the first stage and of the second; a torn picture and a torn line stay
+    behind."""
+    command = [sys.executable, "evaluate.py", *SMALL, "--weights", "again=miniature/transformer", "--out",
+               str(tmp_path)]
+    for seen in (lambda: len(list(tmp_path.glob("base/*.png"))) >= 16,
+                 lambda: sum(f.stat().st_size for f in tmp_path.glob("scores/*/reward.0.jsonl")) > 0):
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not seen() and child.poll() is None:
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+        assert not (tmp_path / "results.json").exists()
+    with open(tmp_path / "scores" / "base" / "reward.0.jsonl", "a") as log:
+        log.write('{"picture": "00039", "key": "0123')
+    os.remove(tmp_path / "base" / "00003.png")
+    assert subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+    same(whole, tmp_path)
+
+
+def test_two_processes_end_as_one(whole, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "evaluate.py", *SMALL,
+               "--weights", "again=miniature/transformer", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    same(whole, tmp_path)
+    lines = {f.name: len(f.read_text().splitlines()) for f in (tmp_path / "scores" / "base").glob("reward.*")}
+    assert lines == {"reward.0.jsonl": 24, "reward.1.jsonl": 16}
+
+
+def test_nothing_is_sampled_or_scored_twice(whole, monkeypatch, capsys):
+    times = {p: p.stat().st_mtime_ns for p in whole.rglob("*.[pj][ns]*") if p.parent != whole}
+    monkeypatch.setattr(flux, "load", lambda *_: 1 / 0)
+    monkeypatch.setattr("metrics.load_judge", lambda *_: 1 / 0)
+    assert run(monkeypatch, *SMALL, "--weights", "again=miniature/transformer", "--out", whole) == 0
+    after = {p: p.stat().st_mtime_ns for p in times}
+    assert all(times[p] == after[p] for p in times if p.suffix == ".png")
+    assert (whole / "table.md").read_text() in capsys.readouterr().out
+
+
+def test_pictures_made_otherwise_are_not_mixed(whole, monkeypatch, capsys, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    assert "made with other seed 0, now 1; delete that folder" in one_line(
+        monkeypatch, capsys, *SMALL, "--out", tmp_path, "--seed", 1)
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    assert "made with other prompts; delete" in one_line(
+        monkeypatch, capsys, *SMALL, "--out", tmp_path, "--prompts", tmp_path / "p.txt")
+    shutil.copytree("miniature/transformer", tmp_path / "w")
+    os.utime(tmp_path / "w" / "diffusion_pytorch_model.safetensors")
+    assert "made with other weights; delete" in one_line(
+        monkeypatch, capsys, *SMALL, "--out", tmp_path, "--weights", f"again={tmp_path / 'w'}")
+
+
+# ------------------------------------------------------------------------------------------ pictures of others
+def test_pictures_that_exist_are_scored_and_a_changed_one_is_scored_again(whole, monkeypatch, tmp_path, capsys):
+    argv = ["--images", f"a={whole / 'base'}", f"b={tmp_path / 'b'}", "--out", tmp_path / "out",
+            "--metrics", "reward,statistics,judge=miniature", "--reward", "miniature/reward",
+            "--control", "realistic photo", "--neg", "CG render"]
+    shutil.copytree(whole / "base", tmp_path / "b")
+    os.remove(tmp_path / "b" / "00007.png")
+    assert run(monkeypatch, *argv) == 0
+    assert "b: 217 of 256 pictures are not there" in capsys.readouterr().out
+    found = rows(tmp_path / "out")
+    assert found["a"]["overall"] == rows(whole)["base"]["overall"]
+    assert found["b"]["overall"]["reward"]["n"] == 39 == found["b"]["difference"]["reward"]["n"]
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "b" / "00003.png")
+    assert run(monkeypatch, *argv) == 0
+    assert rows(tmp_path / "out")["b"]["difference"]["redness"]["mean"] > 0.02
+
+
+def test_a_picture_that_cannot_be_read_is_named_counted_and_left_out(whole, monkeypatch, capsys, tmp_path):
+    shutil.copytree(whole / "base", tmp_path / "a")
+    (tmp_path / "a" / "00001.png").write_bytes((tmp_path / "a" / "00001.png").read_bytes()[:200])
+    (tmp_path / "a" / "00002.png").write_bytes(b"")
+    (tmp_path / "a" / "00005.png").write_text("not a picture")
+    argv = ["--images", tmp_path / "a", "--out", tmp_path / "out", "--metrics", "statistics"]
+    for _ in range(2):  # and it stays so when the other scores are known
+        assert run(monkeypatch, *argv) == 1
+        said = capsys.readouterr()
+        lines = [line for line in said.err.splitlines() if line.startswith("evaluate.py: ")]
+        assert all(f"0000{i}.png: cannot be read as a picture" in line for i, line in zip((1, 2, 5), lines))
+        assert lines[-1] == "evaluate.py: 3 pictures could not be read"
+        row = rows(tmp_path / "out")[str(tmp_path / "a")]
+        assert row["overall"]["redness"]["n"] == 37
+
+
+@pytest.mark.parametrize("case, words", [
+    ("differ", "the prompts of .*b and .*a differ, first at number 3"), ("none", "b: no such folder"),
+    ("empty", "b: no pictures there"), ("many", "picture 40, but there are 40 prompts"),
+    ("list", r"prompts.json: not a list of \{\"prompt\""), ("twice", "a name is used twice")])
+def test_folders_that_do_not_fit(whole, monkeypatch, capsys, tmp_path, case, words):
+    a, b = tmp_path / "a", tmp_path / "b"
+    prompts = [{"prompt": f"p{i}", "category": ""} for i in range(40)]
+    for folder in (a, b):
+        folder.mkdir()
+        shutil.copy(whole / "base" / "00000.png", folder)
+        (folder / "prompts.json").write_text(json.dumps(prompts))
+    if case == "differ":
+        prompts[3]["prompt"] = "another"
+        (b / "prompts.json").write_text(json.dumps(prompts))
+    elif case == "list":
+        (b / "prompts.json").write_text('["a"]')
+    elif case == "many":
+        shutil.copy(b / "00000.png", b / "00040.png")
+    elif case in ("empty", "none"):
+        shutil.rmtree(b)
+        case == "empty" and b.mkdir()
+    names = [f"x={a}", f"x={b}"] if case == "twice" else [a, b]
+    said = one_line(monkeypatch, capsys, "--metrics", "statistics", "--out", tmp_path / "o", "--images", *names)
+    assert re.search(words, said), said
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--metrics", "fid"], "--metrics fid: not a metric; there are aesthetic, pickscore, imagereward, hpsv2.1"),
+    (["--metrics", "hpsv2.1=nowhere"], "none of them can be had: hpsv2.1: nowhere: no such file or folder"),
+    (["--weights", "base=miniature/transformer"], "a name is used twice"),
+    (["--weights", "nowhere"], "--weights nowhere: no transformer there"),
+    (["--batch", "0"], "--batch 0: must be at least 1")], ids=str)
+def test_one_line_and_status_2(monkeypatch, capsys, tmp_path, argv, words):
+    assert words in one_line(monkeypatch, capsys, *SMALL, "--out", tmp_path, *argv)
+    assert not list(tmp_path.rglob("*.png"))
+
+
+# ------------------------------------------------------------------------------------------------ all of Table 1
+def test_every_column_of_table_1_from_a_benchmark_in_four_categories(monkeypatch, capsys, tmp_path):
+    """Each scorer from a folder in its real layout, tiny and random; GenEval on pictures of its own; a scorer
+    whose files are damaged is a dash with its reason, never a number."""
+    files = {}
+    for name, make in (("aesthetic", make_aesthetic), ("pickscore", make_pickscore),
+                       ("imagereward", make_imagereward), ("geneval", make_geneval), ("deqa", make_deqa)):
+        (tmp_path / name).mkdir()
+        files[name] = make(tmp_path / name)
+    files["hpsv2.1"] = "miniature/reward"
+    few = [next(e for e in metadata() if e["tag"] == tag) for tag in geneval.TASKS]
+    monkeypatch.setattr(geneval, "TASKS", {tag: 1 for tag in geneval.TASKS})
+    monkeypatch.setattr(geneval, "SHORT", 64)
+    write(files["geneval"] / geneval.METADATA, few)
+    prompts = flux.read_prompts("miniature/prompts_eval.txt")
+    (tmp_path / "benchmark").mkdir()
+    for i, category in enumerate(("anime", "concept-art", "paintings", "photo")):
+        (tmp_path / "benchmark" / f"{category}.json").write_text(json.dumps(prompts[5 * i:5 * i + 5]))
+    argv = ["--model", "miniature", "--eval-steps", 1, "--first", 3, "--prompts", tmp_path / "benchmark",
+            "--out", tmp_path / "out", "--control", "Realistic photo", "--neg", "CG Render", "--metrics",
+            ",".join(f"{k}={v}" for k, v in files.items())]
+    assert run(monkeypatch, *argv) == 0
+    assert sorted(p.stem for p in (tmp_path / "out" / "base").glob("0*.png")) == [
+        f"{5 * c + i:05d}" for c in range(4) for i in range(3)]
+    assert len(list((tmp_path / "out" / "base" / "geneval").glob("*.png"))) == 6 * 4
+    row = rows(tmp_path / "out")["base"]
+    for column in (k for k, (_, _, at) in COLUMNS.items() if at is not None):
+        assert row["overall"][column]["n"] == (24 if column == "geneval" else 12), column
+    assert row["categories"]["anime"]["deqa"]["n"] == 3 and row["categories"]["colors"]["geneval"]["n"] == 4
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "anime:" in table and "SRPO [paper]" in table and "position:" in table
+    (files["deqa"] / "config.json").write_text("{}")
+    os.remove(tmp_path / "out" / "scores" / "base" / "deqa.0.jsonl")
+    capsys.readouterr()
+    assert run(monkeypatch, *argv) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"deqa: - \(.*cannot be loaded as DeQA-Score", said)
+    base = next(line for line in said.splitlines() if line.startswith("| base"))
+    assert base.split("|")[-2].strip() == "-" and rows(tmp_path / "out")["base"]["overall"]["deqa"] is None
