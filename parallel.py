@@ -84,7 +84,9 @@ class World:
         return values
 
     def close(self):
+        """All processes leave together: one that left first could break the others' last exchange."""
         if dist.is_initialized():
+            self.gather(None)
             dist.destroy_process_group()
 
 

@@ -216,6 +216,9 @@ def run():
         told, trouble = update(a, v(a.guidance), lambda z: flux.decode(model.vae, z, grid),
                                reward.image_features, x0, eps, C0, C1, C2, middles)
         norm = parallel.whole(torch.nn.utils.clip_grad_norm_(transformer.parameters(), a.clip))
+        if norm == 0 and world.main:
+            tqdm.write(f"step {step}: the gradient is 0: every reward is above --threshold {a.threshold}; "
+                       f"--threshold off")
         trouble = trouble or first_not_finite(gradient=norm.view(1))
         reports = world.gather((told, trouble and (*trouble, texts), bool(asked_to_stop)))
         for what, row, whose in [t for _, t, _ in reports if t][:1]:

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 

@@ -22,6 +22,7 @@ import evaluate
 import flux
 import gallery
 from metrics import geneval
+from scripts import call, start
 from tables import COLUMNS
 
 SMALL = ["--model", "miniature", "--first", "40", "--eval-steps", "2", "--batch", "8"]
@@ -75,20 +76,21 @@ def test_pictures_are_named_by_their_prompts_number_and_the_same_noise_serves_ev
 def test_killed_anywhere_and_run_again_it_ends_the_same(whole, tmp_path):
     """kill -9 in the middle of the first stage and of the second; a torn picture and a torn line stay
     behind."""
-    command = [sys.executable, "evaluate.py", *SMALL, "--weights", "again=miniature/transformer", "--out",
-               str(tmp_path)]
+    script = [tmp_path / "printed", "evaluate.py", *SMALL, "--weights", "again=miniature/transformer", "--out",
+              tmp_path]
     for seen in (lambda: len(list(tmp_path.glob("base/*.png"))) >= 16,
                  lambda: sum(f.stat().st_size for f in tmp_path.glob("scores/*/reward.0.jsonl")) > 0):
-        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while not seen() and child.poll() is None:
+        process, = start(*script)
+        while not seen() and process.is_alive():
             time.sleep(0.01)
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         assert not (tmp_path / "results.json").exists()
     with open(tmp_path / "scores" / "base" / "reward.0.jsonl", "a") as log:
         log.write('{"picture": "00039", "key": "0123')
     os.remove(tmp_path / "base" / "00003.png")
-    assert subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode == 0
+    call(*script)
     same(whole, tmp_path)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,21 +17,10 @@ from safetensors.torch import load_file
 
 import flux
 import parallel
+from scripts import call, start
 
-ONE = [sys.executable]
 SMALL = ["train.py", "--model", "miniature", "--rollout-steps", "3", "--eval-steps", "2",
          "--watch", "2", "--eval", "0"]
-
-
-def torchrun(n):
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"]
-
-
-def call(*command):
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +29,7 @@ def one_process(tmp_path_factory):
     @cache
     def gradient(n):
         path = tmp_path_factory.mktemp("gradient") / "one"
-        call(*ONE, "tests/worker.py", path, 1, n)
+        call(path.with_name("printed"), "tests/worker.py", path, 1, n)
         return load_file(path)
     return gradient
 
@@ -52,7 +42,7 @@ def flat(gradient):
 def test_ranks_compute_the_gradient_of_one_process(one_process, tmp_path, n, replicas):
     """Within 1e-6, relative, in fp32 (one process takes the ranks' shares in turn, so that the matrices have
     the same shapes); and the rollout of 5 steps gathers every unit once: 6 blocks and the root."""
-    call(*torchrun(n), "tests/worker.py", tmp_path / "n", replicas, n)
+    call(tmp_path / "printed", "tests/worker.py", tmp_path / "n", replicas, n, ranks=n)
     got, reference = load_file(tmp_path / "n"), one_process(n)
     assert got["gathers"].item() == 7 and reference["gathers"].item() == 0
     assert (flat(got) - flat(reference)).norm() / flat(reference).norm() < 1e-6
@@ -61,7 +51,7 @@ def test_ranks_compute_the_gradient_of_one_process(one_process, tmp_path, n, rep
 def test_the_dtypes_of_a_gpu_work_and_stay_near(one_process, tmp_path):
     """float32 masters and gradients, bf16 compute, bf16 VAE, activation checkpointing, 2 ranks: the code of a
     GPU run, on the CPU. The gradient is float32's to a few per cent, as bf16 is."""
-    call(*torchrun(2), "tests/worker.py", tmp_path / "bf16", 1, 2, "bf16")
+    call(tmp_path / "printed", "tests/worker.py", tmp_path / "bf16", 1, 2, "bf16", ranks=2)
     got = load_file(tmp_path / "bf16")
     assert all(g.dtype == torch.float32 for k, g in got.items() if k != "gathers")
     assert torch.nn.functional.cosine_similarity(flat(got), flat(one_process(2)), dim=0) > 0.97
@@ -79,9 +69,9 @@ if os.environ["RANK"] == "1":
     srpo_reward.loss = lambda *_: (_ for _ in ()).throw(ArithmeticError("the cause"))
 train.main()
 """)
-    done = subprocess.run([*torchrun(2), str(script), *SMALL[1:], "--batch", "1", "--steps", "3",
-                           "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=120,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*torchrun, str(script), *SMALL[1:], "--batch", "1", "--steps", "3",
+                           "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stderr.count("ArithmeticError: the cause") == 1 and "RuntimeError" not in done.stderr
 
@@ -93,12 +83,12 @@ def weights(out):
 def test_two_ranks_train_as_one_process_and_resume_on_one_and_three(tmp_path):
     """Two ranks x batch 3 = one process x batch 6, weights and log; a run saved on 2 ranks goes on, on 1 and
     on 3."""
-    two, one, three = (tmp_path / n for n in ("two", "one", "three"))
-    call(*torchrun(2), *SMALL, "--batch", 3, "--steps", 1, "--out", two)
-    call(*ONE, *SMALL, "--batch", 6, "--steps", 2, "--out", one)
-    call("cp", "-r", two, three)
-    call(*ONE, *SMALL, "--batch", 6, "--steps", 2, "--out", two, "--resume")
-    call(*torchrun(3), *SMALL, "--batch", 2, "--steps", 2, "--out", three, "--resume")
+    two, one, three, printed = (tmp_path / n for n in ("two", "one", "three", "printed"))
+    call(printed, *SMALL, "--batch", 3, "--steps", 1, "--out", two, ranks=2)
+    call(printed, *SMALL, "--batch", 6, "--steps", 2, "--out", one)
+    shutil.copytree(two, three)
+    call(printed, *SMALL, "--batch", 6, "--steps", 2, "--out", two, "--resume")
+    call(printed, *SMALL, "--batch", 2, "--steps", 2, "--out", three, "--resume", ranks=3)
     reference = weights(one)
     for out in (two, three):
         difference = max((reference[k] - w).abs().max().item() for k, w in weights(out).items())
@@ -113,22 +103,21 @@ def test_two_ranks_train_as_one_process_and_resume_on_one_and_three(tmp_path):
 def test_killed_at_any_moment_it_resumes_bit_identically(tmp_path):
     """kill -9 at random moments of training and writing (KILLS of them, default 3; KILLS=10 for the long
     version); the end is that of the uninterrupted run."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, killed, printed = tmp_path / "whole", tmp_path / "killed", tmp_path / "printed"
     kills = int(os.environ.get("KILLS", 3))
     flags = [*SMALL, "--batch", "2", "--steps", str(kills + 6), "--save-every", "1"]
-    call(*ONE, *flags, "--out", whole)
+    call(printed, *flags, "--out", whole)
     for after in (0.8 * random.random() for _ in range(kills)):
         resume = ["--resume"] if parallel.checkpoints(killed) else ["--overwrite"]
         before = len(parallel.checkpoints(killed)) and int(parallel.checkpoints(killed)[-1].name[5:])
-        process = subprocess.Popen([*ONE, *flags, "--out", str(killed), *resume], stdout=subprocess.DEVNULL,
-                                   stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process, = start(printed, *flags, "--out", killed, *resume)
         while (not [c for c in parallel.checkpoints(killed) if int(c.name[5:]) > before]
-               and process.poll() is None):
+               and process.is_alive()):
             time.sleep(0.02)
         time.sleep(after)
         process.kill()
-        process.wait()
-    call(*ONE, *flags, "--out", killed, "--resume")
+        process.join()
+    call(printed, *flags, "--out", killed, "--resume")
     a, b = weights(whole), weights(killed)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -136,14 +125,13 @@ def test_killed_at_any_moment_it_resumes_bit_identically(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_0(tmp_path, number):
     out = tmp_path / "run"
-    process = subprocess.Popen([*ONE, *SMALL, "--batch", "1", "--steps", "500", "--out", str(out)],
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                               env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process, = start(tmp_path / "printed", *SMALL, "--batch", 1, "--steps", 500, "--out", out)
     while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
         time.sleep(0.05)
-    process.send_signal(number)
-    printed = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "saved; --resume continues" in printed
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 0
+    assert "saved; --resume continues" in (tmp_path / "printed").read_text()
     last = json.loads((out / "log.jsonl").read_text().splitlines()[-1])["step"]
     assert parallel.checkpoints(out)[-1].name == f"step_{last:05d}"
 
@@ -207,8 +195,8 @@ def test_a_transformer_in_several_files_loads_too(tmp_path, miniature):
 
 
 def test_a_size_that_does_not_divide_is_one_line(tmp_path):
-    done = subprocess.run([*torchrun(2), *SMALL, "--batch", "1", "--replicas", "3",
-                           "--out", str(tmp_path / "x")], capture_output=True, text=True)
-    ours = [line for line in done.stderr.splitlines() if line.startswith("train.py:")]
-    assert done.returncode != 0 and ours == ["train.py: --replicas 3: does not divide the 2 processes"]
+    printed = call(tmp_path / "printed", *SMALL, "--batch", 1, "--replicas", 3, "--out", tmp_path / "x",
+                   ranks=2, status=2)
+    ours = [line for line in printed.splitlines() if line.startswith("train.py:")]
+    assert ours == ["train.py: --replicas 3: does not divide the 2 processes"]
     assert not (tmp_path / "x").exists()

@@ -154,6 +154,12 @@ def test_explain_tells_one_step_in_the_order_of_the_code(monkeypatch, capsys, tm
     assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
 
 
+def test_a_threshold_that_stops_every_gradient_is_said(monkeypatch, capsys, tmp_path):
+    """relu(0.7 - r) is flat above 0.7, where an HPS cosine never is, and PickScore's bare reward always."""
+    run(monkeypatch, "--steps", 1, "--threshold", -9, "--out", tmp_path / "run")
+    assert "the gradient is 0: every reward is above --threshold -9.0; --threshold off" in capsys.readouterr().out
+
+
 def scores(**means):
     base = dict(saturation=0.5, redness=0.0, brightness=0.5, texture=0.05, reward=0.8, sgp=0.0)
     return {k: torch.full((8,), v + means.get(k, 0.0)) + torch.arange(8) * 1e-3 for k, v in base.items()}

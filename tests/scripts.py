@@ -1,0 +1,45 @@
+"""Scripts in processes of their own, one or the ranks of a world, as a shell or torchrun starts them; but forked
+from a server that has imported the project once, since importing torch takes longer than what is tested."""
+
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
+from pathlib import Path
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["train", "evaluate"])
+
+
+def _run(argv, environment, printed):
+    """In the new process: the script, with what it prints in a file."""
+    os.environ.update(environment)
+    file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1), os.dup2(file, 2)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def start(printed, *argv, ranks=0):
+    """Start a script with its arguments; ranks 0 is without torchrun. A list of processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        world = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]),
+                 "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    places = [world | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)] or [{}]
+    processes = [SERVER.Process(target=_run, args=([str(a) for a in argv], place, str(printed)))
+                 for place in places]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def call(printed, *argv, ranks=0, status=0):
+    """Run a script to its end; all its processes exit with `status`. Returns what they printed."""
+    processes = start(printed, *argv, ranks=ranks)
+    for process in processes:
+        process.join()
+    text = Path(printed).read_text() if Path(printed).exists() else ""
+    assert [p.exitcode for p in processes] == [status] * len(processes), text[-6000:]
+    return text
