@@ -176,10 +176,16 @@ def available(args, metrics, world):
         try:
             files[name] = METRICS[name][1](where, args)
         except (ValueError, OSError) as error:
-            missing[name] = one_line(error)
+            missing[name] = one_line(error).removeprefix(f"{name}: ").removesuffix(f"; give {name}=PATH")
     for theirs in world.gather(missing):
         missing |= theirs
     return {k: v for k, v in files.items() if k not in missing}, missing
+
+
+def tell(missing, world):
+    """Say which metrics cannot be had, and why."""
+    for metric, why in missing.items() if world.main else ():
+        print(f"{metric}: - ({why}); --metrics {metric}=PATH takes its files from there")
 
 
 def prepare():
@@ -200,7 +206,8 @@ def prepare():
     world = parallel.World(patience=timedelta(days=30))
     files, missing = available(args, metrics, world)
     if not files:
-        raise ValueError("--metrics: none of them can be had: " + "; ".join(missing.values()))
+        raise ValueError("--metrics: none can be had, give NAME=PATH: " + "; ".join(missing.values()))
+    tell(missing, world)
     pictures = gallery.benchmark(prompts, args.seed, args.first)
     if "geneval" in files:
         pictures += gallery.geneval_pictures(geneval.read_metadata(files["geneval"]["metadata"]), args.seed)
@@ -226,7 +233,7 @@ def run():
                 for name, values in found.items():
                     scores[m.name].setdefault(name, {}).update(values)
         except ValueError as error:
-            missing[metric] = one_line(error)
+            missing[metric] = one_line(error).removeprefix(f"{metric}: ")
         del load
         free()
     parts = world.gather((scores, unreadable, missing))
@@ -238,23 +245,24 @@ def run():
         for name in scores:
             for picture, values in theirs[name].items():
                 scores[name].setdefault(picture, {}).update(values)
-    return finish(args, methods, files, missing, pictures, scores, sorted(set(unreadable)))
+    status = finish(args, methods, missing, pictures, scores, sorted(set(unreadable)))
+    tell(missing, world)
+    return status
 
 
-def finish(args, methods, files, missing, pictures, scores, unreadable):
+def finish(args, methods, missing, pictures, scores, unreadable):
     """Write and print the results; the exit status."""
     out = Path(args.out)
     asked = {column for metric in parse_metrics(args.metrics) for column in METRICS[metric][0]}
     columns = [column for column in tables.COLUMNS if column in asked]
-    found = tables.results([m.name for m in methods], columns, pictures, scores)
+    had = [column for column in columns if not any(column in METRICS[metric][0] for metric in missing)]
+    found = tables.results([m.name for m in methods], had, pictures, scores)
     text = tables.report(found, columns)
     gallery.write_json(out / "results.json", {"args": vars(args), "missing": missing,
                                               "unreadable": unreadable, "rows": found})
     (out / "table.md").write_text(text, "utf-8")
     gallery.contact_sheet(methods, pictures, out / "sheet.png")
     print(text)
-    for metric, why in missing.items():
-        print(f"{metric}: - ({why})")
     for m in methods:
         absent = sum(not m.path(p).exists() for p in pictures)
         if absent:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import parallel
 import srpo_reward as sr
-from metrics import STATISTICS
 
 PAPER = dict(form="branches", recover="epsilon", meet="call", lam=[1.0, 0.4], injections=2, threshold=None,
              noise="independent", rollout_guidance=3.5, shift=None)
@@ -104,7 +103,7 @@ def parser(description):
     g("--watch-every", type=int, default=5, help="updates between them [ours]")
     g("--eval", type=int, default=0, help="pictures of the evaluation before and after; 0: none [ours]")
     g("--drift-band", type=float, nargs=4, default=[0.25, 0.1, 0.2, 0.04],
-      metavar=tuple(s.upper() for s in STATISTICS), help="largest change of these mean statistics of the "
+      metavar=("SATURATION", "REDNESS", "BRIGHTNESS", "TEXTURE"), help="largest change of these mean statistics of the "
       "watched pictures before the run is called hacked [ours]")
     printed = ", ".join(f"{k} {'off' if v is None else v}" for k, v in PAPER.items())
     p.add_argument("--recipe", choices=["released", "paper"], default="released",

@@ -15,22 +15,14 @@ from pathlib import Path
 import torch
 from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline,
                        FluxTransformer2DModel)
-from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import hf_hub_download, snapshot_download
-from transformers.utils import logging as transformers_logging
 
 import parallel
 from direct_align import sigma_steps
+from weights import one_line, quiet
 
 PATCH = 2  # a token is 2 x 2 latents: fixed by the FLUX pipeline, stored in no config
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-
-
-def quiet():
-    """Keep the libraries' own progress bars and notices out of the terminal."""
-    for log in (diffusers_logging, transformers_logging):
-        log.set_verbosity_error()
-        log.disable_progress_bar()
 
 
 def check_folder(model):
@@ -111,9 +103,8 @@ def transformer_folder(model, weights=None):
 
 def cannot_load(model, error):
     """The ValueError, one line, for a model whose files cannot be read or fetched."""
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     hub = "" if Path(model).exists() else " (on the hub: is its licence accepted, and `hf auth login` done?)"
-    return ValueError(f"--model {model}: cannot be loaded as FLUX.1: {reason}{hub}")
+    return ValueError(f"--model {model}: cannot be loaded as FLUX.1: {one_line(error)}{hub}")
 
 
 def load(model, weights=None, device="cpu", dtype=torch.float32, world=None):
@@ -253,6 +244,7 @@ def prompt_files(source, flag):
     if source not in PROMPTS:
         return sorted(Path(source).glob("*.json"))
     dataset, files = PROMPTS[source]
+    quiet()
     try:
         return [Path(hf_hub_download(dataset, f, repo_type="dataset")) for f in files]
     except Exception as error:

@@ -274,6 +274,6 @@ def tally(args):
         may_write(path, args.overwrite)
     for path, text in outputs:
         write(path, [text])
-    print(f"{len(votes)} raters: " + ", ".join(f"{name} ({n} pictures)"
+    print(f"{len(votes)} rater{'s' * (len(votes) > 1)}: " + ", ".join(f"{name} ({n} pictures)"
                                                for name, n in results["annotators"].items()) + "\n")
     print(report(results))

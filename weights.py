@@ -1,10 +1,21 @@
 """Where a scorer's files are (a local path or the hub), and loading them with no tensor missing or unread."""
 
-import logging
+import warnings
 from pathlib import Path
 
+from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import snapshot_download
+from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
+
+
+def quiet():
+    """Keep the libraries' own progress bars and notices out of the terminal."""
+    for log in (diffusers_logging, transformers_logging):
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
 
 
 def one_line(error):
@@ -23,7 +34,7 @@ def fetched(where, files):
         return Path(where)
     if str(where).count("/") != 1 or str(where).startswith((".", "/")):
         raise ValueError(f"{where}: no such file or folder")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    quiet()
     try:
         folder = Path(snapshot_download(where, allow_patterns=files))
         if "*.safetensors" in files and not list(folder.glob("*.safetensors")):
@@ -37,9 +48,7 @@ def fetched(where, files):
 def strict(cls, folder, dtype, unread=()):
     """cls.from_pretrained(folder) on the CPU in `dtype`, evaluating, frozen. Raises ValueError, one line, if
     the file lacks a tensor of the model, or holds one that is not read and starts with none of `unread`."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    quiet()
     try:
         model, told = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:

@@ -1,5 +1,5 @@
-"""Scripts in processes of their own, one or the ranks of a world, as a shell or torchrun starts them; but forked
-from a server that has imported the project once, since importing torch takes longer than what is tested."""
+"""Scripts in processes of their own, one or the ranks of a world, as a shell or torchrun starts them; but
+forked from a server that has imported the project once: importing torch takes longer than what is tested."""
 
 import multiprocessing
 import os

@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
+import flags
+import study
+
 README = Path("README.md").read_text(encoding="utf-8")
 TESTS = "\n".join(p.read_text(encoding="utf-8") for p in Path("tests").glob("test_*.py"))
 
@@ -44,11 +48,13 @@ def test_every_deviation_has_a_row_and_a_test():
         assert re.search(rf"def test_d{number}_", TESTS), number
 
 
-def test_every_flag_the_readme_names_exists():
-    import flags
-    known = set(flags.parser("").format_help().split()) | {
-        "--weights", "--first", "--released", "--random-init", "--nproc_per_node", "--nnodes", "--rdzv_endpoint"}
-    known = {word.strip("[],") for word in known}
+def test_every_flag_the_readme_names_exists(capsys):
+    for argv in (["-h"], ["tally", "-h"]):
+        with pytest.raises(SystemExit):
+            study.main(argv)
+    helps = flags.parser("").format_help() + evaluate.flags().format_help() + capsys.readouterr().out
+    known = {word.strip("[],") for word in helps.split()} | {
+        "--released", "--random-init", "--nproc_per_node", "--nnodes", "--rdzv_endpoint"}
     assert {flag for flag in re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)} <= known
 
 

@@ -157,7 +157,8 @@ def test_explain_tells_one_step_in_the_order_of_the_code(monkeypatch, capsys, tm
 def test_a_threshold_that_stops_every_gradient_is_said(monkeypatch, capsys, tmp_path):
     """relu(0.7 - r) is flat above 0.7, where an HPS cosine never is, and PickScore's bare reward always."""
     run(monkeypatch, "--steps", 1, "--threshold", -9, "--out", tmp_path / "run")
-    assert "the gradient is 0: every reward is above --threshold -9.0; --threshold off" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the gradient is 0: every reward is above --threshold -9.0; --threshold off" in said
 
 
 def scores(**means):
