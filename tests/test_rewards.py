@@ -193,6 +193,21 @@ def test_aesthetic_is_its_authors_metric_and_s1_relates_clean_to_noised(aestheti
         assert torch.autograd.grad(reward.image_features(x)[0, column], x)[0].abs().sum() > 0
 
 
+def test_every_reward_serves_every_form_in_both_branches(pickscore, aesthetic):
+    """A finite reward with a gradient in the picture that is not 0."""
+    spec = f"miniature/reward:0.5,pickscore={pickscore},aesthetic={aesthetic}:2"
+    single = [f"pickscore={pickscore}", f"aesthetic={aesthetic}"]
+    for rewards in map(sr.load_rewards, [spec, *single]):
+        conditions = rewards.conditions(PROMPTS, "realistic photo", "CG render")
+        for form in sr.FORMS:
+            for branch in ("denoise", "invert"):
+                x = torch.rand(2, 3, 64, 64, requires_grad=True)
+                r = sr.branch_reward(form, branch, rewards.image_features(x), *conditions, 0.1, 1.5)
+                gradient, = torch.autograd.grad(sr.loss(r).sum(), x)
+                assert r.shape == (2,) and r.isfinite().all()
+                assert gradient.isfinite().all() and gradient.abs().sum() > 0
+
+
 def damage(folder, to, key, change):
     """A copy of a safetensors folder with one tensor taken out or put in."""
     shutil.copytree(folder, to)
