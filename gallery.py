@@ -60,12 +60,17 @@ def geneval_pictures(entries, seed):
 
 def named(flag, items):
     """["NAME=PATH" or "PATH"] -> {name: path}; a path without a name is its own name."""
-    pairs = [item.partition("=") for item in items]
-    found = {name: path or name for name, _, path in pairs}
-    if len(found) < len(pairs) or flag == "--weights" and "base" in found:
-        raise ValueError(f"{flag} {' '.join(items)}: a name is used twice (base is the model's own weights); "
-                         "give NAME=PATH")
+    found = {name: path or name for name, _, path in (item.partition("=") for item in items)}
+    folders = [folder_name(name) for name in found] + (["base", "scores"] if flag == "--weights" else [])
+    if len(found) < len(items) or len(set(folders)) < len(folders):
+        raise ValueError(f"{flag} {' '.join(items)}: a name is used twice, or taken (base is the model's own "
+                         "weights); give NAME=PATH")
     return found
+
+
+def folder_name(name):
+    """A row's name as the name of a folder."""
+    return re.sub(r"[^\w.-]+", "_", name).strip("._")
 
 
 def listed(folder):
@@ -85,7 +90,7 @@ def planned(args, prompts):
     methods = [Method("base", Path(args.out) / "base")]
     for name, path in named("--weights", args.weights).items():
         flux.transformer_folder(args.model, path)
-        methods.append(Method(name, Path(args.out) / re.sub(r"[^\w.-]+", "_", name).strip("._"), path))
+        methods.append(Method(name, Path(args.out) / folder_name(name), path))
     for method in methods:
         files = sorted(Path(method.weights).glob("*.safetensors")) if method.weights else []
         made = {k: getattr(args, k) for k in ("model", "size", "eval_steps", "guidance", "seed")}

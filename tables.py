@@ -1,5 +1,7 @@
 """Scores to tables: means with standard errors, paired differences, and the paper's Table 1 beside ours."""
 
+import re
+
 import torch
 
 # column: (title, format, the number of Table 1's column or None), in Table 1's order. SGP-HPS twice: the gap
@@ -108,7 +110,7 @@ def report(found, columns):
     category."""
     first, *others = found
     rows = {name: r["overall"] for name, r in found.items()}
-    if len(others) > 1:
+    if len(others) > 1 and len({re.sub(r"\d", "", name) for name in others}) == 1:  # runs of several seeds
         rows[f"mean of {len(others)}, ± spread"] = spread([rows[name] for name in others])
     parts = ["Mean ± standard error over pictures; differences are paired, picture by picture.",
              table(rows, {f"{name} - {first}": found[name]["difference"] for name in others}, columns)]

@@ -189,7 +189,8 @@ def test_folders_that_do_not_fit(whole, monkeypatch, capsys, tmp_path, case, wor
 @pytest.mark.parametrize("argv, words", [
     (["--metrics", "fid"], "--metrics fid: not a metric; there are aesthetic, pickscore, imagereward"),
     (["--metrics", "hpsv2.1=nowhere"], "none can be had, give NAME=PATH: nowhere: no such file or folder"),
-    (["--weights", "base=miniature/transformer"], "a name is used twice"),
+    (["--weights", "base=miniature/transformer"], "a name is used twice, or taken"),
+    (["--weights", "a/b=miniature/transformer", "a_b=miniature/transformer"], "a name is used twice"),
     (["--weights", "nowhere"], "--weights nowhere: no transformer there"),
     (["--batch", "0"], "--batch 0: must be at least 1")], ids=str)
 def test_one_line_and_status_2(monkeypatch, capsys, tmp_path, argv, words):
