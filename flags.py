@@ -103,8 +103,8 @@ def parser(description):
     g("--watch-every", type=int, default=5, help="updates between them [ours]")
     g("--eval", type=int, default=0, help="pictures of the evaluation before and after; 0: none [ours]")
     g("--drift-band", type=float, nargs=4, default=[0.25, 0.1, 0.2, 0.04],
-      metavar=("SATURATION", "REDNESS", "BRIGHTNESS", "TEXTURE"), help="largest change of these mean statistics of the "
-      "watched pictures before the run is called hacked [ours]")
+      metavar=("SATURATION", "REDNESS", "BRIGHTNESS", "TEXTURE"), help="largest change of these mean "
+      "statistics of the watched pictures before the run is called hacked [ours]")
     printed = ", ".join(f"{k} {'off' if v is None else v}" for k, v in PAPER.items())
     p.add_argument("--recipe", choices=["released", "paper"], default="released",
                    help="paper: every form as printed (" + printed

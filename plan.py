@@ -121,14 +121,14 @@ def reward_networks(spec):
     times for one that is held out. An open_clip folder's own architecture, else ViT-H/14, HPSv2.1's and
     PickScore's, or SigLIP's."""
     networks = []
-    for name, _, weight in parse_rewards(spec).values():
+    for name, where, weight in parse_rewards(spec).values():
         if name == "aesthetic":  # twice: clean and noised (S1)
             with no_init_weights():
                 network = SiglipVisionModel(SiglipVisionConfig(**SIGLIP))
             look, passes = (lambda x, n=network: n(x).pooler_output), 2
             side = (SIGLIP["image_size"],) * 2
         else:
-            own = Path(name) / "open_clip_config.json"
+            own = Path(where or name) / "open_clip_config.json"
             network = open_clip.model.CLIP(**(json.loads(own.read_text())["model_cfg"] if own.exists()
                                               else open_clip.get_model_config("ViT-H-14")))
             look, passes, side = network.encode_image, 1, network.visual.image_size

@@ -136,9 +136,11 @@ class ClipReward(Reward):
         self.tokenizer, self.fit = tokenizer, fit
 
     def features(self, pixels):
+        """Prepared pixels [B, 3, size, size] -> unit f [B, D] float32."""
         return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
 
     def encode_text(self, texts):
+        """B texts -> unit C [B, D] float32; what is beyond 77 tokens is cut."""
         return F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)).float(), dim=-1)
 
 
@@ -152,9 +154,11 @@ class PickReward(Reward):
         self.tokenizer = tokenizer
 
     def features(self, pixels):
+        """Prepared pixels [B, 3, size, size] -> unit f [B, D] float32."""
         return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
 
     def encode_text(self, texts):
+        """B texts, cut at the encoder's 77 tokens -> C [B, D] float32 of length exp(logit_scale) / 20."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt",
                                 max_length=self.model.config.text_config.max_position_embeddings)
         C = self.model.get_text_features(**tokens.to(self.device)).pooler_output.float()
@@ -184,6 +188,7 @@ class AestheticReward(Reward):
         return self.head(F.normalize(self.model(pixels).pooler_output, dim=-1)).squeeze(-1) / self.unit
 
     def features(self, pixels):
+        """Prepared pixels [B, 3, size, size] -> f [B, 2] float32: clean, noised."""
         return torch.stack([self.score(pixels), self.score(pixels + self.noise)], -1)
 
     def conditions(self, prompts, control, neg):

@@ -244,7 +244,7 @@ def run():
         if step % a.watch_every == 0 or step == a.steps:
             images, now = look(a.watch, "watch")
             drift, wrong = hacking(now, before, a.drift_band)
-            line |= {"drift": drift, "watch": {k: s["mean"] for k, s in tables.summary(now).items()},
+            line |= {"drift": drift, "watch": {k: s and s["mean"] for k, s in tables.summary(now).items()},
                      "hacking": wrong}
             for w in wrong if world.main else []:
                 tqdm.write(f"step {step}: {w}")

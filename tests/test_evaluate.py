@@ -198,7 +198,7 @@ def test_one_line_and_status_2(monkeypatch, capsys, tmp_path, argv, words):
     assert not list(tmp_path.rglob("*.png"))
 
 
-# ---------------------------------------------------------------------------------------------- all of Table 1
+# -------------------------------------------------------------------------------------------- all of Table 1
 def test_every_column_of_table_1_from_a_benchmark_in_four_categories(monkeypatch, capsys, tmp_path):
     """Each scorer from a folder in its real layout, tiny and random; GenEval on pictures of its own; a scorer
     whose files are damaged is a dash with its reason, never a number."""
