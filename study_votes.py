@@ -228,8 +228,9 @@ def bars(methods):
     text = lambda x, y, s, more="": f'<text x="{x:.1f}" y="{y}" {more}>{escape(s)}</text>'
     parts = []
     for k, level in enumerate(LEVELS):
-        parts += [f'<rect x="{left + 130 * k}" y="14" width="16" height="16" fill="{COLORS[k]}"/>',
-                  text(left + 130 * k + 22, 27, level)]
+        parts += [f'<rect x="{left + 105 * k}" y="14" width="16" height="16" fill="{COLORS[k]}"/>',
+                  text(left + 105 * k + 22, 27, level)]
+    parts.append(text(left + width, 27, "% of ratings", 'text-anchor="end"'))
     y = 46
     for d, label in {"overall": "Overall", **DIMENSIONS}.items():
         parts.append(text(left, y + 14, label, 'font-weight="bold"'))
