@@ -14,7 +14,8 @@ import weights
 
 COLUMNS = ("imagereward",)
 HUB, FILE = "THUDM/ImageReward", "ImageReward.pt"
-TOKENIZER, TOKENIZER_FILES = "bert-base-uncased", ["vocab.txt", "tokenizer.json", "tokenizer_config.json"]
+TOKENIZER = "google-bert/bert-base-uncased"
+TOKENIZER_FILES = ["vocab.txt", "tokenizer.json", "tokenizer_config.json"]
 
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of a picture
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # of raw rewards, by the authors

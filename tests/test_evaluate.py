@@ -20,7 +20,7 @@ from test_rewards import make_aesthetic, make_pickscore
 import evaluate
 import flux
 import gallery
-from metrics import geneval
+from metrics import METRICS, geneval, parse_metrics
 from scripts import call, start
 from tables import COLUMNS
 
@@ -199,6 +199,23 @@ def test_one_line_and_status_2(monkeypatch, capsys, tmp_path, argv, words):
 
 
 # -------------------------------------------------------------------------------------------- all of Table 1
+def test_with_no_path_given_every_scorer_is_asked_of_the_hub_by_its_authors_name(monkeypatch, tmp_path):
+    asked = []
+    for name in ("ImageReward.pt", "a.safetensors", "model.safetensors"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr("weights.snapshot_download", lambda at, allow_patterns: asked.append(at) or tmp_path)
+    monkeypatch.setattr(geneval, "metadata_file", lambda where: asked.append(geneval.URL.split("/")[4]))
+    monkeypatch.setattr(geneval.open_clip, "download_pretrained", lambda c: asked.append(c["hf_hub"]) or "x")
+    args = evaluate.flags().parse_args([])
+    for name in parse_metrics(args.metrics):
+        METRICS[name][1](None, args)
+    assert asked == ["google/siglip-so400m-patch14-384", "yuvalkirstain/PickScore_v1", "THUDM/ImageReward",
+                     "google-bert/bert-base-uncased", "xswu/HPSv2", "geneval",
+                     "facebook/mask2former-swin-small-coco-instance",
+                     "timm/vit_large_patch14_clip_224.openai/",
+                     "zhiyuanyou/DeQA-Score-Mix3"]
+
+
 def test_every_column_of_table_1_from_a_benchmark_in_four_categories(monkeypatch, capsys, tmp_path):
     """Each scorer from a folder in its real layout, tiny and random; GenEval on pictures of its own; a scorer
     whose files are damaged is a dash with its reason, never a number."""

@@ -51,6 +51,10 @@ def make_pickscore(folder):
                                           eos_token_id=words - 1),
                          vision_config=dict(small, image_size=224, patch_size=32), projection_dim=16,
                          logit_scale_init_value=4.6)).save_pretrained(folder)
+    state = load_file(folder / "model.safetensors")  # as transformers of 2023 wrote it: position tables too
+    state |= {f"{side}_model.embeddings.position_ids": torch.arange(n)[None] for side, n in (("text", 16),
+                                                                                             ("vision", 50))}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 

@@ -157,7 +157,8 @@ def test_explain_tells_one_step_in_the_order_of_the_code(monkeypatch, capsys, tm
 def test_prompts_that_the_judge_does_not_know_are_a_dash(monkeypatch, capsys, tmp_path):
     """A prompt outside the miniature's world has no alignment: not 0, and no crash."""
     (tmp_path / "p.txt").write_text("a dog\na cat\n")
-    run(monkeypatch, "--steps", 1, "--eval", 2, "--eval-prompts", tmp_path / "p.txt", "--out", tmp_path / "run")
+    run(monkeypatch, "--steps", 1, "--eval", 2, "--eval-prompts", tmp_path / "p.txt",
+        "--out", tmp_path / "run")
     after = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| after"))
     assert after.split("|")[-3].strip() == "-" and after.split("|")[-4].strip() != "-"
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text())["watch"]["alignment"] is None
