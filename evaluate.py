@@ -210,7 +210,8 @@ def prepare():
     tell(missing, world)
     pictures = gallery.benchmark(prompts, args.seed, args.first)
     if "geneval" in files:
-        pictures += gallery.geneval_pictures(geneval.read_metadata(files["geneval"]["metadata"]), args.seed)
+        entries = geneval.read_metadata(files["geneval"]["metadata"])
+        pictures += gallery.geneval_pictures(entries, args.seed, args.first)
     return args, world, methods, files, missing, pictures
 
 

@@ -41,21 +41,24 @@ class Method:
         return next((f for f in files if f.exists()), files[0])
 
 
+def first_of_each(categories, n):
+    """The numbers of the first n of each category, or of all (None)."""
+    return [i for i, c in enumerate(categories) if n is None or categories[:i].count(c) < n]
+
+
 def benchmark(prompts, seed, n):
     """The pictures of [(prompt, category)], the first n of each category, or all (None). Picture i is made
     from noise seed + i, whatever n is."""
-    seen, pictures = {}, []
-    for i, (prompt, category) in enumerate(prompts):
-        seen[category] = seen.get(category, 0) + 1
-        if n is None or seen[category] <= n:
-            pictures.append(Picture(f"{i:05d}", prompt, seed + i, category))
-    return pictures
+    return [Picture(f"{i:05d}", prompts[i][0], seed + i, prompts[i][1])
+            for i in first_of_each([category for _, category in prompts], n)]
 
 
-def geneval_pictures(entries, seed):
-    """GenEval's: four pictures of each of its 553 prompts; the categories are its six tasks."""
+def geneval_pictures(entries, seed, n):
+    """GenEval's: four pictures of each of its 553 prompts, whose categories are its six tasks; the first n
+    prompts of each, or all (None)."""
+    chosen = [(i, entries[i]) for i in first_of_each([entry["tag"] for entry in entries], n)]
     return [Picture(f"geneval/{i:05d}_{k}", entry["prompt"], seed + 4 * i + k, entry["tag"], entry)
-            for i, entry in enumerate(entries) for k in range(4)]
+            for i, entry in chosen for k in range(4)]
 
 
 def named(flag, items):

@@ -225,25 +225,25 @@ def test_every_column_of_table_1_from_a_benchmark_in_four_categories(monkeypatch
         (tmp_path / name).mkdir()
         files[name] = make(tmp_path / name)
     files["hpsv2.1"] = "miniature/reward"
-    few = [next(e for e in metadata() if e["tag"] == tag) for tag in geneval.TASKS]
-    monkeypatch.setattr(geneval, "TASKS", {tag: 1 for tag in geneval.TASKS})
+    few = [e for e in metadata() for tag in geneval.TASKS if e["tag"] == tag][::20]
+    monkeypatch.setattr(geneval, "TASKS", {tag: sum(e["tag"] == tag for e in few) for tag in geneval.TASKS})
     monkeypatch.setattr(geneval, "SHORT", 64)
     write(files["geneval"] / geneval.METADATA, few)
     prompts = flux.read_prompts("miniature/prompts_eval.txt")
     (tmp_path / "benchmark").mkdir()
     for i, category in enumerate(("anime", "concept-art", "paintings", "photo")):
         (tmp_path / "benchmark" / f"{category}.json").write_text(json.dumps(prompts[5 * i:5 * i + 5]))
-    argv = ["--model", "miniature", "--eval-steps", 1, "--first", 3, "--prompts", tmp_path / "benchmark",
+    argv = ["--model", "miniature", "--eval-steps", 1, "--first", 2, "--prompts", tmp_path / "benchmark",
             "--out", tmp_path / "out", "--control", "Realistic photo", "--neg", "CG Render", "--metrics",
             ",".join(f"{k}={v}" for k, v in files.items())]
     assert run(monkeypatch, *argv) == 0
     assert sorted(p.stem for p in (tmp_path / "out" / "base").glob("0*.png")) == [
-        f"{5 * c + i:05d}" for c in range(4) for i in range(3)]
-    assert len(list((tmp_path / "out" / "base" / "geneval").glob("*.png"))) == 6 * 4
+        f"{5 * c + i:05d}" for c in range(4) for i in range(2)]
+    assert len(list((tmp_path / "out" / "base" / "geneval").glob("*.png"))) == 6 * 2 * 4
     row = rows(tmp_path / "out")["base"]
     for column in (k for k, (_, _, at) in COLUMNS.items() if at is not None):
-        assert row["overall"][column]["n"] == (24 if column == "geneval" else 12), column
-    assert row["categories"]["anime"]["deqa"]["n"] == 3 and row["categories"]["colors"]["geneval"]["n"] == 4
+        assert row["overall"][column]["n"] == (48 if column == "geneval" else 8), column
+    assert row["categories"]["anime"]["deqa"]["n"] == 2 and row["categories"]["colors"]["geneval"]["n"] == 8
     table = (tmp_path / "out" / "table.md").read_text()
     assert "anime:" in table and "SRPO [paper]" in table and "position:" in table
     (files["deqa"] / "config.json").write_text("{}")
