@@ -283,6 +283,9 @@ def main():
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full or vanished disk: what is there stays, and is not made again
+        print(f"\nevaluate.py: {error}; run it again to go on", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

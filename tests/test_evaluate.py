@@ -113,6 +113,21 @@ def test_nothing_is_sampled_or_scored_twice(whole, monkeypatch, capsys):
     assert (whole / "table.md").read_text() in capsys.readouterr().out
 
 
+def test_a_full_disk_is_one_line_and_what_is_there_stays(monkeypatch, capsys, tmp_path):
+    save = evaluate.save_image
+
+    def full(image, path, **kwargs):
+        if "00009" in str(path):
+            raise OSError(28, "No space left on device")
+        save(image, path, **kwargs)
+
+    monkeypatch.setattr(evaluate, "save_image", full)
+    assert run(monkeypatch, *SMALL, "--out", tmp_path) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluate.py:")]
+    assert len(said) == 1 and "No space left on device; run it again to go on" in said[0]
+    assert len(list(tmp_path.glob("base/*.png"))) == 9
+
+
 def test_pictures_made_otherwise_are_not_mixed(whole, monkeypatch, capsys, tmp_path):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     assert "made with other seed 0, now 1; delete that folder" in one_line(
