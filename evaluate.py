@@ -13,6 +13,7 @@ import argparse
 import gc
 import hashlib
 import json
+import math
 import os
 import sys
 from datetime import timedelta
@@ -30,7 +31,7 @@ import tables
 from flags import Help, check_sampling
 from metrics import METRICS, geneval, parse_metrics
 from preprocess import read_picture
-from weights import one_line
+from weights import one_line, stamp
 
 SCORED_AT_ONCE = 16
 
@@ -93,14 +94,29 @@ def scores_on_disk(folder, metric):
     return found
 
 
-def key_of(path, picture, settings):
-    """What a score depends on, as one word: the picture's bytes, its prompt, the scorer's settings."""
-    words = json.dumps([picture.prompt, picture.entry, *settings])
-    return hashlib.sha256(path.read_bytes() + words.encode()).hexdigest()[:24]
+def settings_of(metric, files, args):
+    """What a metric's scores depend on beside the picture and its prompt: the words, the scorer's files."""
+    places = files.values() if isinstance(files, dict) else files if isinstance(files, tuple) else [files]
+    return [metric, args.control, args.neg, str(files), stamp(*(place for place in places if place))]
+
+
+def keys_of(method, pictures, settings, unreadable):
+    """{picture name: key} of those that are there: what a score depends on as one word, the picture's bytes,
+    its prompt and the settings."""
+    keys = {}
+    for p in pictures:
+        words = json.dumps([p.prompt, p.entry, *settings]).encode()
+        try:
+            if method.path(p).exists():
+                keys[p.name] = hashlib.sha256(method.path(p).read_bytes() + words).hexdigest()[:24]
+        except OSError as error:
+            unreadable.append(f"{method.path(p)}: cannot be read as a picture: {error.strerror}")
+    return keys
 
 
 def read_all(method, pictures, unreadable):
-    """{picture: PIL} of those that can be read; what is wrong with the others is added to `unreadable`."""
+    """{picture name: PIL} of those that can be read; what is wrong with the others is added to
+    `unreadable`."""
     images = {}
     for p in pictures:
         try:
@@ -124,8 +140,8 @@ def score(args, metric, settings, scorer, method, pictures, world):
         log.write("\n" if cut_off else "")
         for chunk in tqdm(share(pictures, SCORED_AT_ONCE, world), f"{metric} {method.name}", leave=False,
                           disable=not world.main):
-            chunk = [p for p in chunk if method.path(p).exists()]
-            keys = {p.name: key_of(method.path(p), p, settings) for p in chunk}
+            keys = keys_of(method, chunk, settings, unreadable)
+            chunk = [p for p in chunk if p.name in keys]
             if not set(keys.values()) <= known.keys():
                 images = read_all(method, chunk, unreadable)
                 chunk = [p for p in chunk if p.name in images]
@@ -182,6 +198,14 @@ def available(args, metrics, world):
     return {k: v for k, v in files.items() if k not in missing}, missing
 
 
+def must_have(files, missing, world):
+    """ValueError, of one process, if no metric is left."""
+    if not files.keys() - missing.keys():
+        if not world.main:
+            sys.exit(2)
+        raise ValueError("--metrics: none can be had, give NAME=PATH: " + "; ".join(missing.values()))
+
+
 def tell(missing, world):
     """Say which metrics cannot be had, and why."""
     for metric, why in missing.items() if world.main else ():
@@ -204,9 +228,12 @@ def prepare():
         prompts = flux.read_prompts_by_category(args.eval_prompts)
         methods = gallery.planned(args, prompts)
     world = parallel.World(patience=timedelta(days=30))
-    files, missing = available(args, metrics, world)
-    if not files:
-        raise ValueError("--metrics: none can be had, give NAME=PATH: " + "; ".join(missing.values()))
+    none = args.images and not any(name.startswith("geneval/") for m in methods for name in m.files)
+    wanted = {name: where for name, where in metrics.items() if not (none and name == "geneval")}
+    files, missing = available(args, wanted, world)
+    if wanted != metrics:
+        missing["geneval"] = "no pictures of its prompts, geneval/00000_0.png and so on, in these folders"
+    must_have(files, missing, world)
     tell(missing, world)
     pictures = gallery.benchmark(prompts, args.seed, args.first)
     if "geneval" in files:
@@ -225,7 +252,7 @@ def run():
     scores, unreadable = {m.name: {} for m in methods}, []
     for metric, path in files.items():
         load = cache(lambda: METRICS[metric][2](path, args, world.device))
-        settings = [metric, str(path), args.control, args.neg]
+        settings = settings_of(metric, path, args)
         try:
             for m in methods:
                 which = theirs if metric == "geneval" else ours
@@ -246,6 +273,7 @@ def run():
         for name in scores:
             for picture, values in theirs[name].items():
                 scores[name].setdefault(picture, {}).update(values)
+    must_have(files, missing, world)
     status = finish(args, methods, missing, pictures, scores, sorted(set(unreadable)))
     tell(missing, world)
     return status
@@ -268,6 +296,10 @@ def finish(args, methods, missing, pictures, scores, unreadable):
         absent = sum(not m.path(p).exists() for p in pictures)
         if absent:
             print(f"{m.name}: {absent} of {len(pictures)} pictures are not there; means are over the others")
+        for column in had:
+            odd = sum(not math.isfinite(values.get(column, 0)) for values in scores[m.name].values())
+            if odd and column != "alignment":  # which a prompt outside the miniature's world does not have
+                print(f"{m.name}: {odd} scores of {column} are not finite; the mean is over the others")
     for line in unreadable:
         print(f"evaluate.py: {line}; left out", file=sys.stderr)
     if unreadable:
@@ -280,8 +312,9 @@ def main():
     try:
         sys.exit(run())
     except ValueError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"evaluate.py: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        if rank == 0 or parallel.dist.is_initialized():  # before that, all processes meet the same error
+            print("evaluate.py: " + (f"rank {rank}: " if rank else "") + str(error), file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full or vanished disk: what is there stays, and is not made again
         print(f"\nevaluate.py: {error}; run it again to go on", file=sys.stderr)

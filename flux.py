@@ -144,9 +144,9 @@ def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, batch=64):
         raise cannot_load(model, error) from error
     length = pipe.tokenizer_2.model_max_length
     cut = sum(len(ids) > length for ids in pipe.tokenizer_2(prompts).input_ids)
-    parts = [pipe.encode_prompt(prompts[i:i + batch], max_sequence_length=length)[:2]
+    parts = [[t.cpu() for t in pipe.encode_prompt(prompts[i:i + batch], max_sequence_length=length)[:2]]
              for i in range(0, len(prompts), batch)]
-    txt, pooled = (torch.cat([p[j] for p in parts]).cpu() for j in (0, 1))
+    txt, pooled = (torch.cat([p[j] for p in parts]) for j in (0, 1))
     return txt, pooled, cut
 
 
@@ -261,8 +261,11 @@ def read_prompts_by_category(source, flag="--prompts"):
         found = []
         for file in prompt_files(source, flag):
             try:
-                found += [(entry if isinstance(entry, str) else entry["prompt"], file.stem)
-                          for entry in json.loads(file.read_text("utf-8"))]
+                texts = [entry if isinstance(entry, str) else entry["prompt"]
+                         for entry in json.loads(file.read_text("utf-8"))]
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError
+                found += [(text, file.stem) for text in texts]
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{flag} {file}: not a JSON list of prompts") from error
         if not found:

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 import flux
 from preprocess import fitted, pixels, read_picture, save_grid
+from weights import stamp
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -30,15 +31,16 @@ class Picture:
 
 @dataclass
 class Method:
-    """A row of the table: its name, the folder of its pictures, its weights (None: the model's own)."""
+    """A row of the table: its name, the folder of its pictures, its weights (None: the model's own), and of
+    pictures that exist {name: file}."""
     name: str
     folder: Path
     weights: str = None
+    files: dict = field(default_factory=dict)
 
     def path(self, picture):
         """The file of a picture, which need not be there yet."""
-        files = [self.folder / (picture.name + suffix) for suffix in SUFFIXES]
-        return next((f for f in files if f.exists()), files[0])
+        return self.files.get(picture.name, self.folder / f"{picture.name}.png")
 
 
 def first_of_each(categories, n):
@@ -63,7 +65,8 @@ def geneval_pictures(entries, seed, n):
 
 def named(flag, items):
     """["NAME=PATH" or "PATH"] -> {name: path}; a path without a name is its own name."""
-    found = {name: path or name for name, _, path in (item.partition("=") for item in items)}
+    pairs = [(item, "", "") if "/" in item.partition("=")[0] else item.partition("=") for item in items]
+    found = {name: path or name for name, _, path in pairs}
     folders = [folder_name(name) for name in found] + (["base", "scores"] if flag == "--weights" else [])
     if len(found) < len(items) or len(set(folders)) < len(folders):
         raise ValueError(f"{flag} {' '.join(items)}: a name is used twice, or taken (base is the model's own "
@@ -82,7 +85,10 @@ def listed(folder):
     if not path.exists():
         return None
     try:
-        return [(entry["prompt"], entry.get("category", "")) for entry in json.loads(path.read_text("utf-8"))]
+        entries = [(e["prompt"], e.get("category", "")) for e in json.loads(path.read_text("utf-8"))]
+        if not all(isinstance(word, str) for entry in entries for word in entry):
+            raise TypeError
+        return entries
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f'{path}: not a list of {{"prompt": ..., "category": ...}}') from error
 
@@ -95,9 +101,8 @@ def planned(args, prompts):
         flux.transformer_folder(args.model, path)
         methods.append(Method(name, Path(args.out) / folder_name(name), path))
     for method in methods:
-        files = sorted(Path(method.weights).glob("*.safetensors")) if method.weights else []
         made = {k: getattr(args, k) for k in ("model", "size", "eval_steps", "guidance", "seed")}
-        made |= {"weights": [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files],
+        made |= {"weights": stamp(method.weights) if method.weights else [],
                  "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
         stored = method.folder / "made.json"
         then = json.loads(stored.read_text()) if stored.exists() else made
@@ -126,16 +131,29 @@ def existing(args):
             raise ValueError(f"--images: the prompts of {folder} and {next(iter(known))} differ, first at "
                              f"number {i}")
     for method in methods:
-        if not method.folder.is_dir():
-            raise ValueError(f"--images {method.folder}: no such folder")
-        stems = [f.stem for f in method.folder.glob("*") if f.suffix.lower() in SUFFIXES and f.stem.isdigit()]
-        if not stems:
-            raise ValueError(f"--images {method.folder}: no pictures there (00000.png and so on, named by "
-                             "their prompt's number)")
-        if max(map(int, stems)) >= len(prompts):
-            raise ValueError(f"--images {method.folder}: picture {max(map(int, stems))}, but there are "
-                             f"{len(prompts)} prompts; give theirs: --prompts FILE")
+        method.files = files_of(method.folder)
+        last = max(int(name) for name in method.files if name.isdigit())
+        if last >= len(prompts):
+            raise ValueError(f"--images {method.folder}: picture {last}, but there are {len(prompts)} "
+                             "prompts; give theirs: --prompts FILE")
     return methods, prompts
+
+
+def files_of(folder):
+    """{name: file} of a folder's pictures: 12.png or 00012.JPG is "00012"; GenEval's are in geneval/. Raises
+    ValueError if there are none, or two of one name."""
+    if not folder.is_dir():
+        raise ValueError(f"--images {folder}: no such folder")
+    found = {}
+    for file in sorted([*folder.iterdir(), *(folder / "geneval").glob("*_?.*")]):
+        if file.suffix.lower() in SUFFIXES and (file.stem.isdigit() or file.parent != folder):
+            name = f"{int(file.stem):05d}" if file.parent == folder else f"geneval/{file.stem}"
+            if found.setdefault(name, file) != file:
+                raise ValueError(f"--images {folder}: {found[name].name} and {file.name} are both {name}")
+    if not any(name.isdigit() for name in found):
+        raise ValueError(f"--images {folder}: no pictures there (00000.png and so on, named by their "
+                         "prompt's number)")
+    return found
 
 
 def write_json(path, value):

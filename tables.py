@@ -26,21 +26,21 @@ TABLE_1 = {  # Aes, Pick, ImageReward, HPS, SGP-HPS as displayed, GenEval, DeQA:
 
 
 def mean(values, groups=None):
-    """{"mean", "se", "n"} of values [P], NaN left out; None if nothing is left.
+    """{"mean", "se", "n"} of values [P], what is not finite left out; None if nothing is left.
 
     With groups (P names) it is the mean over the groups of each group's mean, as GenEval defines its overall
     score; where the groups are of one size, as HPDv2's four, that is the plain mean. se is the standard error
-    of the mean over pictures.
+    of the mean over pictures, None where a group has but one.
     """
     groups = groups or [""] * len(values)
     parts = [values[torch.tensor([g == name for g in groups])] for name in dict.fromkeys(groups)]
-    parts = [p[~p.isnan()].double() for p in parts]
+    parts = [p[p.isfinite()].double() for p in parts]
     parts = [p for p in parts if len(p)]
     if not parts:
         return None
-    variance = sum(p.var(unbiased=False) / len(p) for p in parts) / len(parts) ** 2
-    return {"mean": (sum(p.mean() for p in parts) / len(parts)).item(), "se": variance.sqrt().item(),
-            "n": sum(map(len, parts))}
+    alone = any(len(p) == 1 for p in parts)
+    se = None if alone else (sum(p.var() / len(p) for p in parts) ** 0.5 / len(parts)).item()
+    return {"mean": (sum(p.mean() for p in parts) / len(parts)).item(), "se": se, "n": sum(map(len, parts))}
 
 
 def summary(scores, groups={}):
@@ -59,11 +59,10 @@ def cell(column, value, difference=False):
     if value is None:
         return "-"
     form = COLUMNS.get(column, ("", "+.3f"))[1]
-    if form == "%":
-        form, value = "+.1f" if difference else ".1f", {k: 100 * v for k, v in value.items()}
-        return f"{value['mean']:{form}} ± {value['se']:.1f} %"
-    form = form if form.startswith("+") or not difference else "+" + form
-    return f"{value['mean']:{form}} ± {value['se']:{form.lstrip('+')}}"
+    unit, scale, form = (" %", 100, ".1f") if form == "%" else ("", 1, form)
+    form, error = "+" + form.lstrip("+") if difference else form, form.lstrip("+")
+    se = "-" if value["se"] is None else f"{scale * value['se']:{error}}"
+    return f"{scale * value['mean']:{form}} ± {se}{unit}"
 
 
 def table(rows, differences={}, columns=None, paper=True):
@@ -110,7 +109,7 @@ def report(found, columns):
     category."""
     first, *others = found
     rows = {name: r["overall"] for name, r in found.items()}
-    if len(others) > 1 and len({re.sub(r"\d", "", name) for name in others}) == 1:  # runs of several seeds
+    if len(others) > 1 and len({re.sub(r"seed\d+", "", name) for name in others}) == 1:
         rows[f"mean of {len(others)}, ± spread"] = spread([rows[name] for name in others])
     parts = ["Mean ± standard error over pictures; differences are paired, picture by picture.",
              table(rows, {f"{name} - {first}": found[name]["difference"] for name in others}, columns)]

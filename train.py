@@ -91,7 +91,7 @@ def hacking(now, before, band):
     wrong = [f"{k} drifted by {drift[k]:+.3f}, outside ±{limit}"
              for k, limit in zip(metrics.STATISTICS, band) if abs(drift[k]) > limit]
     change = {k: now[k] - before[k] for k in ("reward", "sgp")}
-    sure = {k: d.mean().abs() > 2 * d.std(unbiased=False) / len(d) ** 0.5 for k, d in change.items()}
+    sure = {k: d.mean().abs() > 2 * d.std() / len(d) ** 0.5 for k, d in change.items()}
     if all(sure.values()) and change["reward"].mean() > 0 > change["sgp"].mean():
         wrong.append("the reward rises while the SGP gap falls")
     return drift, wrong

@@ -45,6 +45,14 @@ def fetched(where, files):
                          f"({type(error).__name__})") from error
 
 
+def stamp(*places):
+    """What tells files from others at the same places: [name, size, time of writing] of each, and of each in
+    a folder."""
+    files = [f for place in map(Path, places)
+             for f in (sorted(place.rglob("*")) if place.is_dir() else [place]) if f.is_file()]
+    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+
+
 def strict(cls, folder, dtype, unread=()):
     """cls.from_pretrained(folder) on the CPU in `dtype`, evaluating, frozen. Raises ValueError, one line, if
     the file lacks a tensor of the model, or holds one that is not read and starts with none of `unread`."""

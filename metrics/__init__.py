@@ -92,11 +92,18 @@ def statistics(pictures, prompts):
     return {k: torch.cat([e[k] for e in each]) for k in STATISTICS}
 
 
+def fetch_rewards(spec):
+    """{"spec": a specification of rewards, label: the path of its weights}; ValueError, one line, if one
+    cannot be had."""
+    return {"spec": spec, **{label: sr.fetch(name, where)
+                             for label, (name, where, _) in sr.parse_rewards(spec).items()}}
+
+
 def fetch_judge(where):
     """The folder that holds judge/; ValueError, one line, if there is none."""
     if not (Path(where) / "judge").is_dir():
         raise ValueError(f"judge: there is none in {where}; only the miniature has one")
-    return where
+    return Path(where) / "judge"
 
 
 def judged(judge):
@@ -130,12 +137,12 @@ METRICS = {
     "geneval": of_scorer(geneval, geneval.GenEval),
     "deqa": of_scorer(deqa, deqa.DeQA),
     "clip": of_reward("clip", ("clip",)),
-    "reward": (("reward", "sgp"), lambda where, flags: where or flags.reward,
-               lambda spec, flags, device: RewardScorer(sr.load_rewards(spec, device), ("reward", "sgp"),
-                                                        flags)),
+    "reward": (("reward", "sgp"), lambda where, flags: fetch_rewards(where or flags.reward),
+               lambda files, flags, device: RewardScorer(sr.load_rewards(files["spec"], device),
+                                                         ("reward", "sgp"), flags)),
     "statistics": (STATISTICS, lambda where, flags: None, lambda files, flags, device: statistics),
     "judge": (("realism", "alignment", "broken"), lambda where, flags: fetch_judge(where or flags.model),
-              lambda model, flags, device: judged(load_judge(model)))}
+              lambda folder, flags, device: judged(load_judge(folder.parent)))}
 
 
 def parse_metrics(spec):

@@ -174,7 +174,24 @@ def test_a_picture_that_cannot_be_read_is_named_counted_and_left_out(whole, monk
         assert row["overall"]["redness"]["n"] == 37
 
 
+def test_names_need_no_zeros_and_other_weights_of_a_scorer_are_noticed(whole, monkeypatch, tmp_path):
+    """0.png is picture 00000; a scorer replaced at the same path scores again."""
+    (tmp_path / "a=b").mkdir()
+    for i in range(2):
+        shutil.copy(whole / "base" / f"{i:05d}.png", tmp_path / "a=b" / f"{i}.PNG")
+    shutil.copy(whole / "base" / "prompts.json", tmp_path / "a=b")
+    means = []
+    for reward in ("reward", "reward_unbiased"):
+        shutil.rmtree(tmp_path / "r", ignore_errors=True)
+        shutil.copytree(f"miniature/{reward}", tmp_path / "r")
+        assert run(monkeypatch, "--images", tmp_path / "a=b", "--out", tmp_path / "out",
+                   "--metrics", "reward", "--reward", tmp_path / "r") == 0
+        means.append(next(iter(rows(tmp_path / "out").values()))["overall"]["reward"])
+    assert means[0]["n"] == means[1]["n"] == 2 and means[0]["mean"] != means[1]["mean"]
+
+
 @pytest.mark.parametrize("case, words", [
+    ("numbers", r"prompts.json: not a list of"), ("two", "are both 00000"),
     ("differ", "the prompts of .*b and .*a differ, first at number 3"), ("none", "b: no such folder"),
     ("empty", "b: no pictures there"), ("many", "picture 40, but there are 40 prompts"),
     ("list", r"prompts.json: not a list of \{\"prompt\""), ("twice", "a name is used twice")])
@@ -188,6 +205,10 @@ def test_folders_that_do_not_fit(whole, monkeypatch, capsys, tmp_path, case, wor
     if case == "differ":
         prompts[3]["prompt"] = "another"
         (b / "prompts.json").write_text(json.dumps(prompts))
+    elif case == "numbers":
+        (b / "prompts.json").write_text(json.dumps([{"prompt": i} for i in range(40)]))
+    elif case == "two":
+        shutil.copy(b / "00000.png", b / "0.jpg")
     elif case == "list":
         (b / "prompts.json").write_text('["a"]')
     elif case == "many":
@@ -205,8 +226,10 @@ def test_folders_that_do_not_fit(whole, monkeypatch, capsys, tmp_path, case, wor
     (["--metrics", "fid"], "--metrics fid: not a metric; there are aesthetic, pickscore, imagereward"),
     (["--metrics", "hpsv2.1=nowhere"], "none can be had, give NAME=PATH: nowhere: no such file or folder"),
     (["--weights", "base=miniature/transformer"], "a name is used twice, or taken"),
-    (["--weights", "a/b=miniature/transformer", "a_b=miniature/transformer"], "a name is used twice"),
+    (["--weights", "a b=miniature/transformer", "a_b=miniature/transformer"], "a name is used twice"),
     (["--weights", "nowhere"], "--weights nowhere: no transformer there"),
+    (["--metrics", "reward", "--reward", "miniature/none"], "give NAME=PATH: miniature/none: no such file"),
+    (["--metrics", "reward", "--reward", "hpsv2.1:x"], "hpsv2.1:x: give NAME, NAME=PATH"),
     (["--batch", "0"], "--batch 0: must be at least 1")], ids=str)
 def test_one_line_and_status_2(monkeypatch, capsys, tmp_path, argv, words):
     assert words in one_line(monkeypatch, capsys, *SMALL, "--out", tmp_path, *argv)

@@ -329,5 +329,7 @@ def test_the_mean_over_groups_and_its_error():
     values = torch.tensor([0.0, 1, 1, 1, float("nan"), 0])
     told = tables.mean(values, list("aabbbb"))
     assert told["mean"] == pytest.approx((1 / 2 + 2 / 3) / 2) and told["n"] == 5
-    assert told["se"] == pytest.approx(((0.25 / 2 + (2 / 9) / 3) / 4) ** 0.5)
-    assert tables.mean(torch.tensor([float("nan")])) is None
+    assert told["se"] == pytest.approx(((0.5 / 2 + (1 / 3) / 3) / 4) ** 0.5)
+    assert tables.mean(torch.tensor([float("nan"), float("inf")])) is None
+    assert tables.mean(torch.tensor([1.0, 5]), ["a", "b"])["se"] is None  # one picture tells no spread
+    assert tables.cell("reward", tables.mean(torch.tensor([1.0]))) == "+1.000 ± -"
