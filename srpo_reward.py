@@ -244,7 +244,9 @@ def fetch(name, where=None):
         raise ValueError(f"{name}: no such file or folder, and not one of {', '.join(HUB)}")
     place, files = HUB.get(name, (name, []))
     try:
-        return fetched(where or place, files)
+        path = fetched(where or place, files)
+        {"pickscore": tokenizer_of, "aesthetic": head_of}.get(name, Path)(path)  # what lies elsewhere, now too
+        return path
     except ValueError as error:
         raise ValueError(f"{name}: {error}; give {name}=PATH") from error
 
@@ -266,22 +268,33 @@ def load_clip(path, device, arch="ViT-H-14"):
     return ClipReward(model.to(device), open_clip.get_tokenizer(arch), "letterbox")
 
 
-def load_pickscore(path, device):
-    """A `PickReward` from a transformers CLIPModel folder; the tokenizer is CLIP ViT-H's where the folder has
-    none."""
+def tokenizer_of(path):
+    """The folder of PickScore's tokenizer: its own folder, or CLIP ViT-H's where that has none."""
     own = (path / "tokenizer_config.json").exists()
-    words = path if own else fetched(CLIP_H, ["tokenizer*", "vocab.json", "merges.txt", "special_tokens*"])
+    return path if own else fetched(CLIP_H, ["tokenizer*", "vocab.json", "merges.txt", "special_tokens*"])
+
+
+def load_pickscore(path, device):
+    """A `PickReward` from a transformers CLIPModel folder."""
     return PickReward(strict(CLIPModel, path, torch.float32).to(device),
-                      CLIPTokenizerFast.from_pretrained(words))
+                      CLIPTokenizerFast.from_pretrained(tokenizer_of(path)))
+
+
+def head_of(path):
+    """The weights of the aesthetic predictor's head: aesthetic_predictor_v2_5.pth in SigLIP's folder, else
+    fetched from its repository (AGPL: nothing of it is kept here). ValueError, one line, if it is nowhere."""
+    own = path / Path(HEAD).name
+    try:
+        return (torch.load(own, map_location="cpu", weights_only=True) if own.exists() else
+                torch.hub.load_state_dict_from_url(HEAD, map_location="cpu", weights_only=True,
+                                                   progress=False))
+    except Exception as error:
+        raise ValueError(f"{own if own.exists() else HEAD}: cannot be had: {one_line(error)}") from error
 
 
 def load_aesthetic(path, device):
-    """An `AestheticReward` from a SigLIP folder and the predictor's head: aesthetic_predictor_v2_5.pth in the
-    folder, else fetched from its repository (AGPL: nothing of it is kept here)."""
-    own = path / Path(HEAD).name
-    state = (torch.load(own, map_location="cpu", weights_only=True) if own.exists() else
-             torch.hub.load_state_dict_from_url(HEAD, map_location="cpu", weights_only=True, progress=False))
-    state = {k.removeprefix("scoring_head."): v for k, v in state.items()}
+    """An `AestheticReward` from a SigLIP folder and the predictor's head."""
+    state = {k.removeprefix("scoring_head."): v for k, v in head_of(path).items()}
     head = nn.Sequential(OrderedDict(  # at 1, 3, 5 and 7 are dropouts; there is no activation
         (at, nn.Linear(*reversed(state[f"{at}.weight"].shape))) for at in ("0", "2", "4", "6", "8")))
     head.load_state_dict(state)

@@ -242,13 +242,15 @@ def test_with_no_path_given_every_scorer_is_asked_of_the_hub_by_its_authors_name
     for name in ("ImageReward.pt", "a.safetensors", "model.safetensors"):
         (tmp_path / name).touch()
     monkeypatch.setattr("weights.snapshot_download", lambda at, allow_patterns: asked.append(at) or tmp_path)
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda at, **_: asked.append(at.split("/")[4]))
     monkeypatch.setattr(geneval, "metadata_file", lambda where: asked.append(geneval.URL.split("/")[4]))
     monkeypatch.setattr(geneval.open_clip, "download_pretrained", lambda c: asked.append(c["hf_hub"]) or "x")
     args = evaluate.flags().parse_args([])
     for name in parse_metrics(args.metrics):
         METRICS[name][1](None, args)
-    assert asked == ["google/siglip-so400m-patch14-384", "yuvalkirstain/PickScore_v1", "THUDM/ImageReward",
-                     "google-bert/bert-base-uncased", "xswu/HPSv2", "geneval",
+    assert asked == ["google/siglip-so400m-patch14-384", "aesthetic-predictor-v2-5",
+                     "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+                     "THUDM/ImageReward", "google-bert/bert-base-uncased", "xswu/HPSv2", "geneval",
                      "facebook/mask2former-swin-small-coco-instance",
                      "timm/vit_large_patch14_clip_224.openai/",
                      "zhiyuanyou/DeQA-Score-Mix3"]
