@@ -238,7 +238,7 @@ def prepare():
     pictures = gallery.benchmark(prompts, args.seed, args.first)
     if "geneval" in files:
         entries = geneval.read_metadata(files["geneval"]["metadata"])
-        pictures += gallery.geneval_pictures(entries, args.seed, args.first)
+        pictures += gallery.geneval_pictures(entries, args.seed, args.first, geneval.PICTURES)
     return args, world, methods, files, missing, pictures
 
 

@@ -55,12 +55,12 @@ def benchmark(prompts, seed, n):
             for i in first_of_each([category for _, category in prompts], n)]
 
 
-def geneval_pictures(entries, seed, n):
-    """GenEval's: four pictures of each of its 553 prompts, whose categories are its six tasks; the first n
-    prompts of each, or all (None)."""
+def geneval_pictures(entries, seed, n, each):
+    """GenEval's: `each` pictures of each of its prompts, whose categories are its six tasks; the first n
+    prompts of each task, or all (None)."""
     chosen = [(i, entries[i]) for i in first_of_each([entry["tag"] for entry in entries], n)]
-    return [Picture(f"geneval/{i:05d}_{k}", entry["prompt"], seed + 4 * i + k, entry["tag"], entry)
-            for i, entry in chosen for k in range(4)]
+    return [Picture(f"geneval/{i:05d}_{k}", entry["prompt"], seed + each * i + k, entry["tag"], entry)
+            for i, entry in chosen for k in range(each)]
 
 
 def named(flag, items):

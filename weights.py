@@ -50,7 +50,7 @@ def stamp(*places):
     a folder."""
     files = [f for place in map(Path, places)
              for f in (sorted(place.rglob("*")) if place.is_dir() else [place]) if f.is_file()]
-    return [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
 
 
 def strict(cls, folder, dtype, unread=()):
