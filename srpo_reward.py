@@ -245,7 +245,7 @@ def fetch(name, where=None):
     place, files = HUB.get(name, (name, []))
     try:
         path = fetched(where or place, files)
-        {"pickscore": tokenizer_of, "aesthetic": head_of}.get(name, Path)(path)  # what lies elsewhere, now too
+        {"pickscore": tokenizer_of, "aesthetic": head_of}.get(name, Path)(path)  # so that neither fails later
         return path
     except ValueError as error:
         raise ValueError(f"{name}: {error}; give {name}=PATH") from error
