@@ -25,13 +25,13 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import flux
-import gallery
-import parallel
-import tables
-from flags import Help, check_sampling
-from metrics import METRICS, geneval, parse_metrics
-from preprocess import read_picture
-from weights import one_line, stamp
+from evaluation import picture_folders as gallery
+from engine import parallel
+from evaluation import tables
+from engine.command_line import Help, check_sampling
+from evaluation.metrics import METRICS, geneval, parse_metrics
+from rewards.pictures import read_picture
+from engine.files import one_line, stamp
 
 SCORED_AT_ONCE = 16
 

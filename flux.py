@@ -17,9 +17,9 @@ from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipel
                        FluxTransformer2DModel)
 from huggingface_hub import hf_hub_download, snapshot_download
 
-import parallel
+from engine import parallel
 from direct_align import sigma_steps
-from weights import one_line, quiet
+from engine.files import one_line, quiet
 
 PATCH = 2  # a token is 2 x 2 latents: fixed by the FLUX pipeline, stored in no config
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")

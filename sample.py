@@ -9,9 +9,9 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import flux
-from flags import Help, check_sampling
-from gallery import write_json
-from preprocess import save_grid
+from engine.command_line import Help, check_sampling
+from evaluation.picture_folders import write_json
+from rewards.pictures import save_grid
 
 
 def main():

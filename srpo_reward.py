@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import CLIPModel, CLIPTokenizerFast, SiglipVisionModel
 
-from preprocess import differentiable, exact
-from weights import fetched, one_line, strict
+from rewards.pictures import differentiable, exact
+from engine.files import fetched, one_line, strict
 
 
 # ----------------------------------------------------------------------------------------------- Eqs. 7 to 11

@@ -19,15 +19,15 @@ from torchvision.io import read_image, write_png
 from tqdm import tqdm
 
 import direct_align as da
-import explain
-import flags
+from evaluation import explain
+from engine import command_line as flags
 import flux
-import metrics
-import parallel
-import plan
+from evaluation import metrics
+from engine import parallel
+from engine import plan
 import srpo_reward as sr
-import tables
-from preprocess import save_grid
+from evaluation import tables
+from rewards.pictures import save_grid
 
 
 def first_not_finite(**tensors):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from flux import decode
-from metrics import pixel_statistics
+from evaluation.metrics import pixel_statistics
 from miniature import world
 from miniature.build_flow import GRID, SEED, TOKENS, WORK, Captions, build_vae, fit, latents, pictures
 from miniature.judge import Judge

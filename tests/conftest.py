@@ -10,7 +10,6 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 os.chdir(ROOT)
 torch.set_num_threads(1)
 
@@ -26,5 +25,5 @@ def miniature():
 def flags():
     """flags("--form", "srp") -> the namespace that train.py has with these flags and the released
     defaults."""
-    import flags as room
+    from engine import command_line as room
     return lambda *argv: room.parser("").parse_args(argv)

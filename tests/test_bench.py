@@ -6,9 +6,9 @@ import sys
 import open_clip
 import pytest
 
-import bench
-import parallel
-import plan
+from experiments import bench
+from engine import parallel
+from engine import plan
 
 TINY_CLIP = {"embed_dim": 32,
              "vision_cfg": {"image_size": 64, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32},

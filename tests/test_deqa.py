@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from metrics import deqa
+from evaluation.metrics import deqa
 
 GOLDEN = json.load(open("tests/golden/deqa.json"))
 

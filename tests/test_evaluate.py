@@ -19,10 +19,10 @@ from test_rewards import make_aesthetic, make_pickscore
 
 import evaluate
 import flux
-import gallery
-from metrics import METRICS, geneval, parse_metrics
+from evaluation import picture_folders as gallery
+from evaluation.metrics import METRICS, geneval, parse_metrics
 from scripts import call, start
-from tables import COLUMNS
+from evaluation.tables import COLUMNS
 
 SMALL = ["--model", "miniature", "--first", "40", "--eval-steps", "2", "--batch", "8"]
 
@@ -106,7 +106,7 @@ def test_two_processes_end_as_one(whole, tmp_path):
 def test_nothing_is_sampled_or_scored_twice(whole, monkeypatch, capsys):
     times = {p: p.stat().st_mtime_ns for p in whole.rglob("*.[pj][ns]*") if p.parent != whole}
     monkeypatch.setattr(flux, "load", lambda *_: 1 / 0)
-    monkeypatch.setattr("metrics.load_judge", lambda *_: 1 / 0)
+    monkeypatch.setattr("evaluation.metrics.load_judge", lambda *_: 1 / 0)
     assert run(monkeypatch, *SMALL, "--weights", "again=miniature/transformer", "--out", whole) == 0
     after = {p: p.stat().st_mtime_ns for p in times}
     assert all(times[p] == after[p] for p in times if p.suffix == ".png")
@@ -241,7 +241,7 @@ def test_with_no_path_given_every_scorer_is_asked_of_the_hub_by_its_authors_name
     asked = []
     for name in ("ImageReward.pt", "a.safetensors", "model.safetensors"):
         (tmp_path / name).touch()
-    monkeypatch.setattr("weights.snapshot_download", lambda at, allow_patterns: asked.append(at) or tmp_path)
+    monkeypatch.setattr("engine.files.snapshot_download", lambda at, allow_patterns: asked.append(at) or tmp_path)
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda at, **_: asked.append(at.split("/")[4]))
     monkeypatch.setattr(geneval, "metadata_file", lambda where: asked.append(geneval.URL.split("/")[4]))
     monkeypatch.setattr(geneval.open_clip, "download_pretrained", lambda c: asked.append(c["hf_hub"]) or "x")

@@ -9,8 +9,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import Mask2FormerConfig, SwinConfig
 
-import tables
-from metrics import geneval as g
+from evaluation import tables
+from evaluation.metrics import geneval as g
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 

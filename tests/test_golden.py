@@ -18,7 +18,7 @@ import direct_align as da
 import flux
 import srpo_reward as sr
 import train
-from preprocess import differentiable
+from rewards.pictures import differentiable
 
 HERE = Path(__file__).parent / "golden"
 META = json.loads((HERE / "golden.json").read_text())

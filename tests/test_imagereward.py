@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from metrics import imagereward as ir
+from evaluation.metrics import imagereward as ir
 
 WIDTH, TEXT, DEPTH, PATCH, SIDE, VOCAB, POSITIONS = 128, 64, 2, 16, 3, 40, 40
 HEAD = [TEXT, 1024, 128, 64, 16, 1]

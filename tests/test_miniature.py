@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import metrics
+from evaluation import metrics
 import flux
 import srpo_reward as sr
-from metrics import pixel_statistics
+from evaluation.metrics import pixel_statistics
 from miniature import build_flow, world
 from miniature.judge import load_judge
 

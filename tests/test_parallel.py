@@ -16,7 +16,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 
 import flux
-import parallel
+from engine import parallel
 from scripts import call, start
 
 SMALL = ["train.py", "--model", "miniature", "--rollout-steps", "3", "--eval-steps", "2",

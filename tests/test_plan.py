@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import flags as room
-import plan
+from engine import command_line as room
+from engine import plan
 
 GIB, TERA = 2**30, 1e12
 

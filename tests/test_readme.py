@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import evaluate
-import flags
-import study
+from engine import command_line as flags
+from evaluation.study import __main__ as study
 
 README = Path("README.md").read_text(encoding="utf-8")
 TESTS = "\n".join(p.read_text(encoding="utf-8") for p in Path("tests").glob("test_*.py"))

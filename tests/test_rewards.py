@@ -17,12 +17,12 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import evaluate
-import flags as room
-import metrics
-import plan
-import preprocess
+from engine import command_line as room
+from evaluation import metrics
+from engine import plan
+from rewards import pictures as preprocess
 import srpo_reward as sr
-import tables
+from evaluation import tables
 import train
 
 MEAN, STD = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
@@ -244,7 +244,7 @@ def test_the_head_is_read_strictly(aesthetic, tmp_path):
 
 
 def test_what_the_hub_does_not_give_says_where_to_put_it(monkeypatch):
-    monkeypatch.setattr("weights.snapshot_download", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("engine.files.snapshot_download", lambda *_, **__: 1 / 0)
     for name, (repository, _) in sr.HUB.items():
         with pytest.raises(ValueError, match=f"{name}: {repository}: not on this machine.*give {name}=PATH"):
             sr.load_reward(name)

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-import study
-import study_votes as sv
+from evaluation.study import __main__ as study
+from evaluation.study import votes as sv
 
 NASTY = ['<script>alert(1)</script>', '</script><img src=x onerror=alert(1)>',
          '"quotes" \'and\' `ticks` ${1}',

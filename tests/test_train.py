@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 import direct_align as da
-import flags as room
+from engine import command_line as room
 import flux
 import srpo_reward as sr
 import train

@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import direct_align as da
-import flags
+from engine import command_line as flags
 import flux
-import parallel
+from engine import parallel
 import srpo_reward as sr
 import train
 

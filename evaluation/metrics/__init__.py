@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import srpo_reward as sr
-from preprocess import pixels
+from rewards.pictures import pixels
 
 from . import deqa, geneval, imagereward
 

@@ -20,8 +20,8 @@ from torch import nn
 from torchvision.transforms.v2.functional import to_image
 from transformers import Mask2FormerModel, Mask2FormerPreTrainedModel
 
-import preprocess
-import weights
+from rewards import pictures as preprocess
+from engine import files as weights
 
 COLUMNS = ("geneval",)
 TASKS = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100,

@@ -1,7 +1,7 @@
 """Votes to tables (Markdown): excellent rates in percent as in the paper's Table 1, how far the raters agree,
 and the four levels as bars.
 
-    python study.py tally votes/*.json --key study.key.json --bars bars.svg
+    python -m evaluation.study tally votes/*.json --key study.key.json --bars bars.svg
 
 Overall follows from the four dimensions: any Fail: Fail; all Excellent: Excellent; half of them Excellent:
 Good; else Pass. It is counted for pictures rated in all four. After ± stands the standard error, the ratings

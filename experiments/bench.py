@@ -1,7 +1,7 @@
-"""One update timed, phase by phase: `python bench.py --model miniature`, or on GPUs at full size with random
+"""One update timed, phase by phase: `python -m experiments.bench --model miniature`, or on GPUs at full size with random
 weights:
 
-    torchrun --nproc_per_node=8 bench.py --random-init
+    torchrun --nproc_per_node=8 -m experiments.bench --random-init
 
 --released times the same work, on the miniature, the way the released loop does it, adding one habit after
 another.
@@ -16,10 +16,10 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 import direct_align as da
-import flags
+from engine import command_line as flags
 import flux
-import parallel
-import plan
+from engine import parallel
+from engine import plan
 import srpo_reward as sr
 import train
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 import flux
-from preprocess import fitted, pixels, read_picture, save_grid
-from weights import stamp
+from rewards.pictures import fitted, pixels, read_picture, save_grid
+from engine.files import stamp
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 

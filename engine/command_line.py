@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-import parallel
+from engine import parallel
 import srpo_reward as sr
 
 PAPER = dict(form="branches", recover="epsilon", meet="call", lam=[1.0, 0.4], injections=2, threshold=None,

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from preprocess import exact
-from weights import fetched, one_line
+from rewards.pictures import exact
+from engine.files import fetched, one_line
 
 COLUMNS = ("deqa",)
 HUB = "zhiyuanyou/DeQA-Score-Mix3"

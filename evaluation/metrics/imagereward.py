@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
-import preprocess
-import weights
+from rewards import pictures as preprocess
+from engine import files as weights
 
 COLUMNS = ("imagereward",)
 HUB, FILE = "THUDM/ImageReward", "ImageReward.pt"

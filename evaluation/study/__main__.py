@@ -2,14 +2,14 @@
 pictures of the same prompts become one page that raters open in a browser; the votes they send back become
 a table.
 
-    python study.py base=samples/base srpo=samples/srpo --out study.html
-    python study.py tally votes/*.json --key study.key.json --bars bars.svg
+    python -m evaluation.study base=samples/base srpo=samples/srpo --out study.html
+    python -m evaluation.study tally votes/*.json --key study.key.json --bars bars.svg
 
 A folder holds 00000.png, 00001.png, ... (or .jpg, .jpeg, .webp; the number is the prompt's) and prompts.json,
 a list of {"prompt": ..., "category": ...} in which picture i finds its prompt at place i. The page needs no
 server and no network. It names no method: which picture is whose stands in study.key.json, which stays with
 the organiser. Every rater, by the name typed in, gets an order of prompts and of pictures of their own.
-`python study.py tally -h` tells the other half; a folder that is called tally is written ./tally.
+`python -m evaluation.study tally -h` tells the other half; a folder that is called tally is written ./tally.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-import study_votes
-from study_votes import DIMENSIONS, LEVELS, may_write, read_json, write
+from evaluation.study import votes as study_votes
+from evaluation.study.votes import DIMENSIONS, LEVELS, may_write, read_json, write
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -130,7 +130,7 @@ def encode(path, side, quality):
 
 def page(study, chosen, found, pictures, side, quality):
     """The parts of the page's text, one picture in memory at a time."""
-    template = (Path(__file__).parent / "study_page.html").read_text(encoding="utf-8")
+    template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     head, tail = template.split("<!-- the study -->")
     ids = defaultdict(list)
     for name, of in pictures.items():
