@@ -28,7 +28,7 @@ import flux
 from evaluation import picture_folders as gallery
 from engine import parallel
 from evaluation import tables
-from engine.command_line import Help, check_sampling
+from engine.old_flags import Help, check_sampling
 from evaluation.metrics import METRICS, geneval, parse_metrics
 from rewards.pictures import read_picture
 from engine.files import one_line, stamp

@@ -9,7 +9,7 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 import flux
-from engine.command_line import Help, check_sampling
+from engine.old_flags import Help, check_sampling
 from evaluation.picture_folders import write_json
 from rewards.pictures import save_grid
 

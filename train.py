@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import direct_align as da
 from evaluation import explain
-from engine import command_line as flags
+from engine import old_flags as flags
 import flux
 from evaluation import metrics
 from engine import parallel

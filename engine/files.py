@@ -1,5 +1,8 @@
-"""Where a scorer's files are (a local path or the hub), and loading them with no tensor missing or unread."""
+"""Files: written whole or not at all, found on this machine or fetched from the hub, told apart, and given on
+the command line as NAME=PATH."""
 
+import json
+import os
 import warnings
 from pathlib import Path
 
@@ -8,7 +11,57 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
+from engine.errors import UserError, one_line
 
+
+# ------------------------------------------------------------------------------------- whole, or not at all
+def write_whole(path, content):
+    """Write a file whole or not at all: beside its place under a hidden name, flushed to the disk, renamed.
+
+    content: text, bytes, or an iterable of either, taken piece by piece. Whatever happens on the way, the file
+    that was there before stays as it was and nothing is left beside it. Raises OSError.
+    """
+    path = Path(path)
+    pieces = [content] if isinstance(content, str | bytes) else content
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            for piece in pieces:
+                file.write(piece.encode() if isinstance(piece, str) else piece)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Write a value as JSON, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path):
+    """What a JSON file holds. Raises UserError if it cannot be read, or is not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON") from error
+
+
+# ---------------------------------------------------------------------------------------- on the command line
+def named_path(text):
+    """"NAME=PATH" -> (NAME, PATH); "PATH" -> (None, PATH). What has a slash before its first "=" is a path."""
+    name, sign, path = text.partition("=")
+    if not sign or "/" in name:
+        return None, text
+    if not name or not path:
+        raise UserError(f'"{text}": give NAME=PATH')
+    return name, path
+
+
+# -------------------------------------------------------------------------------------- here, or from the hub
 def quiet():
     """Keep the libraries' own progress bars and notices out of the terminal."""
     for log in (diffusers_logging, transformers_logging):
@@ -18,22 +71,17 @@ def quiet():
     warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
 
 
-def one_line(error):
-    """The first line of what an exception says, 200 characters at most; its type's name if it is silent."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 def fetched(where, files):
     """The local path of `where`: itself if it exists; otherwise the folder of a hub repository's `files` (a
     list of names or patterns; pickled .bin files stand in for *.safetensors that it lacks), downloaded now if
     they are not cached.
 
-    Raises ValueError, one line, if it is neither.
+    Raises UserError if it is neither.
     """
     if Path(where).exists():
         return Path(where)
     if str(where).count("/") != 1 or str(where).startswith((".", "/")):
-        raise ValueError(f"{where}: no such file or folder")
+        raise UserError(f"{where}: no such file or folder")
     quiet()
     try:
         folder = Path(snapshot_download(where, allow_patterns=files))
@@ -41,29 +89,33 @@ def fetched(where, files):
             snapshot_download(where, allow_patterns="*.bin")
         return folder
     except Exception as error:
-        raise ValueError(f"{where}: not on this machine, and the hub does not give it "
-                         f"({type(error).__name__})") from error
+        raise UserError(f"{where}: not on this machine, and the hub does not give it "
+                        f"({type(error).__name__})") from error
 
 
 def stamp(*places):
     """What tells files from others at the same places: [name, size, time of writing] of each, and of each in
     a folder."""
-    files = [f for place in map(Path, places)
-             for f in (sorted(place.rglob("*")) if place.is_dir() else [place]) if f.is_file()]
-    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    stamps = []
+    for place in map(Path, places):
+        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
+        for file in inside:
+            if file.is_file():
+                stamps.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
+    return stamps
 
 
 def strict(cls, folder, dtype, unread=()):
-    """cls.from_pretrained(folder) on the CPU in `dtype`, evaluating, frozen. Raises ValueError, one line, if
-    the file lacks a tensor of the model, or holds one that is not read and starts with none of `unread`."""
+    """cls.from_pretrained(folder) on the CPU in `dtype`, evaluating, frozen. Raises UserError if the file lacks
+    a tensor of the model, or holds one that is not read and starts with none of `unread`."""
     quiet()
     try:
-        model, told = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, found = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except Exception as error:
-        raise ValueError(f"{folder}: cannot be loaded as {cls.__name__}: {one_line(error)}") from error
-    odd = [*told["missing_keys"], *told.get("mismatched_keys", []),
-           *(k for k in told["unexpected_keys"] if not k.startswith(tuple(unread)))]
+        raise UserError(f"{folder}: cannot be loaded as {cls.__name__}: {one_line(error)}") from error
+    unknown = [name for name in found["unexpected_keys"] if not name.startswith(tuple(unread))]
+    odd = [*found["missing_keys"], *found.get("mismatched_keys", []), *unknown]
     if odd:
-        raise ValueError(f"{folder}: not a {cls.__name__}: {len(odd)} tensors are missing or not its own, "
-                         f"such as {odd[0]}")
+        raise UserError(f"{folder}: not a {cls.__name__}: {len(odd)} tensors are missing or not its own, "
+                        f"such as {odd[0]}")
     return model.eval().requires_grad_(False)

@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 import direct_align as da
-from engine import command_line as flags
+from engine import old_flags as flags
 import flux
 from engine import parallel
 from engine import plan

@@ -25,5 +25,5 @@ def miniature():
 def flags():
     """flags("--form", "srp") -> the namespace that train.py has with these flags and the released
     defaults."""
-    from engine import command_line as room
+    from engine import old_flags as room
     return lambda *argv: room.parser("").parse_args(argv)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import direct_align as da
-from engine import command_line as room
+from engine import old_flags as room
 import flux
 import srpo_reward as sr
 import train

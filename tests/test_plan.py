@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine import command_line as room
+from engine import old_flags as room
 from engine import plan
 
 GIB, TERA = 2**30, 1e12

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import evaluate
-from engine import command_line as flags
+from engine import old_flags as flags
 from evaluation.study import __main__ as study
 
 README = Path("README.md").read_text(encoding="utf-8")

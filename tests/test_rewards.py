@@ -17,7 +17,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import evaluate
-from engine import command_line as room
+from engine import old_flags as room
 from evaluation import metrics
 from engine import plan
 from rewards import pictures as preprocess

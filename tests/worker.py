@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import direct_align as da
-from engine import command_line as flags
+from engine import old_flags as flags
 import flux
 from engine import parallel
 import srpo_reward as sr

@@ -1,0 +1,48 @@
+"""A user's mistake is one line and exit status 2: what is wrong, the value seen, what to do."""
+
+import os
+import sys
+from contextlib import contextmanager
+
+import torch.distributed as dist
+
+
+class UserError(ValueError):
+    """What a user can mend, in one line."""
+
+
+def printable(text):
+    """`text` with control characters, and the escape sequences that begin with them, shown instead of obeyed:
+    a prompt or a file name cannot repaint the terminal. Line breaks become spaces."""
+    shown = []
+    for character in str(text).replace("\n", " "):
+        shown.append(character if character.isprintable() else repr(character)[1:-1])
+    return "".join(shown)
+
+
+def one_line(error):
+    """The first line of what an exception says, 200 characters at most; its type's name if it is silent."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return lines[0][:200]
+
+
+@contextmanager
+def frame(script):
+    """What every script runs in. A `UserError` is one line and exit status 2; a full, vanished or read-only
+    disk is one line and status 1: what was written before stays.
+
+    Before the processes of a run have met, all of them meet the same mistake, and only rank 0 says it.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        yield
+    except UserError as error:
+        if rank == 0 or dist.is_initialized():
+            where = f"rank {rank}: " if rank else ""
+            print(f"{script}: {where}{printable(error)}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"\n{script}: {printable(error)}", file=sys.stderr)
+        sys.exit(1)
