@@ -1,8 +1,9 @@
-"""The command line, the same for every script: flags whose range is checked where they are read; a model's own
-defaults, and named recipes, are flags too."""
+"""The command line, the same for every script: flags whose range is checked where they are read; a model's
+own defaults, and named recipes, are flags too."""
 
 import argparse
 import math
+import re
 import shlex
 
 from engine.errors import UserError
@@ -19,6 +20,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False, **more)
 
     def error(self, message):
+        message = re.sub("^argument (.+?): (.*?): must be", r"\1 \2: must be", message)
         raise UserError(message.removeprefix("argument "))
 
 
@@ -69,7 +71,8 @@ def words(text):
     """A type for argparse: "a, b" is ["a", "b"]; none may be empty."""
     found = [word.strip() for word in text.split(",")]
     if not all(found):
-        raise argparse.ArgumentTypeError(f'"{text}": an empty word; give for example "realistic photo"')
+        raise argparse.ArgumentTypeError(
+            f'"{text}": must be words, none of them empty, for example "realistic photo"')
     return found
 
 
@@ -95,9 +98,9 @@ def as_arguments(values):
 def parse(parser, argv, defaults_of=None, recipes=None):
     """The flags that a script runs with. Raises UserError.
 
-    Who says it: the command line, before the recipe of `recipes` {name: a line of flags} that it names, before
-    the model's own defaults, defaults_of(model) -> (where they stand, {flag: value}), before the parser's own.
-    All but the last are read as flags, so that all pass the same checks.
+    Who says it: the command line, before the recipe of `recipes` {name: a line of flags} that it names,
+    before the model's own defaults, defaults_of(model) -> (where they stand, {flag: value}), before the
+    parser's own. All but the last are read as flags, so that all pass the same checks.
     """
     first, _ = parser.parse_known_args(argv)
     before = []
@@ -137,3 +140,28 @@ def as_line(parser, values):
         elif value is not None and value is not False:
             line += [flag, str(value)]
     return shlex.join(line)
+
+
+def add_machine_flags(parser):
+    """What only a machine cares for: no weight depends on it."""
+    add = parser.add_argument_group("the run's folder").add_argument
+    add("--out", help="folder of the run (None: runs/<model>)")
+    add("--save-every", type=whole(1), default=10, help="updates between checkpoints")
+    add("--keep", type=whole(1), default=2, help="checkpoints that stay")
+    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
+    add("--overwrite", action="store_true", help="delete the run in --out first")
+    add("--tensorboard", action="store_true",
+        help="also write out/tensorboard (needs: pip install tensorboard)")
+    add = parser.add_argument_group("the machine").add_argument
+    add("--replicas", type=whole(1), default=1, help="HSDP: parameters are sharded inside each of so many "
+        "groups and copied between them; the number of nodes")
+    add("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
+        help="recompute activations in the backward: 21 GiB less for FLUX.1-dev at 720 pixels, "
+             "a quarter more work in the update [released code]")
+    add("--compile", action="store_true", help="torch.compile every transformer block")
+    add = parser.add_argument_group("the plan").add_argument
+    add("--plan", action="store_true", help="print the predicted memory, work and seconds of an update, "
+        "and stop: no GPU and no weights needed")
+    add("--world-size", type=whole(1), default=8, help="processes that are planned for")
+    add("--card", default="H200", help="GPU that is planned for: H200, H100, A100, H20, L40S or 'RTX 4090'")
+    add("--share", type=real(0, 1, open_low=True), default=0.4, help="of the card's peak that is reached")

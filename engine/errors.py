@@ -28,6 +28,10 @@ def one_line(error):
     return lines[0][:200]
 
 
+PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
+                "remote process exited")
+
+
 @contextmanager
 def frame(script):
     """What every script runs in. A `UserError` is one line and exit status 2; a full, vanished or read-only
@@ -46,3 +50,8 @@ def frame(script):
     except OSError as error:
         print(f"\n{script}: {printable(error)}", file=sys.stderr)
         sys.exit(1)
+    except RuntimeError as error:
+        # An exchange that failed because another process has died: that one shows its own error.
+        if dist.is_initialized() and any(words in str(error) for words in PEER_IS_GONE):
+            sys.exit(1)
+        raise

@@ -18,8 +18,8 @@ from engine.errors import UserError, one_line
 def write_whole(path, content):
     """Write a file whole or not at all: beside its place under a hidden name, flushed to the disk, renamed.
 
-    content: text, bytes, or an iterable of either, taken piece by piece. Whatever happens on the way, the file
-    that was there before stays as it was and nothing is left beside it. Raises OSError.
+    content: text, bytes, or an iterable of either, taken piece by piece. Whatever happens on the way, the
+    file that was there before stays as it was and nothing is left beside it. Raises OSError.
     """
     path = Path(path)
     pieces = [content] if isinstance(content, str | bytes) else content
@@ -42,6 +42,8 @@ def write_json(path, value):
 
 def read_json(path):
     """What a JSON file holds. Raises UserError if it cannot be read, or is not JSON."""
+    if Path(path).exists() and not Path(path).is_file():  # reading from a pipe would wait for ever
+        raise UserError(f"{path}: not a file")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -52,7 +54,8 @@ def read_json(path):
 
 # ---------------------------------------------------------------------------------------- on the command line
 def named_path(text):
-    """"NAME=PATH" -> (NAME, PATH); "PATH" -> (None, PATH). What has a slash before its first "=" is a path."""
+    """"NAME=PATH" -> (NAME, PATH); "PATH" -> (None, PATH). What has a slash before its first "=" is a
+    path."""
     name, sign, path = text.partition("=")
     if not sign or "/" in name:
         return None, text
@@ -106,8 +109,8 @@ def stamp(*places):
 
 
 def strict(cls, folder, dtype, unread=()):
-    """cls.from_pretrained(folder) on the CPU in `dtype`, evaluating, frozen. Raises UserError if the file lacks
-    a tensor of the model, or holds one that is not read and starts with none of `unread`."""
+    """cls.from_pretrained(folder) on the CPU in `dtype`, evaluating, frozen. Raises UserError if the file
+    lacks a tensor of the model, or holds one that is not read and starts with none of `unread`."""
     quiet()
     try:
         model, found = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True)

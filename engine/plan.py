@@ -1,240 +1,350 @@
 """What an update costs, predicted on any machine with no weights: `python train.py --plan --world-size 8`.
 
-FLOP are counted on meta tensors, saved activations on fake tensors, both on the real modules; the rest is
-arithmetic: FSDP2 with float32 masters holds 16 bytes per parameter over the ranks that shard it (parameter,
-gradient, two moments).
+The real modules run on fake tensors, which have shapes and no values: so are FLOP and saved activations
+counted. The rest is arithmetic: FSDP2 with float32 masters holds 16 bytes per parameter (parameter, gradient,
+two moments), divided by the ranks that shard it.
 """
 
-import json
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
-import open_clip
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import SiglipVisionConfig, SiglipVisionModel
-from transformers.initialization import no_init_weights
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from flux import pixels_per_token
-from srpo_reward import parse_rewards
+from engine.errors import UserError
+from engine.parallel import blocks_of
 
-GIB, TERA = 2**30, 1e12
-# dense bf16 TFLOP/s, data sheets
+MIB, GIB = 2**20, 2**30
+GIGA, TERA = 1e9, 1e12
+# Dense bf16 TFLOP/s, from the data sheets. H200 stands before H20, which is a part of its name.
 PEAK = {"H200": 989, "H100": 989, "A100": 312, "H20": 148, "L40S": 362, "RTX 4090": 165}
+MOST_PROCESSES = 64  # beyond that, no number of GPUs is advised
 
 
-def count_flop(run):
-    """FLOP of run(), which computes on meta tensors."""
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        run()
-    return counter.get_total_flops()
+@dataclass
+class Job:
+    """One update of a training run, as far as it costs anything."""
+    model: str           # its name, for messages
+    transformer: dict    # FluxTransformer2DModel's config
+    vae: dict            # AutoencoderKL's config
+    text_tokens: int     # of a prompt
+    size: int            # side of a picture, pixels
+    image_tokens: int    # of a picture
+    batch: int           # images of a process at a time
+    accumulate: int      # batches of an update, one after the other
+    rollout_steps: int   # calls of the transformer without a gradient, per image
+    calls: int           # calls with one, per image: branches x injections
+    checkpointing: bool  # activation checkpointing: the backward computes each block's activations again
+    replicas: int        # HSDP: groups of processes that each hold all parameters
+    # Gives a list of (network, call, times), one a reward: its network; call(grad=False), which runs its
+    # image side on one picture, with a gradient or not; how often that runs for an image, 0 for a reward that
+    # is held out. A function, and not the list: under fake tensors the networks that it makes take no memory.
+    reward_networks: Callable
 
 
-def count_saved(run, parameters):
-    """(bytes that run() saves for a backward, parameters left out; the largest single one), on fake tensors:
-    as on a GPU, attention keeps its inputs and output, not its matrix."""
-    own, seen = {p.untyped_storage()._cdata for p in parameters}, {}
-
-    def pack(x):
-        storage = x.untyped_storage()
-        if storage._cdata not in own:
-            seen[storage._cdata] = storage  # kept, so that no other storage takes its address
-        return x
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        run()
-    sizes = [s.nbytes() for s in seen.values()]
-    return sum(sizes), max(sizes)
+class Counts(NamedTuple):
+    """What the networks of a job are, however many processes there are. Memory and work are for one image."""
+    parameters: int     # of the transformer
+    largest_block: int  # parameters of its largest block
+    activations: int    # bytes that one call of it saves for the backward
+    reward_path: int    # bytes that decoding and the rewards save for theirs
+    frozen: int         # bytes of the VAE and the reward networks
+    forward: int        # FLOP of one call of the transformer
+    decode: int         # FLOP of one decoded picture
+    reward: int         # FLOP of one picture's rewards
 
 
-def new(kind, config, dtype):
-    """A module of a diffusers config, created in dtype (under meta or fake mode it costs nothing)."""
+@dataclass
+class Prediction:
+    """One update of one process: memory and communication in bytes, work in FLOP."""
+    all_parameters: int     # a number, not bytes: the transformer's, of all processes together
+    parameters: float       # float32 masters
+    gradients: float
+    optimizer: float        # Adam's two moments
+    activations: int
+    gathered: int
+    reward_path: int
+    frozen: int
+    peak_in_update: float
+    peak_in_rollout: float
+    rollout: int
+    update: int
+    decode: int
+    reward: int
+    received: float
+
+    @property
+    def peak(self):
+        return max(self.peak_in_update, self.peak_in_rollout)
+
+    @property
+    def flop(self):
+        return self.rollout + self.update + self.decode + self.reward
+
+
+# ------------------------------------------------------------------------ counting, on tensors without values
+def create(kind, config, dtype):
+    """A diffusers module of a config, in dtype from the start: fake tensors have no `to(dtype)`."""
+    before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         return kind.from_config(config)
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.set_default_dtype(before)
 
 
-def forward(transformer, tokens, text_tokens, dtype):
-    """One call of a FLUX transformer on zeros: `tokens` image and `text_tokens` text tokens, one image."""
-    c, zeros = transformer.config, lambda *shape: torch.zeros(*shape, dtype=dtype)
+def forward(transformer, image_tokens, text_tokens, dtype):
+    """One call of a FLUX transformer on zeros, for one image. Returns [1, image_tokens, C]."""
+    config = transformer.config
     return transformer(
-        hidden_states=zeros(1, tokens, c.in_channels), timestep=torch.zeros(1),
-        pooled_projections=zeros(1, c.pooled_projection_dim),
-        guidance=torch.zeros(1) if c.guidance_embeds else None,
-        encoder_hidden_states=zeros(1, text_tokens, c.joint_attention_dim),
-        txt_ids=torch.zeros(text_tokens, 3), img_ids=torch.zeros(tokens, 3), return_dict=False)[0]
+        hidden_states=torch.zeros(1, image_tokens, config.in_channels, dtype=dtype),
+        encoder_hidden_states=torch.zeros(1, text_tokens, config.joint_attention_dim, dtype=dtype),
+        pooled_projections=torch.zeros(1, config.pooled_projection_dim, dtype=dtype),
+        timestep=torch.zeros(1), guidance=torch.zeros(1) if config.guidance_embeds else None,
+        img_ids=torch.zeros(image_tokens, 3), txt_ids=torch.zeros(text_tokens, 3), return_dict=False)[0]
 
 
-def transformer_flop(config, tokens, text_tokens):
-    """FLOP of one forward of the transformer for one image."""
-    with torch.device("meta"):
-        transformer = new(FluxTransformer2DModel, config, torch.bfloat16)
-    with torch.no_grad():
-        return count_flop(lambda: forward(transformer, tokens, text_tokens, torch.bfloat16))
+def attention_flop(query, key, value, *others, out_shape=None, **options):
+    """FLOP of attention, from shapes: its two products of matrices."""
+    return sdpa_flop_count(query, key, value)
 
 
-def update_flop(config, tokens, text_tokens, a):
-    """FLOP of one update for one image: the transformer's rollout, and its calls with a gradient (forward,
-    twice that backward, and once more forward under activation checkpointing). Returns (rollout, update)."""
-    once, calls = transformer_flop(config, tokens, text_tokens), a.injections * len(a.branches)
-    return a.rollout_steps * once, calls * once * (4 if a.checkpointing else 3)
+# FlopCounterMode knows every kind of attention but the one of CPUs, where fake tensors live.
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop}
+
+
+def flop_of(run, *arguments):
+    """FLOP of run(*arguments), without a backward."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, torch.no_grad():
+        run(*arguments)
+    return counter.get_total_flops()
+
+
+def saved_by(parameters, run, *arguments, **options):
+    """Bytes that run(*arguments, **options) saves for a backward, besides these parameters. As on a GPU,
+    attention saves its inputs and its output, not its matrix."""
+    own = {p.untyped_storage()._cdata for p in parameters}
+    saved = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            saved[storage._cdata] = storage  # kept, so that no other storage takes its address
+        return tensor
+
+    def unpack(tensor):
+        return tensor
+
+    with saved_tensors_hooks(pack, unpack):
+        run(*arguments, **options)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
+def saved_by_transformer(transformer, job, dtype):
+    """Bytes of activations that one call for one image needs at most until its backward is done."""
+    call = (forward, transformer, job.image_tokens, job.text_tokens, dtype)
+    whole = saved_by(transformer.parameters(), *call)
+    if not job.checkpointing:
+        return whole
+    # Only the blocks' inputs are kept. In the backward one block at a time has its activations again.
+    transformer.enable_gradient_checkpointing()
+    inputs = saved_by(transformer.parameters(), *call)
+    return inputs + whole / len(blocks_of(transformer))
+
+
+def parameters_of(module):
+    """The number of a module's parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def bytes_of(module):
+    """The bytes of a module's parameters."""
+    return sum(p.nbytes for p in module.parameters())
+
+
+def count(job, compute_dtype):
+    """The `Counts` of a job whose transformer and VAE compute in compute_dtype, its rewards in float32."""
+    with FakeTensorMode():
+        transformer = create(FluxTransformer2DModel, job.transformer, compute_dtype)
+        once = flop_of(forward, transformer, job.image_tokens, job.text_tokens, compute_dtype)
+        activations = saved_by_transformer(transformer, job, compute_dtype)
+
+        vae = create(AutoencoderKL, job.vae, compute_dtype).requires_grad_(False)
+        side = job.size // 2 ** (len(job.vae["block_out_channels"]) - 1)  # it halves a picture between levels
+        z = torch.zeros(1, vae.config.latent_channels, side, side, dtype=compute_dtype, requires_grad=True)
+        decode_flop = flop_of(vae.decode, z)
+        path = saved_by(vae.parameters(), vae.decode, z)
+        frozen = bytes_of(vae)
+
+        reward_flop = 0
+        for network, call, times in job.reward_networks():
+            frozen += bytes_of(network)
+            if times:  # one that is held out is only kept
+                reward_flop += times * flop_of(call)
+                path += times * saved_by(network.parameters(), call, grad=True)
+
+        largest = max(parameters_of(block) for block in blocks_of(transformer))
+        return Counts(parameters=parameters_of(transformer), largest_block=largest, activations=activations,
+                      reward_path=path, frozen=frozen, forward=once, decode=decode_flop, reward=reward_flop)
+
+
+# ------------------------------------------------------------------------------------------------- arithmetic
+def flop_per_call(job, once):
+    """FLOP of one call with a gradient, when `once` is that of a forward. The backward is twice as much: a
+    gradient for the inputs, and one for the parameters. Activation checkpointing runs the forward again."""
+    return once * (4 if job.checkpointing else 3)
+
+
+def forward_flop(job):
+    """FLOP of one call of the transformer for one image."""
+    with FakeTensorMode():
+        transformer = create(FluxTransformer2DModel, job.transformer, torch.bfloat16)
+        return flop_of(forward, transformer, job.image_tokens, job.text_tokens, torch.bfloat16)
+
+
+def update_flop(job):
+    """FLOP of the transformer in one update of this process: the rollout, and the calls with a gradient."""
+    once = forward_flop(job)
+    return job.batch * job.accumulate * (job.rollout_steps * once + job.calls * flop_per_call(job, once))
+
+
+def predict(job, world_size, compute_dtype):
+    """The `Prediction` for one process of world_size."""
+    return divide(job, count(job, compute_dtype), world_size, compute_dtype)
+
+
+def divide(job, counts, world_size, compute_dtype):
+    """The `Prediction` for one process of world_size, from what was counted for all."""
+    if world_size % job.replicas:
+        raise UserError(f"--replicas {job.replicas}: does not divide the {world_size} processes")
+    shards = world_size // job.replicas
+    width = compute_dtype.itemsize
+
+    # FSDP2 divides everything float32 among the shards of a group.
+    parameters = 4 * counts.parameters / shards
+    gradients = 4 * counts.parameters / shards
+    optimizer = 8 * counts.parameters / shards
+
+    # A block computes with a copy gathered from all ranks, in the compute dtype, and frees it afterwards.
+    # Meanwhile the next block is gathered, so that computing need not wait for the network: two copies at a
+    # time. In the backward, the block's gradient stands beside them, and a float32 copy of it, on the way to
+    # the mean over the ranks.
+    gathered = counts.largest_block * (2 * width + width + 4)
+    # The rollout calls every block many times and keeps all copies until its end (see parallel.gathered). But
+    # it saves no activations, and the first one of an update finds no gradients. So either may be the peak.
+    gathered_in_rollout = width * counts.parameters
+    if world_size == 1:
+        gathered_in_rollout = 0  # each block is copied when its turn comes: there is nobody to wait for
+        if compute_dtype == torch.float32:
+            gathered = 0  # the masters themselves compute
+
+    activations = job.batch * counts.activations
+    reward_path = job.batch * counts.reward_path
+    peak_in_update = (parameters + gradients + optimizer + activations + gathered + reward_path
+                      + counts.frozen)
+    peak_in_rollout = parameters + optimizer + gathered_in_rollout + counts.frozen
+    if job.accumulate > 1:
+        peak_in_rollout += gradients
+
+    # The parameters are gathered once for the rollout and twice a call, in forward and backward. After each
+    # call the float32 gradients are averaged in the group, where one share of all is this process's own, and
+    # then each share between the groups.
+    gathers = 1 + 2 * job.calls
+    received = (shards - 1) / shards * counts.parameters * (gathers * width + job.calls * 4)
+    received += job.calls * gradients * 2 * (job.replicas - 1) / job.replicas
+
+    images = job.batch * job.accumulate
+    return Prediction(
+        all_parameters=counts.parameters, parameters=parameters, gradients=gradients, optimizer=optimizer,
+        activations=activations, gathered=gathered, reward_path=reward_path, frozen=counts.frozen,
+        peak_in_update=peak_in_update, peak_in_rollout=peak_in_rollout,
+        rollout=images * job.rollout_steps * counts.forward,
+        update=images * job.calls * flop_per_call(job, counts.forward),
+        # frozen networks: the backward is once the forward, for there is no gradient for parameters
+        decode=images * job.calls * 2 * counts.decode,
+        reward=images * job.calls * 2 * counts.reward,
+        received=job.accumulate * received)
+
+
+# ----------------------------------------------------------------------------------- what the scripts ask for
+def check_fits(job, world_size, memory):
+    """Raise UserError if the job does not fit GPUs with `memory` bytes, with the flags that would help."""
+    counts = count(job, torch.bfloat16)
+
+    def peak(processes):
+        return divide(job, counts, processes, torch.bfloat16).peak
+
+    if peak(world_size) <= memory:
+        return
+    helps = []
+    if not job.checkpointing:
+        helps.append("--checkpointing")
+    more = world_size
+    while peak(more) > memory and more <= MOST_PROCESSES:
+        more *= 2
+    if more <= MOST_PROCESSES:
+        helps.append(f"{more} GPUs (torchrun --nproc_per_node)")
+    helps.append("a smaller --batch" if job.batch > 1 else "a smaller --size")
+    raise UserError(f"--model {job.model}: predicted peak {peak(world_size) / GIB:.0f} GiB a GPU, "
+                    f"this one has {memory / GIB:.0f}; what helps: " + ", or ".join(helps))
+
+
+def must_fit(job, world):
+    """Before anything is loaded: raise UserError if the job does not fit this GPU. On a CPU nothing is
+    checked."""
+    if world.device.type == "cuda":
+        check_fits(job, world.size, torch.cuda.get_device_properties(world.device).total_memory)
 
 
 def achieved(flop, seconds, device):
-    """{"tflop_per_second"} of an update and, on a GPU, its share of the card's peak where that is known, and
-    the peak memory so far in GiB."""
-    rate = {"tflop_per_second": round(flop / seconds / TERA, 4)}
+    """{"tflop_per_second"} of an update that was measured; on a GPU also its "share_of_peak", None for a card
+    whose peak is not known, and "peak_gib", the most memory held so far."""
+    rate = flop / seconds / TERA
+    reached = {"tflop_per_second": round(rate, 4)}
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        peak = next((p for card, p in PEAK.items() if card in name), None)
-        rate |= {"share_of_peak": peak and round(rate["tflop_per_second"] / peak, 4),
-                 "peak_gib": round(torch.cuda.max_memory_allocated(device) / GIB, 2)}
-    return rate
+        card = torch.cuda.get_device_name(device)
+        peaks = [peak for name, peak in PEAK.items() if name in card]
+        reached["share_of_peak"] = round(rate / peaks[0], 4) if peaks else None
+        reached["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / GIB, 2)
+    return reached
 
 
-FLUX_DEV = (  # FluxTransformer2DModel's own defaults are FLUX.1-dev's, but for the guidance embedding
-    {"guidance_embeds": True},
-    {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-     "latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
-     "use_quant_conv": False, "use_post_quant_conv": False},
-    512)
+def in_bytes(amount):
+    """12884901888 -> "    12.0 GiB"."""
+    return f"{amount / GIB:8.1f} GiB" if amount >= GIB / 10 else f"{amount / MIB:8.1f} MiB"
 
 
-SIGLIP = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
-              image_size=384, patch_size=14)  # Aesthetic v2.5's, so400m
+def in_flop(amount):
+    """1.2e13 -> "    12.0 TFLOP"."""
+    return f"{amount / TERA:8.1f} TFLOP" if amount >= TERA / 10 else f"{amount / GIGA:8.1f} GFLOP"
 
 
-def configs(model):
-    """(transformer config, VAE config, text tokens): a model folder's own, else FLUX.1-dev's."""
-    folder = Path(model)
-    read = lambda name: json.loads((folder / name).read_text())
-    transformer, vae, text_tokens = FLUX_DEV if not folder.exists() else (
-        read("transformer/config.json"), read("vae/config.json"),
-        read("tokenizer_2/tokenizer_config.json")["model_max_length"])
-    return transformer, vae, text_tokens
-
-
-def reward_networks(spec):
-    """[(network, one call of its image side, times it is called for an image)] of --reward, in float32; 0
-    times for one that is held out. An open_clip folder's own architecture, else ViT-H/14, HPSv2.1's and
-    PickScore's, or SigLIP's."""
-    networks = []
-    for name, where, weight in parse_rewards(spec).values():
-        if name == "aesthetic":  # twice: clean and noised (S1)
-            with no_init_weights():
-                network = SiglipVisionModel(SiglipVisionConfig(**SIGLIP))
-            look, passes = (lambda x, n=network: n(x).pooler_output), 2
-            side = (SIGLIP["image_size"],) * 2
-        else:
-            own = Path(where or name) / "open_clip_config.json"
-            network = open_clip.model.CLIP(**(json.loads(own.read_text())["model_cfg"] if own.exists()
-                                              else open_clip.get_model_config("ViT-H-14")))
-            look, passes, side = network.encode_image, 1, network.visual.image_size
-            side = side if isinstance(side, tuple) else (side, side)
-        call = lambda grad=False, look=look, side=side: look(torch.zeros(1, 3, *side, requires_grad=grad))
-        networks.append((network.requires_grad_(False), call, passes if weight else 0))
-    return networks
-
-
-def predict(a, world_size, compute_dtype):
-    """The plan of one update of flags `a` (a.batch images a process) on world_size processes: a dict of
-    numbers, memory in bytes per process, FLOP per process, bytes received per process."""
-    config, vae_config, text_tokens = configs(a.model)
-    unit = pixels_per_token(vae_config)
-    if a.size % unit or a.size < unit:
-        raise ValueError(f"--size {a.size}: must be a multiple of {unit} pixels for this model")
-    width, side = compute_dtype.itemsize, a.size // unit
-    tokens, B, calls = side * side, a.batch, a.injections * len(a.branches)
-    with FakeTensorMode():
-        transformer = new(FluxTransformer2DModel, config, compute_dtype)
-        parameters = sum(p.numel() for p in transformer.parameters())
-        blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
-        largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-        run = lambda: forward(transformer, tokens, text_tokens, compute_dtype)
-        activations, _ = count_saved(run, transformer.parameters())
-        one_block = activations / len(blocks)
-        if a.checkpointing:
-            transformer.enable_gradient_checkpointing()
-            activations = count_saved(run, transformer.parameters())[0] + one_block
-        vae = new(AutoencoderKL, vae_config, compute_dtype).requires_grad_(False)
-        rewards = reward_networks(a.reward)
-        latent = 2 * side
-        z = torch.zeros(1, vae.config.latent_channels, latent, latent, dtype=compute_dtype,
-                        requires_grad=True)
-        frozen = sum(p.nbytes for m in (vae, *(network for network, _, _ in rewards)) for p in m.parameters())
-        decode = lambda: vae.decode(z).sample
-        path = count_saved(decode, vae.parameters())[0] + sum(
-            times * count_saved(lambda: call(grad=True), network.parameters())[0]
-            for network, call, times in rewards if times)
-    with torch.device("meta"):
-        vae, rewards = new(AutoencoderKL, vae_config, compute_dtype), reward_networks(a.reward)
-    with torch.no_grad():
-        decode_flop = count_flop(lambda: vae.decode(torch.zeros(1, vae.config.latent_channels, latent, latent,
-                                                                dtype=compute_dtype)))
-        reward_flop = sum(times * count_flop(call) for _, call, times in rewards if times)
-    rollout, update = update_flop(config, tokens, text_tokens, a)
-    shards = max(1, world_size // a.replicas)
-    alone = shards == 1
-    state = {"parameters": 4 * parameters / shards, "gradients": 4 * parameters / shards,
-             "optimizer": 8 * parameters / shards}
-    # a block and the next one gathered, the block's gradient, its float32 copy on the way to the reduction
-    gathered = 0 if compute_dtype == torch.float32 and alone else largest * (2 * width + width + 4)
-    peak_update = sum(state.values()) + B * (activations + path) + gathered + frozen
-    peak_rollout = sum(state.values()) - state["gradients"] + frozen + (0 if alone else width * parameters)
-    others = (shards - 1) / shards
-    return {"all_parameters": parameters, **state, "activations": B * activations, "gathered": gathered,
-            "reward path": B * path, "frozen": frozen, "peak in the update": peak_update,
-            "peak in the rollout": peak_rollout, "peak": max(peak_update, peak_rollout),
-            "rollout": B * rollout, "update": B * update,
-            "decode": B * calls * 2 * decode_flop, "reward": B * calls * 2 * reward_flop,
-            "received": others * parameters * (width * (1 + 2 * calls) + 4 * calls)}
-
-
-def advice(peak, card, a, world_size):
-    """ValueError if a predicted peak of bytes does not fit a card's bytes, with the flags that would help."""
-    if peak <= card:
-        return
-    more = world_size
-    while predict(a, more, torch.bfloat16)["peak"] > card and more < 64:
-        more *= 2
-    helps = [] if a.checkpointing else ["--checkpointing"]
-    helps += [f"{more} GPUs (torchrun --nproc_per_node)"] if more <= 64 and more > world_size else []
-    helps += ["a smaller --batch"] if a.batch > 1 else ["a smaller --size"]
-    raise ValueError(f"--model {a.model}: predicted peak {peak / GIB:.0f} GiB a GPU, "
-                     f"this one has {card / GIB:.0f}; what helps: " + ", or ".join(helps))
-
-
-def must_fit(a, world):
-    """Before anything is loaded: ValueError if the plan does not fit this GPU. On a CPU nothing is
-    checked."""
-    if world.device.type == "cuda":
-        total = torch.cuda.get_device_properties(world.device).total_memory
-        advice(predict(a, world.size, torch.bfloat16)["peak"], total, a, world.size)
-
-
-def show(a):
-    """Print the plan for --world-size processes; seconds for --card at --share of its peak."""
-    world_size, card, share = a.world_size, a.card, a.share
+def show(job, world_size, card, share):
+    """Print the plan of one process of world_size, and its seconds on a card at a share of its peak."""
     if card not in PEAK:
-        raise ValueError(f"--card {card}: its peak is not known here; known are {', '.join(PEAK)}")
-    plan = predict(a, world_size, torch.bfloat16)
-    gib = lambda k: f"{plan[k] / GIB:8.1f} GiB" if plan[k] >= GIB / 10 else f"{plan[k] / 2**20:8.1f} MiB"
-    tera = lambda k: f"{plan[k] / TERA:8.1f} TFLOP" if plan[k] >= TERA / 10 else f"{plan[k] / 1e9:8.1f} GFLOP"
-    print(f"predicted, not measured: {a.model}, {plan['all_parameters'] / 1e6:,.1f} M parameters, "
-          f"{a.size} x {a.size} pixels, {a.batch} image(s) a process, {world_size} processes, "
-          f"activation checkpointing {'on' if a.checkpointing else 'off'}")
+        raise UserError(f"--card {card}: its peak is not known here; known are {', '.join(PEAK)}")
+    plan = predict(job, world_size, torch.bfloat16)
+    memory = {"parameters": plan.parameters, "gradients": plan.gradients, "optimizer": plan.optimizer,
+              "activations": plan.activations, "gathered": plan.gathered, "reward path": plan.reward_path,
+              "frozen": plan.frozen, "peak in the update": plan.peak_in_update,
+              "peak in the rollout": plan.peak_in_rollout}
+    work = {"rollout": plan.rollout, "update": plan.update, "decode": plan.decode, "reward": plan.reward}
+    seconds = plan.flop / TERA / (PEAK[card] * share)
+
+    batches = f" x {job.accumulate} batches" if job.accumulate > 1 else ""
+    print(f"predicted, not measured: {job.model}, {plan.all_parameters / 1e6:,.1f} M parameters, "
+          f"{job.size} x {job.size} pixels, {job.batch} image(s){batches} a process, {world_size} processes, "
+          f"activation checkpointing {'on' if job.checkpointing else 'off'}")
     print("\nmemory per process")
-    for k in ("parameters", "gradients", "optimizer", "activations", "gathered", "reward path", "frozen",
-              "peak in the update", "peak in the rollout"):
-        print(f"    {k:20}{gib(k)}")
+    for name, amount in memory.items():
+        print(f"    {name:20}{in_bytes(amount)}")
     print("\nwork per process and update")
-    parts = ("rollout", "update", "decode", "reward")
-    total = sum(plan[k] for k in parts)
-    for k in parts:
-        print(f"    {k:20}{tera(k)} {100 * plan[k] / total:6.1f} %")
-    print(f"    {'received':20}{plan['received'] / 1e9:8.1f} GB")
-    plan["total"], seconds = total, total / TERA / (PEAK[card] * share)
-    print(f"\n{tera('total').strip()} an update: {seconds:.3g} s on {card} at {share:.0%} of its "
+    for name, amount in work.items():
+        print(f"    {name:20}{in_flop(amount)} {100 * amount / plan.flop:6.1f} %")
+    print(f"    {'received':20}{plan.received / GIGA:8.1f} GB")
+    print(f"\n{in_flop(plan.flop).strip()} an update: {seconds:.3g} s on {card} at {share:.0%} of its "
           f"{PEAK[card]} TFLOP/s, communication apart")

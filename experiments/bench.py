@@ -1,155 +1,183 @@
-"""One update timed, phase by phase: `python -m experiments.bench --model miniature`, or on GPUs at full size with random
-weights:
+"""One update timed, phase by phase.
 
-    torchrun --nproc_per_node=8 -m experiments.bench --random-init
+    python -m experiments.bench --model miniature                      on a laptop
+    torchrun --nproc_per_node=8 -m experiments.bench --random-init     FLUX.1-dev's size
 
---released times the same work, on the miniature, the way the released loop does it, adding one habit after
-another.
+It takes every flag of train.py, and runs its code; random weights need no download. --released times the same
+work done the way the released loop does it, adding one habit after another.
 """
 
 import sys
-from contextlib import nullcontext
 from statistics import median
 
 import open_clip
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 
-import direct_align as da
-from engine import old_flags as flags
 import flux
-from engine import parallel
-from engine import plan
 import srpo_reward as sr
 import train
+from engine import data, parallel, plan
+from engine.command_line import Parser, whole
+from engine.errors import frame
+from rewards import clip_model
+
+PHASES = ["rollout", "branches", "optimizer"]
+HABITS = ["one image at a time", "text features four times", "VAE not frozen", "anomaly detection"]
 
 
-def random_models(world):
-    """FLUX.1-dev and HPSv2.1's architecture with random weights: (Flux, Rewards, text tokens). Nothing is
-    downloaded."""
-    (config, vae_config, text_tokens), clip_config = plan.FLUX_DEV, open_clip.get_model_config("ViT-H-14")
-    torch.manual_seed(0)
+def flags(argv):
+    """The flags of a command line: this script's own, and train.py's. Raises UserError."""
+    parser = Parser(__doc__)
+    parser.add_argument("--random-init", action="store_true",
+                        help="random weights: --model gives the size, and ViT-H/14 is the reward")
+    parser.add_argument("--released", action="store_true", help="compare with the released loop's habits")
+    parser.add_argument("--repeats", type=whole(1), default=5, help="timed updates, after one that is not")
+    own, others = parser.parse_known_args(argv)
+    return own, train.flags(others)
+
+
+# --------------------------------------------------------------------------------------------- random weights
+def random_flux(model, world):
+    """A `flux.Flux` of a model's size. The transformer is sharded before it takes any memory, as when it is
+    loaded."""
+    configs = flux.configs(model)
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(config)
+        transformer = FluxTransformer2DModel.from_config(configs.transformer)
     if world.mesh is not None:
         parallel.shard(transformer, world)
     transformer.to_empty(device=world.device)
-    for name, p in transformer.named_parameters():
-        torch.nn.init.ones_(p) if "norm_" in name and p.ndim == 1 else torch.nn.init.normal_(p, std=0.02)
+    for name, parameter in transformer.named_parameters():
+        if "norm_" in name and parameter.ndim == 1:  # the gains of RMSNorm
+            torch.nn.init.ones_(parameter)
+        else:
+            torch.nn.init.normal_(parameter, std=0.02)
     with world.device:
-        vae = plan.new(AutoencoderKL, vae_config, world.dtype).eval().requires_grad_(False)
-        vae.register_to_config(scaling_factor=0.3611, shift_factor=0.1159)
-        clip = open_clip.model.CLIP(**clip_config)
-    clip.visual.image_mean, clip.visual.image_std = (open_clip.OPENAI_DATASET_MEAN,
-                                                     open_clip.OPENAI_DATASET_STD)
-    scheduler = dict(use_dynamic_shifting=False, shift=3.0)
-    reward = sr.ClipReward(clip, open_clip.get_tokenizer("ViT-H-14"))
-    return (flux.Flux(transformer, vae, scheduler, world.device, world.dtype),
-            sr.Rewards({"hpsv2.1": (reward, 1.0)}), text_tokens)
+        vae = plan.create(AutoencoderKL, configs.vae, world.dtype).eval().requires_grad_(False)
+    scheduler = {"use_dynamic_shifting": False, "shift": 3.0}
+    return flux.Flux(transformer, vae, scheduler, world.device, world.dtype)
 
 
-def one_update(a, model, reward, optimizer, txt, pooled, texts, habits=()):
-    """Rollout, branches, optimizer; returns {phase: seconds}. `habits` are the released loop's, for
-    --released."""
-    grid, device = model.grid(a.size, a.size), model.device
-    shape, seconds = ((grid[0] * grid[1], model.transformer.config.in_channels),
-                      {"rollout": 0.0, "branches": 0.0, "optimizer": 0.0})
-    g = torch.Generator().manual_seed(0)
-    eps = torch.randn(len(texts), *shape, generator=g).to(device)
-    middles = da.draw_middle(len(texts), a.cells, g)
+def random_reward(world):
+    """`Rewards` of one network of HPSv2.1's size."""
+    with clip_model.quiet(), world.device:
+        clip = open_clip.create_model(clip_model.ARCH, load_weights=False, device=world.device)
+    reward = clip_model.ClipReward(clip, open_clip.get_tokenizer(clip_model.ARCH))
+    return sr.Rewards({"random": (reward, 1.0)})
 
-    def tick(phase, since):
-        now = parallel.clock(device)
-        seconds[phase] += now - since
-        return now
 
-    size = 1 if "one image at a time" in habits else len(texts)
-    for rows in torch.arange(len(texts)).split(size):
-        since = parallel.clock(device)
-        c, p = txt[rows].to(device, model.dtype), pooled[rows].to(device, model.dtype)
-        v = lambda w: lambda x, s: flux.velocity(model.transformer, x.to(model.dtype), s, c, p,
-                                                 w, grid).float()
-        with torch.no_grad(), parallel.gathered(model.transformer):
-            x0 = flux.rollout(v(a.rollout_guidance), eps[rows], da.sigma_steps(a.rollout_steps, 3.0))
-        since = tick("rollout", since)
-        names = [texts[r] for r in rows]
-        for _ in range(2 if "text features four times" in habits else 1):
+def random_embeddings(net, prompts, text_tokens):
+    """`Embeddings` of P prompts: txt [P, L, D], pooled [P, D']."""
+    config = net.transformer.config
+    txt = torch.randn(len(prompts), text_tokens, config.joint_attention_dim)
+    pooled = torch.randn(len(prompts), config.pooled_projection_dim)
+    return flux.Embeddings(txt, pooled, truncated=0)
+
+
+def random_run(a, world):
+    """What train.set_up loads, with random weights."""
+    flux.needs_gpu(a.model)
+    plan.must_fit(train.job(a), world)
+    torch.manual_seed(0)
+    mine = a.batch * a.accumulate  # images of an update that this process makes
+    prompts = [f"prompt {i}" for i in range(mine * world.size)]
+    curriculum = data.Curriculum(prompts, a.steps, len(prompts), world.rows(mine), a.seed)
+    net = random_flux(a.model, world)
+    embeddings = random_embeddings(net, curriculum.prompts, flux.configs(a.model).text_tokens)
+    if a.checkpointing and world.device.type == "cuda":
+        net.transformer.enable_gradient_checkpointing()
+    if a.compile:
+        for block in parallel.blocks_of(net.transformer):
+            block.compile()
+    optimizer = torch.optim.AdamW(net.transformer.parameters(), a.lr, weight_decay=a.weight_decay,
+                                  fused=world.device.type == "cuda")
+    return train.Run(world, net, random_reward(world), curriculum, embeddings, None, optimizer,
+                     net.grid(a.size, a.size))
+
+
+# ------------------------------------------------------------------------------------------------- one update
+def one_by_one(batch):
+    """A `train.Batch` of B images as B batches of one."""
+    for row in range(len(batch.prompts)):
+        own = slice(row, row + 1)
+        c = flux.Condition(batch.c.txt[own], batch.c.pooled[own], batch.c.grid)
+        yield batch._replace(
+            prompts=batch.prompts[own], c=c, start=batch.start[own], eps=batch.eps[own], C0=batch.C0[own],
+            C1=batch.C1[own], C2=batch.C2[own], middles=[m[own] for m in batch.middles])
+
+
+def text_again(a, reward, batch):
+    """The same batch, its text features computed anew, twice."""
+    for _ in range(2):
+        for part, _ in reward.parts.values():
+            part.cache.clear()
+        C0, C1, C2 = reward.conditions(batch.prompts, a.control[0], a.neg[0])
+    return batch._replace(C0=C0, C1=C1, C2=C2)
+
+
+def one_update(a, run, habits):
+    """One update, as train.py makes it but for `habits`, some of HABITS. Returns {phase: seconds}."""
+    net = run.net
+    net.vae.requires_grad_("VAE not frozen" in habits)
+    net.seconds_in_rollout = 0.0
+    began = parallel.clock(net.device)
+    for part in range(a.accumulate):
+        whole_batch = run.batch(a, 1, part)
+        batches = one_by_one(whole_batch) if "one image at a time" in habits else [whole_batch]
+        for batch in batches:
             if "text features four times" in habits:
-                for part, _ in reward.parts.values():
-                    part.cache.clear()
-            C0, C1, C2 = reward.conditions(names, a.control[0], a.neg[0])
-        with (torch.autograd.set_detect_anomaly(True, check_nan=True) if "anomaly detection" in habits
-              else nullcontext()):
-            train.update(a, v(a.guidance), lambda z: flux.decode(model.vae, z, grid), reward.image_features,
-                         x0, eps[rows], C0, C1, C2, [middles[rows]])
-        tick("branches", since)
-    since = parallel.clock(device)
-    torch.nn.utils.clip_grad_norm_(model.transformer.parameters(), a.clip)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    tick("optimizer", since)
-    return seconds
+                batch = text_again(a, run.reward, batch)
+            with torch.autograd.set_detect_anomaly("anomaly detection" in habits):
+                for loss, _ in train.srpo(a, net, run.reward, batch):
+                    loss.backward()
+    computed = parallel.clock(net.device)
+    torch.nn.utils.clip_grad_norm_(net.transformer.parameters(), a.clip)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    stepped = parallel.clock(net.device)
+    return {"rollout": net.seconds_in_rollout, "branches": computed - began - net.seconds_in_rollout,
+            "optimizer": stepped - computed}
+
+
+# ------------------------------------------------------------------------------------------------- the report
+def report(a, run, rungs, measured):
+    """Print a line for each rung, of the medians of what was measured: a list of {phase: seconds} a rung."""
+    device = run.world.device
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, one thread"
+    print(f"{card}, {run.world.size} process(es), batch {a.batch} each, {a.size} x {a.size}, "
+          f"{a.rollout_steps} rollout steps, median of {len(measured[0])}\n")
+    print(f"{'':46}{'rollout':>9}{'branches':>10}{'optimizer':>10}{'total':>9}{'ratio':>7}")
+    totals = []
+    for habits, updates in zip(rungs, measured, strict=True):
+        totals.append(median(sum(update.values()) for update in updates))
+        line = f"+ {habits[-1]}" if habits else "this project"
+        line = f"{line:46}"
+        for phase in PHASES:
+            line += f"{median(update[phase] for update in updates):>9.3f} "
+        print(line + f"{totals[-1]:>8.3f} {totals[-1] / totals[0]:>6.2f}")
+    reached = plan.achieved(plan.update_flop(train.job(a)), totals[0], device)
+    print("\n" + ", ".join(f"{name} {value}" for name, value in reached.items()))
 
 
 def main():
-    parser = flags.parser(__doc__)
-    parser.add_argument("--random-init", action="store_true",
-                        help="FLUX.1-dev's and ViT-H's size, random weights")
-    parser.add_argument("--released", action="store_true", help="compare with the released loop's habits")
-    parser.add_argument("--repeats", type=int, default=5, help="timed updates, after one that is not")
-    try:
-        a = flux.parse_flags(parser)
-        flags.check(a)
-        if not a.random_init or not torch.cuda.is_available():
-            flux.needs_gpu(a.model)
+    with frame("bench"):
+        own, a = flags(sys.argv[1:])
+        a.steps = 1  # the same update again and again
         world = parallel.World(a.replicas)
-        if a.random_init:
-            model, reward, text_tokens = random_models(world)
-            c = model.transformer.config
-            txt, pooled = (torch.randn(a.batch, text_tokens, c.joint_attention_dim),
-                           torch.randn(a.batch, c.pooled_projection_dim))
-            texts = [f"prompt {i}" for i in range(a.batch)]
-        else:
-            texts = flux.read_prompts(a.prompts)[:a.batch]
-            txt, pooled, _ = flux.encode_prompts(a.model, texts, world.device, world.dtype)
-            model, reward = (flux.load(a.model, None, world.device, world.dtype, world),
-                             sr.load_rewards(a.reward, world.device))
-    except ValueError as error:
-        print(f"bench.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    if a.checkpointing and world.device.type == "cuda":
-        model.transformer.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(model.transformer.parameters(), a.lr, fused=world.device.type == "cuda")
-    grid = model.grid(a.size, a.size)
-    flop = a.batch * sum(plan.update_flop(model.transformer.config, grid[0] * grid[1], txt.shape[1], a))
-    ladder = [(), ("one image at a time",)]
-    ladder += [(*ladder[-1], "text features four times")]
-    ladder += [(*ladder[-1], "VAE not frozen")]
-    ladder += [(*ladder[-1], "anomaly detection")]
-    runs = {habits: [] for habits in (ladder if a.released else ladder[:1])}
-    for repeat in range(a.repeats + 1):
-        for habits in runs:  # in turn, so that a machine that drifts drifts for all
-            model.vae.requires_grad_("VAE not frozen" in habits)
-            seconds = one_update(a, model, reward, optimizer, txt, pooled, texts, habits)
-            if repeat:
-                runs[habits].append(seconds)
-    if not world.main:
-        return world.close()
-    print(f"{torch.cuda.get_device_name() if world.device.type == 'cuda' else 'CPU, one thread'}, "
-          f"{world.size} process(es), batch {a.batch} each, {a.size} x {a.size}, "
-          f"{a.rollout_steps} rollout steps, median of {a.repeats}\n")
-    print(f"{'':46}{'rollout':>9}{'branches':>10}{'optimizer':>10}{'total':>9}{'ratio':>7}")
-    first = None
-    for habits, measured in runs.items():
-        middle = {k: median(s[k] for s in measured) for k in ("rollout", "branches", "optimizer")}
-        total = median(sum(s.values()) for s in measured)
-        first = first or total
-        name = f"+ {habits[-1]}" if habits else "this project"
-        print(f"{name:46}" + "".join(f"{middle[k]:>9.3f} " for k in middle)
-              + f"{total:>8.3f} {total / first:>6.2f}")
-    rate = plan.achieved(flop, first, world.device)
-    print("\n" + ", ".join(f"{k} {x}" for k, x in rate.items()))
-    world.close()
+        run = random_run(a, world) if own.random_init else train.set_up(a, world)
+        rungs = [[]]
+        if own.released:
+            rungs = [HABITS[:n] for n in range(len(HABITS) + 1)]
+        measured = [[] for _ in rungs]
+        for repeat in range(own.repeats + 1):
+            # in turn, so that a machine that drifts drifts for all
+            for habits, updates in zip(rungs, measured, strict=True):
+                seconds = one_update(a, run, habits)
+                if repeat > 0:
+                    updates.append(seconds)
+        if world.main:
+            report(a, run, rungs, measured)
+        world.close()
 
 
 if __name__ == "__main__":

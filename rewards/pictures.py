@@ -11,26 +11,35 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import save_image
 
+from engine.errors import UserError, one_line
+
 BICUBIC = TF.InterpolationMode.BICUBIC
 
 
 def fitted(image, size, fit, antialias=True):
     """A PIL picture, or a tensor [..., H, W], at size x size pixels by bicubic resizing. Of a tensor this has
     a gradient; without antialias it is not what PIL does. A side never falls below one pixel."""
-    height, width = TF.get_size(image)
     if fit == "stretch":
         return TF.resize(image, [size, size], BICUBIC, antialias=antialias)
-    if fit.startswith("crop"):
-        image = TF.resize(image, [size], BICUBIC, antialias=antialias)
-        h, w = TF.get_size(image)
-        top, left = (h - size) / 2, (w - size) / 2
-        whole = int if fit == "crop-floor" else round
-        return TF.crop(image, whole(top), whole(left), size, size)
-    scale = size / max(height, width)
-    h, w = max(1, round(height * scale)), max(1, round(width * scale))
-    left, top = (size - w) // 2, (size - h) // 2
-    return TF.pad(TF.resize(image, [h, w], BICUBIC, antialias=antialias),
-                  [left, top, size - w - left, size - h - top])
+
+    if fit == "letterbox":
+        height, width = TF.get_size(image)
+        scale = size / max(height, width)
+        h = max(1, round(height * scale))
+        w = max(1, round(width * scale))
+        top = (size - h) // 2
+        left = (size - w) // 2
+        image = TF.resize(image, [h, w], BICUBIC, antialias=antialias)
+        return TF.pad(image, [left, top, size - w - left, size - h - top])
+
+    if fit not in ("crop", "crop-floor"):
+        raise ValueError(f"{fit}: not a way to fit a picture")
+    image = TF.resize(image, [size], BICUBIC, antialias=antialias)    # the short side
+    height, width = TF.get_size(image)
+    whole = int if fit == "crop-floor" else round
+    top = whole((height - size) / 2)
+    left = whole((width - size) / 2)
+    return TF.crop(image, top, left, size, size)
 
 
 def differentiable(images, size, mean, std, fit="crop"):
@@ -51,13 +60,13 @@ def pixels(picture):
 
 def read_picture(path):
     """The picture of a file as PIL RGB: grey becomes three equal channels, alpha is dropped, as the scorers'
-    authors do. Raises ValueError, one line, if it cannot be read."""
+    authors do. Raises UserError if it cannot be read."""
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = str(error).splitlines()[0].split(" '")[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path}: cannot be read as a picture: {why}") from error
+        why = one_line(error).split(" '")[0]    # PIL names the file once more, in quotes
+        raise UserError(f"{path}: cannot be read as a picture: {why}") from error
 
 
 def save_grid(images, path, columns=8):

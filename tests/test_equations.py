@@ -83,10 +83,15 @@ def test_eq6_the_accumulated_gradient_is_the_gradient_of_the_sum():
     torch.manual_seed(0)
     theta = torch.randn(8, requires_grad=True)
     states, weights = [torch.randn(B, 8) for _ in range(4)], [torch.rand(B) for _ in range(4)]
-    rewards = lambda: [(x * theta).sum(-1).tanh() for x in states]
-    (sum(w * r for w, r in zip(weights, rewards())) / 4).mean().backward()
-    whole, theta.grad = theta.grad.clone(), None
-    for w, r in zip(weights, rewards()):
+
+    def terms():
+        rewards = [(x * theta).sum(-1).tanh() for x in states]
+        return zip(weights, rewards, strict=True)
+
+    (sum(w * r for w, r in terms()) / 4).mean().backward()
+    whole = theta.grad.clone()
+    theta.grad = None
+    for w, r in terms():
         da.aggregate(r, w, 4).mean().backward()
     assert torch.allclose(whole, theta.grad)
 
@@ -131,7 +136,7 @@ def test_eq12_and_eq13_every_form_wants_the_same_thing_in_both_branches():
                 "cfg": ([0, 1.5, -0.5], [0, -0.5, 1.5]), "branches": ([0, 1, 0], [0, 0, 1]),
                 "sgp": ([0, 1, 0], [0, -1, 0]), "plain": ([1, 0, 0], [-1, 0, 0])}
     for form, pair in expected.items():
-        for branch, texts in zip(("denoise", "invert"), pair):
+        for branch, texts in zip(("denoise", "invert"), pair, strict=True):
             assert weights[form, branch] == pytest.approx(texts, abs=1e-9), (form, branch)
 
 

@@ -1,0 +1,153 @@
+"""What a run learns from: prompts out of files or from the hub, the order in which they come, and all the
+chance of an update."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from huggingface_hub import hf_hub_download
+
+from engine.errors import UserError
+from engine.files import quiet
+
+
+# ---------------------------------------------------------------------------------------------------- prompts
+class NamedSet(NamedTuple):
+    """A set of prompts on the hub: the repository of the data set, and its files."""
+    repository: str
+    files: list
+
+
+# The paper trains on the one and evaluates on the other (4.1, 4.2).
+PROMPTS = {
+    "hpdv2": NamedSet("ymhao/HPDv2", ["train.json"]),
+    "hpdv2-benchmark": NamedSet("zhwang/HPDv2", ["benchmark/anime.json", "benchmark/concept-art.json",
+                                                 "benchmark/paintings.json", "benchmark/photo.json"])}
+
+
+class Prompt(NamedTuple):
+    """A prompt, and the category it belongs to: the name of its file among several, or ""."""
+    text: str
+    category: str
+
+
+def fetched_set(name, flag):
+    """The local JSON files of a named set of PROMPTS, fetched from the hub. Raises UserError."""
+    repository, files = PROMPTS[name]
+    quiet()
+    try:
+        return [Path(hf_hub_download(repository, file, repo_type="dataset")) for file in files]
+    except Exception as error:
+        raise UserError(f"{flag} {name}: {repository} cannot be fetched ({type(error).__name__}); give a "
+                        f"text file, one prompt a line, or a folder of its .json files") from error
+
+
+def text_of(file, flag):
+    """A file's text, UTF-8 with or without a byte order mark. Raises UserError."""
+    if not file.is_file():  # reading from a pipe would wait for ever
+        raise UserError(f"{flag} {file}: not a file")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{flag} {file}: cannot be read: {error.strerror}") from error
+    if "\0" in text:
+        raise UserError(f"{flag} {file}: holds a NUL character; it is not a text file")
+    return text
+
+
+def prompts_of_json(file, flag):
+    """The prompts of a JSON file: a list of them, or of objects with a "prompt". Raises UserError."""
+    try:
+        entries = json.loads(text_of(file, flag))
+        found = [entry if isinstance(entry, str) else entry["prompt"] for entry in entries]
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{flag} {file}: not a JSON list of prompts") from error
+    if isinstance(entries, str) or not all(isinstance(text, str) and "\0" not in text for text in found):
+        raise UserError(f"{flag} {file}: not a JSON list of prompts")
+    return found
+
+
+def read_prompts_by_category(source, flag="--prompts"):
+    """[`Prompt`] of a UTF-8 text file, one a line, blank lines left out, all of category ""; of a folder of
+    .json files (`prompts_of_json`), a category each; or of a named set of PROMPTS, fetched from the hub.
+
+    Raises UserError.
+    """
+    path = Path(source)
+    if source in PROMPTS or path.is_dir():
+        files = fetched_set(source, flag) if source in PROMPTS else sorted(path.glob("*.json"))
+        prompts = []
+        for file in files:
+            prompts += [Prompt(text, file.stem) for text in prompts_of_json(file, flag)]
+        if not prompts:
+            raise UserError(f"{flag} {source}: no prompt in it (a folder of .json files, lists of prompts)")
+        return prompts
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: no such file (a text file, one prompt a line), and not one of "
+                        f"{', '.join(PROMPTS)}")
+    lines = [line.strip() for line in text_of(path, flag).splitlines()]
+    if not any(lines):
+        raise UserError(f"{flag} {path}: no prompt in it, every line is blank")
+    return [Prompt(line, "") for line in lines if line]
+
+
+def read_prompts(source, flag="--prompts"):
+    """The texts of `read_prompts_by_category`; of a named set, each once."""
+    texts = [prompt.text for prompt in read_prompts_by_category(source, flag)]
+    return list(dict.fromkeys(texts)) if source in PROMPTS else texts
+
+
+# ------------------------------------------------------------------------------------------- order and chance
+def prompt_order(n, count, seed):
+    """The first `count` of an endless series of seeded permutations of n prompts: a list of numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    order = []
+    while len(order) < count:
+        order += torch.randperm(n, generator=generator).tolist()
+    return order[:count]
+
+
+class Curriculum:
+    """Which prompts a process meets in which update. `prompts` are those that it meets at all, each once, so
+    that no other need be encoded; `rows[step]` are the numbers among them, for step 1, 2, ..."""
+
+    def __init__(self, texts, steps, images, mine, seed):
+        """texts: all prompts; images: how many an update of all processes draws; mine: the slice of those
+        that this process makes."""
+        order = prompt_order(len(texts), steps * images, seed)
+        drawn = {step: order[(step - 1) * images:step * images][mine] for step in range(1, steps + 1)}
+        met = sorted({number for numbers in drawn.values() for number in numbers})
+        place = {number: row for row, number in enumerate(met)}
+        self.prompts = [texts[number] for number in met]
+        self.rows = {step: [place[number] for number in numbers] for step, numbers in drawn.items()}
+
+
+class Chance:
+    """All the chance of one update, from the seed and the update's number alone.
+
+    Every draw is made for all `images` of the update, and `mine` cuts out those of one batch: so neither the
+    number of processes nor --accumulate changes what an image sees.
+    """
+
+    def __init__(self, seed, step, images, mine):
+        # torch's generator on a CPU uses the lower 32 bits of its seed. Pictures are sampled from noise seeds
+        # below 2**31; an update's is above, so that no update trains on the noise of a held-out picture.
+        digest = hashlib.sha256(f"update {step} of seed {seed}".encode()).digest()
+        self.generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big") | 2**31)
+        self.images = images
+        self.mine = mine
+
+    def normal(self, *shape):
+        """Standard normal numbers [B, *shape], one draw for each image."""
+        return torch.randn(self.images, *shape, generator=self.generator)[self.mine]
+
+    def normal_shared(self, *shape):
+        """Standard normal numbers [B, *shape], one draw for all images."""
+        batch = len(range(self.images)[self.mine])
+        return torch.randn(1, *shape, generator=self.generator).expand(batch, *shape)

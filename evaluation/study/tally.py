@@ -1,0 +1,141 @@
+"""Votes to tables (Markdown): excellent rates in percent as in the paper's Table 1, how far the raters agree,
+and the four levels as bars.
+
+    python -m evaluation.study tally votes/*.json --key study.key.json --bars bars.svg
+
+Overall follows from the four dimensions: any Fail: Fail; all Excellent: Excellent; half of them Excellent:
+Good; else Pass. It is counted for pictures rated in all four. After ± stands the standard error, the ratings
+of one prompt taken as one cluster, for they are not independent. Alpha is Krippendorff's for ordered levels:
+1 is perfect agreement, 0 is chance.
+"""
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.errors import printable
+from evaluation.study.bars import bars
+from evaluation.study.files import check_inputs, check_outputs, write_together
+from evaluation.study.statistics import COLUMNS, agreement, rates
+from evaluation.study.votes import flatten, read_key, read_votes
+from evaluation.tables import PAPER
+
+IN_PAPER = {"realism": "real", "aesthetics": "aesth", "overall": "overall"}  # what Table 1 calls our columns
+
+
+class Results(NamedTuple):
+    """All that the votes tell."""
+    study: str
+    annotators: dict  # {name: pictures rated}
+    methods: dict     # {method: {dimension: Rate}}
+    categories: dict  # {category: {method: {dimension: Rate}}}
+    agreement: dict   # {dimension: Agreement}
+
+
+def results_of(key, votes):
+    """The `Results` of votes."""
+    ratings = flatten(votes, key)
+    groups = defaultdict(list)
+    for rating in sorted(ratings, key=lambda rating: rating.category):
+        groups[rating.category or "no category"].append(rating)
+    categories = {category: rates(inside, key.methods) for category, inside in groups.items()}
+    annotators = {name: len(cast) for name, cast in votes.items()}
+    return Results(key.study, annotators, rates(ratings, key.methods), categories, agreement(ratings))
+
+
+def as_json(value):
+    """The results with every tuple as a dictionary, so that the file names its numbers."""
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    if isinstance(value, dict):
+        return {name: as_json(part) for name, part in value.items()}
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+def line(cells):
+    """A table's line; what would break it, or the terminal, is escaped."""
+    safe = [re.sub(r"([|<])", r"\\\1", printable(" ".join(cell.split()))) for cell in cells]
+    return "| " + " | ".join(safe) + " |"
+
+
+def markdown(head, rows):
+    return "\n".join([line(head), "|---" * len(head) + "|", *map(line, rows)])
+
+
+def number(value, digits=1):
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def percent(share):
+    return number(None if share is None else 100 * share)
+
+
+def excellent(rate):
+    """An excellent rate in percent, ± its standard error."""
+    if rate.excellent is None:
+        return "–"
+    return f"{percent(rate.excellent)} ± {percent(rate.se)}"
+
+
+def methods_table(methods):
+    """A row for every method, then the paper's."""
+    rows = []
+    for method, of in methods.items():
+        rows.append([method, *(excellent(of[d]) for d in COLUMNS), str(of["overall"].n)])
+    for method, of in PAPER.items():
+        numbers = [str(of[IN_PAPER[d]]) if d in IN_PAPER else "" for d in COLUMNS]
+        rows.append([f"{method} (paper)", *numbers, ""])
+    return markdown(["", *COLUMNS.values(), "n"], rows)
+
+
+def categories_table(categories, methods):
+    rows = []
+    for method in methods:
+        rows.append([method, *(excellent(of[method]["overall"]) for of in categories.values())])
+    return markdown(["", *categories], rows)
+
+
+def agreement_table(found):
+    rows = []
+    for dimension, of in found.items():
+        rows.append([COLUMNS[dimension], str(of.pictures), str(of.pairs), percent(of.same),
+                     number(of.alpha, 3)])
+    return markdown(["", "pictures with two or more", "pairs", "same level, %", "alpha (ordinal)"], rows)
+
+
+def report(results):
+    """The tables as Markdown."""
+    parts = ["Excellent rate, %, ± standard error by prompt; n: times a picture was rated in all dimensions",
+             methods_table(results.methods)]
+    if len(results.categories) > 1:
+        parts += ["Excellent rate of Overall by category, %",
+                  categories_table(results.categories, results.methods)]
+    if any(of.pairs for of in results.agreement.values()):
+        parts += ["Agreement of raters", agreement_table(results.agreement)]
+    else:
+        parts.append("Agreement of raters: no picture was rated by two.")
+    return "\n\n".join(parts)
+
+
+# --------------------------------------------------------------------------------------------------- command
+def tally(args):
+    """Votes to tables, bars and numbers."""
+    inputs = [*args.votes, args.key]
+    check_inputs(inputs)
+    outputs = [path for path in (args.bars, args.json) if path is not None]
+    check_outputs(outputs, inputs, args.overwrite)
+    key = read_key(args.key)
+    votes = read_votes(args.votes, key)
+    results = results_of(key, votes)
+    contents = {}
+    if args.bars is not None:
+        contents[Path(args.bars)] = bars(results.methods)
+    if args.json is not None:
+        contents[Path(args.json)] = json.dumps(as_json(results), indent=1) + "\n"
+    write_together(contents)
+    raters = ", ".join(f"{name} ({n} pictures)" for name, n in results.annotators.items())
+    print(printable(f"{len(votes)} rater{'s' * (len(votes) > 1)}: {raters}") + "\n")
+    print(report(results))

@@ -1,0 +1,152 @@
+"""Rewards whose network is an open_clip model: HPSv2.1, CLIP ViT-H/14, the miniature's, or one of your own.
+
+Two layouts of weights are read: an open_clip folder (open_clip_config.json, open_clip_model.safetensors and,
+if the config names one, a tokenizer); and HPSv2.1's, a .pt with a "state_dict", or a folder with that file.
+"""
+
+import logging
+from contextlib import contextmanager
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+
+from engine.errors import UserError
+from engine.files import fetched, read_json
+from rewards import base
+
+ARCH = "ViT-H-14"                         # HPSv2.1's, and the one that PickScore was made of
+CHECKPOINT = "HPS_v2.1_compressed.pt"
+CONFIG = "open_clip_config.json"
+FITS = {"shortest": "crop", "squash": "stretch", "longest": "letterbox"}    # open_clip's resize_mode: our fit
+
+
+class ClipReward(base.Reward):
+    """An open_clip model. r is a cosine: about 0.28 for HPSv2.1."""
+
+    def __init__(self, model, tokenizer, fit="crop"):
+        super().__init__(model, image_size(model), model.visual.image_mean, model.visual.image_std)
+        self.tokenizer = tokenizer
+        self.fit = fit
+
+    def features(self, pixels):
+        """Prepared pixels [B, 3, size, size] -> unit f [B, D] float32."""
+        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
+
+    def encode_text(self, texts):
+        """B texts -> unit C [B, D] float32; texts are truncated to the encoder's length, 77 tokens."""
+        ids = self.tokenizer(texts).to(self.device)    # [B, 77]
+        return F.normalize(self.model.encode_text(ids).float(), dim=-1)
+
+
+def image_size(model):
+    """How many pixels a side an open_clip model sees; its towers say it as a number or as (height, width)."""
+    size = model.visual.image_size
+    return size if isinstance(size, int) else size[0]
+
+
+# ---------------------------------------------------------------------------------------------------- loading
+def fetch(where):
+    """The path of weights in one of the two layouts: `where` itself. Raises UserError if nothing is there."""
+    return fetched(where, [])
+
+
+def load(path, device, arch=ARCH):
+    """The `ClipReward` of weights in one of the two layouts; arch: which of open_clip's a .pt has.
+
+    Raises UserError for a folder that asks for code to be run, and whatever open_clip and torch raise for
+    files that they cannot read.
+    """
+    if (path / CONFIG).exists():
+        return load_folder(path, device)
+    if path.is_dir():
+        path = path / CHECKPOINT
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    with quiet():
+        model = open_clip.create_model(arch, pretrained=None)
+        tokenizer = open_clip.get_tokenizer(arch)
+    model.load_state_dict(state)
+    return ClipReward(model.to(device), tokenizer, "letterbox")    # as HPSv2's evaluator prepares pictures
+
+
+def load_folder(folder, device):
+    """The `ClipReward` of an open_clip folder."""
+    text_config = read_config(folder)["text_cfg"]
+    options = {}
+    if text_config.get("hf_tokenizer_name"):
+        # The tokenizer is transformers', which asks on the terminal whether to run code unless it is told.
+        options["trust_remote_code"] = False
+    with quiet():
+        model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}", **options)
+    prepared = model.visual.preprocess_cfg
+    if prepared["interpolation"] == "bilinear":
+        raise UserError(f"{CONFIG} wants pictures resized bilinearly; they are resized bicubically here")
+    return ClipReward(model.to(device), tokenizer, FITS[prepared["resize_mode"]])
+
+
+def read_config(folder):
+    """model_cfg of an open_clip folder.
+
+    Raises UserError if it is not one, or if a file of the folder asks for code to be run: weights come from
+    strangers. transformers would run the code of a tokenizer whose options in open_clip's config say
+    trust_remote_code, and would offer to run that of a config with auto_map, be it the folder's or that of a
+    text model on the hub that hf_model_name names.
+    """
+    try:
+        config = read_json(folder / CONFIG)["model_cfg"]
+        outside = config["text_cfg"].get("hf_model_name")
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f"{CONFIG} has no model_cfg with a text_cfg") from None
+    if outside:
+        raise UserError(f"{CONFIG} names a text model outside the folder (hf_model_name); "
+                        "only open_clip's own text models are loaded")
+    for file in sorted(folder.rglob("*.json")):
+        # These two are word lists, where any word may stand; transformers takes no class from them.
+        if file.name in ("tokenizer.json", "vocab.json"):
+            continue
+        for key in ("trust_remote_code", "auto_map"):
+            if has_key(read_json(file), key):
+                raise UserError(f"{file.name} asks for code to be run ({key}), which is not done")
+    return config
+
+
+def has_key(value, key):
+    """Whether a JSON value has a key, at any depth."""
+    if isinstance(value, dict):
+        return key in value or any(has_key(inside, key) for inside in value.values())
+    if isinstance(value, list):
+        return any(has_key(inside, key) for inside in value)
+    return False
+
+
+@contextmanager
+def quiet():
+    """open_clip says what it loads to the root logger, and gives that a handler if it has none. Here it finds
+    one that prints nothing; afterwards the root logger is as it was."""
+    root = logging.getLogger()
+    level = root.level
+    handler = logging.NullHandler()
+    root.addHandler(handler)
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.removeHandler(handler)
+
+
+# --------------------------------------------------------------------------------------------------- the plan
+def image_network(where=None):
+    """The `ImageNetwork` of an open_clip folder's own architecture; ViT-H/14's for anything else."""
+    if where is not None and (Path(where) / CONFIG).exists():
+        config = read_config(Path(where))
+    else:
+        config = open_clip.get_model_config(ARCH)
+    # The class is chosen as create_model does, which itself cannot make fake tensors: it moves them.
+    kind = open_clip.CLIP
+    if config.pop("custom_text", False):
+        kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP
+    network = kind(**config).requires_grad_(False)
+    return base.ImageNetwork(network, base.on_zeros(network.encode_image, image_size(network)), times=1)

@@ -1,0 +1,61 @@
+"""PickScore v1 (arXiv 2305.01569): CLIP ViT-H/14 fine-tuned on the choices of Pick-a-Pic's users."""
+
+import open_clip
+import torch
+import torch.nn.functional as F
+import transformers
+
+from engine.files import fetched, strict
+from rewards import clip, clip_model
+from rewards.base import Column, Reward
+
+COLUMNS = {"pickscore": Column("Pick", ".3f")}
+
+
+class PickReward(Reward):
+    """A transformers CLIPModel. The metric is exp(logit_scale) cos, about 22; r is a twentieth of it, about
+    1.1 (released code)."""
+    unit = 20.0
+    fit = "crop-floor"
+
+    def __init__(self, model, tokenizer):
+        super().__init__(model, model.config.vision_config.image_size, open_clip.OPENAI_DATASET_MEAN,
+                         open_clip.OPENAI_DATASET_STD)
+        self.tokenizer = tokenizer
+
+    def features(self, pixels):
+        """Prepared pixels [B, 3, size, size] -> unit f [B, D] float32."""
+        return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
+
+    def encode_text(self, texts):
+        """B texts, truncated to 77 tokens -> C [B, D] float32 of length exp(logit_scale) / 20."""
+        tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt",
+                                max_length=self.model.config.text_config.max_position_embeddings)
+        C = self.model.get_text_features(**tokens.to(self.device)).pooler_output.float()
+        return self.model.logit_scale.exp() / self.unit * F.normalize(C, dim=-1)
+
+
+def fetch(where=None):
+    """The folder of a transformers CLIPModel; the tokenizer is fetched as well, so that it cannot fail
+    later."""
+    folder = fetched(where or "yuvalkirstain/PickScore_v1", ["*.json", "*.txt", "*.safetensors"])
+    tokenizer_of(folder)
+    return folder
+
+
+def tokenizer_of(folder):
+    """The folder of PickScore's tokenizer: its own folder, or CLIP ViT-H's where that has none."""
+    if (folder / "tokenizer_config.json").exists():
+        return folder
+    return fetched(clip.REPOSITORY, clip.TOKENIZER)
+
+
+def load(folder, device):
+    """The `PickReward` of a folder."""
+    model = strict(transformers.CLIPModel, folder, torch.float32)
+    tokenizer = transformers.CLIPTokenizerFast.from_pretrained(tokenizer_of(folder))
+    return PickReward(model.to(device), tokenizer)
+
+
+# For the plan: PickScore's network is CLIP ViT-H/14, and open_clip's costs the same.
+image_network = clip_model.image_network
