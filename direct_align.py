@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 
-def _column(sigma, x):
+def column(sigma, x):
     """sigma as it multiplies x: a float stays, [B] becomes [B, 1, 1]."""
     return sigma.to(x).view(-1, *[1] * (x.ndim - 1)) if torch.is_tensor(sigma) and sigma.ndim else sigma
 
@@ -25,7 +25,7 @@ def inject(x0, eps, sigma):
 
     x0, eps [B, N, C]; sigma in [0, 1]. Returns x_t [B, N, C]. As in the paper.
     """
-    sigma = _column(sigma, x0)
+    sigma = column(sigma, x0)
     return (1 - sigma) * x0 + sigma * eps
 
 
@@ -34,7 +34,7 @@ def recover_exact(x_t, eps, sigma):
 
     The closed form that needs no network: x_t, eps [B, N, C]; sigma in [0, 1). Returns x0. As in the paper.
     """
-    sigma = _column(sigma, x_t)
+    sigma = column(sigma, x_t)
     return (x_t - sigma * eps) / (1 - sigma)
 
 
@@ -49,7 +49,7 @@ def recover(x_t, v_theta, eps, sigma, sigma_to):
     where the network is called, which is right for its epsilon (`recover_epsilon`) and wrong for a velocity.
     Released code: this.
     """
-    sigma, sigma_to = _column(sigma, x_t), _column(sigma_to, x_t)
+    sigma, sigma_to = column(sigma, x_t), column(sigma_to, x_t)
     return (x_t + (sigma_to - sigma) * v_theta - sigma_to * eps) / (1 - sigma_to)
 
 
@@ -61,7 +61,7 @@ def recover_epsilon(x_t, eps_theta, eps, sigma, sigma_to):
     but passes on (1 - sigma_to) times as much of the network's error: 4 to 28 times less between sigma 0.75
     and 0.964.
     """
-    sigma, sigma_to = _column(sigma, x_t), _column(sigma_to, x_t)
+    sigma, sigma_to = column(sigma, x_t), column(sigma_to, x_t)
     dsigma = sigma - sigma_to
     return (x_t - dsigma * eps_theta - (sigma - dsigma) * eps) / (1 - sigma)
 
@@ -69,7 +69,7 @@ def recover_epsilon(x_t, eps_theta, eps, sigma, sigma_to):
 def epsilon(x_t, v_theta, sigma):
     """eps_theta = x_t + (1 - sigma) v_theta: the noise that a velocity implies. All [B, N, C];
     sigma in [0, 1]."""
-    return x_t + (1 - _column(sigma, x_t)) * v_theta
+    return x_t + (1 - column(sigma, x_t)) * v_theta
 
 
 # ---------------------------------------------------------------------------------------------- the schedules

@@ -7,39 +7,106 @@ model's own config.
 Shapes: B images, N image tokens, L text tokens; C = 64 channels a token (2 x 2 latents of 16 channels).
 """
 
-import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
+import diffusers
 import torch
-from diffusers import (AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline,
-                       FluxTransformer2DModel)
-from huggingface_hub import hf_hub_download, snapshot_download
+import transformers
+from huggingface_hub import snapshot_download
 
-from engine import parallel
 from direct_align import sigma_steps
-from engine.files import one_line, quiet
+from engine import parallel
+from engine.errors import UserError, one_line
+from engine.files import quiet, read_json, strict
 
 PATCH = 2  # a token is 2 x 2 latents: fixed by the FLUX pipeline, stored in no config
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+
+# What a model's srpo.json may set: a recipe that suits it. Never where a run is written, or what is deleted.
+MODEL_MAY_SET = set("""
+    size prompts eval_prompts reward control neg form cfg_k discount_denoise discount_invert threshold
+    sigma_range cells groundtruth_ratio branches injections meet recover lam noise
+    rollout_steps rollout_guidance guidance shift
+    steps batch accumulate lr weight_decay clip
+    eval_steps watch watch_every eval drift_band metrics""".split())
+
+
+# ------------------------------------------------------------------------------------------- a model's folder
+class Configs(NamedTuple):
+    """What a model's files say of it, before anything is loaded."""
+    transformer: dict
+    vae: dict
+    text_tokens: int
+
+
+# FluxTransformer2DModel's own defaults are FLUX.1-dev's, but for the guidance embedding.
+FLUX_DEV = Configs(
+    transformer={"guidance_embeds": True},
+    vae={"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+         "latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+         "use_quant_conv": False, "use_post_quant_conv": False,
+         "scaling_factor": 0.3611, "shift_factor": 0.1159},
+    text_tokens=512)
 
 
 def check_folder(model):
-    """Raise ValueError with one line if `model` is a local path without a FLUX.1 in it; a hub id passes."""
+    """Raise UserError if `model` is a local path without a FLUX.1 in it; a hub id passes."""
     path = Path(model)
     if not path.exists():
         if str(model).count("/") == 1 and not str(model).startswith((".", "/")):
             return
-        raise ValueError(f"--model {model}: no such folder (give a folder in FLUX.1-dev's layout, or a "
-                         f"hub id such as black-forest-labs/FLUX.1-dev)")
-    missing = [p for p in ("model_index.json", *PARTS) if not (path / p).exists()]
+        raise UserError(f"--model {model}: no such folder (give a folder in FLUX.1-dev's layout, or a "
+                        f"hub id such as black-forest-labs/FLUX.1-dev)")
+    missing = [part for part in ("model_index.json", *PARTS) if not (path / part).exists()]
     if missing:
-        raise ValueError(f"--model {model}: not a FLUX.1 folder, it has no {', '.join(missing)}")
-    index = json.loads((path / "model_index.json").read_text())
-    if index.get("_class_name") != "FluxPipeline":
-        raise ValueError(f"--model {model}: model_index.json says {index.get('_class_name')}, "
-                         f"not FluxPipeline")
+        raise UserError(f"--model {model}: not a FLUX.1 folder, it has no {', '.join(missing)}")
+    kind = read_json(path / "model_index.json").get("_class_name")
+    if kind != "FluxPipeline":
+        raise UserError(f"--model {model}: model_index.json says {kind}, not FluxPipeline")
+
+
+def configs(model):
+    """The `Configs` of a model's folder; of a hub id, FLUX.1-dev's, so that nothing need be downloaded."""
+    folder = Path(model)
+    if not folder.exists():
+        return FLUX_DEV
+    tokenizer = read_json(folder / "tokenizer_2" / "tokenizer_config.json")
+    return Configs(read_json(folder / "transformer" / "config.json"),
+                   read_json(folder / "vae" / "config.json"),
+                   tokenizer["model_max_length"])
+
+
+def defaults_of(model):
+    """A model folder may carry srpo.json, the flags' defaults that suit that model: (its path, {flag:
+    value}).
+
+    Paths in it are relative to the folder, and stay inside it. Raises UserError for a key that it may not
+    set.
+    """
+    check_folder(model)
+    path = Path(model) / "srpo.json"
+    if not path.exists():
+        return path, {}
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be an object of flags, such as {{\"size\": 64}}")
+    folder = path.parent.resolve()
+    for name, value in values.items():
+        if name not in MODEL_MAY_SET:
+            raise UserError(f"{path}: {name!r} is not a flag that a model may set; "
+                            f"there are {', '.join(sorted(MODEL_MAY_SET))}")
+        if name in ("prompts", "eval_prompts", "reward") and isinstance(value, str):
+            inside = path.parent / value
+            if not (folder / value).resolve().is_relative_to(folder):
+                raise UserError(f"{path}: {name} {value!r} leads out of the model's folder")
+            if inside.exists():
+                values[name] = str(inside)
+    return path, values
 
 
 def pixels_per_token(vae_config):
@@ -48,34 +115,93 @@ def pixels_per_token(vae_config):
 
 
 def token_grid(vae_config, height, width):
-    """(rows, columns) of tokens of a picture; ValueError, one line, for a size that the model cannot make."""
+    """(rows, columns) of tokens of a picture. Raises UserError for a size that the model cannot make."""
     unit = pixels_per_token(vae_config)
     if height % unit or width % unit or height < unit or width < unit:
-        raise ValueError(f"size {width} x {height}: both sides must be multiples of {unit} pixels for "
-                         f"this model")
+        raise UserError(f"--size {width} x {height}: both sides must be multiples of {unit} pixels for "
+                        f"this model")
     return height // unit, width // unit
 
 
 def check_size(model, side):
-    """ValueError, one line, if a model (a folder or a hub id) cannot make pictures of side x side pixels:
-    read from its VAE's config, before anything is loaded."""
-    quiet()
+    """Raise UserError if a model cannot make pictures of side x side pixels; read from its VAE's config."""
     check_folder(model)
-    try:
-        config = AutoencoderKL.load_config(model, subfolder="vae")
-    except Exception as error:
-        raise cannot_load(model, error) from error
-    token_grid(config, side, side)
+    token_grid(configs(model).vae, side, side)
+
+
+def needs_gpu(model):
+    """Raise UserError for a full-size model on a machine without a GPU."""
+    size = sum(f.stat().st_size for f in Path(model).glob("transformer/*.safetensors"))
+    full_size = not Path(model).exists() or size > 4e9
+    if full_size and not torch.cuda.is_available():
+        raise UserError(f"--model {model} needs a GPU and there is none; what works here: --model miniature")
+
+
+def here(model, *parts):
+    """The model's folder on this machine: itself, or what the hub gives of these parts, fetched now."""
+    if Path(model).exists():
+        return Path(model)
+    return Path(snapshot_download(model, allow_patterns=[f"{part}/*" for part in parts]))
+
+
+def cannot_load(model, error):
+    """The UserError for a model whose files cannot be read or fetched."""
+    hub = "" if Path(model).exists() else " (on the hub: is its licence accepted, and `hf auth login` done?)"
+    return UserError(f"--model {model}: cannot be loaded as FLUX.1: {one_line(error)}{hub}")
+
+
+def transformer_folder(model, weights=None):
+    """Where the transformer's files are: `weights`, or the model's own. Raises UserError."""
+    if weights is None:
+        return here(model, "transformer") / "transformer"
+    if not weights or not (Path(weights) / "config.json").exists():
+        raise UserError(f"--weights {weights!r}: no transformer there (a folder with config.json and "
+                        f"safetensors, such as runs/miniature/weights)")
+    return Path(weights)
+
+
+# ------------------------------------------------------------------------------------------------ the network
+class Condition(NamedTuple):
+    """What the network is told beside x_t and sigma: txt [B, L, D] from T5, pooled [B, D'] from CLIP, and the
+    picture's shape, grid (rows, columns) of tokens."""
+    txt: torch.Tensor
+    pooled: torch.Tensor
+    grid: tuple
+
+
+class ExactTimes:
+    """Hands the time embedding 1000 sigma and 1000 guidance in float32.
+
+    FluxTransformer2DModel casts both to the type that it computes in, and bf16 would round them to multiples
+    of 4. This hook sits on `time_text_embed` from the day the network is loaded, and passes on, once, the two
+    numbers that a call left here.
+    """
+
+    def __init__(self, transformer):
+        self.scales = None
+        transformer.time_text_embed.register_forward_pre_hook(self.replace)
+
+    def replace(self, module, arguments):
+        if self.scales is None:
+            return arguments
+        exact = [1000 * scale for scale in self.scales]
+        self.scales = None
+        return (*exact, arguments[-1])  # the last one is the pooled text
 
 
 @dataclass
 class Flux:
     """The two networks of FLUX.1 that training and sampling touch, and what their configs say."""
-    transformer: FluxTransformer2DModel
-    vae: AutoencoderKL
+    transformer: torch.nn.Module  # FluxTransformer2DModel, sharded or not
+    vae: torch.nn.Module          # AutoencoderKL, frozen
     scheduler: dict
     device: torch.device
-    dtype: torch.dtype  # of the computation; the transformer's parameters may be float32 masters
+    dtype: torch.dtype            # of the computation; the parameters may be float32 masters
+    seconds_in_rollout: float = 0.0  # counted by `rollout`, for the log
+
+    def __post_init__(self):
+        if self.transformer is not None:
+            self.exact_times = ExactTimes(self.transformer)
 
     def grid(self, height, width):
         """(rows, columns) of tokens of a picture of height x width pixels; N = rows x columns."""
@@ -90,123 +216,149 @@ class Flux:
         slope = (c["max_shift"] - c["base_shift"]) / (c["max_image_seq_len"] - c["base_image_seq_len"])
         return math.exp(c["base_shift"] + slope * (n_tokens - c["base_image_seq_len"]))
 
+    def velocity(self, x_t, sigma, c, guidance):
+        """v_theta(x_t, sigma, c) = eps - x0, as FLUX predicts it.
 
-def transformer_folder(model, weights=None):
-    """Where the transformer's files are: `weights`, the model folder's, or the hub's, fetched now."""
-    if weights and not (Path(weights) / "config.json").exists():
-        raise ValueError(f"--weights {weights}: no transformer there (a folder with config.json and "
-                         f"safetensors, such as runs/miniature/weights)")
-    if weights or Path(model).exists():
-        return Path(weights or Path(model) / "transformer")
-    return Path(snapshot_download(model, allow_patterns="transformer/*")) / "transformer"
+        x_t [B, N, C]; sigma [B] or a number, in [0, 1]; c a `Condition` of B prompts; guidance a number (3.5
+        is FLUX.1-dev's own; ignored by models without a guidance embedding). Returns [B, N, C] float32.
+        """
+        b = len(x_t)
+        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).expand(b)
+        guidance = torch.as_tensor(guidance, dtype=torch.float32, device=self.device).expand(b)
+        if not self.transformer.config.guidance_embeds:
+            guidance = None
+        self.exact_times.scales = [sigma] if guidance is None else [sigma, guidance]
+        return self.transformer(
+            hidden_states=x_t.to(self.dtype), timestep=sigma, guidance=guidance,
+            encoder_hidden_states=c.txt.to(self.dtype), pooled_projections=c.pooled.to(self.dtype),
+            img_ids=image_ids(c.grid, self.device),
+            txt_ids=torch.zeros(c.txt.shape[1], 3, device=self.device),
+            return_dict=False)[0].float()
+
+    @torch.no_grad()
+    def rollout(self, start, c, sigmas, guidance):
+        """Noise to clean latents by Euler steps, x <- x + (s_next - s) v(x, s), without gradient.
+
+        start [B, N, C] standard normal; sigmas [S + 1] from 1 to 0. Returns x0 [B, N, C] float32. On many
+        GPUs the parameters are gathered once, not at every step.
+        """
+        began = parallel.clock(self.device)
+        x = start.to(self.device)
+        with parallel.gathered(self.transformer):
+            for s, s_next in pairwise(sigmas.tolist()):
+                x = x + (s_next - s) * self.velocity(x, s, c, guidance)
+        self.seconds_in_rollout += parallel.clock(self.device) - began
+        return x
+
+    def decode(self, x, grid):
+        """Packed latents [B, N, C] -> images [B, 3, H, W] in [0, 1], with gradient."""
+        config = self.vae.config
+        z = unpack(x, grid) / config.scaling_factor + config.shift_factor
+        return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
-def cannot_load(model, error):
-    """The ValueError, one line, for a model whose files cannot be read or fetched."""
-    hub = "" if Path(model).exists() else " (on the hub: is its licence accepted, and `hf auth login` done?)"
-    return ValueError(f"--model {model}: cannot be loaded as FLUX.1: {one_line(error)}{hub}")
-
-
-def load(model, weights=None, device="cpu", dtype=torch.float32, world=None):
-    """A `Flux` from a folder or hub id; `weights` is a folder of trained transformer weights to use instead
-    of the model's own; a `parallel.World` shards the transformer over its mesh, for training. The VAE is
-    frozen.
-
-    Raises ValueError with one line if the folder is not a FLUX.1.
-    """
-    quiet()
-    check_folder(model)
-    try:
-        transformer = parallel.load_transformer(transformer_folder(model, weights), device, dtype, world)
-        vae = AutoencoderKL.from_pretrained(model, subfolder="vae", dtype=dtype)
-        scheduler = FlowMatchEulerDiscreteScheduler.load_config(model, subfolder="scheduler")
-    except ValueError:
-        raise
-    except Exception as error:
-        raise cannot_load(model, error) from error
-    return Flux(transformer, vae.to(device).eval().requires_grad_(False), dict(scheduler),
-                device, dtype)
-
-
-@torch.no_grad()
-def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, batch=64):
-    """All prompts through both text encoders, once; the encoders are freed on return.
-
-    Returns (txt [P, L, D] from T5, pooled [P, D'] from CLIP, cut): `cut` counts the prompts longer than the
-    T5 encoder's L tokens (512 for FLUX.1-dev, from its tokenizer), whose end is not seen. The embeddings stay
-    on the CPU.
-    """
-    quiet()
-    check_folder(model)
-    try:
-        pipe = FluxPipeline.from_pretrained(model, transformer=None, vae=None, dtype=dtype).to(device)
-    except Exception as error:
-        raise cannot_load(model, error) from error
-    length = pipe.tokenizer_2.model_max_length
-    cut = sum(len(ids) > length for ids in pipe.tokenizer_2(prompts).input_ids)
-    parts = [[t.cpu() for t in pipe.encode_prompt(prompts[i:i + batch], max_sequence_length=length)[:2]]
-             for i in range(0, len(prompts), batch)]
-    txt, pooled = (torch.cat([p[j] for p in parts]) for j in (0, 1))
-    return txt, pooled, cut
+def image_ids(grid, device):
+    """FLUX's position of every image token: [N, 3] float32, (0, row, column)."""
+    rows, columns = grid
+    row = torch.arange(rows, device=device).repeat_interleave(columns)
+    column = torch.arange(columns, device=device).repeat(rows)
+    return torch.stack([torch.zeros_like(row), row, column], -1).float()
 
 
 def pack(z):
     """Latents [B, c, h, w] -> tokens [B, (h/2)(w/2), 4c]: each token 2 x 2 latents, channel-major inside."""
     b, c, h, w = z.shape
-    z = z.view(b, c, h // PATCH, PATCH, w // PATCH, PATCH)
+    z = z.view(b, c, h // PATCH, PATCH, w // PATCH, PATCH)  # [B, c, rows, 2, columns, 2]
     return z.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // PATCH**2, c * PATCH**2)
 
 
 def unpack(x, grid):
     """Tokens [B, rows columns, 4c] -> latents [B, c, 2 rows, 2 columns]: the inverse of `pack`."""
-    (b, _, c), (rows, columns) = x.shape, grid
-    x = x.view(b, rows, columns, c // PATCH**2, PATCH, PATCH)
+    b, _, c = x.shape
+    rows, columns = grid
+    x = x.view(b, rows, columns, c // PATCH**2, PATCH, PATCH)  # [B, rows, columns, c, 2, 2]
     return x.permute(0, 3, 1, 4, 2, 5).reshape(b, c // PATCH**2, rows * PATCH, columns * PATCH)
 
 
-def velocity(transformer, x_t, sigma, txt, pooled, guidance, grid):
-    """v_theta(x_t, sigma, c) = eps - x0, as FLUX predicts it.
+# ---------------------------------------------------------------------------------------------------- loading
+def load(model, weights=None, device="cpu", dtype=torch.float32, world=None):
+    """A `Flux` from a folder or hub id; `weights` is a folder of trained transformer weights to use instead
+    of the model's own; a `parallel.World` shards the transformer over its mesh, for training. The VAE is
+    frozen. Every tensor of both networks must be in the files, and the files hold no other.
 
-    x_t [B, N, C]; sigma [B] or a number, in [0, 1]; txt [B, L, D]; pooled [B, D']; guidance a number (3.5 is
-    FLUX.1-dev's own; ignored by models without a guidance embedding); grid (rows, columns). Returns
-    [B, N, C]. The time embedding gets 1000 sigma in float32: in bf16, diffusers would round it to a multiple
-    of 4.
+    Raises UserError if the folder is not a FLUX.1.
     """
-    b, (rows, columns) = len(x_t), grid
-    row, column = torch.arange(rows, device=x_t.device), torch.arange(columns, device=x_t.device)
-    img_ids = torch.stack([torch.zeros(rows * columns, device=x_t.device),
-                           row.repeat_interleave(columns).float(),
-                           column.repeat(rows).float()], -1)  # [N, 3]: (0, row, column)
-    full = lambda value: torch.as_tensor(value, dtype=torch.float32, device=x_t.device).expand(b)
-    scales = [full(sigma), full(guidance)] if transformer.config.guidance_embeds else [full(sigma)]
-    exact = lambda module, args: (*(1000 * s for s in scales), args[-1])
-    hook = transformer.time_text_embed.register_forward_pre_hook(exact)
+    quiet()
+    check_folder(model)
+    if weights is not None:
+        transformer_folder(model, weights)  # its own words, if it is none
     try:
-        return transformer(
-            hidden_states=x_t, timestep=scales[0], guidance=scales[1] if len(scales) > 1 else None,
-            encoder_hidden_states=txt, pooled_projections=pooled, img_ids=img_ids,
-            txt_ids=torch.zeros(txt.shape[1], 3, device=x_t.device), return_dict=False)[0]
-    finally:
-        hook.remove()
+        folder = here(model, "vae", "scheduler")
+        network = diffusers.FluxTransformer2DModel
+        transformer = parallel.load_sharded(network, transformer_folder(model, weights), device, dtype, world)
+        vae = strict(diffusers.AutoencoderKL, folder / "vae", dtype)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler")
+    except Exception as error:
+        raise cannot_load(model, error) from error
+    return Flux(transformer, vae.to(device), dict(scheduler), torch.device(device), dtype)
 
 
-def rollout(v, eps, sigmas):
-    """Noise to clean latent, by Euler steps:  x <- x + (s_next - s) v(x, s).
+class Embeddings(NamedTuple):
+    """P prompts as the network reads them: txt [P, L, D], pooled [P, D'], on the CPU; `truncated` counts the
+    prompts that are longer than the L tokens of the T5 encoder (512 for FLUX.1-dev)."""
+    txt: torch.Tensor
+    pooled: torch.Tensor
+    truncated: int
 
-    v(x, s) the velocity [B, N, C] of x at noise level s (a float); eps [B, N, C]; sigmas [S + 1] from 1 to 0.
+    def part(self, first, last):
+        """The embeddings of prompts first .. last - 1."""
+        return Embeddings(self.txt[first:last], self.pooled[first:last], self.truncated)
+
+    def condition(self, rows, grid, device):
+        """The `Condition` of some rows, moved to the device."""
+        return Condition(self.txt[rows].to(device), self.pooled[rows].to(device), grid)
+
+
+def text_encoders(model, dtype):
+    """A FluxPipeline of nothing but the two text encoders and their tokenizers. Raises UserError."""
+    folder = here(model, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    for part in ("tokenizer", "tokenizer_2"):
+        if not any((folder / part / name).exists() for name in VOCABULARIES):
+            raise UserError(f"--model {model}: {part} has no vocabulary ({' or '.join(VOCABULARIES)})")
+    clip = strict(transformers.CLIPTextModel, folder / "text_encoder", dtype,
+                  unread=("text_model.embeddings.position_ids",))
+    t5 = strict(transformers.T5EncoderModel, folder / "text_encoder_2", dtype,
+                unread=("encoder.embed_tokens.weight",))
+    return diffusers.FluxPipeline(
+        scheduler=None, vae=None, transformer=None, text_encoder=clip, text_encoder_2=t5,
+        tokenizer=transformers.CLIPTokenizerFast.from_pretrained(folder / "tokenizer"),
+        tokenizer_2=transformers.T5TokenizerFast.from_pretrained(folder / "tokenizer_2"))
+
+
+@torch.no_grad()
+def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, batch=64):
+    """The `Embeddings` of all prompts, through both text encoders once; the encoders are freed on return.
+
+    Raises UserError if an encoder or its tokenizer cannot be loaded whole.
     """
-    x, levels = eps, sigmas.tolist()
-    for s, s_next in zip(levels, levels[1:]):
-        x = x + (s_next - s) * v(x, s)
-    return x
+    quiet()
+    check_folder(model)
+    try:
+        pipe = text_encoders(model, dtype).to(device)
+    except Exception as error:
+        raise cannot_load(model, error) from error
+    length = pipe.tokenizer_2.model_max_length
+    truncated = sum(len(ids) > length for ids in pipe.tokenizer_2(prompts).input_ids)
+    txt = []
+    pooled = []
+    for i in range(0, len(prompts), batch):
+        t, p, _ = pipe.encode_prompt(prompts[i:i + batch], max_sequence_length=length)
+        txt.append(t.cpu())
+        pooled.append(p.cpu())
+    return Embeddings(torch.cat(txt), torch.cat(pooled), truncated)
 
 
-def decode(vae, x, grid):
-    """Packed latents [B, N, C] -> images [B, 3, H, W] in [0, 1], with gradient."""
-    z = unpack(x, grid) / vae.config.scaling_factor + vae.config.shift_factor
-    return (vae.decode(z.to(vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
-
-
+# --------------------------------------------------------------------------------------------------- sampling
 def noise(flux, grid, seeds):
     """Initial noise of the samples, one per seed: [B, N, C] float32, the same whatever the batch it is made
     in."""
@@ -215,111 +367,16 @@ def noise(flux, grid, seeds):
 
 
 @torch.no_grad()
-def sample(flux, txt, pooled, eps, grid, steps, guidance, batch=64, progress=lambda parts: parts):
+def sample(flux, txt, pooled, start, grid, steps, guidance, batch=64, progress=list):
     """Pictures of P prompts, as FluxPipeline makes them (the model's own time shift): images [P, 3, H, W]
-    in [0, 1].
+    in [0, 1], on the CPU.
 
-    txt [P, L, D], pooled [P, D'], eps [P, N, C]; `progress` may wrap the list of batches in a progress bar.
+    txt [P, L, D], pooled [P, D'], start [P, N, C]; `progress` may wrap the list of batches in a progress bar.
     """
-    sigmas = sigma_steps(steps, flux.shift(eps.shape[1]))
+    sigmas = sigma_steps(steps, flux.shift(start.shape[1]))
     images = []
-    for rows in progress(list(torch.arange(len(eps)).split(batch))):
-        t, p = (a[rows].to(flux.device, flux.dtype) for a in (txt, pooled))
-        v = lambda x, s: velocity(flux.transformer, x.to(flux.dtype), s, t, p, guidance, grid).float()
-        x = rollout(v, eps[rows].to(flux.device), sigmas)
-        images.append(decode(flux.vae, x, grid).cpu())
+    for rows in progress(torch.arange(len(start)).split(batch)):
+        c = Condition(txt[rows].to(flux.device), pooled[rows].to(flux.device), grid)
+        x0 = flux.rollout(start[rows], c, sigmas, guidance)
+        images.append(flux.decode(x0, grid).cpu())
     return torch.cat(images)
-
-
-# --------------------------------------------------------------------- what the scripts of this project share
-# name: (dataset on the hub, files); the paper trains on the one and evaluates on the other (4.1, 4.2)
-PROMPTS = {
-    "hpdv2": ("ymhao/HPDv2", ["train.json"]),
-    "hpdv2-benchmark": ("zhwang/HPDv2", [f"benchmark/{s}.json"
-                                         for s in ("anime", "concept-art", "paintings", "photo")])}
-
-
-def prompt_files(source, flag):
-    """The local JSON files of a named set of PROMPTS, fetched from the hub, or of a folder, by name."""
-    if source not in PROMPTS:
-        return sorted(Path(source).glob("*.json"))
-    dataset, files = PROMPTS[source]
-    quiet()
-    try:
-        return [Path(hf_hub_download(dataset, f, repo_type="dataset")) for f in files]
-    except Exception as error:
-        raise ValueError(f"{flag} {source}: {dataset} cannot be fetched ({type(error).__name__}); give a "
-                         f"text file, one prompt a line, or a folder of its .json files") from error
-
-
-def read_prompts_by_category(source, flag="--prompts"):
-    """[(prompt, category)] of a UTF-8 text file, one prompt a line, blank lines left out, all of category "";
-    of a folder of .json files, lists of prompts or of objects with a "prompt", a category each; or of a named
-    set of PROMPTS, fetched from the hub. Raises ValueError with one line."""
-    path = Path(source)
-    if source in PROMPTS or path.is_dir():
-        found = []
-        for file in prompt_files(source, flag):
-            try:
-                texts = [entry if isinstance(entry, str) else entry["prompt"]
-                         for entry in json.loads(file.read_text("utf-8"))]
-                if not all(isinstance(text, str) for text in texts):
-                    raise TypeError
-                found += [(text, file.stem) for text in texts]
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{flag} {file}: not a JSON list of prompts") from error
-        if not found:
-            raise ValueError(f"{flag} {source}: no prompt in it (a folder of .json files, lists of prompts)")
-        return found
-    if not path.is_file():
-        raise ValueError(f"{flag} {path}: no such file (a text file, one prompt a line), and not one of "
-                         f"{', '.join(PROMPTS)}")
-    try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{flag} {path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
-    if not prompts:
-        raise ValueError(f"{flag} {path}: no prompt in it, every line is blank")
-    return [(prompt, "") for prompt in prompts]
-
-
-def read_prompts(source, flag="--prompts"):
-    """The prompts of `read_prompts_by_category`; of a named set, each once."""
-    prompts = [prompt for prompt, _ in read_prompts_by_category(source, flag)]
-    return list(dict.fromkeys(prompts)) if source in PROMPTS else prompts
-
-
-def parse_flags(parser, recipes={}):
-    """The command line, with ValueError for a mistake in it. A model folder may carry srpo.json: the flags'
-    defaults that suit that model, paths relative to the folder. `recipes` are named sets of defaults, chosen
-    by --recipe.
-
-    Precedence: command line, recipe, srpo.json, the parser's own defaults.
-    """
-    def one_line(message):
-        """What argparse prints with its usage, as the one line that the scripts print."""
-        raise ValueError(message)
-    parser.error = one_line
-    first = parser.parse_known_args()[0]
-    check_folder(first.model)
-    own = Path(first.model) / "srpo.json"
-    if own.exists():
-        defaults = {k: v for k, v in json.loads(own.read_text()).items() if hasattr(first, k)}
-        inside = {k: str(own.parent / v) for k, v in defaults.items()
-                  if isinstance(v, str) and (own.parent / v).exists()}
-        parser.set_defaults(**defaults | inside)
-    parser.set_defaults(**recipes.get(getattr(first, "recipe", None), {}))
-    return parser.parse_args()
-
-
-def needs_gpu(model):
-    """Raises ValueError for a full-size model on a machine without a GPU."""
-    size = sum(f.stat().st_size for f in Path(model).glob("transformer/*.safetensors"))
-    if not torch.cuda.is_available() and (not Path(model).exists() or size > 4e9):
-        raise ValueError(f"--model {model} needs a GPU and there is none; what works here: --model miniature")
-
-
-def pick_device(model):
-    """(device, dtype) of one process: bf16 on a GPU, float32 on the CPU."""
-    needs_gpu(model)
-    return parallel.device_and_dtype()

@@ -3,298 +3,358 @@
     python train.py --model miniature                                                              on a laptop
     torchrun --nproc_per_node=8 train.py --control "realistic photo" --neg "CG render"             FLUX.1-dev
 
-The mathematics is in direct_align.py (Eqs. 3-6) and srpo_reward.py (Eqs. 7-13); `update` below is one step of
-it, and `run` is the loop around it, from top to bottom. Defaults are the released recipe; `--recipe paper`
-takes the printed forms.
+From top to bottom: the recipe, which is the released one unless a flag or --recipe says otherwise; `srpo`,
+the loss of one update; the set-up; the loop. The mathematics is in direct_align.py (Eqs. 3-6) and
+srpo_reward.py (Eqs. 7-13).
 """
 
-import json
-import os
-import signal
 import sys
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torchvision.io import read_image, write_png
 from tqdm import tqdm
 
 import direct_align as da
-from evaluation import explain
-from engine import old_flags as flags
 import flux
-from evaluation import metrics
-from engine import parallel
-from engine import plan
+import rewards
 import srpo_reward as sr
-from evaluation import tables
-from rewards.pictures import save_grid
+from engine import checkpoint, data, parallel, plan
+from engine.command_line import Parser, add_machine_flags, as_line, or_off, parse, real, whole, words
+from engine.errors import UserError, frame
+from engine.finite import first_not_finite, stop_if_not_finite
+from engine.run_folder import RunFolder
+from engine.stopping import Stopping
+from evaluation import watch
+from evaluation.explain import explain
 
 
-def first_not_finite(**tensors):
-    """(name, row) of the first tensor [B, ...] with a NaN or Inf in it, and of the first such row; None if
-    all are fine."""
-    for name, t in tensors.items():
-        bad = ~t.detach().isfinite().reshape(len(t), -1).all(1)
-        if bad.any():
-            return name, int(bad.nonzero()[0])
+# ------------------------------------------------------------------------------------------------- the recipe
+def add_recipe(parser):
+    """Every hyper-parameter: its default, its unit, and where the default comes from."""
+    add = parser.add_argument_group("what is trained").add_argument
+    add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id; "
+        "its srpo.json, if there is one, holds defaults that suit it")
+    add("--prompts", default="hpdv2",
+        help="text file, one training prompt a line; hpdv2: fetched from the hub [paper 4.1]")
+    add("--size", type=whole(1), default=720, help="side of the pictures, pixels [released code]")
+    add("--seed", type=whole(0, 2**31 - 1), default=0, help="of noise, noise levels and prompt order [ours]")
+
+    add = parser.add_argument_group("the optimizer: AdamW, betas 0.9 and 0.999").add_argument
+    add("--steps", type=whole(1), default=19, help="updates; users see collapse by 20 to 50 [released code]")
+    add("--batch", type=whole(1), default=1, help="images at a time, of a process [released code]")
+    add("--accumulate", type=whole(1), default=1, help="batches whose gradients are averaged in an update: "
+        "32 on one GPU are the released code's 32 images on 32 GPUs [ours]")
+    add("--lr", type=real(0, 1e3, open_low=True), default=5e-6, help="constant learning rate [released code]")
+    add("--weight-decay", type=real(0, 1e3), default=1e-4, help="AdamW's [released code]")
+    add("--clip", type=real(0, open_low=True), default=0.1, help="largest gradient norm [released code]")
+
+    add = parser.add_argument_group("the rollout, from noise to the clean latents x0").add_argument
+    add("--rollout-steps", type=whole(1), default=25, help="Euler steps [paper 4.1]")
+    add("--rollout-guidance", type=real(), default=1.0, help="distilled guidance [released code]")
+    add("--shift", type=or_off(real(0, 1e3, open_low=True)), default=3.0,
+        help="time shift; off: the model's own [released code]")
+    add("--noise", choices=["shared", "independent", "fresh"], default="shared", help="one noise prior for "
+        "all images of an update [released code], one each, or shared but with fresh noise to inject")
+
+    add = parser.add_argument_group("Direct-Align (Eqs. 3-6)").add_argument
+    add("--sigma-range", type=real(0, 1, open_high=True), nargs=2, default=[27 / 28, 0.75],
+        metavar=("MAX", "MIN"), help="noise levels that are trained [released code: 0.9643 0.75]")
+    add("--cells", type=whole(20, 10**6), default=1000, help="grid cells in that range [released code]")
+    add("--groundtruth-ratio", type=real(0, 1), default=0.92, help="share of the range left to the known "
+        "noise; the network is called the rest away from where it lands "
+        "[released code: 0.92 HPS, 0.9 PickScore]")
+    add("--branches", type=words, default=["denoise", "invert"], help="denoise, invert, or both [paper 3.2]")
+    add("--injections", type=whole(1), default=1,
+        help="n of Eq. 6: noise levels that a branch visits per image [released code]")
+    add("--guidance", type=real(), default=3.5,
+        help="distilled guidance of these calls, and of samples [released code]")
+    add("--meet", choices=["landing", "call"], default="landing", help="where the branches meet: at the "
+        "level they land on [released code], or at the level they call the network [paper]")
+    add("--recover", choices=["velocity", "epsilon"], default="velocity",
+        help="Eq. 5 for a velocity [released code], or as printed")
+    add("--lam", type=real(), nargs=2, default=[1.0, 1.0], metavar=("EARLY", "LATE"),
+        help="lambda(t) of Eq. 6 at both ends of --sigma-range [released code: none]")
+
+    add = parser.add_argument_group("the reward (Eqs. 7-13)").add_argument
+    add("--reward", default="hpsv2.1", help=f"{', '.join(rewards.names())} (NAME=PATH: weights from there), "
+        "a .pt in HPSv2.1's layout, or an open_clip folder; several with weights: hpsv2.1:0.7,pickscore:0.3; "
+        "weight 0: held out, watched only [paper 4.1]")
+    add("--control", type=words, default=["Natural-lighting", "Detail", "Detailed", "Real"],
+        help="wanted words, comma-separated, cycling with the step [released code]")
+    add("--neg", type=words, default=["Concept art", "Painting", "Anime", "Flat", "Oil"],
+        help="unwanted words, likewise [released code]")
+    add("--form", choices=sr.FORMS, default="released", help="which reward in which branch: the table in "
+        "srpo_reward.branch_reward [released code]")
+    add("--cfg-k", type=real(), default=1.5, help="k of Eq. 11, for --form cfg [ours; the paper gives none]")
+    add("--discount-denoise", type=real(), nargs=2, default=[0.1, 0.25], metavar=("LATE", "EARLY"),
+        help="d of --form released, denoising branch [released code]")
+    add("--discount-invert", type=real(), nargs=2, default=[0.3, 0.01], metavar=("LATE", "EARLY"),
+        help="the same, inverting branch [released code]")
+    add("--threshold", type=or_off(real()), default=0.7,
+        help="relu(threshold - r) instead of -r, or off [released code]")
 
 
-# --------------------------------------------------------------------------------- one update, Eqs. 3-6, 9-13
-def update(a, v, decode, image_features, x0, eps, C0, C1, C2, middles):
-    """Add the gradient of Eq. 6 to the network's, for B images of clean latents x0 [B, N, C] (no gradient).
+# Named sets of flags, for --recipe. "paper" takes the printed form of Eqs. 5, 6, 12 and 13, of the noise and
+# of the guidance. It leaves out Eq. 11 (--form cfg; the branches are printed with one text each), the whole
+# trajectory (--sigma-range 0.99 0.01) and the words of the evaluation.
+RECIPES = {
+    "released": "",
+    "paper": "--form branches --recover epsilon --meet call --lam 1 0.4 --injections 2 --threshold off "
+             "--noise independent --rollout-guidance 3.5 --shift off"}
 
-    v(x_t, sigma) the network's velocity; decode(x0_hat) pictures; image_features(pictures) f [B, D];
-    eps [B, N, C] the noise prior; C0, C1, C2 [B, D] text features of the prompt, with control and with
-    negative words; middles a list of n draws [B] (`da.draw_middle`). Returns
-    ({branch: mean reward, "sgp": mean f.(C1 - C2)} over the n injections, what was not finite).
+
+def parser():
+    """All flags of this script."""
+    p = Parser(__doc__)
+    add_recipe(p)
+    p.add_argument("--recipe", choices=RECIPES, default="released",
+                   help=f"paper: {RECIPES['paper']} [ours where the paper gives no number]")
+    watch.add_flags(p)
+    add_machine_flags(p)
+    p.add_argument("--explain", action="store_true", help="tell one update call by call, with equations and "
+                   "shapes, and draw it: explain.png in --out; nothing is trained")
+    return p
+
+
+def flags(argv):
+    """The flags of a command line, checked as far as no file is needed. Raises UserError."""
+    a = parse(parser(), argv, flux.defaults_of, RECIPES)
+    high, low = a.sigma_range
+    if low >= high:
+        raise UserError(f"--sigma-range {high} {low}: give MAX then MIN")
+    if not a.branches or len(set(a.branches)) < len(a.branches) or set(a.branches) - {"denoise", "invert"}:
+        raise UserError(f"--branches {','.join(a.branches)}: must be denoise, invert or denoise,invert")
+    if set(a.control) & set(a.neg):
+        raise UserError(f"--control {','.join(a.control)} --neg {','.join(a.neg)}: the same words are wanted "
+                        "and unwanted, so there is nothing to learn")
+    flux.check_folder(a.model)
+    flux.check_size(a.model, a.size)
+    rewards.parse_rewards(a.reward)
+    return a
+
+
+# ------------------------------------------------------------------------------ one update: Eqs. 3-6 and 9-13
+class Batch(NamedTuple):
+    """What an update begins with, for B images."""
+    prompts: list          # B texts
+    c: flux.Condition      # the same, as the network reads them
+    x0: torch.Tensor       # clean latents [B, N, C], or None: the model's own, to be rolled out
+    start: torch.Tensor    # [B, N, C] the noise that a rollout begins with
+    eps: torch.Tensor      # [B, N, C] the noise prior that is injected
+    C0: torch.Tensor       # [B, D] text features of the prompts
+    C1: torch.Tensor       # [B, D] the same, of "<control>. <prompt>"
+    C2: torch.Tensor       # [B, D] the same, of "<neg>. <prompt>"
+    middles: list          # --injections draws m [B] of where in the training grid the branches meet
+
+
+class Term(NamedTuple):
+    """One term of Eq. 6's sum, all of it: for the log, and for --explain."""
+    branch: str            # "denoise" or "invert"
+    sigma: torch.Tensor    # [B] where the network is called
+    sigma_to: torch.Tensor  # [B] where it lands
+    x0: torch.Tensor       # [B, N, C]
+    x_t: torch.Tensor      # [B, N, C]
+    v_theta: torch.Tensor  # [B, N, C], with gradient
+    x0_hat: torch.Tensor   # [B, N, C], with gradient
+    image: torch.Tensor    # [B, 3, H, W], with gradient
+    f: torch.Tensor        # [B, D] its feature, with gradient
+    d: torch.Tensor        # [B] the released discount
+    reward: torch.Tensor   # [B], with gradient
+    sgp: torch.Tensor      # [B] f.(C1 - C2), the SGP gap
+
+
+def srpo(a, net, reward, batch):
+    """SRPO: yields (loss, `Term`) for every term of Eq. 6's sum, whose gradients add up at constant memory.
+
+    a: the flags; net: a `flux.Flux`; reward: a `srpo_reward.Rewards`; batch: a `Batch`. The caller calls
+    backward on each loss as it comes.
     """
-    grid, told, trouble = (da.training_grid(*a.sigma_range, a.cells),
-                           {b: [] for b in (*a.branches, "sgp")}, None)
-    reach, n = da.reach_of(a.groundtruth_ratio, a.cells), len(middles) * len(a.branches)
-    for m in middles:  # Eq. 6's sum
+    x0 = batch.x0
+    if x0 is None:
+        sigmas = da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1]))
+        x0 = net.rollout(batch.start, batch.c, sigmas, a.rollout_guidance)  # [B, N, C]
+    grid = da.training_grid(*a.sigma_range, a.cells)
+    reach = da.reach_of(a.groundtruth_ratio, a.cells)
+    n = a.injections * len(a.branches)
+    for m in batch.middles:
         for branch in a.branches:
             at = da.place(branch, m, grid, reach, a.meet)
-            sigma, sigma_to = at.sigma.to(x0.device), at.sigma_to.to(x0.device)
-            x_t = da.inject(x0, eps, sigma)  # Eq. 3, [B, N, C]
-            v_theta = v(x_t, sigma)  # the only call with a gradient
+            sigma, sigma_to = at.sigma.to(x0.device), at.sigma_to.to(x0.device)  # [B] each
+            x_t = da.inject(x0, batch.eps, sigma)                                # Eq. 3
+            v_theta = net.velocity(x_t, sigma, batch.c, a.guidance)              # the only gradient
             if a.recover == "velocity":
-                x0_hat = da.recover(x_t, v_theta, eps, sigma, sigma_to)  # Eq. 5
+                x0_hat = da.recover(x_t, v_theta, batch.eps, sigma, sigma_to)    # Eq. 5
             else:
-                x0_hat = da.recover_epsilon(x_t, da.epsilon(x_t, v_theta, sigma), eps, sigma, sigma_to)
-            image = decode(x0_hat)  # [B, 3, H, W]
-            f = image_features(image)  # [B, D]
-            d = da.discount(at.cell, *getattr(a, f"discount_{branch}"), a.cells)
-            r = sr.branch_reward(a.form, branch, f, C0, C1, C2, d, a.cfg_k)  # Eqs. 12 and 13, [B]
-            trouble = trouble or first_not_finite(x0=x0, v_theta=v_theta, image=image, reward=r)
-            weight = da.lam(sigma_to, *a.sigma_range, *a.lam)
-            da.aggregate(sr.loss(r, a.threshold), weight, n).mean().backward()  # Eq. 6
-            told[branch].append(r.mean().item())
-            told["sgp"].append(sr.relative(f, C1, C2).mean().item())
-    return {k: sum(values) / len(values) for k, values in told.items()}, trouble
+                eps_theta = da.epsilon(x_t, v_theta, sigma)
+                x0_hat = da.recover_epsilon(x_t, eps_theta, batch.eps, sigma, sigma_to)  # Eq. 5, as printed
+            image = net.decode(x0_hat, batch.c.grid)                             # [B, 3, H, W]
+            f = reward.image_features(image)                                     # [B, D]
+            d = da.discount(at.cell, *discount_of(a, branch), a.cells)           # [B]
+            r = sr.branch_reward(a.form, branch, f, batch.C0, batch.C1, batch.C2, d, a.cfg_k)  # Eqs. 12, 13
+            weight = da.lam(sigma, *a.sigma_range, *a.lam)
+            loss = da.aggregate(sr.loss(r, a.threshold), weight, n).mean()       # Eq. 6
+            sgp = sr.relative(f.detach(), batch.C1, batch.C2)
+            yield loss, Term(branch, sigma, sigma_to, x0, x_t, v_theta, x0_hat, image, f, d, r, sgp)
 
 
-def prompt_order(n, count, seed):
-    """The first `count` prompts of an endless series of seeded permutations of n: a list of rows."""
-    g, rows = torch.Generator().manual_seed(seed), []
-    while len(rows) < count:
-        rows += torch.randperm(n, generator=g).tolist()
-    return rows[:count]
+def discount_of(a, branch):
+    """The ends of the released discount of a branch: (late, early)."""
+    return a.discount_denoise if branch == "denoise" else a.discount_invert
 
 
-def hacking(now, before, band):
-    """The hacking gauge: (drift {statistic: change of the mean}, list of what is wrong, in words).
+# ------------------------------------------------------------------------------------------------- the set-up
+@dataclass
+class Run:
+    """All that the loop needs beside the flags."""
+    world: parallel.World
+    net: flux.Flux
+    reward: sr.Rewards
+    curriculum: data.Curriculum
+    embeddings: flux.Embeddings
+    watched: watch.Watch
+    optimizer: torch.optim.Optimizer
+    grid: tuple            # (rows, columns) of tokens of a picture
 
-    now, before: scores {name: [P]} of the same prompts and seeds. A rise or fall counts when it is above two
-    standard errors of the paired differences.
-    """
-    drift = {k: (now[k] - before[k]).mean().item() for k in metrics.STATISTICS}
-    wrong = [f"{k} drifted by {drift[k]:+.3f}, outside ±{limit}"
-             for k, limit in zip(metrics.STATISTICS, band) if abs(drift[k]) > limit]
-    change = {k: now[k] - before[k] for k in ("reward", "sgp")}
-    sure = {k: d.mean().abs() > 2 * d.std() / len(d) ** 0.5 for k, d in change.items()}
-    if all(sure.values()) and change["reward"].mean() > 0 > change["sgp"].mean():
-        wrong.append("the reward rises while the SGP gap falls")
-    return drift, wrong
-
-
-def open_board(out):
-    """A TensorBoard writer in out/tensorboard; ValueError if the package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ValueError("--tensorboard: the package is not installed; pip install tensorboard") from error
-    return SummaryWriter(out / "tensorboard")
-
-
-def run():
-    try:
-        a = flux.parse_flags(flags.parser(__doc__), {"paper": flags.PAPER})
-        flags.check(a)
-        if a.plan:
-            return plan.show(a)
-        out, checkpoint = (None, None) if a.explain else flags.run_folder(a)
-        flux.needs_gpu(a.model)
-        prompts = flux.read_prompts(a.prompts)
-        held_out = flux.read_prompts(a.eval_prompts, "--eval-prompts")[:max(a.eval, a.watch)]
-        world = parallel.World(a.replicas)
-        plan.must_fit(a, world)
-        B, everyone = a.batch, a.batch * world.size  # images an update: of this process, of all
-        order = prompt_order(len(prompts), a.steps * everyone, a.seed)
-        mine = [order[step * everyone:][world.rows(B)] for step in range(a.steps)]  # B rows a step
-        used = sorted({row for rows in mine for row in rows})  # only these are encoded
-        prompts, mine = [prompts[row] for row in used], [[used.index(row) for row in rows] for rows in mine]
-        txt, pooled, cut = flux.encode_prompts(a.model, prompts + held_out, world.device, world.dtype)
-        reward, judge = sr.load_rewards(a.reward, world.device), metrics.load_judge(a.model)
-        model = flux.load(a.model, None, world.device, world.dtype, world)
-        grid = model.grid(a.size, a.size)
-        if world.main and not a.explain:
-            flags.make_folder(out, a)
-        board = open_board(out) if a.tensorboard and world.main else None
-    except ValueError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    say = print if world.main else lambda *words: None
-    say(" ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(a).items()))
-    if cut:
-        say(f"{cut} of {len(prompts) + len(held_out)} prompts are longer than the text encoder takes; "
-            "their end is not seen")
-    (txt, txt_held), (pooled, pooled_held) = (t.split([len(prompts), len(held_out)]) for t in (txt, pooled))
-    transformer, device, dtype = model.transformer, model.device, model.dtype
-    if a.checkpointing and device.type == "cuda":
-        transformer.enable_gradient_checkpointing()
-    if a.compile:
-        for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
-            block.compile()
-    optimizer = torch.optim.AdamW(transformer.parameters(), a.lr, (0.9, 0.999), weight_decay=a.weight_decay,
-                                  fused=device.type == "cuda")
-    sigmas = da.sigma_steps(a.rollout_steps, a.shift or model.shift(grid[0] * grid[1]))
-    shape = (grid[0] * grid[1], transformer.config.in_channels)
-    # FLOP of an update of this process
-    work = B * sum(plan.update_flop(transformer.config, shape[0], txt.shape[1], a))
-    if a.explain:
-        explain.tell_everything(reward)
-
-    def look(n, desc):
-        """Pictures [n, 3, H, W] of the first n held-out prompts at fixed seeds, and their scores; the
-        processes share the work, and all get the whole."""
-        n = min(n, len(held_out))
-        each = -(-n // world.size)
-        rows = [min(i, n - 1) for i in range(each * world.size)][world.rows(each)]
-        bar = partial(tqdm, desc=desc, leave=False) if n > 64 and world.main else list
-        with parallel.gathered(transformer):
-            images = flux.sample(model, txt_held[rows], pooled_held[rows], flux.noise(model, grid, rows),
-                                 grid, a.eval_steps, a.guidance, B, bar)
-        scores = metrics.measure(images, [held_out[r] for r in rows], reward, judge, a.control[0], a.neg[0])
-        parts = world.gather((images, scores))
-        return (torch.cat([p for p, _ in parts])[:n],
-                {k: torch.cat([s[k] for _, s in parts])[:n] for k in scores})
-
-    asked_to_stop = []
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: asked_to_stop.append(True))
-    state = {"step": 0, "best": None, "before": None, "evaluated": None}
-    if checkpoint:
-        state = parallel.load(checkpoint, transformer, optimizer)
-        if world.main:
-            kept = [s for s in (out / "log.jsonl").read_text().splitlines()
-                    if json.loads(s)["step"] <= state["step"]]
-            (out / "log.jsonl").write_text("".join(line + "\n" for line in kept))
-    elif not a.explain:
-        images, scores = look(a.watch, "watch")
-        state["before"] = {k: v.tolist() for k, v in scores.items()}
-        state["evaluated"] = tables.summary(look(a.eval, "evaluate before")[1]) if a.eval else None
-        if world.main:
-            save_grid(images, out / "samples" / "step_00000.png")
-    before = {k: torch.tensor(v) for k, v in (state["before"] or {}).items()}
-    log = open(out / "log.jsonl", "a") if world.main and not a.explain else None
-
-    # ----------------------------------------------------------------------------------------------- the loop
-    bar = tqdm(range(state["step"] + 1, a.steps + 1), initial=state["step"], total=a.steps, desc="train",
-               disable=a.explain or not world.main)
-    for step in bar:
-        clock = parallel.clock(device)
-        # all of a step's chance comes from its number
-        g = torch.Generator().manual_seed(a.seed * 1_000_003 + step)
-        rows = mine[step - 1]
-        texts = [prompts[r] for r in rows]
-        c, p = txt[rows].to(device, dtype), pooled[rows].to(device, dtype)  # [B, L, D], [B, D']
-        v = lambda guidance: lambda x, s: flux.velocity(transformer, x.to(dtype), s, c, p,
-                                                        guidance, grid).float()
-        one_for_all = lambda: torch.randn(1, *shape, generator=g).expand(B, *shape).to(device)
-        one_each = lambda: torch.randn(everyone, *shape, generator=g)[world.rows(B)].to(device)
-        eps = one_each() if a.noise == "independent" else one_for_all()  # [B, N, C]
-        with torch.no_grad(), parallel.gathered(transformer):
-            x0 = flux.rollout(v(a.rollout_guidance), eps, sigmas)  # [B, N, C]
-        if a.noise == "fresh":
-            eps = one_for_all()
-        rolled = parallel.clock(device) - clock
-
+    def batch(self, a, step, part):
+        """The part-th of the --accumulate batches of an update, a `Batch`."""
+        device = self.net.device
+        first = (self.world.rank * a.accumulate + part) * a.batch
+        images = a.batch * a.accumulate * self.world.size
+        chance = data.Chance(a.seed, step, images, slice(first, first + a.batch))
+        rows = self.curriculum.rows[step][part * a.batch:(part + 1) * a.batch]
+        texts = [self.curriculum.prompts[row] for row in rows]
+        shape = (self.grid[0] * self.grid[1], self.net.transformer.config.in_channels)
+        start = chance.normal(*shape) if a.noise == "independent" else chance.normal_shared(*shape)
+        eps = chance.normal_shared(*shape) if a.noise == "fresh" else start
+        middles = []
+        for _ in range(a.injections):
+            middles.append(da.draw_middle(images, a.cells, chance.generator)[chance.mine])
         control, neg = a.control[step % len(a.control)], a.neg[step % len(a.neg)]
-        C0, C1, C2 = reward.conditions(texts, control, neg)  # [B, D] each
-        middles = [da.draw_middle(everyone, a.cells, g)[world.rows(B)] for _ in range(a.injections)]
-        told, trouble = update(a, v(a.guidance), lambda z: flux.decode(model.vae, z, grid),
-                               reward.image_features, x0, eps, C0, C1, C2, middles)
-        norm = parallel.whole(torch.nn.utils.clip_grad_norm_(transformer.parameters(), a.clip))
-        if norm == 0 and world.main:
-            tqdm.write(f"step {step}: the gradient is 0: every reward is above --threshold {a.threshold}; "
-                       f"--threshold off")
-        trouble = trouble or first_not_finite(gradient=norm.view(1))
-        reports = world.gather((told, trouble and (*trouble, texts), bool(asked_to_stop)))
-        for what, row, whose in [t for _, t, _ in reports if t][:1]:
-            where = (f"the {len(whose)} prompts from {whose[0]!r}" if what == "gradient"
-                     else f"prompt {whose[row]!r}")
-            if world.main:
-                print(f"\ntrain.py: step {step}, {where}: {what} is not finite; the weights of "
-                      f"step {step - 1} are kept. Try a smaller --lr, or another --seed.", file=sys.stderr)
-            if not a.explain:
-                parallel.export(transformer, out / "weights", world, dtype)
-            sys.exit(1)
-        if a.explain:
-            return say(f"\ngradient norm {norm:.4g}, clipped to {a.clip}; "
-                       f"then AdamW with lr {a.lr} would step.")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        told = {k: sum(t[k] for t, _, _ in reports) / world.size for k in told}
-        seconds = parallel.clock(device) - clock
-        line = {"step": step, **{k if k == "sgp" else f"reward_{k}": x for k, x in told.items()},
-                "grad_norm": norm.item(), "seconds_rollout": round(rolled, 3),
-                "seconds_update": round(seconds - rolled, 3), **plan.achieved(work, seconds, device)}
+        C0, C1, C2 = self.reward.conditions(texts, control, neg)  # [B, D] each
+        return Batch(texts, self.embeddings.condition(rows, self.grid, device), None, start.to(device),
+                     eps.to(device), C0, C1, C2, middles)
 
+
+def job(a):
+    """What the plan needs to know of a run."""
+    configs = flux.configs(a.model)
+    rows, columns = flux.token_grid(configs.vae, a.size, a.size)
+    return plan.Job(
+        model=a.model, transformer=configs.transformer, vae=configs.vae, text_tokens=configs.text_tokens,
+        size=a.size, image_tokens=rows * columns, batch=a.batch,
+        accumulate=a.accumulate, rollout_steps=a.rollout_steps, calls=a.injections * len(a.branches),
+        checkpointing=a.checkpointing, replicas=a.replicas,
+        reward_networks=partial(rewards.image_networks, a.reward))
+
+
+def set_up(a, world):
+    """Read, encode and load everything: a `Run`. Nothing is written. Raises UserError."""
+    flux.needs_gpu(a.model)
+    plan.must_fit(job(a), world)
+    prompts = data.read_prompts(a.prompts)
+    held_out = data.read_prompts(a.eval_prompts, "--eval-prompts")[:max(a.eval, a.watch)]
+    mine = a.batch * a.accumulate  # images of an update that this process makes
+    curriculum = data.Curriculum(prompts, a.steps, mine * world.size, world.rows(mine), a.seed)
+    texts = curriculum.prompts + held_out
+    embeddings = flux.encode_prompts(a.model, texts, world.device, world.dtype)
+    if embeddings.truncated:
+        world.say(f"{embeddings.truncated} of {len(texts)} prompts are longer than the text encoder takes, "
+                  "and are truncated")
+    reward = rewards.load_rewards(a.reward, world.device)
+    net = flux.load(a.model, None, world.device, world.dtype, world)
+    if a.checkpointing and world.device.type == "cuda":
+        net.transformer.enable_gradient_checkpointing()
+    if a.compile:
+        for block in parallel.blocks_of(net.transformer):
+            block.compile()
+    fused = world.device.type == "cuda"  # the unfused one moves the peak of memory into the step
+    optimizer = torch.optim.AdamW(net.transformer.parameters(), a.lr, (0.9, 0.999),
+                                  weight_decay=a.weight_decay, fused=fused)
+    theirs = embeddings.part(len(curriculum.prompts), len(texts))
+    watched = watch.Watch(a, world, net, reward, held_out, theirs)
+    return Run(world, net, reward, curriculum, embeddings, watched, optimizer, net.grid(a.size, a.size))
+
+
+# --------------------------------------------------------------------------------------------------- the loop
+def train(a, run, folder, state, stopping):
+    """Updates until --steps; returns False if it was asked to stop before. `state` is what a checkpoint
+    remembers beside the weights."""
+    world = run.world
+    net = run.net
+    parameters = list(net.transformer.parameters())
+    flop = plan.update_flop(job(a))  # of this process
+    bar = tqdm(range(state["step"] + 1, a.steps + 1), initial=state["step"], total=a.steps, desc="train",
+               disable=not world.main)
+    for step in bar:
+        started = parallel.clock(net.device)
+        net.seconds_in_rollout = 0.0
+        numbers = []
+        trouble = None
+        for part in range(a.accumulate):
+            batch = run.batch(a, step, part)
+            for loss, term in srpo(a, net, run.reward, batch):
+                trouble = trouble or first_not_finite(batch.prompts, x0=term.x0, v_theta=term.v_theta,
+                                                      image=term.image, reward=term.reward)
+                (loss / a.accumulate).backward()
+                numbers.append({f"reward_{term.branch}": term.reward.mean().item(),
+                                "sgp": term.sgp.mean().item()})
+        norm = parallel.full(torch.nn.utils.clip_grad_norm_(parameters, a.clip))
+        if norm == 0:
+            world.say(f"step {step}: the gradient is 0: every reward is above --threshold {a.threshold}; "
+                      "--threshold off")
+        trouble = trouble or first_not_finite([f"one of {len(batch.prompts)}"], gradient=norm.view(1))
+        stop_if_not_finite(world, trouble, step, net.transformer, folder.out / "weights", net.dtype)
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        seconds = parallel.clock(net.device) - started
+        line = {"step": step, **world.mean(numbers), "grad_norm": norm.item(),
+                "seconds_rollout": round(net.seconds_in_rollout, 3),
+                "seconds_update": round(seconds - net.seconds_in_rollout, 3),
+                **plan.achieved(flop, seconds, net.device)}
         if step % a.watch_every == 0 or step == a.steps:
-            images, now = look(a.watch, "watch")
-            drift, wrong = hacking(now, before, a.drift_band)
-            line |= {"drift": drift, "watch": {k: s and s["mean"] for k, s in tables.summary(now).items()},
-                     "hacking": wrong}
-            for w in wrong if world.main else []:
-                tqdm.write(f"step {step}: {w}")
-            if not wrong and (state["best"] is None or now["sgp"].mean().item() > state["best"]):
-                state["best"] = now["sgp"].mean().item()
-                parallel.export(transformer, out / "weights_best", world, dtype)
-            bar.set_postfix(sgp=f"{now['sgp'].mean():+.3f}", hacking="YES" if wrong else "no")
-            if world.main:
-                save_grid(images, out / "samples" / f"step_{step:05d}.png")
+            line |= run.watched.step(step, folder, state)
+            bar.set_postfix(sgp=f"{line['watch']['sgp']:+.3f}", hacking="YES" if line["hacking"] else "no")
         if world.main:
-            log.write(json.dumps(line) + "\n")
-            log.flush()
-        if board:
-            for k, x in {**line, **line.get("drift", {})}.items():
-                if isinstance(x, (int, float)):
-                    board.add_scalar(k, x, step)
-        stop = any(s for _, _, s in reports)
+            folder.log(line)
+        stop = any(world.gather(stopping.asked))
         if step % a.save_every == 0 or step == a.steps or stop:
             state["step"] = step
-            parallel.save(out, transformer, optimizer, state, world, a.keep)
+            checkpoint.save(folder.out, net.transformer, run.optimizer, state, world, a.keep)
         if stop:
-            say(f"\nstopped after step {step}, saved; --resume continues")
-            return world.close()
-
-    # -------------------------------------------------------------------------------------------- the results
-    parallel.export(transformer, out / "weights", world, dtype)
-    after = tables.summary(look(a.eval, "evaluate after")[1]) if a.eval else None
-    world.close()
-    if not world.main:
-        return
-    samples = sorted((out / "samples").glob("step_*.png"))
-    write_png(torch.cat([read_image(str(samples[i])) for i in (0, -1)], 1), str(out / "before_after.png"))
-    result = {"steps": a.steps, "best_sgp": state["best"], "before": state["evaluated"], "after": after}
-    (out / "summary.json").write_text(json.dumps(result, indent=2) + "\n")
-    if a.eval:
-        print(tables.table({"before": result["before"], "after": after}))
-    print(f"weights in {out}/weights (best by SGP gap inside the drift band: weights_best), "
-          f"pictures in {out}/before_after.png")
+            world.say(f"stopped after step {step}, saved; --resume continues")
+            return False
+    return True
 
 
 def main():
-    try:
-        run()
-    except OSError as error:  # a full or vanished disk: the checkpoint before stays
-        print(f"\ntrain.py: {error}", file=sys.stderr)
-        sys.exit(1)
-    except RuntimeError as error:
-        if not parallel.is_anothers_end(error):
-            raise
-        sys.exit(1)  # the process that failed has said why
+    with frame("train.py"):
+        a = flags(sys.argv[1:])
+        out = Path(a.out or f"runs/{Path(a.model).name}")
+        if a.plan:
+            return plan.show(job(a), a.world_size, a.card, a.share)
+        if a.explain:  # two images are told and drawn
+            a.steps = 1
+            a.batch = min(a.batch, 2)
+            a.accumulate = 2 // a.batch
+            return explain(a, set_up(a, parallel.World()), srpo, out)
+        stopping = Stopping()
+        world = parallel.World(a.replicas)
+        folder = world.decide(RunFolder, out, vars(a))
+        run = set_up(a, world)
+        world.decide(folder.open)
+        world.say(as_line(parser(), vars(a)))
+        if folder.checkpoint is None:
+            state = run.watched.begin(folder)
+        else:
+            state = checkpoint.load(folder.checkpoint, run.net.transformer, run.optimizer)
+            world.decide(folder.log_until, state["step"])
+        if train(a, run, folder, state, stopping):
+            checkpoint.export(run.net.transformer, out / "weights", world, run.net.dtype)
+            run.watched.finish(folder, state)
+        world.close()
 
 
 if __name__ == "__main__":

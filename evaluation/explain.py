@@ -1,67 +1,143 @@
-"""`train.py --explain`: one step told as it happens, each call with its equation, symbols, shapes and ranges.
+"""`train.py --explain`: one update told, each step with its equation, symbols, shapes and ranges, and drawn
+in the order of the equations.
 
-The text is not written a second time: it is the functions' own signatures and docstrings, in the order of the
-calls.
+It listens to what `train.srpo` yields. The words are not written a second time: they are the functions' own
+docstrings.
 """
 
 import inspect
-from functools import wraps
+from io import BytesIO
+from textwrap import fill
 
 import torch
+from matplotlib.figure import Figure
 
 import direct_align as da
 import flux
 import srpo_reward as sr
+from engine.files import write_whole
 
-_inside = False  # only the outermost call is told: a rollout, not its 25 velocities
+PICTURES = 2  # prompts that are drawn
 
 
-def _shown(value):
-    """A tensor as shape and range, a list by its first entry, anything else as it is."""
+def shown(value):
+    """A tensor as its shape and range, a list by its first entry, anything else as it is."""
     if torch.is_tensor(value):
         low, high = value.min().item(), value.max().item()
-        grad = "  with gradient" if value.requires_grad else ""
-        return (f"{str(list(value.shape)):16}"
-                + (f"{low:.4g} .. {high:.4g}" if low != high else f"{low:.4g}") + grad)
-    if isinstance(value, tuple) and value and all(map(torch.is_tensor, value)):
-        return "; ".join(" ".join(_shown(v).split()) for v in value)
-    if isinstance(value, (list, tuple)) and len(value) > 3:
+        span = f"{low:.4g} .. {high:.4g}" if low != high else f"{low:.4g}"
+        gradient = "  with gradient" if value.requires_grad else ""
+        return f"{str(list(value.shape)):16}{span}{gradient}"
+    if isinstance(value, list) and len(value) > 3:
         return f"[{value[0]!r}, ...] ({len(value)})"
-    if hasattr(value, "__dataclass_fields__"):
-        return "; ".join(f"{k} {' '.join(_shown(getattr(value, k)).split())}"
-                         for k in value.__dataclass_fields__ if torch.is_tensor(getattr(value, k)))
-    return (str(value) if isinstance(value, (int, float, str, list, tuple, type(None)))
-            else type(value).__name__)
+    return str(value)
 
 
-def told(function):
-    """`function`, saying on every outermost call what it is given, which equation it is, and what it
-    returns."""
-    @wraps(function)
-    def wrapper(*args, **kwargs):
-        global _inside
-        if _inside:
-            return function(*args, **kwargs)
-        _inside = True
-        try:
-            result = function(*args, **kwargs)
-        finally:
-            _inside = False
-        bound = inspect.signature(function).bind(*args, **kwargs).arguments
-        print(f"\n{function.__module__}.{function.__name__}({', '.join(bound)})")
-        print("    " + inspect.getdoc(function).split("\n\n")[0].replace("\n", "\n    "))
-        for name, value in [*bound.items(), ("->", result)]:
-            print(f"      {name:10} {_shown(value)}")
-        return result
-    return wrapper
+def tell(function, **values):
+    """Print which function comes now, which equation it is, and the values before and after it."""
+    name = f"{function.__module__}.{function.__qualname__}"
+    arguments = [word for word in inspect.signature(function).parameters if word != "self"]
+    print(f"\n{name}({', '.join(arguments)})")
+    print("    " + inspect.getdoc(function).split("\n\n")[0].replace("\n", "\n    "))
+    for symbol, value in values.items():
+        print(f"      {symbol:10} {shown(value)}")
 
 
-def tell_everything(reward):
-    """From now on, the functions that one update calls tell what they do."""
-    for room, names in ((flux, ("rollout", "velocity", "decode")),
-                        (reward, ("image_features", "conditions")),
-                        (da, ("training_grid", "place", "inject", "recover", "recover_epsilon", "epsilon",
-                              "discount", "lam", "aggregate")),
-                        (sr, ("branch_reward", "loss"))):
-        for name in names:
-            setattr(room, name, told(getattr(room, name)))
+class Explanation:
+    """The story of one update, batch by batch and term by term, and its picture."""
+
+    def __init__(self, a, net):
+        """a: the run's flags; net: the `flux.Flux` that decodes what is drawn."""
+        self.a = a
+        self.net = net
+        self.rows = []
+        self.batch = None
+        self.rolled_out = False
+
+    def begin(self, batch):
+        """A batch before its terms."""
+        self.batch = batch
+        self.rolled_out = False
+        tell(sr.Rewards.conditions, prompts=batch.prompts, C0=batch.C0, C1=batch.C1, C2=batch.C2)
+
+    def hear(self, loss, term):
+        """One term of Eq. 6's sum, after its backward."""
+        a = self.a
+        if not self.rolled_out:
+            tell(flux.Flux.rollout, start=self.batch.start, guidance=a.rollout_guidance, x0=term.x0)
+            tell(da.training_grid, sigma_max=a.sigma_range[0], sigma_min=a.sigma_range[1], cells=a.cells)
+            self.rolled_out = True
+        print(f"\n{'-' * 30} the branch: {term.branch} {'-' * 30}")
+        tell(da.place, sigma=term.sigma, sigma_to=term.sigma_to)
+        tell(da.inject, x0=term.x0, eps=self.batch.eps, x_t=term.x_t)
+        tell(flux.Flux.velocity, guidance=a.guidance, v_theta=term.v_theta)
+        tell(da.recover if a.recover == "velocity" else da.recover_epsilon, x0_hat=term.x0_hat)
+        tell(flux.Flux.decode, image=term.image)
+        tell(sr.Rewards.image_features, f=term.f)
+        tell(da.discount, d=term.d)
+        tell(sr.branch_reward, form=a.form, branch=term.branch, r=term.reward)
+        tell(sr.loss, threshold=a.threshold)
+        tell(da.lam, early=a.lam[0], late=a.lam[1])
+        tell(da.aggregate, loss=loss)
+        self.remember(term)
+
+    @torch.no_grad()
+    def remember(self, term):
+        """Keep what `draw` shows of a term, for each of its prompts: a row of pictures with their titles."""
+        grid = self.batch.c.grid
+        sigma = da.column(term.sigma, term.x_t)
+        one_step = term.x_t - sigma * term.v_theta.detach()  # the prediction of an ordinary sampler
+        wanted = -term.image.grad                            # less loss is more reward
+        strength = wanted.abs().flatten(1).quantile(0.99, 1).clamp(min=1e-12).view(-1, 1, 1, 1)
+        equation = "Eq. 12" if term.branch == "denoise" else "Eq. 13"
+        panels = {
+            "clean image $x_0$": self.net.decode(term.x0, grid),
+            "Eq. 3: $x_t$, known noise\nin it, $\\sigma$ = {sigma:.3f}": self.net.decode(term.x_t, grid),
+            "one-step prediction\n$x_t - \\sigma v_\\theta$, from $\\sigma$ = {sigma:.3f}":
+                self.net.decode(one_step, grid),
+            f"Eq. 5, {equation} ({term.branch}): $\\hat x_0$,\n"
+            "$\\sigma$ = {sigma:.3f} to {sigma_to:.3f}": term.image.detach(),
+            "Eq. 6: what the reward asks\nof each pixel (grey: nothing)": 0.5 + 0.5 * wanted / strength}
+        for i, prompt in enumerate(self.batch.prompts):
+            row = {}
+            for title, images in panels.items():
+                filled = title.replace("{sigma:.3f}", f"{term.sigma[i]:.3f}")
+                filled = filled.replace("{sigma_to:.3f}", f"{term.sigma_to[i]:.3f}")
+                row[filled] = images[i].float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()  # [H, W, 3]
+            self.rows.append((prompt, row))
+
+    def draw(self, path):
+        """Write the picture: a row for each prompt and branch, the columns in the order of the equations."""
+        prompts = list(dict.fromkeys(prompt for prompt, _ in self.rows))[:PICTURES]
+        rows = [(prompt, row) for wanted in prompts for prompt, row in self.rows if prompt == wanted]
+        figure = Figure(figsize=(13, 2.95 * len(rows)), layout="constrained")
+        axes = figure.subplots(len(rows), 5, squeeze=False)
+        for (prompt, row), line in zip(rows, axes, strict=True):
+            line[0].set_ylabel(fill(prompt, 30), fontsize=9)
+            for (title, picture), axis in zip(row.items(), line, strict=True):
+                axis.imshow(picture, interpolation="nearest")
+                axis.set_title(title, fontsize=9)
+                axis.set_xticks([])
+                axis.set_yticks([])
+        buffer = BytesIO()
+        figure.savefig(buffer, format="png", dpi=90)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, buffer.getvalue())
+        print(f"the same as a picture: {path}")
+
+
+def explain(a, run, method, out):
+    """Tell and draw one update of `method` (train.srpo); out/explain.png is all that is written.
+
+    run: what train.set_up gives, of one process.
+    """
+    explanation = Explanation(a, run.net)
+    for part in range(a.accumulate):
+        batch = run.batch(a, 1, part)
+        explanation.begin(batch)
+        for loss, term in method(a, run.net, run.reward, batch):
+            term.image.retain_grad()
+            loss.backward()
+            explanation.hear(loss, term)
+    norm = torch.nn.utils.clip_grad_norm_(run.net.transformer.parameters(), a.clip)
+    print(f"\ngradient norm {norm:.4g}, clipped to {a.clip}; then AdamW with lr {a.lr} would step.")
+    explanation.draw(out / "explain.png")

@@ -1,23 +1,23 @@
 """Shared by the tests: one thread (tiny tensors are slower on two), and a flags object with the defaults."""
 
 import os
-import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-ROOT = Path(__file__).resolve().parent.parent
-os.chdir(ROOT)
+import flux  # noqa: E402
+import train  # noqa: E402
+
+os.chdir(Path(__file__).resolve().parent.parent)
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def miniature():
     """The miniature, loaded as train.py loads any model."""
-    import flux
     return flux.load("miniature")
 
 
@@ -25,5 +25,6 @@ def miniature():
 def flags():
     """flags("--form", "srp") -> the namespace that train.py has with these flags and the released
     defaults."""
-    from engine import old_flags as room
-    return lambda *argv: room.parser("").parse_args(argv)
+    def parsed(*argv):
+        return train.parser().parse_args(argv)
+    return parsed

@@ -12,32 +12,38 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["train", "evaluate"])
 
 
-def _run(argv, environment, printed):
-    """In the new process: the script, with what it prints in a file."""
+def _run(argv, environment, printed, folder):
+    """In the new process: the script, or -m and a module, with what it prints in a file."""
     os.environ.update(environment)
+    os.chdir(folder)
     file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1), os.dup2(file, 2)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
     sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    if argv[0] == "-m":
+        sys.argv = argv[1:]
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(argv[0], run_name="__main__")
 
 
-def start(printed, *argv, ranks=0):
-    """Start a script with its arguments; ranks 0 is without torchrun. A list of processes."""
+def start(printed, *argv, ranks=0, folder="."):
+    """Start a script with its arguments in a folder; ranks 0 is without torchrun. A list of processes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         world = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]),
                  "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     places = [world | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)] or [{}]
-    processes = [SERVER.Process(target=_run, args=([str(a) for a in argv], place, str(printed)))
+    processes = [SERVER.Process(target=_run, args=([str(a) for a in argv], place, str(printed), folder))
                  for place in places]
     for process in processes:
         process.start()
     return processes
 
 
-def call(printed, *argv, ranks=0, status=0):
+def call(printed, *argv, ranks=0, status=0, folder="."):
     """Run a script to its end; all its processes exit with `status`. Returns what they printed."""
-    processes = start(printed, *argv, ranks=ranks)
+    processes = start(printed, *argv, ranks=ranks, folder=folder)
     for process in processes:
         process.join()
     text = Path(printed).read_text() if Path(printed).exists() else ""

@@ -1,7 +1,7 @@
 """Claim: one update of this project is one update of the released code, number by number.
 
 golden/ holds two updates of the released training function, its arithmetic unchanged, run in float32 on tiny
-random models. Here they go through train.update and the rooms it calls; the only difference is the timestep,
+random models. Here they go through train.srpo and the rooms it calls; the only difference is the timestep,
 which the released code truncates to whole thousandths (ledger D12).
 """
 
@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import a_batch, backward
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors.torch import load_file
 
 import direct_align as da
 import flux
 import srpo_reward as sr
-import train
 from rewards.pictures import differentiable
 
 HERE = Path(__file__).parent / "golden"
@@ -25,7 +25,13 @@ META = json.loads((HERE / "golden.json").read_text())
 INPUTS, EXPECTED = load_file(HERE / "inputs.safetensors"), load_file(HERE / "expected.safetensors")
 GRID = (4, 4)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-truncate = lambda sigma: (torch.as_tensor(sigma) * 1000).floor() / 1000
+
+
+class Truncating(flux.Flux):
+    """The released code's one habit that ours does not have."""
+
+    def velocity(self, x_t, sigma, c, guidance):
+        return super().velocity(x_t, (torch.as_tensor(sigma) * 1000).floor() / 1000, c, guidance)
 
 
 def weights(prefix):
@@ -33,12 +39,12 @@ def weights(prefix):
 
 
 @pytest.fixture(scope="module")
-def models():
+def net():
     transformer = FluxTransformer2DModel(**META["meta"]["transformer_config"])
     vae = AutoencoderKL(**META["meta"]["vae_config"]).requires_grad_(False)
     transformer.load_state_dict(weights("transformer."))
     vae.load_state_dict(weights("vae."))
-    return transformer, vae
+    return Truncating(transformer, vae, {}, torch.device("cpu"), torch.float32)
 
 
 def image_features(images):
@@ -51,11 +57,19 @@ def image_features(images):
     return F.normalize(F.linear(y, w["img_out.weight"], w["img_out.bias"]), dim=-1)
 
 
-def rollout(transformer, eps):
-    v = lambda x, s: flux.velocity(transformer, x, truncate(s), INPUTS["text.0.tokens"],
-                                   INPUTS["text.0.pooled"], 1.0, GRID)
-    with torch.no_grad():
-        return flux.rollout(v, eps, da.sigma_steps(25, 3.0))
+CONDITION = flux.Condition(INPUTS["text.0.tokens"], INPUTS["text.0.pooled"], GRID)
+EPS = flux.pack(INPUTS["noise.64x64.0"])
+
+
+class GoldenReward:
+    """What train.srpo asks of a reward, and the pictures it was shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def image_features(self, images):
+        self.seen.append(images.detach())
+        return image_features(images)
 
 
 def test_the_schedules_are_the_released_ones():
@@ -69,39 +83,29 @@ def test_the_schedules_are_the_released_ones():
         assert grid[int(index)].item() == pytest.approx(sigma, abs=1e-6)
 
 
-def test_the_rollout_is_the_released_one(models):
-    x0 = rollout(models[0], flux.pack(INPUTS["noise.64x64.0"]))
+def test_the_rollout_is_the_released_one(net):
+    x0 = net.rollout(EPS, CONDITION, da.sigma_steps(25, 3.0), 1.0)
     assert (x0 - INPUTS["x0.64x64.0.text0.steps25.g1"]).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("case", META["cases"], ids=lambda c: c["id"])
-def test_one_update_is_the_released_one(models, flags, case):
+def test_one_update_is_the_released_one(net, flags, case):
     """Scores to 1e-6, the accumulated gradient to 1e-4 relative, both branches, the rollout included."""
-    transformer, vae = models
     ratio = case["args_changed"].get("groundtruth_ratio", 0.92)
     a = flags("--groundtruth-ratio", str(ratio))
-    eps = flux.pack(INPUTS["noise.64x64.0"])
-    x0 = rollout(transformer, eps)
     prompt, step = META["meta"]["captions"][case["caption"]], case["step"]
     control, neg = a.control[step % len(a.control)], a.neg[step % len(a.neg)]
-    C1, C2 = (INPUTS[f"reward_text_feature.{t}"].view(1, -1) for t in
+    C1, C2 = (INPUTS[f"reward_text_feature.{text}"].view(1, -1) for text in
               (*sr.with_words(control, [prompt]), *sr.with_words(neg, [prompt])))
-    v = lambda x, s: flux.velocity(transformer, x, truncate(s), INPUTS["text.0.tokens"],
-                                   INPUTS["text.0.pooled"], 3.5, GRID)
-    transformer.zero_grad()
-    seen = []
-
-    def features(images):
-        seen.append(images.detach())
-        return image_features(images)
-
-    told, _ = train.update(a, v, lambda z: flux.decode(vae, z, GRID), features, x0, eps, C1, C1, C2,
-                        [torch.tensor([case["mid_timestep"]])])
-    for branch, image in zip(case["branches"], seen):
-        name = {"denoise": "denoise", "inversion": "invert"}[branch["branch"]]
-        assert told[name] == pytest.approx(branch["score"], abs=1e-6)
+    net.transformer.zero_grad()
+    reward = GoldenReward()
+    batch = a_batch([prompt], CONDITION, None, EPS, C1, C1, C2, [[case["mid_timestep"]]], start=EPS)
+    terms = backward(a, net, reward, batch)
+    for branch, term, image in zip(case["branches"], terms, reward.seen, strict=True):
+        assert term.branch == {"denoise": "denoise", "inversion": "invert"}[branch["branch"]]
+        assert term.reward.item() == pytest.approx(branch["score"], abs=1e-6)
         assert image.norm().item() == pytest.approx(branch["image"]["l2"], rel=1e-5)
-    parameters = dict(transformer.named_parameters())
+    parameters = dict(net.transformer.named_parameters())
     grad = torch.cat([parameters[n].grad.flatten() for n in META["meta"]["param_order"]])
     expected = EXPECTED[f"{case['id']}.grad_flat"]
     assert (grad - expected).norm() / expected.norm() < 1e-4

@@ -7,9 +7,9 @@ between them.
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import a_batch, backward
 
 import direct_align as da
-from engine import old_flags as room
 import flux
 import srpo_reward as sr
 import train
@@ -20,26 +20,35 @@ def unit(*shape):
 
 
 class Toy:
-    """A linear stand-in for the networks: what train.update calls, counted and recorded."""
+    """A linear stand-in for the network, its decoder and the reward: what train.srpo calls, and where it
+    called the network."""
 
     def __init__(self, b=4, d=8):
         g = torch.Generator().manual_seed(0)
         self.w = torch.zeros(64, requires_grad=True)
-        self.x0, self.eps = torch.randn(b, 16, 64, generator=g), torch.randn(b, 16, 64, generator=g)
+        self.x0 = torch.randn(b, 16, 64, generator=g)
+        self.eps = torch.randn(b, 16, 64, generator=g)
         self.C = [F.normalize(torch.randn(b, d, generator=g), dim=-1) for _ in range(3)]
         self.project = torch.randn(64, d, generator=g)
         self.calls = []
 
-    def v(self, x, sigma):
+    def velocity(self, x_t, sigma, c, guidance):
         self.calls.append(sigma)
         return self.eps - self.x0 + self.w
 
+    def decode(self, x0_hat, grid):
+        return x0_hat.mean(1)
+
+    def image_features(self, images):
+        return F.normalize(images @ self.project, dim=-1)
+
     def run(self, a, middles=((300, 400, 500, 600),)):
-        self.calls, self.w.grad = [], None
-        decode = lambda z: z.mean(1)
-        told, _ = train.update(a, self.v, decode, lambda z: F.normalize(z @ self.project, dim=-1),
-                               self.x0, self.eps, *self.C, [torch.tensor(m) for m in middles])
-        return told, self.w.grad.clone()
+        """The gradient of w."""
+        self.calls = []
+        self.w.grad = None
+        c = flux.Condition(None, None, (4, 4))
+        backward(a, self, self, a_batch(["a prompt"] * len(self.x0), c, self.x0, self.eps, *self.C, middles))
+        return self.w.grad.clone()
 
 
 def test_d1_printed_eq11_lets_through_the_bias_that_the_released_form_cancels():
@@ -60,8 +69,7 @@ def test_d2_lambda_scales_the_gradient_and_the_discount_turns_it(flags):
     """lambda = 0.5 halves the gradient. d = 0.2 turns what the image feature is pulled towards by 30 degrees,
     when the two texts have a cosine of 0.95 (C1 itself is pulled towards, not only away from C2)."""
     toy = Toy()
-    one, half = (toy.run(flags("--form", "srp", "--threshold", "off", "--lam", x, x))[1]
-                 for x in ("1", "0.5"))
+    one, half = (toy.run(flags("--form", "srp", "--threshold", "off", "--lam", x, x)) for x in ("1", "0.5"))
     assert torch.allclose(half, 0.5 * one)
     C1, C2 = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.95, (1 - 0.95**2) ** 0.5]])
     pull = []
@@ -90,7 +98,7 @@ def test_d4_as_printed_a_branch_sees_one_text_and_as_released_both(flags):
     assert total["srp"] == pytest.approx(0)
 
 
-def test_d5_dividing_a_velocity_by_the_calls_alpha_misses_x0_by_a_fifth():
+def test_d5_dividing_a_velocity_by_the_calls_alpha_misses_x0_by_a_tenth():
     """k = 80 cells at sigma 0.83: 1 - sigma_to = 0.186, 1 - sigma = 0.169; x0 comes out 10 % too large, and
     noise remains."""
     toy, grid = Toy(), da.training_grid(27 / 28, 0.75, 1000)
@@ -98,7 +106,8 @@ def test_d5_dividing_a_velocity_by_the_calls_alpha_misses_x0_by_a_fifth():
     s, e = at.sigma.item(), at.sigma_to.item()
     x_t, v = da.inject(toy.x0, toy.eps, s), toy.eps - toy.x0
     right, wrong = da.recover(x_t, v, toy.eps, s, e), (x_t + (e - s) * v - e * toy.eps) / (1 - s)
-    error = lambda x: ((x - toy.x0).norm() / toy.x0.norm()).item()
+    def error(x):
+        return ((x - toy.x0).norm() / toy.x0.norm()).item()
     assert error(right) < 1e-5 and (error(wrong) == pytest.approx((1 - e) / (1 - s) - 1, rel=1e-3)
                                     == pytest.approx(0.1017, rel=1e-2))
 
@@ -108,7 +117,7 @@ def test_d6_the_epsilon_form_passes_on_a_smaller_gradient(flags):
     levels the epsilon form weighs the late, clean end up to 7 times more than the noisiest.)"""
     toy = Toy(b=1)
     grads = [toy.run(flags("--branches", "denoise", "--recover", form, "--threshold", "off"),
-                     middles=[[300]])[1]
+                     middles=[[300]])
              for form in ("velocity", "epsilon")]
     ratio = (grads[1].norm() / grads[0].norm()).item()
     assert ratio == pytest.approx(1 - 0.8141356, rel=1e-3)
@@ -124,7 +133,8 @@ def test_d7_the_threshold_stops_a_reward_above_it(flags):
 def test_d8_guidance_1_and_3_5_are_different_networks(miniature):
     txt, pooled, _ = flux.encode_prompts("miniature", ["a red circle left of a blue square"])
     x = flux.noise(miniature, (4, 4), [0])
-    v1, v35 = (flux.velocity(miniature.transformer, x, 0.9, txt, pooled, g, (4, 4)) for g in (1.0, 3.5))
+    c = flux.Condition(txt, pooled, (4, 4))
+    v1, v35 = (miniature.velocity(x, 0.9, c, g) for g in (1.0, 3.5))
     assert ((v35 - v1).norm() / v1.norm()).item() > 0.01
 
 
@@ -134,7 +144,7 @@ def test_d9_the_released_range_is_a_fifth_of_the_trajectory(flags):
 
 
 def test_d10_shared_noise_is_one_noise_and_the_injected_one(flags):
-    assert flags().noise == "shared" and room.PAPER["noise"] == "independent"
+    assert flags().noise == "shared" and "--noise independent" in train.RECIPES["paper"]
     other = torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(1))
     toy = Toy()
     own, fresh = (((da.inject(toy.x0, e, 0.9) - 0.9 * e) / 0.1 - toy.x0).abs().max()
@@ -145,8 +155,9 @@ def test_d10_shared_noise_is_one_noise_and_the_injected_one(flags):
 
 def test_d11_released_branches_call_160_cells_apart_and_printed_ones_together():
     grid, m = da.training_grid(27 / 28, 0.75, 1000), torch.tensor([500])
-    gap = lambda meet: (da.place("denoise", m, grid, 80, meet).sigma
-                        - da.place("invert", m, grid, 80, meet).sigma).item()
+    def gap(meet):
+        return (da.place("denoise", m, grid, 80, meet).sigma
+                            - da.place("invert", m, grid, 80, meet).sigma).item()
     assert gap("landing") == pytest.approx(160 * 2.145e-4, rel=1e-3) and gap("call") == 0
 
 

@@ -1,18 +1,22 @@
 """Claims about train.py, each on the miniature with few steps and few pictures."""
 
-import inspect
 import json
+import shlex
 import sys
 
 import pytest
 import torch
+from builders import a_batch, backward
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 import direct_align as da
-from engine import old_flags as room
 import flux
-import srpo_reward as sr
+import rewards
 import train
+from engine import command_line, data
+from evaluation.watch import hacking
+from rewards.clip_model import ClipReward
+from rewards.pictures import read_picture
 
 SMALL = ["--model", "miniature", "--batch", "2", "--rollout-steps", "3", "--eval-steps", "2",
          "--watch", "2", "--eval", "0"]
@@ -49,7 +53,8 @@ def test_a_run_leaves_what_the_readme_says(monkeypatch, tmp_path):
     assert pipe("a red circle", height=64, width=64, num_inference_steps=2,
                 max_sequence_length=16).images[0].size == (64, 64)
     base = FluxTransformer2DModel.from_pretrained("miniature", subfolder="transformer", dtype=torch.float32)
-    moved = [(a - b).abs().max().item() for a, b in zip(trained.parameters(), base.parameters())]
+    moved = [(a - b).abs().max().item() 
+             for a, b in zip(trained.parameters(), base.parameters(), strict=True)]
     assert 0 < max(moved) < 1e-3
 
 
@@ -71,44 +76,63 @@ def test_a_resumed_run_is_the_uninterrupted_one(monkeypatch, tmp_path):
     assert weights[0] == weights[1]
 
 
-@pytest.fixture(scope="module")
-def pieces(miniature):
-    """What train.update takes, for three prompts of the miniature."""
-    prompts = ["a red circle", "a blue square above a white circle", "a green triangle left of a red square"]
-    txt, pooled, _ = flux.encode_prompts("miniature", prompts)
-    reward = sr.load_reward("miniature/reward")
-    eps = flux.noise(miniature, (4, 4), range(3))
-    v = lambda rows: lambda x, s: flux.velocity(miniature.transformer, x, s, txt[rows], pooled[rows],
-                                                3.5, (4, 4))
-    with torch.no_grad():
-        x0 = flux.rollout(v(slice(None)), eps, da.sigma_steps(4, 3.0))
-    C = reward.conditions(prompts, "realistic photo", "CG render")
+PROMPTS = ["a red circle", "a blue square above a white circle", "a green triangle left of a red square",
+           "a white circle"]
 
-    def gradient(a, rows, middles):
+
+@pytest.fixture(scope="module")
+def reward():
+    return rewards.load_rewards("miniature/reward")
+
+
+@pytest.fixture(scope="module")
+def gradient_of(miniature, reward):
+    """gradient_of(a, batches of rows, middles): the gradient of an update of these rows of PROMPTS, the
+    batches' accumulated."""
+    embeddings = flux.encode_prompts("miniature", PROMPTS)
+    eps = flux.noise(miniature, (4, 4), range(len(PROMPTS)))
+    everyone = embeddings.condition(slice(None), (4, 4), "cpu")
+    x0 = miniature.rollout(eps, everyone, da.sigma_steps(4, 3.0), 3.5)
+    C = reward.conditions(PROMPTS, "realistic photo", "CG render")
+
+    def gradient(a, batches, middles):
         miniature.transformer.zero_grad()
-        told, _ = train.update(a, v(rows), lambda z: flux.decode(miniature.vae, z, (4, 4)),
-                               reward.image_features, x0[rows], eps[rows], *[c[rows] for c in C],
-                               [m[rows] for m in middles])
-        return told, torch.cat([p.grad.flatten() for p in miniature.transformer.parameters()]), reward
+        for rows in batches:
+            batch = a_batch(PROMPTS[rows], embeddings.condition(rows, (4, 4), "cpu"), x0[rows], eps[rows],
+                            *[side[rows] for side in C], [m[rows] for m in middles])
+            backward(a, miniature, reward, batch, times=len(batches))
+        return torch.cat([p.grad.flatten() for p in miniature.transformer.parameters()])
     return gradient
 
 
-def test_the_mean_over_a_batch_equals_one_by_one(pieces, flags):
+@pytest.mark.parametrize("size", [1, 2])
+def test_accumulated_batches_are_one_batch(gradient_of, flags, size):
+    """4 images at once, one by one and two by two: the same gradient to 1e-6 in float32."""
     a = flags("--threshold", "off", "--injections", "2")
-    middles = [torch.tensor([100, 400, 800]), torch.tensor([900, 50, 300])]
-    whole = pieces(a, slice(None), middles)[1]
-    alone = [pieces(a, slice(i, i + 1), middles)[1] for i in range(3)]
-    assert (whole - sum(alone) / 3).norm() / whole.norm() < 1e-5
+    middles = [torch.tensor([100, 400, 800, 600]), torch.tensor([900, 50, 300, 500])]
+    whole = gradient_of(a, [slice(0, 4)], middles)
+    parts = gradient_of(a, [slice(i, i + size) for i in range(0, 4, size)], middles)
+    assert (whole - parts).norm() / whole.norm() < 1e-6
 
 
-def test_frozen_models_get_no_gradient(pieces, flags, miniature):
-    _, grad, reward = pieces(flags("--threshold", "off"), slice(None), [torch.tensor([100, 400, 800])])
+def test_frozen_models_get_no_gradient(gradient_of, flags, miniature, reward):
+    grad = gradient_of(flags("--threshold", "off"), [slice(0, 4)], [torch.tensor([100, 400, 800, 600])])
     assert grad.norm() > 0
-    assert all(p.grad is None for p in [*miniature.vae.parameters(), *reward.model.parameters()])
+    networks = [miniature.vae, *[part.model for part, _ in reward.parts.values()]]
+    assert all(p.grad is None for network in networks for p in network.parameters())
 
 
-def test_a_text_is_encoded_once(pieces):
-    reward = sr.load_reward("miniature/reward")
+def test_accumulate_is_part_of_the_loop(monkeypatch, tmp_path):
+    """--batch 4 and --batch 1 --accumulate 4 draw the same prompts, noise and levels, and log the same."""
+    run(monkeypatch, "--batch", 4, "--steps", 2, "--out", tmp_path / "whole")
+    run(monkeypatch, "--batch", 1, "--accumulate", 4, "--steps", 2, "--out", tmp_path / "parts")
+    for a, b in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "parts"), strict=True):
+        assert a["reward_denoise"] == pytest.approx(b["reward_denoise"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+
+
+def test_a_text_is_encoded_once():
+    reward = rewards.load_reward("miniature/reward")
     calls, encode = [], reward.model.encode_text
     reward.model.encode_text = lambda ids: calls.append(len(ids)) or encode(ids)
     for _ in range(3):
@@ -117,13 +141,13 @@ def test_a_text_is_encoded_once(pieces):
 
 
 def test_nan_never_reaches_the_weights(monkeypatch, tmp_path, capsys):
-    features = sr.ClipReward.image_features
+    features = ClipReward.image_features
 
     def poisoned(self, images):
         f = features(self, images)
         return f * float("nan") if f.requires_grad else f
 
-    monkeypatch.setattr(sr.ClipReward, "image_features", poisoned)
+    monkeypatch.setattr(ClipReward, "image_features", poisoned)
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "--steps", 2, "--out", tmp_path / "run")
     assert stop.value.code == 1
@@ -131,27 +155,24 @@ def test_nan_never_reaches_the_weights(monkeypatch, tmp_path, capsys):
     assert "step 1" in message and "reward is not finite" in message and "prompt 'a " in message
     base = FluxTransformer2DModel.from_pretrained("miniature", subfolder="transformer", dtype=torch.float32)
     kept = FluxTransformer2DModel.from_pretrained(tmp_path / "run" / "weights")
-    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), kept.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(base.parameters(), kept.parameters(), strict=True))
 
 
 def test_explain_tells_one_step_in_the_order_of_the_code(monkeypatch, capsys, tmp_path):
     run(monkeypatch, "--steps", 1, "--out", tmp_path)
     capsys.readouterr()
-    before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
-    with monkeypatch.context() as m:
-        for module in (flux, sr, da):
-            for name, function in vars(module).copy().items():
-                if inspect.isfunction(function):
-                    m.setattr(module, name, function)  # put back afterwards what --explain replaces
-        run(m, "--explain", "--out", tmp_path)  # a folder with a run is no obstacle, nothing is written
+    before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
+    run(monkeypatch, "--explain", "--out", tmp_path)  # a folder with a run is no obstacle
     told = capsys.readouterr().out
-    order = ["flux.rollout(", "srpo_reward.conditions(", "direct_align.place(", "Eq. 3:", "flux.velocity(",
-             "Eq. 5 for a", "flux.decode(", "image_features(", "direct_align.discount(", "branch_reward(",
-             "Eq. 6:", "gradient norm"]
+    order = ["Rewards.conditions(", "flux.Flux.rollout(", "direct_align.place(", "Eq. 3:",
+             "flux.Flux.velocity(", "Eq. 5 for a", "flux.Flux.decode(", "image_features(",
+             "direct_align.discount(", "branch_reward(", "Eq. 6:", "gradient norm"]
     places = [told.index(word) for word in order]
     assert places == sorted(places)
     assert "[2, 16, 64]" in told and "[2, 3, 64, 64]" in told
-    assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
+    after = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
+    assert [entry for entry in after if entry[0].name != "explain.png"] == before
+    assert read_picture(tmp_path / "explain.png").width > 800
 
 
 def test_prompts_that_the_judge_does_not_know_are_a_dash(monkeypatch, capsys, tmp_path):
@@ -181,19 +202,27 @@ def scores(**means):
     ({"reward": 0.05, "sgp": -0.05}, "the reward rises while the SGP gap falls"),
     ({"reward": 0.05, "sgp": 0.05}, None), ({"reward": -0.05, "sgp": 0.05, "saturation": -0.1}, None)])
 def test_the_hacking_gauge(change, word):
-    drift, wrong = train.hacking(scores(**change), scores(), [0.25, 0.1, 0.2, 0.04])
+    _, wrong = hacking(scores(**change), scores(), [0.25, 0.1, 0.2, 0.04])
     assert (wrong == []) if word is None else (len(wrong) == 1 and word in wrong[0])
 
 
-def test_the_paper_recipe_sets_every_printed_form(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train.py", "--model", "miniature", "--recipe", "paper",
-                                      "--lam", "1", "0.2"])
-    a = flux.parse_flags(room.parser(""), {"paper": room.PAPER})
+def test_the_paper_recipe_sets_every_printed_form():
+    """The command line comes before the recipe, the recipe before the model's srpo.json."""
+    a = train.flags(["--model", "miniature", "--recipe", "paper", "--lam", "1", "0.2"])
     assert (a.form, a.recover, a.meet, a.lam) == ("branches", "epsilon", "call", [1.0, 0.2])
+    assert a.threshold is None and a.shift is None
     assert a.size == 64  # from the miniature's srpo.json
 
 
+def test_the_printed_line_of_flags_gives_the_same_run():
+    argv = ["--model", "miniature", "--control", "it's real,a photo", "--no-checkpointing",
+            "--threshold", "0.5"]
+    a = train.flags(argv)
+    line = command_line.as_line(train.parser(), vars(a))
+    assert vars(train.flags(shlex.split(line))) == vars(a)
+
+
 def test_prompts_come_in_seeded_permutations():
-    rows = train.prompt_order(5, 12, seed=1)
+    rows = data.prompt_order(5, 12, seed=1)
     assert sorted(rows[:5]) == sorted(rows[5:10]) == list(range(5)) and len(rows) == 12
-    assert train.prompt_order(5, 7, seed=1) == rows[:7] != train.prompt_order(5, 7, seed=2)
+    assert data.prompt_order(5, 7, seed=1) == rows[:7] != data.prompt_order(5, 7, seed=2)

@@ -1,0 +1,177 @@
+"""Watching a run: held-out prompts sampled at fixed seeds, their scores, and a gauge that says when the
+reward is being hacked."""
+
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torchvision.io import encode_png, read_image
+from tqdm import tqdm
+
+import flux
+import srpo_reward as sr
+from engine import checkpoint
+from engine.command_line import real, whole
+from engine.files import write_json, write_whole
+from evaluation import tables
+from evaluation.metrics import judge, reward, statistics
+from evaluation.metrics.statistics import STATISTICS, pixel_statistics
+from evaluation.picture_folders import save_grid
+from rewards.base import Column
+
+
+def add_flags(parser):
+    """What is watched while a run trains."""
+    add = parser.add_argument_group("watching for collapse").add_argument
+    add("--eval-prompts", default="hpdv2-benchmark",
+        help="text file, or hpdv2-benchmark: the first of them are sampled at fixed seeds [paper 4.2]")
+    add("--eval-steps", type=whole(1), default=50, help="sampling steps, of samples and evaluation [paper]")
+    add("--watch", type=whole(1), default=4, help="pictures sampled at fixed seeds while training [ours]")
+    add("--watch-every", type=whole(1), default=5, help="updates between them [ours]")
+    add("--eval", type=whole(0), default=0, help="pictures evaluated before and after; 0: none [ours]")
+    add("--drift-band", type=real(0), nargs=4, default=[0.25, 0.1, 0.2, 0.04],
+        metavar=[name.upper() for name in STATISTICS],
+        help="largest change of these mean statistics of the watched pictures before the run is called "
+             "hacked [ours]")
+
+
+@torch.no_grad()
+def measure(images, prompts, rewards, judging, control, neg, batch=64):
+    """Every score of P pictures [P, 3, H, W] in [0, 1] for their P prompts: a dict of [P] float tensors.
+
+    reward  Eq. 7, f.C0 of the bare prompt;  sgp  Eq. 10, f.(C1 - C2): of the `Rewards` as they are trained on
+    and, where there are several or one is held out, of each one;  the pixel statistics;  the judge's
+    verdicts, where the model has a judge (else None).
+    """
+    parts = []
+    for i in range(0, len(images), batch):
+        x = images[i:i + batch]
+        texts = prompts[i:i + batch]
+        scores = {"reward": 0, "sgp": 0}
+        for label, (model, weight) in rewards.parts.items():
+            f = model.image_features(x.to(model.device))
+            C0, C1, C2 = model.conditions(texts, control, neg)
+            each = {"reward": sr.preference(f, C0), "sgp": sr.relative(f, C1, C2)}
+            for name, r in each.items():
+                scores[name] = scores[name] + weight * r
+                if len(rewards.parts) > 1:
+                    scores[f"{name} {label}"] = r
+        scores |= pixel_statistics(x)
+        if judging is not None:
+            scores |= judging.verdicts(x, texts)
+        parts.append(scores)
+    return {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
+
+
+def columns_of(scores):
+    """{name: `Column`} of what `measure` gives; a reward among several has a column of its own."""
+    known = reward.COLUMNS | statistics.COLUMNS | judge.COLUMNS
+    return {name: known.get(name, Column(name, "+.3f")) for name in scores}
+
+
+class Gauge(NamedTuple):
+    """What the watched pictures say: drift {statistic: change of the mean}, and what is wrong, in words."""
+    drift: dict
+    warnings: list
+
+
+def hacking(now, before, band):
+    """The hacking `Gauge`: now and before are scores {name: [P]} of the same prompts and seeds, band the
+    largest |drift| of each of STATISTICS.
+
+    A rise or fall of the reward or the SGP gap counts when it is above two standard errors of the paired
+    differences; of one picture there is no standard error, and neither counts.
+    """
+    drift = {name: (now[name] - before[name]).mean().item() for name in STATISTICS}
+    warnings = []
+    for name, limit in zip(STATISTICS, band, strict=True):
+        if abs(drift[name]) > limit:
+            warnings.append(f"{name} drifted by {drift[name]:+.3f}, outside ±{limit}")
+    change = {name: now[name] - before[name] for name in ("reward", "sgp")}
+    if len(change["sgp"]) > 1:
+        sure = all(d.mean().abs() > 2 * d.std() / len(d) ** 0.5 for d in change.values())
+        if sure and change["reward"].mean() > 0 > change["sgp"].mean():
+            warnings.append("the reward rises while the SGP gap falls")
+    return Gauge(drift, warnings)
+
+
+class Watch:
+    """Held-out prompts of a run: their pictures, at noise seeds 0, 1, ..., and the pictures' scores."""
+
+    def __init__(self, a, world, net, rewards, prompts, embeddings):
+        """a: the run's flags; rewards: `srpo_reward.Rewards`; prompts: P texts; embeddings: theirs,
+        a `flux.Embeddings`."""
+        self.a = a
+        self.world = world
+        self.net = net
+        self.rewards = rewards
+        self.judge = judge.load_judge(a.model)
+        self.prompts = prompts
+        self.embeddings = embeddings
+        self.grid = net.grid(a.size, a.size)
+
+    def look(self, n, title):
+        """Pictures [n, 3, H, W] of the first n prompts, and their scores {name: [n]}. The processes share the
+        work, and all get the whole."""
+        n = min(n, len(self.prompts))
+        each = -(-n // self.world.size)
+        rows = [min(i, n - 1) for i in range(each * self.world.size)][self.world.rows(each)]
+        progress = partial(tqdm, desc=title, leave=False) if n > 64 and self.world.main else list
+        images = flux.sample(self.net, self.embeddings.txt[rows], self.embeddings.pooled[rows],
+                             flux.noise(self.net, self.grid, rows), self.grid, self.a.eval_steps,
+                             self.a.guidance, self.a.batch, progress)
+        texts = [self.prompts[row] for row in rows]
+        scores = measure(images, texts, self.rewards, self.judge, self.a.control[0], self.a.neg[0])
+        everyones = self.world.gather((images, scores))
+        images = torch.cat([images for images, _ in everyones])[:n]
+        scores = {name: torch.cat([scores[name] for _, scores in everyones])[:n] for name in scores}
+        return images, scores
+
+    def evaluate(self, title):
+        """The table's row of the first --eval prompts, {column: `tables.mean`}; None without any."""
+        if not self.a.eval:
+            return None
+        _, scores = self.look(self.a.eval, title)
+        return tables.summary(scores)
+
+    def begin(self, folder):
+        """The first look, before any update: what the run remembers from now on, its state."""
+        images, scores = self.look(self.a.watch, "watch")
+        if self.world.main:
+            save_grid(images, folder.out / "samples" / "step_00000.png")
+        return {"run": folder.id, "step": 0, "best": None,
+                "before": {name: values.tolist() for name, values in scores.items()},
+                "evaluated": self.evaluate("evaluate before")}
+
+    def step(self, step, folder, state):
+        """Look, read the hacking gauge, and export the weights if they are the best so far by the SGP gap;
+        returns what to log."""
+        images, now = self.look(self.a.watch, "watch")
+        before = {name: torch.tensor(values) for name, values in state["before"].items()}
+        gauge = hacking(now, before, self.a.drift_band)
+        for warning in gauge.warnings:
+            self.world.say(f"step {step}: {warning}")
+        sgp = now["sgp"].mean().item()
+        if not gauge.warnings and (state["best"] is None or sgp > state["best"]):
+            state["best"] = sgp
+            checkpoint.export(self.net.transformer, folder.out / "weights_best", self.world, self.net.dtype)
+        if self.world.main:
+            save_grid(images, folder.out / "samples" / f"step_{step:05d}.png")
+        means = {name: value and value["mean"] for name, value in tables.summary(now).items()}
+        return {"drift": gauge.drift, "watch": means, "hacking": gauge.warnings}
+
+    def finish(self, folder, state):
+        """The evaluation after, and the first and the last watched pictures above one another."""
+        after = self.evaluate("evaluate after")
+        if not self.world.main:
+            return
+        out = folder.out
+        samples = sorted((out / "samples").glob("step_*.png"), key=lambda path: int(path.stem[5:]))
+        pictures = [read_image(str(path)) for path in (samples[0], samples[-1])]
+        write_whole(out / "before_after.png", bytes(encode_png(torch.cat(pictures, 1)).numpy()))
+        write_json(out / "summary.json", {"steps": self.a.steps, "best_sgp": state["best"],
+                                          "before": state["evaluated"], "after": after})
+        if after is not None:
+            print(tables.table({"before": state["evaluated"], "after": after}, columns_of(after)))
+        print(f"weights in {out}/weights (best by SGP gap inside the drift band: weights_best), "
+              f"pictures in {out}/before_after.png")

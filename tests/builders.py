@@ -1,0 +1,199 @@
+"""Small models in the layouts of the real ones, and pictures, for the tests."""
+
+import json
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import train
+from evaluation.metrics import geneval, imagereward
+
+
+# --------------------------------------------------------------------------------------- pictures and rewards
+def photo(width, height, seed=0):
+    """A picture with smooth and fine parts, as PIL."""
+    g = np.random.default_rng(seed)
+    small = Image.fromarray(g.integers(0, 255, (9, 9, 3), dtype=np.uint8)).resize((width, height), 3)
+    noise = g.normal(0, 12, (height, width, 3))
+    return Image.fromarray((np.asarray(small) + noise).clip(0, 255).astype(np.uint8))
+
+
+def make_pickscore(folder):
+    """Fill a folder in PickScore v1's layout, with the tokenizer of its processor."""
+    shutil.copytree("miniature/tokenizer", folder, dirs_exist_ok=True)
+    words = len(transformers.CLIPTokenizerFast.from_pretrained(folder))
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    text = dict(small, vocab_size=words, max_position_embeddings=16, eos_token_id=words - 1)
+    vision = dict(small, image_size=224, patch_size=32)
+    torch.manual_seed(0)
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=text, vision_config=vision, projection_dim=16, logit_scale_init_value=4.6))
+    model.save_pretrained(folder)
+    # As transformers of 2023 wrote it, with tables of positions: 16 of text, 49 patches and the class token.
+    state = load_file(folder / "model.safetensors")
+    state["text_model.embeddings.position_ids"] = torch.arange(16)[None]
+    state["vision_model.embeddings.position_ids"] = torch.arange(50)[None]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def make_aesthetic(folder):
+    """Fill a folder: a whole SigLIP, as the hub's, and the predictor's head beside it."""
+    small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    torch.manual_seed(0)
+    transformers.SiglipModel(transformers.SiglipConfig(
+        vision_config=dict(small, image_size=56, patch_size=14),
+        text_config=dict(small, vocab_size=50))).save_pretrained(folder)
+    sizes = [32, 1024, 128, 64, 16, 1]
+    head = {}
+    for i in range(5):
+        scale = sizes[i] ** -0.5
+        head[f"scoring_head.{2 * i}.weight"] = torch.randn(sizes[i + 1], sizes[i]) * scale
+        head[f"scoring_head.{2 * i}.bias"] = torch.randn(sizes[i + 1]) * scale
+    torch.save(head, folder / "aesthetic_predictor_v2_5.pth")
+    return folder
+
+
+# --------------------------------------------------------------------------------- scorers that are no reward
+DEQA = json.loads((Path(__file__).parent / "golden" / "deqa.json").read_text())
+
+
+def deqa_state():
+    """The tensors of a tiny DeQA-Score, each made from its key alone: the golden numbers are of these."""
+    state = {}
+    for key, shape in DEQA["shapes"].items():
+        n = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
+        if len(shape) == 1:
+            n = 0.3 * n + key.endswith("weight")
+        elif key.endswith("weight") and "embed_tokens" not in key:
+            n = n / np.prod(shape[1:]) ** 0.5 * 1.25
+        state[key] = torch.from_numpy(np.asarray(n, dtype=np.float32))
+    return state
+
+
+def make_deqa(folder):
+    """Fill a folder: a tiny DeQA-Score in one safetensors file."""
+    (folder / "config.json").write_text(json.dumps(DEQA["config"]))
+    save_file(deqa_state(), folder / "model.safetensors")
+    return folder
+
+
+def geneval_metadata():
+    """Lines of a file that has GenEval's form, all about dogs."""
+    entry = {"prompt": "a photo of a dog", "include": [{"class": "dog", "count": 1}]}
+    return [{"tag": tag, **entry} for tag, n in geneval.TASKS.items() for _ in range(n)]
+
+
+def write_lines(path, entries):
+    """Write values as JSON, one a line; the path."""
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+def make_geneval(folder):
+    """Fill a folder: metadata, a random Mask2Former as the hub has it (names and extra tensors of an older
+    transformers), the miniature's open_clip."""
+    write_lines(folder / geneval.METADATA, geneval_metadata())
+    shutil.copytree("miniature/reward", folder / "clip")
+    torch.manual_seed(0)
+    swin = transformers.SwinConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2],
+                                   out_features=["stage1", "stage2", "stage3", "stage4"])
+    config = transformers.Mask2FormerConfig(
+        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, num_queries=10,
+        dim_feedforward=32, encoder_feedforward_dim=32, encoder_layers=1, decoder_layers=2,
+        num_attention_heads=4, id2label=dict(enumerate(geneval.CLASSES)),
+        label2id={name: i for i, name in enumerate(geneval.CLASSES)})
+    geneval.Detector(config).save_pretrained(folder / "mask2former")
+    path = folder / "mask2former" / "model.safetensors"
+    state = {k: v for k, v in load_file(path).items() if "swin.layernorm" not in k}
+    block = "model.pixel_level_module.encoder.encoder.layers.0.blocks.0.attention.self."
+    assert block + "query.weight" in state
+    state |= {"criterion.empty_weight": torch.ones(81), block + "relative_position_index": torch.zeros(1)}
+    save_file(state, path, {"format": "pt"})
+    return folder
+
+
+def imagereward_shapes(width=128, text=64, depth=2, patch=16, side=3, words=40, positions=40):
+    """{name: shape} of ImageReward.pt, at a tiny size: side x side patches, width channels of the picture and
+    `text` of the words."""
+    out = {}
+
+    def linear(name, i, o):
+        out.update({f"{name}.weight": (o, i), f"{name}.bias": (o,)})
+
+    def norm(name, n):
+        out.update({f"{name}.weight": (n,), f"{name}.bias": (n,)})
+
+    eye = "blip.visual_encoder"
+    reader = "blip.text_encoder"
+    out[f"{eye}.cls_token"] = (1, 1, width)
+    out[f"{eye}.pos_embed"] = (1, side ** 2 + 1, width)
+    out[f"{eye}.patch_embed.proj.weight"] = (width, 3, patch, patch)
+    out[f"{eye}.patch_embed.proj.bias"] = (width,)
+    out[f"{reader}.embeddings.word_embeddings.weight"] = (words, text)
+    out[f"{reader}.embeddings.position_embeddings.weight"] = (positions, text)
+    norm(f"{eye}.norm", width)
+    norm(f"{reader}.embeddings.LayerNorm", text)
+    for i in range(depth):
+        block = f"{eye}.blocks.{i}"
+        norm(f"{block}.norm1", width)
+        norm(f"{block}.norm2", width)
+        linear(f"{block}.attn.qkv", width, 3 * width)
+        linear(f"{block}.attn.proj", width, width)
+        linear(f"{block}.mlp.fc1", width, 4 * width)
+        linear(f"{block}.mlp.fc2", 4 * width, width)
+        layer = f"{reader}.encoder.layer.{i}"
+        for part, source in (("attention", text), ("crossattention", width)):
+            linear(f"{layer}.{part}.self.query", text, text)
+            linear(f"{layer}.{part}.self.key", source, text)
+            linear(f"{layer}.{part}.self.value", source, text)
+            linear(f"{layer}.{part}.output.dense", text, text)
+            norm(f"{layer}.{part}.output.LayerNorm", text)
+        linear(f"{layer}.intermediate.dense", text, 4 * text)
+        linear(f"{layer}.output.dense", 4 * text, text)
+        norm(f"{layer}.output.LayerNorm", text)
+    head = [text, 1024, 128, 64, 16, 1]
+    for n, i, o in zip((0, 2, 4, 6, 7), head[:-1], head[1:], strict=True):
+        linear(f"mlp.layers.{n}", i, o)
+    linear("blip.vision_proj", width, 256)
+    linear("blip.text_proj", text, 256)
+    return out
+
+
+def make_imagereward(folder):
+    """Fill a folder: a tiny ImageReward.pt and a tokenizer beside it. A tensor is small noise, made from its
+    name alone, since the golden numbers are of these; norms are around 1."""
+    state = {}
+    for name, shape in imagereward_shapes().items():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        state[name] = 0.1 * torch.randn(shape, generator=generator)
+        if len(shape) == 1 and name.endswith("weight"):
+            state[name] += 1
+    state["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
+    torch.save(state, folder / imagereward.FILE)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"] + [f"w{n}" for n in range(5, 40)]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------ one update of
+# SRPO
+def a_batch(prompts, c, x0, eps, C0, C1, C2, middles, start=None):
+    """A `train.Batch`; middles is a list of n lists of B whole numbers, or of tensors."""
+    return train.Batch(prompts, c, x0, start, eps, C0, C1, C2, [torch.as_tensor(m) for m in middles])
+
+
+def backward(a, net, reward, batch, times=1):
+    """Run through `train.srpo` with backward, as the loop does, the gradients divided by `times`; the
+    terms."""
+    terms = []
+    for loss, term in train.srpo(a, net, reward, batch):
+        (loss / times).backward()
+        terms.append(term)
+    return terms
