@@ -108,7 +108,9 @@ class Injection:
 
 def reach_of(groundtruth_ratio, cells):
     """How many cells the network is trusted with, int((1 - ratio) T) + 1 (released code); the known noise
-    does the rest. A ratio of 0.92 leaves it 80 of 1000 cells; Fig. 3 shows 0.975 and 0.925."""
+    does the rest. A ratio of 0.92 leaves it 80 of 1000 cells, 0.017 of sigma. Fig. 3 states another number,
+    the weight of the model's term, 0.075 and 0.025: in Eq. 5 that term is dsigma eps_theta, so it is the step
+    sigma - sigma_to itself, and no ratio."""
     return int((1 - groundtruth_ratio) * cells) + 1
 
 
@@ -146,7 +148,8 @@ def discount(cell, first, last, cells):
 
 
 def lam(sigma, sigma_max, sigma_min, early, late):
-    """Eq. 6's lambda(t): from `early` at sigma_max down to `late` at sigma_min, linear, [B].
+    """Eq. 6's lambda(t): from `early` at sigma_max down to `late` at sigma_min, linear, [B]. t is where the
+    network is called.
 
     The paper asks for a decaying factor and gives no numbers; late = early switches the discount off.
     """
@@ -159,7 +162,7 @@ def aggregate(r, weight, n):
 
     r, weight [B]. Returns weight r / n, [B]. The sum is never built: each term is differentiated as soon as
     it is known and the gradients add up (the paper's gradient accumulation), so memory does not grow with n.
-    Differs from the paper by the constant 1 / n, as in the released code (n = 2: one denoising, one
-    inverting state).
+    n counts all terms, injections times branches. Differs from the paper by the constant 1 / n, as in the
+    released code (n = 2: one denoising, one inverting state).
     """
     return weight * r / n

@@ -9,33 +9,182 @@ First the pictures (PNG, named by their prompt's number), then the scores (JSONL
 time. Both go on where they were stopped; torchrun splits the prompts over processes, with the same result.
 """
 
-import argparse
 import gc
-import hashlib
-import json
 import math
-import os
 import sys
+from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 import flux
-from evaluation import picture_folders as gallery
-from engine import parallel
-from evaluation import tables
-from engine.old_flags import Help, check_sampling
-from evaluation.metrics import METRICS, geneval, parse_metrics
-from rewards.pictures import read_picture
-from engine.files import one_line, stamp
+from engine import data, parallel
+from engine.command_line import Parser, parse, real, whole
+from engine.errors import UserError, frame, one_line, printable
+from engine.files import write_json, write_whole
+from evaluation import metrics, picture_folders, tables
+from evaluation.scores import Scores, settings_of
 
 SCORED_AT_ONCE = 16
 
 
+@dataclass
+class Task:
+    """A metric, its files, and the pictures that it scores."""
+    name: str
+    metric: object  # what evaluation/metrics/__init__.py says that a metric's file offers
+    files: object
+    pictures: list
+
+
+@dataclass
+class Outcome:
+    """What scoring came to."""
+    scores: dict                                    # {row: {picture's name: {column: value}}}
+    missing: dict                                   # {metric: why it has no scores}
+    unreadable: list = field(default_factory=list)  # what is wrong with pictures, a line each
+
+    def add(self, row, found):
+        """Take in {picture's name: {column: value}} of a row."""
+        for picture, values in found.items():
+            self.scores[row].setdefault(picture, {}).update(values)
+
+
+def main():
+    with frame("evaluate.py"):
+        try:
+            status = run(sys.argv[1:])
+        except OSError as error:  # a full disk, or one that is gone
+            raise OSError(f"{error}; run it again to go on") from error
+    sys.exit(status)
+
+
+def run(argv):
+    """Both stages, then the table. Returns the exit status: 1 if a picture could not be read."""
+    args = parse(flags(), argv, flux.defaults_of)
+    methods, prompts = rows(args)
+    world = parallel.World(patience=timedelta(days=30))
+    benchmark = picture_folders.benchmark(prompts, args.seed, args.first)
+    tasks, missing = available(args, methods, benchmark, world)
+    groups = [benchmark, *(task.pictures for task in tasks if task.pictures is not benchmark)]
+
+    if not args.images:
+        for pictures in groups:
+            generate(args, methods, pictures, world)
+    world.gather(None)  # what one process sampled another may score
+
+    outcome = Outcome({method.name: {} for method in methods}, missing)
+    for task in tasks:
+        score(args, task, methods, world, outcome)
+    outcome = merged(world.gather(outcome))
+    must_have(tasks, outcome.missing, world)
+    world.close()
+
+    if not world.main:
+        return 0
+    return finish(args, methods, tasks, sum(groups, []), outcome)
+
+
+# ------------------------------------------------------------------------------------ what the user asks for
+def flags():
+    """The flags of this script."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
+    add("--weights", nargs="*", default=[], metavar="[NAME=]PATH",
+        help="folders of trained transformer weights, each compared with the base")
+    add("--images", nargs="*", default=[], metavar="[NAME=]PATH",
+        help="score folders of pictures named by their prompt's number, and sample nothing; the first one is "
+             "what the others are compared with")
+    add("--prompts", "--eval-prompts", dest="eval_prompts", default="hpdv2-benchmark",
+        help="text file, one prompt a line, a folder of .json lists, or hpdv2-benchmark")
+    add("--first", type=whole(1), help="how many prompts of each category, from the first (None: all)")
+    add("--metrics", default="aesthetic,pickscore,imagereward,hpsv2.1,geneval,deqa",
+        help=f"of {', '.join(metrics.names())}; NAME=PATH takes a scorer's files from there [paper 4.2]")
+    add("--reward", default="hpsv2.1", help="for the metric `reward`: as train.py's")
+    add("--control", default="Realistic photo", help="the wanted words of the SGP gap [paper 4.2]")
+    add("--neg", default="CG Render", help="the unwanted words of the SGP gap [paper 4.2]")
+    add("--size", type=whole(1), default=1024,
+        help="side of the pictures, pixels [authors' answer for Table 1]")
+    add("--eval-steps", type=whole(1), default=50, help="sampling steps [paper 4.1]")
+    add("--guidance", type=real(0), default=3.5, help="distilled guidance of sampling [FLUX.1-dev]")
+    add("--seed", type=whole(0), default=0, help="prompt i is sampled from noise seed + i, for every model")
+    add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
+    add("--out", help="folder of pictures, scores, table.md, results.json and sheet.png "
+                      "(None: runs/evaluate_<model>)")
+    return parser
+
+
+def rows(args):
+    """(the table's rows, `Method`s; their prompts). Raises UserError for flags that do not fit."""
+    args.out = args.out or "runs/evaluate_" + ("images" if args.images else Path(args.model).name)
+    metrics.parse_metrics(args.metrics)
+    if args.images and args.weights:
+        raise UserError("--images and --weights: pictures that exist, or weights to sample from; give one")
+    if args.images:
+        picture_folders.make_folder(args.out)
+        return picture_folders.existing(args)
+    flux.needs_gpu(args.model)
+    flux.check_size(args.model, args.size)
+    for path in picture_folders.named("--weights", args.weights).values():
+        flux.transformer_folder(args.model, path)
+    prompts = data.read_prompts_by_category(args.eval_prompts)
+    picture_folders.make_folder(args.out)
+    return picture_folders.planned(args, prompts), prompts
+
+
+def available(args, methods, benchmark, world):
+    """([`Task`] of the metrics whose files can be had, {metric: why not} of the others), the same on all
+    processes. Raises UserError if none can be had."""
+    tasks = []
+    missing = {}
+    for name, where in metrics.parse_metrics(args.metrics).items():
+        metric = metrics.find(name)
+        has_own = hasattr(metric, "pictures")
+        try:
+            if has_own and args.images:
+                must_be_shown(name, methods)
+            files = metric.fetch(where, args)
+            pictures = metric.pictures(files, args.seed, args.first) if has_own else benchmark
+            tasks.append(Task(name, metric, files, pictures))
+        except (UserError, OSError) as error:
+            missing[name] = reason(name, error)
+    for theirs in world.gather(missing):
+        missing |= theirs
+    must_have(tasks, missing, world)
+    if world.main:
+        tell_missing(missing)
+    return [task for task in tasks if task.name not in missing], missing
+
+
+def must_be_shown(name, methods):
+    """Raises UserError if no folder of --images has pictures of a metric's own prompts."""
+    if not any(file.startswith(f"{name}/") for method in methods for file in method.files):
+        raise UserError(f"no pictures of its prompts, {name}/00000_0.png and so on, in these folders")
+
+
+def reason(name, error):
+    """Why a metric cannot be had, without what stands around it where it is printed."""
+    return one_line(error).removeprefix(f"{name}: ").removesuffix(f"; give {name}=PATH")
+
+
+def tell_missing(missing):
+    """Say which metrics have no scores, and why."""
+    for name, why in missing.items():
+        print(printable(f"{name}: - ({why}); --metrics {name}=PATH takes its files from there"))
+
+
+def must_have(tasks, missing, world):
+    """Raises UserError if no metric is left. All processes know it: they part first, so that one says it."""
+    if all(task.name in missing for task in tasks):
+        world.close()
+        raise UserError("--metrics: none can be had, give NAME=PATH: " + "; ".join(missing.values()))
+
+
+# ---------------------------------------------------------------------------------- stage 1: what is sampled
 def share(pictures, size, world):
     """This process's part of a list, in chunks of `size` that are the same for any number of processes, so
     that a picture always meets the same batch, and comes out the same."""
@@ -45,33 +194,41 @@ def share(pictures, size, world):
 
 @torch.no_grad()
 def generate(args, methods, pictures, world):
-    """Stage 1: sample what is not there yet. A chunk that lacks one picture is sampled whole, and what it
-    lacks is written, each file whole or not at all."""
-    lacking = {m.name: [chunk for chunk in share(pictures, args.batch, world)
-                        if not all(m.path(p).exists() for p in chunk)] for m in methods}
-    prompts = list(dict.fromkeys(p.prompt for chunks in lacking.values() for c in chunks for p in c))
+    """Sample what is not there yet, or was cut short. A chunk that lacks one picture is sampled as a whole,
+    and what it lacks is written."""
+    lacking = {}
+    for method in methods:
+        chunks = share(pictures, args.batch, world)
+        lacking[method.name] = [chunk for chunk in chunks if lacks(method, chunk)]
+    prompts = list(dict.fromkeys(p.prompt for chunks in lacking.values() for chunk in chunks for p in chunk))
     if not prompts:
         return
-    txt, pooled, cut = flux.encode_prompts(args.model, prompts, world.device, world.dtype)
-    if cut:
-        print(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes; their end is "
-              f"not seen")
-    row = {prompt: i for i, prompt in enumerate(prompts)}
-    for method in (m for m in methods if lacking[m.name]):
+    embeddings = flux.encode_prompts(args.model, prompts, world.device, world.dtype)
+    if embeddings.truncated:
+        world.say(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
+                  f"they are truncated")
+    number = {prompt: i for i, prompt in enumerate(prompts)}
+    for method in methods:
+        if not lacking[method.name]:
+            continue
         model = flux.load(args.model, method.weights, world.device, world.dtype)
         grid = model.grid(args.size, args.size)
         for chunk in tqdm(lacking[method.name], f"sample {method.name}", leave=False, disable=not world.main):
-            rows, eps = [row[p.prompt] for p in chunk], flux.noise(model, grid, [p.seed for p in chunk])
-            images = flux.sample(model, txt[rows], pooled[rows], eps, grid, args.eval_steps, args.guidance,
-                                 len(chunk))
-            for path, image in zip(map(method.path, chunk), images):
-                if not path.exists():
-                    path.parent.mkdir(exist_ok=True)
-                    beside = path.with_name(f".{path.name}")
-                    save_image(image, beside, format="png")
-                    beside.replace(path)
+            numbers = [number[p.prompt] for p in chunk]
+            noise = flux.noise(model, grid, [p.seed for p in chunk])
+            images = flux.sample(model, embeddings.txt[numbers], embeddings.pooled[numbers], noise, grid,
+                                 args.eval_steps, args.guidance, len(chunk))  # [B, 3, H, W]
+            wanted = lacks(method, chunk)
+            for picture, image in zip(chunk, images, strict=True):
+                if picture in wanted:
+                    picture_folders.save_picture(image, method.path(picture))
         del model
         free()
+
+
+def lacks(method, chunk):
+    """The pictures of a chunk that are not there, or not to their end."""
+    return [picture for picture in chunk if not picture_folders.is_whole(method.path(picture))]
 
 
 def free():
@@ -81,244 +238,95 @@ def free():
         torch.cuda.empty_cache()
 
 
-def scores_on_disk(folder, metric):
-    """{key: {column: value}} of the lines that any process has written; one cut off by a kill is left out."""
-    found = {}
-    for file in folder.glob(f"{metric}.*.jsonl"):
-        for line in file.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-                found[entry["key"]] = entry["scores"]
-            except ValueError:
-                pass
-    return found
-
-
-def settings_of(metric, files, args):
-    """What a metric's scores depend on beside the picture and its prompt: the words, the scorer's files."""
-    places = files.values() if isinstance(files, dict) else files if isinstance(files, tuple) else [files]
-    return [metric, args.control, args.neg, str(files), stamp(*(place for place in places if place))]
-
-
-def keys_of(method, pictures, settings, unreadable):
-    """{picture name: key} of those that are there: what a score depends on as one word, the picture's bytes,
-    its prompt and the settings."""
-    keys = {}
-    for p in pictures:
-        words = json.dumps([p.prompt, p.entry, *settings]).encode()
-        try:
-            if method.path(p).exists():
-                keys[p.name] = hashlib.sha256(method.path(p).read_bytes() + words).hexdigest()[:24]
-        except OSError as error:
-            unreadable.append(f"{method.path(p)}: cannot be read as a picture: {error.strerror}")
-    return keys
-
-
-def read_all(method, pictures, unreadable):
-    """{picture name: PIL} of those that can be read; what is wrong with the others is added to
-    `unreadable`."""
-    images = {}
-    for p in pictures:
-        try:
-            images[p.name] = read_picture(method.path(p))
-        except ValueError as error:
-            unreadable.append(str(error))
-    return images
+# ----------------------------------------------------------------------------------- stage 2: what is scored
+def score(args, task, methods, world, outcome):
+    """One metric, all rows, into the outcome. The scorer is loaded if it is needed."""
+    load = cache(partial(task.metric.load, task.files, args, world.device))
+    settings = settings_of(task.name, task.files, args)
+    try:
+        for method in methods:
+            folder = Path(args.out) / "scores" / picture_folders.folder_name(method.name)
+            kept = Scores(folder, task.name, task.metric.COLUMNS, settings, world.rank)
+            outcome.add(method.name, score_row(task, method, kept, load, world, outcome.unreadable))
+    except UserError as error:
+        outcome.missing[task.name] = reason(task.name, error)
+    del load
+    free()
 
 
 @torch.no_grad()
-def score(args, metric, settings, scorer, method, pictures, world):
-    """Stage 2, one metric and one row of the table: score what is not scored yet, and append it, a line a
-    picture. scorer() loads the scorer, if it is needed. Returns ({picture name: {column: value}}, [what could
-    not be read]) of this process's share."""
-    folder = Path(args.out) / "scores" / method.folder.name
-    folder.mkdir(parents=True, exist_ok=True)
-    known, scores, unreadable = scores_on_disk(folder, metric), {}, []
-    mine = folder / f"{metric}.{world.rank}.jsonl"
-    cut_off = mine.exists() and mine.read_bytes()[-1:] not in (b"", b"\n")
-    with open(mine, "a") as log:
-        log.write("\n" if cut_off else "")
-        for chunk in tqdm(share(pictures, SCORED_AT_ONCE, world), f"{metric} {method.name}", leave=False,
-                          disable=not world.main):
-            keys = keys_of(method, chunk, settings, unreadable)
-            chunk = [p for p in chunk if p.name in keys]
-            if not set(keys.values()) <= known.keys():
-                images = read_all(method, chunk, unreadable)
-                chunk = [p for p in chunk if p.name in images]
-                values = chunk and scorer()(list(images.values()), [p.entry or p.prompt for p in chunk])
-                for i, p in enumerate(chunk):
-                    if keys[p.name] not in known:
-                        known[keys[p.name]] = {column: float(v[i]) for column, v in values.items()}
-                        log.write(json.dumps({"picture": p.name, "key": keys[p.name],
-                                              "scores": known[keys[p.name]]}) + "\n")
-                log.flush()
-            scores |= {p.name: known[keys[p.name]] for p in chunk}
-    return scores, unreadable
+def score_row(task, method, kept, load, world, unreadable):
+    """One metric of one row: score what is not scored yet, a chunk as a whole, and keep it at once. Returns
+    {picture's name: {column: value}}; adds to `unreadable` what is wrong with pictures."""
+    scores = {}
+    chunks = share(task.pictures, SCORED_AT_ONCE, world)
+    for chunk in tqdm(chunks, f"{task.name} {method.name}", leave=False, disable=not world.main):
+        keys = kept.keys(method, chunk, unreadable)
+        chunk = [p for p in chunk if p.name in keys]
+        if any(keys[p.name] not in kept.known for p in chunk):
+            images = method.read(chunk, unreadable)
+            chunk = [p for p in chunk if p.name in images]
+            if chunk:
+                scorer = load()
+                prompts = [p.prompt if p.entry is None else p.entry for p in chunk]
+                kept.add(chunk, keys, scorer([images[p.name] for p in chunk], prompts))
+        scores |= {p.name: kept.known[keys[p.name]] for p in chunk}
+    return scores
 
 
-def flags():
-    """The flags of this script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    add = parser.add_argument
-    add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
-    add("--weights", nargs="*", default=[], metavar="[NAME=]PATH",
-        help="folders of trained transformer weights, each compared with the base")
-    add("--images", nargs="*", default=[], metavar="[NAME=]PATH",
-        help="score folders of pictures named by their prompt's number, and sample nothing; the first one is "
-             "what the others are compared with")
-    add("--prompts", dest="eval_prompts", default="hpdv2-benchmark",
-        help="text file, one prompt a line, a folder of .json lists, or hpdv2-benchmark")
-    add("--first", type=int, help="how many prompts of each category, from the first (None: all)")
-    add("--metrics", default="aesthetic,pickscore,imagereward,hpsv2.1,geneval,deqa",
-        help=f"of {', '.join(METRICS)}; NAME=PATH takes a scorer's files from there [paper 4.2]")
-    add("--reward", default="hpsv2.1", help="for the metric `reward`: as train.py's")
-    add("--control", default="Realistic photo", help="the wanted words of the SGP gap [paper 4.2]")
-    add("--neg", default="CG Render", help="the unwanted words of the SGP gap [paper 4.2]")
-    add("--size", type=int, default=1024, help="side of the pictures, pixels [authors' answer for Table 1]")
-    add("--eval-steps", type=int, default=50, help="sampling steps [paper 4.1]")
-    add("--guidance", type=float, default=3.5, help="distilled guidance of sampling [FLUX.1-dev]")
-    add("--seed", type=int, default=0, help="prompt i is sampled from noise seed + i, for every model")
-    add("--batch", type=int, default=1, help="pictures sampled at a time")
-    add("--out", help="folder of pictures, scores, table.md, results.json and sheet.png "
-                      "(None: runs/evaluate_<model>)")
-    return parser
+def merged(outcomes):
+    """The outcomes of all processes as one."""
+    first, *others = outcomes
+    for other in others:
+        first.unreadable += other.unreadable
+        first.missing |= other.missing
+        for row, found in other.scores.items():
+            first.add(row, found)
+    first.unreadable = sorted(set(first.unreadable))
+    return first
 
 
-def available(args, metrics, world):
-    """({metric: files} of those whose weights can be had, {metric: why not} of the others), the same on all
-    processes."""
-    files, missing = {}, {}
-    for name, where in metrics.items():
-        try:
-            files[name] = METRICS[name][1](where, args)
-        except (ValueError, OSError) as error:
-            missing[name] = one_line(error).removeprefix(f"{name}: ").removesuffix(f"; give {name}=PATH")
-    for theirs in world.gather(missing):
-        missing |= theirs
-    return {k: v for k, v in files.items() if k not in missing}, missing
-
-
-def must_have(files, missing, world):
-    """ValueError, of one process, if no metric is left."""
-    if not files.keys() - missing.keys():
-        if not world.main:
-            sys.exit(2)
-        raise ValueError("--metrics: none can be had, give NAME=PATH: " + "; ".join(missing.values()))
-
-
-def tell(missing, world):
-    """Say which metrics cannot be had, and why."""
-    for metric, why in missing.items() if world.main else ():
-        print(f"{metric}: - ({why}); --metrics {metric}=PATH takes its files from there")
-
-
-def prepare():
-    """From the command line: (flags, world, rows of the table, {metric: files}, {metric: why not}, pictures).
-    Raises ValueError with one line."""
-    args = flux.parse_flags(flags())
-    args.out = args.out or "runs/evaluate_" + ("images" if args.images else Path(args.model).name)
-    metrics = parse_metrics(args.metrics)
-    if not args.images:
-        flux.needs_gpu(args.model)
-        flux.check_size(args.model, args.size)
-    check_sampling(args)
-    if args.images:
-        methods, prompts = gallery.existing(args)
-    else:
-        prompts = flux.read_prompts_by_category(args.eval_prompts)
-        methods = gallery.planned(args, prompts)
-    world = parallel.World(patience=timedelta(days=30))
-    none = args.images and not any(name.startswith("geneval/") for m in methods for name in m.files)
-    wanted = {name: where for name, where in metrics.items() if not (none and name == "geneval")}
-    files, missing = available(args, wanted, world)
-    if wanted != metrics:
-        missing["geneval"] = "no pictures of its prompts, geneval/00000_0.png and so on, in these folders"
-    must_have(files, missing, world)
-    tell(missing, world)
-    pictures = gallery.benchmark(prompts, args.seed, args.first)
-    if "geneval" in files:
-        entries = geneval.read_metadata(files["geneval"]["metadata"])
-        pictures += gallery.geneval_pictures(entries, args.seed, args.first, geneval.PICTURES)
-    return args, world, methods, files, missing, pictures
-
-
-def run():
-    """Both stages, then the table. Returns the exit status: 1 if a picture could not be read."""
-    args, world, methods, files, missing, pictures = prepare()
-    ours, theirs = [p for p in pictures if not p.entry], [p for p in pictures if p.entry]
-    for part in (ours, theirs) if not args.images else ():
-        generate(args, methods, part, world)
-    world.gather(None)  # what one process sampled another may score
-    scores, unreadable = {m.name: {} for m in methods}, []
-    for metric, path in files.items():
-        load = cache(lambda: METRICS[metric][2](path, args, world.device))
-        settings = settings_of(metric, path, args)
-        try:
-            for m in methods:
-                which = theirs if metric == "geneval" else ours
-                found, bad = score(args, metric, settings, load, m, which, world)
-                unreadable += bad
-                for name, values in found.items():
-                    scores[m.name].setdefault(name, {}).update(values)
-        except ValueError as error:
-            missing[metric] = one_line(error).removeprefix(f"{metric}: ")
-        del load
-        free()
-    parts = world.gather((scores, unreadable, missing))
-    world.close()
-    if not world.main:
-        return 0
-    for theirs, bad, why in parts[1:]:
-        unreadable, missing = unreadable + bad, missing | why
-        for name in scores:
-            for picture, values in theirs[name].items():
-                scores[name].setdefault(picture, {}).update(values)
-    must_have(files, missing, world)
-    status = finish(args, methods, missing, pictures, scores, sorted(set(unreadable)))
-    tell(missing, world)
-    return status
-
-
-def finish(args, methods, missing, pictures, scores, unreadable):
+# ------------------------------------------------------------------------------------------------- the table
+def finish(args, methods, tasks, pictures, outcome):
     """Write and print the results; the exit status."""
     out = Path(args.out)
-    asked = {column for metric in parse_metrics(args.metrics) for column in METRICS[metric][0]}
-    columns = [column for column in tables.COLUMNS if column in asked]
-    had = [column for column in columns if not any(column in METRICS[metric][0] for metric in missing)]
-    found = tables.results([m.name for m in methods], had, pictures, scores)
-    text = tables.report(found, columns)
-    gallery.write_json(out / "results.json", {"args": vars(args), "missing": missing,
-                                              "unreadable": unreadable, "rows": found})
-    (out / "table.md").write_text(text, "utf-8")
-    gallery.contact_sheet(methods, pictures, out / "sheet.png")
+    asked = metrics.parse_metrics(args.metrics)
+    columns = tables.in_order({name: metrics.find(name).COLUMNS for name in asked})
+    tasks = [task for task in tasks if task.name not in outcome.missing]
+    task_of = {column: task for task in tasks for column in task.metric.COLUMNS}
+    pictures_of = {column: task_of[column].pictures for column in columns if column in task_of}
+    categories = list(dict.fromkeys(picture.category for picture in pictures))
+    results = tables.results([m.name for m in methods], pictures_of, categories, outcome.scores)
+    text = tables.report(results, columns)
+    write_json(out / "results.json", {"args": vars(args), "missing": outcome.missing,
+                                      "unreadable": outcome.unreadable, "rows": results})
+    write_whole(out / "table.md", text)
+    picture_folders.contact_sheet(methods, pictures, out / "sheet.png")
     print(text)
-    for m in methods:
-        absent = sum(not m.path(p).exists() for p in pictures)
+    tell_gaps(methods, tasks, pictures, outcome)
+    tell_missing(outcome.missing)
+    print(printable(f"pictures, scores, table.md, results.json and sheet.png in {out}/"))
+    return 1 if outcome.unreadable else 0
+
+
+def tell_gaps(methods, tasks, pictures, outcome):
+    """Say what the means leave out, and why."""
+    for method in methods:
+        absent = sum(not method.path(p).exists() for p in pictures)
         if absent:
-            print(f"{m.name}: {absent} of {len(pictures)} pictures are not there; means are over the others")
-        for column in had:
-            odd = sum(not math.isfinite(values.get(column, 0)) for values in scores[m.name].values())
-            if odd and column != "alignment":  # which a prompt outside the miniature's world does not have
-                print(f"{m.name}: {odd} scores of {column} are not finite; the mean is over the others")
-    for line in unreadable:
-        print(f"evaluate.py: {line}; left out", file=sys.stderr)
-    if unreadable:
-        print(f"evaluate.py: {len(unreadable)} pictures could not be read", file=sys.stderr)
-    print(f"pictures, scores, table.md, results.json and sheet.png in {out}/")
-    return 1 if unreadable else 0
-
-
-def main():
-    try:
-        sys.exit(run())
-    except ValueError as error:
-        rank = int(os.environ.get("RANK", 0))
-        if rank == 0 or parallel.dist.is_initialized():  # before that, all processes meet the same error
-            print("evaluate.py: " + (f"rank {rank}: " if rank else "") + str(error), file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # a full or vanished disk: what is there stays, and is not made again
-        print(f"\nevaluate.py: {error}; run it again to go on", file=sys.stderr)
-        sys.exit(1)
+            print(f"{method.name}: {absent} of {len(pictures)} pictures are not there; "
+                  f"means are over the others")
+        for task in tasks:
+            for column in task.metric.COLUMNS:
+                values = [found.get(column, 0) for found in outcome.scores[method.name].values()]
+                odd = sum(not math.isfinite(value) for value in values)
+                if odd and column not in getattr(task.metric, "UNDEFINED", ()):
+                    print(f"{method.name}: {odd} scores of {column} are not finite; "
+                          f"the mean is over the others")
+    for line in outcome.unreadable:
+        print(printable(f"evaluate.py: {line}; left out"), file=sys.stderr)
+    if outcome.unreadable:
+        print(f"evaluate.py: {len(outcome.unreadable)} pictures could not be read", file=sys.stderr)
 
 
 if __name__ == "__main__":

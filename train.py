@@ -346,11 +346,13 @@ def main():
         run = set_up(a, world)
         world.decide(folder.open)
         world.say(as_line(parser(), vars(a)))
-        if folder.checkpoint is None:
-            state = run.watched.begin(folder)
-        else:
-            state = checkpoint.load(folder.checkpoint, run.net.transformer, run.optimizer)
+        if folder.checkpoints:
+            state = checkpoint.load_newest(folder.checkpoints, run.net.transformer, run.optimizer, world)
             world.decide(folder.log_until, state["step"])
+        else:
+            if a.resume:
+                world.say(f"--resume: no checkpoint in {out}; the run starts from the beginning")
+            state = run.watched.begin(folder)
         if train(a, run, folder, state, stopping):
             checkpoint.export(run.net.transformer, out / "weights", world, run.net.dtype)
             run.watched.finish(folder, state)

@@ -115,12 +115,12 @@ class World:
                 found = function(*arguments)
             except UserError as error:
                 mistake = error
-        found, stop = self.gather((found, mistake is not None))[0]
+        theirs, stop = self.gather((found, mistake is not None))[0]
         if stop and self.main:
             raise mistake
         if stop:
             sys.exit(2)
-        return found
+        return found if self.main else theirs
 
     def close(self):
         """All processes leave together: one that left first could break the others' last exchange."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+import diffusers
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -169,11 +169,11 @@ def bytes_of(module):
 def count(job, compute_dtype):
     """The `Counts` of a job whose transformer and VAE compute in compute_dtype, its rewards in float32."""
     with FakeTensorMode():
-        transformer = create(FluxTransformer2DModel, job.transformer, compute_dtype)
+        transformer = create(diffusers.FluxTransformer2DModel, job.transformer, compute_dtype)
         once = flop_of(forward, transformer, job.image_tokens, job.text_tokens, compute_dtype)
         activations = saved_by_transformer(transformer, job, compute_dtype)
 
-        vae = create(AutoencoderKL, job.vae, compute_dtype).requires_grad_(False)
+        vae = create(diffusers.AutoencoderKL, job.vae, compute_dtype).requires_grad_(False)
         side = job.size // 2 ** (len(job.vae["block_out_channels"]) - 1)  # it halves a picture between levels
         z = torch.zeros(1, vae.config.latent_channels, side, side, dtype=compute_dtype, requires_grad=True)
         decode_flop = flop_of(vae.decode, z)
@@ -202,7 +202,7 @@ def flop_per_call(job, once):
 def forward_flop(job):
     """FLOP of one call of the transformer for one image."""
     with FakeTensorMode():
-        transformer = create(FluxTransformer2DModel, job.transformer, torch.bfloat16)
+        transformer = create(diffusers.FluxTransformer2DModel, job.transformer, torch.bfloat16)
         return flop_of(forward, transformer, job.image_tokens, job.text_tokens, torch.bfloat16)
 
 

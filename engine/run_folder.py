@@ -11,53 +11,81 @@
 import fcntl
 import json
 import secrets
+import shutil
 from pathlib import Path
 
 from engine import checkpoint
 from engine.errors import UserError
 from engine.files import read_json, write_json, write_whole
 
-# All that a run makes, and so all that --overwrite removes.
-MADE = ("run.json", "args.json", "log.jsonl", "summary.json", "before_after.png", "explain.png",
-        "samples/step_*.png", "weights/*.json", "weights/*.safetensors", "weights_best/*.json",
-        "weights_best/*.safetensors", "checkpoints/step_*/*", "checkpoints/.writing/*",
-        "tensorboard/events.out.tfevents.*")
+# All files that a run makes, but for its checkpoints, and so all that --overwrite removes.
+WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors")
+MADE = ("args.json", "log.jsonl", "summary.json", "before_after.png", "explain.png",
+        *[f"weights/{name}" for name in WEIGHTS], *[f"weights_best/{name}" for name in WEIGHTS],
+        "samples/step_*.png", "tensorboard/events.out.tfevents.*")
+FOLDERS = ("samples", "weights", "weights_best", "checkpoints", "tensorboard")
 
-# Flags that --resume may change: they change no weight.
+# Flags that --resume may change: no weight depends on them, or their files are compared by content.
 FREE = ("steps", "resume", "overwrite", "explain", "plan", "out", "save_every", "keep", "replicas", "batch",
-        "accumulate", "checkpointing", "compile", "tensorboard", "world_size", "card", "share")
+        "accumulate", "checkpointing", "compile", "tensorboard", "world_size", "card", "share",
+        "model", "prompts", "eval_prompts", "reward")
+
+
+def run_in(out):
+    """The id of the run that made a folder; None if no run did. Raises UserError for a damaged mark."""
+    mark = Path(out) / "run.json"
+    if not mark.exists():
+        return None
+    found = read_json(mark)
+    if not isinstance(found, dict) or not isinstance(found.get("run"), str):
+        raise UserError(f"{mark}: not the mark of a run; give another --out")
+    return found["run"]
 
 
 def finished(out):
     """The finished checkpoints of the run in a folder, oldest first; none if no run is there."""
-    mark = Path(out) / "run.json"
-    return checkpoint.checkpoints(out, read_json(mark)["run"]) if mark.exists() else []
+    run = run_in(out)
+    return [] if run is None else checkpoint.checkpoints(out, run)
 
 
 class RunFolder:
     """The folder `out` of a run with the flags `args` (a dict). Raises UserError if the run may not go there;
     nothing is written or removed before `open`.
 
-    `checkpoint` is the folder of the checkpoint to go on from, None where the run starts from the beginning.
+    `checkpoints` are those to go on from, oldest first; there are none where a run starts from the beginning.
     """
 
     def __init__(self, out, args):
         self.out = Path(out)
         self.args = json.loads(json.dumps(args))  # as a file would give it back
-        self.checkpoint = None
-        self.lock = None
+        self.checkpoints = []
         self.id = secrets.token_hex(8)
-        marked = (self.out / "run.json").exists()
-        if args["resume"] and marked:
-            self.id = read_json(self.out / "run.json")["run"]
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"--out {out}: cannot be written: Not a directory")
+        marked = run_in(self.out)
+        if marked is None:
+            self.must_be_empty()
+        elif args["resume"]:
+            self.id = marked
             self.continues()
-        elif args["resume"] and self.out.exists() and any(self.out.iterdir()):
-            raise UserError(f"--resume: {out} is not a run's folder, and not empty; give the run's --out")
-        elif marked and not args["overwrite"]:
+        elif not args["overwrite"]:
             raise UserError(f"--out {out} already holds a run; --resume continues it, --overwrite deletes it")
+        for folder in checkpoint.all_checkpoints(self.out):
+            if checkpoint.owner_of(folder) not in (marked, None):
+                raise UserError(f"{folder} is another run's checkpoint; move it away, or give another --out")
+
+    def must_be_empty(self):
+        """Raise UserError if the folder holds files, and no run made it: they are someone's."""
+        if not self.out.exists():
+            return
+        theirs = [path.name for path in self.out.iterdir()
+                  if path.name not in (".lock", "explain.png") and not path.name.startswith(".run.json.")]
+        if theirs:
+            raise UserError(f"--out {self.out} is not a run's folder, and not empty: it holds "
+                            f"{sorted(theirs)[0]}; give another --out")
 
     def continues(self):
-        """Find the checkpoint to go on from. Raises UserError if the run in the folder is another one."""
+        """Find the checkpoints to go on from. Raises UserError if the run in the folder is another one."""
         done = finished(self.out)
         if not done:
             return
@@ -69,42 +97,59 @@ class RunFolder:
         if checkpoint.step_of(done[-1]) > self.args["steps"]:
             raise UserError(f"--steps {self.args['steps']}: the run in {self.out} is past it, at "
                             f"{done[-1].name}; give more steps")
-        self.checkpoint = done[-1]
+        self.checkpoints = done
 
     def open(self):
-        """Make the folder, lock it for as long as this process lives, and write args.json. What an earlier
-        run left is removed first if --overwrite allows it. Raises UserError."""
+        """Make the folder, lock it for as long as this process lives, mark it and write args.json. What an
+        earlier run left is removed first, if --overwrite allows it. Raises UserError."""
         try:
-            (self.out / "samples").mkdir(parents=True, exist_ok=True)
+            self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.out / ".lock", "w")
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
                 raise UserError(f"--out {self.out}: another process is training there") from error
-            if self.checkpoint is None:
+            if not self.checkpoints:
                 self.clear()
-                (self.out / "samples").mkdir(exist_ok=True)
                 write_json(self.out / "run.json", {"run": self.id})
             write_json(self.out / "args.json", self.args)
+            (self.out / "samples").mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"--out {self.out}: cannot be written: {error.strerror}") from error
 
     def clear(self):
-        """Remove what a run made here, and no other file."""
+        """Remove what the run that marked this folder made, and no other file. Its mark goes last, so that
+        a kill on the way leaves a folder that is still known as a run's."""
+        marked = run_in(self.out)
+        if marked is None:
+            return
+        inside = self.out.resolve()
+        for folder in checkpoint.checkpoints(self.out, marked):
+            checkpoint.discard(folder)
+        for left in (self.out / "checkpoints").glob(".*"):  # by a kill
+            shutil.rmtree(left, ignore_errors=True)
         for pattern in MADE:
             for path in self.out.glob(pattern):
-                if path.is_file() and not path.is_symlink():
+                is_ours = path.is_file() and not path.is_symlink() and inside in path.resolve().parents
+                if is_ours:
                     path.unlink()
-        folders = [path for path in self.out.rglob("*") if path.is_dir() and not path.is_symlink()]
-        for folder in sorted(folders, reverse=True):  # the inner ones first
-            if not any(folder.iterdir()):
+        for name in FOLDERS:
+            folder = self.out / name
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
                 folder.rmdir()
+        (self.out / "run.json").unlink()
 
     def log_until(self, step):
-        """Cut the log after a step: what a killed run logged beyond its checkpoint is computed again."""
+        """Cut the log after a step: what a killed run logged beyond its checkpoint is computed again. A line
+        that the kill cut short is of that kind."""
         path = self.out / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except ValueError:
+                pass
         write_whole(path, "".join(kept))
 
     def log(self, line):

@@ -1,27 +1,33 @@
-"""Folders of pictures named by their prompt's number, 00012.png, with prompts.json beside them: what
-sample.py and evaluate.py write, what evaluate.py scores, its own or others', and what study.py shows.
+"""Folders of pictures named by their prompt's number, 00012.png, with prompts.json beside them: sample.py and
+evaluate.py write them; evaluate.py scores, and the human study shows, these and any other's.
 """
 
 import hashlib
+import io
 import json
 import os
 import re
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torchvision.utils import save_image
 
-import flux
-from rewards.pictures import fitted, pixels, read_picture, save_grid
-from engine.files import stamp
+from engine import data
+from engine.errors import UserError, printable
+from engine.files import named_path, read_json, stamp, write_json, write_whole
+from rewards.pictures import fitted, pixels, read_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last bytes of every PNG
+TAKEN = ["base", "scores", "results.json", "table.md", "sheet.png"]  # what evaluate.py puts in --out itself
 
 
 @dataclass
 class Picture:
-    """One picture to be: its name (its prompt's number), prompt, noise seed and category; for GenEval's also
-    its line of their metadata."""
+    """One picture to be: its name (its prompt's number), prompt, noise seed and category; for a metric that
+    has its own prompts, also what it knows of this one."""
     name: str
     prompt: str
     seed: int
@@ -42,35 +48,125 @@ class Method:
         """The file of a picture, which need not be there yet."""
         return self.files.get(picture.name, self.folder / f"{picture.name}.png")
 
+    def read(self, pictures, unreadable):
+        """{picture's name: PIL} of those that can be read; what is wrong with others goes to `unreadable`."""
+        images = {}
+        for picture in pictures:
+            try:
+                images[picture.name] = read_picture(self.path(picture))
+            except UserError as error:
+                unreadable.append(str(error))
+        return images
+
 
 def first_of_each(categories, n):
     """The numbers of the first n of each category, or of all (None)."""
-    return [i for i, c in enumerate(categories) if n is None or categories[:i].count(c) < n]
+    seen = Counter()
+    chosen = []
+    for i, category in enumerate(categories):
+        if n is None or seen[category] < n:
+            chosen.append(i)
+        seen[category] += 1
+    return chosen
 
 
 def benchmark(prompts, seed, n):
     """The pictures of [(prompt, category)], the first n of each category, or all (None). Picture i is made
     from noise seed + i, whatever n is."""
-    return [Picture(f"{i:05d}", prompts[i][0], seed + i, prompts[i][1])
-            for i in first_of_each([category for _, category in prompts], n)]
+    found = []
+    for i in first_of_each([category for _, category in prompts], n):
+        prompt, category = prompts[i]
+        found.append(Picture(f"{i:05d}", prompt, seed + i, category))
+    return found
 
 
-def geneval_pictures(entries, seed, n, each):
-    """GenEval's: `each` pictures of each of its prompts, whose categories are its six tasks; the first n
-    prompts of each task, or all (None)."""
-    chosen = [(i, entries[i]) for i in first_of_each([entry["tag"] for entry in entries], n)]
-    return [Picture(f"geneval/{i:05d}_{k}", entry["prompt"], seed + each * i + k, entry["tag"], entry)
-            for i, entry in chosen for k in range(each)]
+# ---------------------------------------------------------------------------------------------- what is there
+def picture_files(folder):
+    """The files in a folder that are named like pictures, in order. Raises UserError for one that is no file:
+    reading a pipe or a device could last for ever."""
+    found = []
+    if not folder.is_dir():
+        return found
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in SUFFIXES:
+            if file.exists() and not file.is_file():
+                raise UserError(f"{file}: not a file")
+            found.append(file)
+    return found
 
 
+def files_of(folder):
+    """{name: file} of a folder's pictures: 12.png or 00012.JPG is "00012", and GenEval's geneval/00012_3.png
+    is "geneval/00012_3". Raises UserError if there are none, or two of one name."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found = {}
+    for file in picture_files(folder):
+        if re.fullmatch("[0-9]+", file.stem):
+            number = int(file.stem)
+            if found.setdefault(f"{number:05d}", file) != file:
+                raise UserError(f"{file}: a second picture of prompt {number}")
+    if not found:
+        raise UserError(f"{folder}: no pictures 00000.png, 00001.png, ... (or .jpg, .jpeg, .webp) in it")
+    for file in picture_files(folder / "geneval"):
+        if re.fullmatch("[0-9]{5}_[0-9]", file.stem):
+            if found.setdefault(f"geneval/{file.stem}", file) != file:
+                raise UserError(f"{file}: a second picture {file.stem}")
+    return found
+
+
+def listed(folder):
+    """[(prompt, category)] of a folder's prompts.json, by the pictures' numbers; None if it has none. Raises
+    UserError if it is no such list."""
+    path = Path(folder) / "prompts.json"
+    if not path.exists():
+        return None
+    entries = read_json(path)
+    if not isinstance(entries, list) or not all(is_entry(entry) for entry in entries):
+        raise UserError(f'{path}: must be a list of {{"prompt": ..., "category": ...}}')
+    return [data.Prompt(entry["prompt"], entry.get("category", "")) for entry in entries]
+
+
+def is_entry(entry):
+    """Whether a value is an entry of prompts.json: a prompt and, perhaps, its category."""
+    return (isinstance(entry, dict) and isinstance(entry.get("prompt"), str)
+            and isinstance(entry.get("category", ""), str))
+
+
+def list_prompts(folder, prompts):
+    """Write prompts.json of [(prompt, category)]."""
+    entries = [{"prompt": text, "category": category} for text, category in prompts]
+    write_json(folder / "prompts.json", entries)
+
+
+def is_whole(path):
+    """Whether a PNG is there to its last bytes: a disk that failed may have cut it short."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(0, end - len(PNG_END)))
+        return file.read() == PNG_END
+
+
+# ------------------------------------------------------------------------------------------ rows of the table
 def named(flag, items):
-    """["NAME=PATH" or "PATH"] -> {name: path}; a path without a name is its own name."""
-    pairs = [(item, "", "") if "/" in item.partition("=")[0] else item.partition("=") for item in items]
-    found = {name: path or name for name, _, path in pairs}
-    folders = [folder_name(name) for name in found] + (["base", "scores"] if flag == "--weights" else [])
-    if len(found) < len(items) or len(set(folders)) < len(folders):
-        raise ValueError(f"{flag} {' '.join(items)}: a name is used twice, or taken (base is the model's own "
-                         "weights); give NAME=PATH")
+    """["NAME=PATH" or "PATH"] -> {name: path}; a path without a name is its own name. Raises UserError for
+    names that cannot be folders side by side in --out."""
+    found = {}
+    taken = set() if flag == "--images" else set(TAKEN)
+    for item in items:
+        name, path = named_path(item)
+        name = printable(path if name is None else name)
+        folder = folder_name(name)
+        if not 0 < len(folder) <= 200:
+            raise UserError(f'{flag} "{item}": not a name for a folder; give NAME=PATH')
+        if folder in taken:
+            raise UserError(f"{flag} {item}: a name is used twice, or taken ({', '.join(TAKEN)} are "
+                            f"evaluate.py's own); give NAME=PATH")
+        taken.add(folder)
+        found[name] = path
     return found
 
 
@@ -79,102 +175,102 @@ def folder_name(name):
     return re.sub(r"[^\w.-]+", "_", name).strip("._")
 
 
-def listed(folder):
-    """[(prompt, category)] of a folder's prompts.json, by the pictures' numbers; None if it has none."""
-    path = Path(folder) / "prompts.json"
-    if not path.exists():
-        return None
+def make_folder(out):
+    """Make --out. Raises UserError if it cannot be."""
     try:
-        entries = [(e["prompt"], e.get("category", "")) for e in json.loads(path.read_text("utf-8"))]
-        if not all(isinstance(word, str) for entry in entries for word in entry):
-            raise TypeError
-        return entries
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f'{path}: not a list of {{"prompt": ..., "category": ...}}') from error
+        Path(out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from error
 
 
 def planned(args, prompts):
-    """The rows to sample: the base and each --weights, in folders of --out that say what they hold. Raises
-    ValueError if one holds pictures made otherwise."""
+    """The rows to sample: the base and each of --weights, in folders of --out that say what they hold. Raises
+    UserError if one holds pictures made otherwise."""
     methods = [Method("base", Path(args.out) / "base")]
     for name, path in named("--weights", args.weights).items():
-        flux.transformer_folder(args.model, path)
         methods.append(Method(name, Path(args.out) / folder_name(name), path))
+    digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     for method in methods:
-        made = {k: getattr(args, k) for k in ("model", "size", "eval_steps", "guidance", "seed")}
-        made |= {"weights": stamp(method.weights) if method.weights else [],
-                 "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()}
-        stored = method.folder / "made.json"
-        then = json.loads(stored.read_text()) if stored.exists() else made
-        for k in made:
-            if made[k] != then.get(k):
-                what = "" if k in ("weights", "prompts") else f" {then.get(k)}, now {made[k]}"
-                raise ValueError(f"--out {args.out}: the pictures in {method.folder} were made with other "
-                                 f"{k}{what}; delete that folder, or give another --out")
-        method.folder.mkdir(parents=True, exist_ok=True)
-        write_json(method.folder / "prompts.json", [{"prompt": p, "category": c} for p, c in prompts])
-        write_json(stored, made)
+        made = {"model": args.model, "size": args.size, "eval_steps": args.eval_steps,
+                "guidance": args.guidance, "seed": args.seed,
+                "weights": stamp(method.weights) if method.weights else [], "prompts": digest}
+        check_made(method.folder, made, args.out)
+        picture_files(method.folder)
+        picture_files(method.folder / "geneval")
+    for method in methods:
+        list_prompts(method.folder, prompts)
     return methods
+
+
+def check_made(folder, made, out):
+    """Make a row's folder, with made.json: how its pictures are made. Raises UserError if it holds pictures
+    made otherwise."""
+    stored = folder / "made.json"
+    if stored.exists():
+        then = read_json(stored)
+        for key, now in made.items():
+            if then.get(key) != now:
+                what = "" if key in ("weights", "prompts") else f" {then.get(key)}, now {now}"
+                raise UserError(f"--out {out}: the pictures in {folder} were made with other {key}{what}; "
+                                f"delete that folder, or give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(stored, made)
 
 
 def existing(args):
     """(rows, prompts [(prompt, category)]) of --images; the prompts are the folders' own prompts.json, or
-    --prompts. Raises ValueError for a folder without pictures, or folders whose prompts differ."""
-    methods = [Method(name, Path(path)) for name, path in named("--images", args.images).items()]
-    own = {m.folder: listed(m.folder) for m in methods}
-    known = {folder: prompts for folder, prompts in own.items() if prompts is not None}
-    prompts = next(iter(known.values())) if known else flux.read_prompts_by_category(args.eval_prompts)
-    for folder, theirs in known.items():
-        if theirs != prompts:
-            i = next((i for i, (a, b) in enumerate(zip(theirs, prompts)) if a != b),
-                     min(len(theirs), len(prompts)))
-            raise ValueError(f"--images: the prompts of {folder} and {next(iter(known))} differ, first at "
-                             f"number {i}")
+    --prompts. Raises UserError for a folder without pictures, or folders whose prompts differ."""
+    methods = []
+    for name, path in named("--images", args.images).items():
+        methods.append(Method(name, Path(path), files=files_of(path)))
+    lists = {method.folder: listed(method.folder) for method in methods}
+    lists = {folder: prompts for folder, prompts in lists.items() if prompts is not None}
+    if lists:
+        first, prompts = next(iter(lists.items()))
+    else:
+        prompts = data.read_prompts_by_category(args.eval_prompts)
+    for folder, others in lists.items():
+        if others != prompts:
+            same = [a == b for a, b in zip(others, prompts, strict=False)]
+            i = same.index(False) if False in same else len(same)
+            raise UserError(f"--images: the prompts of {folder} and {first} differ, first at number {i}")
     for method in methods:
-        method.files = files_of(method.folder)
         last = max(int(name) for name in method.files if name.isdigit())
         if last >= len(prompts):
-            raise ValueError(f"--images {method.folder}: picture {last}, but there are {len(prompts)} "
-                             "prompts; give theirs: --prompts FILE")
+            raise UserError(f"--images {method.folder}: picture {last}, but there are {len(prompts)} "
+                            "prompts; give theirs: --prompts FILE")
     return methods, prompts
 
 
-def files_of(folder):
-    """{name: file} of a folder's pictures: 12.png or 00012.JPG is "00012"; GenEval's are in geneval/. Raises
-    ValueError if there are none, or two of one name."""
-    if not folder.is_dir():
-        raise ValueError(f"--images {folder}: no such folder")
-    found = {}
-    for file in sorted([*folder.iterdir(), *(folder / "geneval").glob("*_?.*")]):
-        if file.suffix.lower() in SUFFIXES and (file.stem.isdigit() or file.parent != folder):
-            name = f"{int(file.stem):05d}" if file.parent == folder else f"geneval/{file.stem}"
-            if found.setdefault(name, file) != file:
-                raise ValueError(f"--images {folder}: {found[name].name} and {file.name} are both {name}")
-    if not any(name.isdigit() for name in found):
-        raise ValueError(f"--images {folder}: no pictures there (00000.png and so on, named by their "
-                         "prompt's number)")
-    return found
+# ---------------------------------------------------------------------------------------------------- writing
+def save_picture(images, path, columns=8):
+    """Write a picture [3, H, W] or a grid of pictures [P, 3, H, W], in [0, 1], as a PNG, whole or not at
+    all."""
+    png = io.BytesIO()
+    save_image(images, png, format="png", nrow=columns)
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, png.getvalue())
 
 
-def write_json(path, value):
-    """Write a JSON file whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    beside.replace(path)
+def save_grid(images, path, columns=8):
+    """Write pictures [P, 3, H, W] as one PNG; small ones enlarged to 128 pixels, so that they can be seen."""
+    scale = max(1, 128 // images.shape[-1])
+    save_picture(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, columns)
 
 
 def contact_sheet(methods, pictures, path, rows=24):
     """Write same-seed pictures side by side, a prompt after the other, the categories in equal parts."""
-    common = [p for p in pictures if all(m.path(p).exists() for m in methods)]
-    each = -(-rows // len(dict.fromkeys(p.category for p in common)) or 1) if common else 0
-    chosen = [p for c in dict.fromkeys(p.category for p in common)
-              for p in [q for q in common if q.category == c][:each]]
+    groups = defaultdict(list)  # {category: the pictures that all methods have}
+    for picture in pictures:
+        if all(method.path(picture).exists() for method in methods):
+            groups[picture.category].append(picture)
     images = []
-    for p in chosen:
-        try:
-            images += [pixels(fitted(read_picture(m.path(p)), 256, "letterbox")) for m in methods]
-        except ValueError:
-            pass  # named where it was scored
+    for group in groups.values():
+        for picture in group[:-(-rows // len(groups))]:
+            try:
+                row = [read_picture(method.path(picture)) for method in methods]
+            except UserError:
+                continue  # what is wrong was said where it was scored
+            images += [pixels(fitted(image, 256, "letterbox")) for image in row]
     if images:
-        save_grid(torch.stack(images[:len(images) // len(methods) * len(methods)]), path,
-                  columns=len(methods) * max(1, 8 // len(methods)))
+        save_grid(torch.stack(images), path, columns=len(methods) * max(1, 8 // len(methods)))

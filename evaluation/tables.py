@@ -4,27 +4,46 @@ import re
 
 import torch
 
-# column: (title, format, the number of Table 1's column or None), in Table 1's order. SGP-HPS twice: the gap
-# f.(C1 - C2) itself, and as the authors show it, 100 (gap + 0.01) [their answer to a question about Table 1]
-COLUMNS = {
-    "aesthetic": ("Aes", ".3f", 0), "pickscore": ("Pick", ".3f", 1), "imagereward": ("ImageReward", ".3f", 2),
-    "hps": ("HPS", ".4f", 3), "sgp_hps": ("SGP-HPS, raw", "+.4f", None),
-    "sgp_hps_shown": ("SGP-HPS, authors' scale", ".3f", 4), "geneval": ("GenEval (HF detector)", ".3f", 5),
-    "deqa": ("DeQA", ".3f", 6), "clip": ("CLIP", ".4f", None), "reward": ("reward", "+.3f", None),
-    "sgp": ("sgp", "+.3f", None), "saturation": ("saturation", "+.3f", None),
-    "redness": ("redness", "+.3f", None), "brightness": ("brightness", "+.3f", None),
-    "texture": ("texture", "+.3f", None), "realism": ("realism", "%", None),
-    "alignment": ("alignment", "%", None), "broken": ("broken", "%", None)}
+from engine.errors import printable
 
-TABLE_1 = {  # Aes, Pick, ImageReward, HPS, SGP-HPS as displayed, GenEval, DeQA: HPDv2 benchmark, FLUX.1-dev
-    "FLUX": (5.867, 22.671, 1.115, 0.289, 0.463, 0.678, 4.292),
-    "ReFL": (5.903, 22.975, 1.195, 0.298, 0.470, 0.656, 4.299),
-    "DRaFT-LV": (5.729, 22.932, 1.178, 0.296, 0.458, 0.636, 4.236),
-    "DanceGRPO": (6.022, 22.803, 1.218, 0.297, 0.414, 0.585, 4.353),
-    "Direct-Align": (6.032, 23.030, 1.223, 0.294, 0.448, 0.668, 4.373),
-    "SRPO": (6.194, 23.040, 1.118, 0.289, 0.505, 0.665, 4.275)}
+# Table 1 of the paper: HPDv2 benchmark, FLUX.1-dev, columns in its order. sgp_hps_shown is SGP-HPS as the
+# authors display it. real, aesth and overall are their human study: percent of pictures that are excellent.
+PAPER = {
+    "FLUX": {
+        "aesthetic": 5.867, "pickscore": 22.671, "imagereward": 1.115, "hps": 0.289, "sgp_hps_shown": 0.463,
+        "geneval": 0.678, "deqa": 4.292, "real": 8.2, "aesth": 9.8, "overall": 5.3},
+    "ReFL": {
+        "aesthetic": 5.903, "pickscore": 22.975, "imagereward": 1.195, "hps": 0.298, "sgp_hps_shown": 0.470,
+        "geneval": 0.656, "deqa": 4.299, "real": 5.5, "aesth": 6.6, "overall": 3.1},
+    "DRaFT-LV": {
+        "aesthetic": 5.729, "pickscore": 22.932, "imagereward": 1.178, "hps": 0.296, "sgp_hps_shown": 0.458,
+        "geneval": 0.636, "deqa": 4.236, "real": 8.3, "aesth": 9.7, "overall": 4.7},
+    "DanceGRPO": {
+        "aesthetic": 6.022, "pickscore": 22.803, "imagereward": 1.218, "hps": 0.297, "sgp_hps_shown": 0.414,
+        "geneval": 0.585, "deqa": 4.353, "real": 5.3, "aesth": 8.5, "overall": 3.7},
+    "Direct-Align": {
+        "aesthetic": 6.032, "pickscore": 23.030, "imagereward": 1.223, "hps": 0.294, "sgp_hps_shown": 0.448,
+        "geneval": 0.668, "deqa": 4.373, "real": 5.9, "aesth": 8.7, "overall": 3.9},
+    "SRPO": {
+        "aesthetic": 6.194, "pickscore": 23.040, "imagereward": 1.118, "hps": 0.289, "sgp_hps_shown": 0.505,
+        "geneval": 0.665, "deqa": 4.275, "real": 38.9, "aesth": 40.5, "overall": 29.4}}
+ORDER = list(PAPER["SRPO"])
 
 
+def in_order(columns_of):
+    """{metric: its {column: Column}} -> {column: Column} of all, in a table's order: the metrics of Table 1
+    as they stand there, then the others as they are given. The columns of a metric stay together."""
+    def place(metric):
+        places = [ORDER.index(column) for column in columns_of[metric] if column in ORDER]
+        return min(places, default=len(ORDER))
+
+    ordered = {}
+    for metric in sorted(columns_of, key=place):
+        ordered |= columns_of[metric]
+    return ordered
+
+
+# ------------------------------------------------------------------------------------------------ the numbers
 def mean(values, groups=None):
     """{"mean", "se", "n"} of values [P], what is not finite left out; None if nothing is left.
 
@@ -33,89 +52,125 @@ def mean(values, groups=None):
     of the mean over pictures, None where a group has but one.
     """
     groups = groups or [""] * len(values)
-    parts = [values[torch.tensor([g == name for g in groups])] for name in dict.fromkeys(groups)]
-    parts = [p[p.isfinite()].double() for p in parts]
-    parts = [p for p in parts if len(p)]
+    parts = []
+    for name in dict.fromkeys(groups):
+        part = values[torch.tensor([group == name for group in groups])]
+        part = part[part.isfinite()].double()
+        if len(part):
+            parts.append(part)
     if not parts:
         return None
-    alone = any(len(p) == 1 for p in parts)
-    se = None if alone else (sum(p.var() / len(p) for p in parts) ** 0.5 / len(parts)).item()
-    return {"mean": (sum(p.mean() for p in parts) / len(parts)).item(), "se": se, "n": sum(map(len, parts))}
+    se = None
+    if all(len(part) > 1 for part in parts):
+        se = (sum(part.var() / len(part) for part in parts) ** 0.5 / len(parts)).item()
+    return {"mean": (sum(part.mean() for part in parts) / len(parts)).item(), "se": se,
+            "n": sum(len(part) for part in parts)}
 
 
-def summary(scores, groups={}):
+def summary(scores, groups=None):
     """{column: `mean`} of {column: values [P]}, over `groups` {column: P names} where a column has some."""
-    return {k: mean(v, groups.get(k)) for k, v in scores.items()}
+    groups = groups or {}
+    return {column: mean(values, groups.get(column)) for column, values in scores.items()}
 
 
 def spread(rows):
     """The mean over runs (weights of several seeds) and, as its "se", the standard deviation between them."""
-    over = {k: torch.tensor([row[k]["mean"] for row in rows]) for k in rows[0] if all(row[k] for row in rows)}
-    return {k: {"mean": v.mean().item(), "se": v.std().item(), "n": len(v)} for k, v in over.items()}
+    told = {}
+    for column in rows[0]:
+        if all(row[column] for row in rows):
+            means = torch.tensor([row[column]["mean"] for row in rows])
+            told[column] = {"mean": means.mean().item(), "se": means.std().item(), "n": len(means)}
+    return told
 
 
-def cell(column, value, difference=False):
-    """One cell: mean ± se in the column's format; "-" where there is no value."""
-    if value is None:
-        return "-"
-    form = COLUMNS.get(column, ("", "+.3f"))[1]
-    unit, scale, form = (" %", 100, ".1f") if form == "%" else ("", 1, form)
-    form, error = "+" + form.lstrip("+") if difference else form, form.lstrip("+")
-    se = "-" if value["se"] is None else f"{scale * value['se']:{error}}"
-    return f"{scale * value['mean']:{form}} ± {se}{unit}"
-
-
-def table(rows, differences={}, columns=None, paper=True):
-    """A Markdown table of {name: summary}, one line each, mean ± standard error; then the paired differences
-    {name: summary}. Where one of the columns is in the paper's Table 1, its rows come first, if `paper`."""
-    columns = columns or list(dict.fromkeys(k for row in rows.values() for k in row))
-    place = {k: COLUMNS.get(k, (k, "+.3f", None)) for k in columns}
-    lines = [[""] + [title for title, _, _ in place.values()], ["---"] * (len(columns) + 1)]
-    if paper and any(at is not None for _, _, at in place.values()):
-        number = lambda row, at: "-" if at is None else f"{row[at]:.3f}"
-        lines += [[f"{name} [paper]"] + [number(row, at) for _, _, at in place.values()]
-                  for name, row in TABLE_1.items()]
-    for each, difference in ((rows, False), (differences, True)):
-        lines += [[name] + [cell(k, row.get(k), difference) for k in columns] for name, row in each.items()]
-    width = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
-    fill = lambda word, w: word.ljust(w, "-" if word == "---" else " ")
-    return "\n".join("| " + " | ".join(map(fill, line, width)) + " |" for line in lines)
-
-
-def results(methods, columns, pictures, scores):
+def results(names, pictures_of, categories, scores):
     """{row: {"overall", "categories", "difference" to the first row}}, each {column: `mean` or None}.
 
-    methods: the rows' names; columns: those that any metric gives; pictures: gallery.Picture, of the
-    benchmark and of GenEval, whose categories are its tasks; scores {row: {picture name: {column: value}}}.
+    names: the rows; pictures_of {column: the P pictures that it is about}, for a metric may have its own;
+    categories: the names of all their categories; scores {row: {picture's name: {column: value}}}.
     """
-    of = {k: [p for p in pictures if (p.entry is not None) == (k == "geneval")] for k in columns}
-    groups = {k: [p.category for p in of[k]] for k in columns}
-    values = {m: {k: torch.tensor([scores[m].get(p.name, {}).get(k, float("nan")) for p in of[k]])
-                  for k in columns} for m in methods}
+    groups = {column: [p.category for p in pictures] for column, pictures in pictures_of.items()}
+    values = {}  # {row: {column: [P], NaN where there is no score}}
+    for name in names:
+        values[name] = {}
+        for column, pictures in pictures_of.items():
+            found = [scores[name].get(p.name, {}).get(column, float("nan")) for p in pictures]
+            values[name][column] = torch.tensor(found)
 
     def within(category, row):
-        inside = {k: torch.tensor([g == category for g in groups[k]], dtype=torch.bool) for k in row}
-        return {k: v[inside[k]] for k, v in row.items()}
+        """The part of {column: values [P]} that is of one category."""
+        inside = {}
+        for column, of_all in row.items():
+            rows = [i for i, group in enumerate(groups[column]) if group == category]
+            inside[column] = of_all[rows]
+        return inside
 
-    first, categories = values[methods[0]], list(dict.fromkeys(p.category for p in pictures))
-    return {m: {"overall": summary(row, groups),
-                "categories": {c: summary(within(c, row)) for c in categories},
-                "difference": summary({k: v - first[k] for k, v in row.items()}, groups)}
-            for m, row in values.items()}
+    first = values[names[0]]
+    told = {}
+    for name, row in values.items():
+        difference = {column: row[column] - first[column] for column in row}
+        told[name] = {"overall": summary(row, groups),
+                      "categories": {category: summary(within(category, row)) for category in categories},
+                      "difference": summary(difference, groups)}
+    return told
+
+
+# ------------------------------------------------------------------------------------------------ as Markdown
+def cell(column, value, difference=False):
+    """One cell: mean ± se in the format of a `Column`, a percent sign last; "-" where there is no value."""
+    if value is None:
+        return "-"
+    unsigned = column.format.lstrip("+")
+    signed = "+" + unsigned if difference else column.format
+    se = "-" if value["se"] is None else format(value["se"], unsigned)
+    shown = f"{format(value['mean'], signed)} ± {se}"
+    return shown.replace("%", "") + " %" if "%" in shown else shown
+
+
+def safe(name):
+    """A row's name in a table: nothing in it ends a cell, or is obeyed by the terminal."""
+    return printable(name).replace("|", r"\|")
+
+
+def table(rows, columns, differences=None, paper=True):
+    """A Markdown table of {name: summary}, one line each, mean ± standard error; then the paired differences
+    {name: summary}. columns {column: Column} are those that are shown, in this order.
+
+    Where one of them is in the paper's Table 1, its rows come first, if `paper`.
+    """
+    lines = [["", *(column.title for column in columns.values())],
+             ["---"] * (len(columns) + 1)]
+    if paper and any(column in ORDER for column in columns):
+        for name, row in PAPER.items():
+            lines.append([f"{name} [paper]", *(f"{row[k]:.3f}" if k in row else "-" for k in columns)])
+    for name, row in rows.items():
+        lines.append([safe(name), *(cell(column, row.get(k)) for k, column in columns.items())])
+    for name, row in (differences or {}).items():
+        lines.append([safe(name), *(cell(column, row.get(k), True) for k, column in columns.items())])
+    width = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+    text = []
+    for line in lines:
+        padded = [word.ljust(w, "-" if word == "---" else " ") for word, w in zip(line, width, strict=True)]
+        text.append("| " + " | ".join(padded) + " |")
+    return "\n".join(text)
 
 
 def report(found, columns):
-    """The tables as Markdown: overall with the paper's rows and the paired differences, then each
-    category."""
+    """`results` as Markdown, columns {column: Column}: overall with the paper's rows and the paired
+    differences, then each category."""
     first, *others = found
-    rows = {name: r["overall"] for name, r in found.items()}
-    if len(others) > 1 and len({re.sub(r"seed\d+", "", name) for name in others}) == 1:
+    rows = {name: row["overall"] for name, row in found.items()}
+    seeds_of_one_run = len({re.sub(r"seed\d+", "", name) for name in others}) == 1
+    if len(others) > 1 and seeds_of_one_run:
         rows[f"mean of {len(others)}, ± spread"] = spread([rows[name] for name in others])
+    differences = {f"{name} - {first}": found[name]["difference"] for name in others}
     parts = ["Mean ± standard error over pictures; differences are paired, picture by picture.",
-             table(rows, {f"{name} - {first}": found[name]["difference"] for name in others}, columns)]
-    categories = list(found[first]["categories"])
-    for c in categories if len(categories) > 1 else []:
-        rows = {name: r["categories"][c] for name, r in found.items()}
-        shown = [k for k in columns if any(row.get(k) for row in rows.values())]
-        parts += [f"{c}:", table(rows, columns=shown, paper=False)] if shown else []
+             table(rows, columns, differences)]
+    categories = found[first]["categories"]
+    if len(categories) > 1:
+        for category in categories:
+            rows = {name: row["categories"][category] for name, row in found.items()}
+            shown = {k: column for k, column in columns.items() if any(row.get(k) for row in rows.values())}
+            if shown:
+                parts += [f"{printable(category)}:", table(rows, shown, paper=False)]
     return "\n\n".join(parts) + "\n"

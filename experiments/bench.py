@@ -10,9 +10,9 @@ work done the way the released loop does it, adding one habit after another.
 import sys
 from statistics import median
 
+import diffusers
 import open_clip
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
 
 import flux
 import srpo_reward as sr
@@ -43,7 +43,7 @@ def random_flux(model, world):
     loaded."""
     configs = flux.configs(model)
     with torch.device("meta"):
-        transformer = FluxTransformer2DModel.from_config(configs.transformer)
+        transformer = diffusers.FluxTransformer2DModel.from_config(configs.transformer)
     if world.mesh is not None:
         parallel.shard(transformer, world)
     transformer.to_empty(device=world.device)
@@ -53,7 +53,7 @@ def random_flux(model, world):
         else:
             torch.nn.init.normal_(parameter, std=0.02)
     with world.device:
-        vae = plan.create(AutoencoderKL, configs.vae, world.dtype).eval().requires_grad_(False)
+        vae = plan.create(diffusers.AutoencoderKL, configs.vae, world.dtype).eval().requires_grad_(False)
     scheduler = {"use_dynamic_shifting": False, "shift": 3.0}
     return flux.Flux(transformer, vae, scheduler, world.device, world.dtype)
 

@@ -9,7 +9,6 @@ side to size, black borders: HPSv2's evaluator), "stretch" (both sides to size: 
 import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
-from torchvision.utils import save_image
 
 from engine.errors import UserError, one_line
 
@@ -67,9 +66,3 @@ def read_picture(path):
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         why = one_line(error).split(" '")[0]    # PIL names the file once more, in quotes
         raise UserError(f"{path}: cannot be read as a picture: {why}") from error
-
-
-def save_grid(images, path, columns=8):
-    """Write pictures [P, 3, H, W] as one PNG; small ones enlarged to 128 pixels, so that they can be seen."""
-    scale = max(1, 128 // images.shape[-1])
-    save_image(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, nrow=columns)

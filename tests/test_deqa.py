@@ -2,27 +2,17 @@
 (golden/deqa.json), and it refuses weights that are not exactly its own."""
 
 import json
-import zlib
 
 import numpy as np
 import pytest
 import torch
+from builders import DEQA as GOLDEN
+from builders import deqa_state, make_deqa
 from PIL import Image
 from safetensors.torch import save_file
 
+from engine.errors import UserError
 from evaluation.metrics import deqa
-
-GOLDEN = json.load(open("tests/golden/deqa.json"))
-
-
-def weight(key, shape):
-    """A tensor made from its key alone, for the golden numbers were made with the same tensors."""
-    n = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
-    if len(shape) == 1:
-        n = 0.3 * n + key.endswith("weight")
-    elif key.endswith("weight") and "embed_tokens" not in key:
-        n = n / np.prod(shape[1:]) ** 0.5 * 1.25
-    return torch.from_numpy(np.asarray(n, dtype=np.float32))
 
 
 def picture(width, height, k):
@@ -33,7 +23,7 @@ def picture(width, height, k):
 
 @pytest.fixture(scope="module")
 def state():
-    return {key: weight(key, shape) for key, shape in GOLDEN["shapes"].items()}
+    return deqa_state()
 
 
 @pytest.fixture
@@ -42,17 +32,10 @@ def folder(tmp_path):
     def write(files, config=GOLDEN["config"]):
         (tmp_path / "config.json").write_text(json.dumps(config))
         for name, part in files.items():
-            (save_file if name.endswith("safetensors") else torch.save)(part, tmp_path / name)
+            save = save_file if name.endswith("safetensors") else torch.save
+            save(part, tmp_path / name)
         return tmp_path
     return write
-
-
-def make_deqa(folder):
-    """Fill a folder: a tiny DeQA-Score in one safetensors file."""
-    (folder / "config.json").write_text(json.dumps(GOLDEN["config"]))
-    save_file({key: weight(key, shape) for key, shape in GOLDEN["shapes"].items()},
-              folder / "model.safetensors")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +74,7 @@ def test_a_batch_gives_what_one_by_one_gives_and_the_prompts_are_not_read(scorer
 @pytest.mark.parametrize("names", [("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
                                    ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin")])
 def test_the_weights_may_be_in_shards_of_either_sort(folder, state, scorer, pictures, names):
-    sharded = deqa.DeQA(deqa.fetch(folder(dict(zip(names, halves(state))))))
+    sharded = deqa.DeQA(deqa.fetch(folder(dict(zip(names, halves(state), strict=True)))))
     assert torch.equal(sharded(pictures[:2])["deqa"], scorer(pictures[:2])["deqa"])
 
 
@@ -120,23 +103,23 @@ def test_a_tensor_missing_extra_or_of_another_shape_is_refused_in_one_line(folde
     changed = dict(state)
     change(changed)
     path = folder({"model.safetensors": changed})
-    with pytest.raises(ValueError, match=told) as error:
+    with pytest.raises(UserError, match=told) as error:
         deqa.DeQA(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused_in_one_line(folder, tmp_path):
-    with pytest.raises(ValueError, match="config.json"):
+    with pytest.raises(UserError, match="config.json"):
         deqa.DeQA(tmp_path)
-    with pytest.raises(ValueError, match="lacks 'hidden_size'"):
+    with pytest.raises(UserError, match="lacks 'hidden_size'"):
         deqa.DeQA(folder({}, {"vocab_size": 32000}))
-    with pytest.raises(ValueError, match="no model"):
+    with pytest.raises(UserError, match="no model"):
         deqa.fetch(tmp_path)
-    with pytest.raises(ValueError, match="no such file or folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         deqa.fetch(tmp_path / "nothing")
     path = folder({})
     (path / "model.safetensors").write_bytes(b"half of it")
-    with pytest.raises(ValueError, match="cannot be loaded as DeQA-Score"):
+    with pytest.raises(UserError, match="cannot be loaded as DeQA-Score"):
         deqa.DeQA(path)
 
 

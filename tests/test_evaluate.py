@@ -11,18 +11,23 @@ import sys
 import time
 
 import pytest
+from builders import (
+    geneval_metadata,
+    make_aesthetic,
+    make_deqa,
+    make_geneval,
+    make_imagereward,
+    make_pickscore,
+    write_lines,
+)
 from PIL import Image
-from test_deqa import make_deqa
-from test_geneval import make_geneval, metadata, write
-from test_imagereward import make_imagereward
-from test_rewards import make_aesthetic, make_pickscore
+from scripts import call, start
 
 import evaluate
 import flux
-from evaluation import picture_folders as gallery
-from evaluation.metrics import METRICS, geneval, parse_metrics
-from scripts import call, start
-from evaluation.tables import COLUMNS
+from engine import data
+from evaluation import metrics, picture_folders, tables
+from evaluation.metrics import geneval
 
 SMALL = ["--model", "miniature", "--first", "40", "--eval-steps", "2", "--batch", "8"]
 
@@ -65,7 +70,7 @@ def test_pictures_are_named_by_their_prompts_number_and_the_same_noise_serves_ev
     names = [f"{i:05d}.png" for i in range(40)]
     for method in ("base", "again"):
         assert sorted(p.name for p in (whole / method).glob("*.png")) == names
-        assert len(gallery.listed(whole / method)) == 256
+        assert len(picture_folders.listed(whole / method)) == 256
     same_weights = rows(whole)["again"]["difference"]
     assert all(d["mean"] == 0 == d["se"] and d["n"] == 40 for d in same_weights.values())
     assert Image.open(whole / "sheet.png").width > 1000
@@ -94,10 +99,8 @@ def test_killed_anywhere_and_run_again_it_ends_the_same(whole, tmp_path):
 
 
 def test_two_processes_end_as_one(whole, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "evaluate.py", *SMALL,
-               "--weights", "again=miniature/transformer", "--out", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    call(tmp_path / "printed", "evaluate.py", *SMALL, "--weights", "again=miniature/transformer",
+         "--out", tmp_path, ranks=2)
     same(whole, tmp_path)
     lines = {f.name: len(f.read_text().splitlines()) for f in (tmp_path / "scores" / "base").glob("reward.*")}
     assert lines == {"reward.0.jsonl": 24, "reward.1.jsonl": 16}
@@ -106,7 +109,8 @@ def test_two_processes_end_as_one(whole, tmp_path):
 def test_nothing_is_sampled_or_scored_twice(whole, monkeypatch, capsys):
     times = {p: p.stat().st_mtime_ns for p in whole.rglob("*.[pj][ns]*") if p.parent != whole}
     monkeypatch.setattr(flux, "load", lambda *_: 1 / 0)
-    monkeypatch.setattr("evaluation.metrics.load_judge", lambda *_: 1 / 0)
+    for metric in ("judge", "reward", "statistics"):
+        monkeypatch.setattr(f"evaluation.metrics.{metric}.load", lambda *_: 1 / 0)
     assert run(monkeypatch, *SMALL, "--weights", "again=miniature/transformer", "--out", whole) == 0
     after = {p: p.stat().st_mtime_ns for p in times}
     assert all(times[p] == after[p] for p in times if p.suffix == ".png")
@@ -114,14 +118,14 @@ def test_nothing_is_sampled_or_scored_twice(whole, monkeypatch, capsys):
 
 
 def test_a_full_disk_is_one_line_and_what_is_there_stays(monkeypatch, capsys, tmp_path):
-    save = evaluate.save_image
+    write = picture_folders.write_whole
 
-    def full(image, path, **kwargs):
+    def full(path, content):
         if "00009" in str(path):
             raise OSError(28, "No space left on device")
-        save(image, path, **kwargs)
+        write(path, content)
 
-    monkeypatch.setattr(evaluate, "save_image", full)
+    monkeypatch.setattr(picture_folders, "write_whole", full)
     assert run(monkeypatch, *SMALL, "--out", tmp_path) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("evaluate.py:")]
     assert len(said) == 1 and "No space left on device; run it again to go on" in said[0]
@@ -141,7 +145,101 @@ def test_pictures_made_otherwise_are_not_mixed(whole, monkeypatch, capsys, tmp_p
         monkeypatch, capsys, *SMALL, "--out", tmp_path, "--weights", f"again={tmp_path / 'w'}")
 
 
+def test_a_picture_cut_short_is_sampled_again(whole, monkeypatch, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    picture = tmp_path / "base" / "00003.png"
+    picture.write_bytes(picture.read_bytes()[:-20])
+    (tmp_path / "base" / "00004.png").write_bytes(b"")
+    assert run(monkeypatch, *SMALL, "--weights", "again=miniature/transformer", "--out", tmp_path) == 0
+    same(whole, tmp_path)
+
+
+def test_a_bad_line_of_scores_loses_that_line_only(whole, monkeypatch, tmp_path):
+    """Cut off, empty, not UTF-8, not JSON, or JSON of another sort: that picture alone is scored again."""
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "scores" / "base" / "reward.0.jsonl"
+    lines = file.read_bytes().split(b"\n")
+    bad = [b"", b"3", b"[]", b"null", b'{"key": "a"}', b"\xff\xfe", b'{"key": [], "scores":', b"[" * 100_000,
+           b'{"key": {}, "scores": {"reward": 1, "sgp": 1}}', b'{"key": "a", "scores": {"reward": 1}}']
+    lost = lines[5:5 + len(bad)]
+    lines[5:5 + len(bad)] = bad
+    file.write_bytes(b"\n".join(lines))
+    assert run(monkeypatch, *SMALL, "--weights", "again=miniature/transformer", "--out", tmp_path) == 0
+    same(whole, tmp_path)
+    assert file.read_bytes().split(b"\n")[40:-1] == lost
+
+
+def test_what_is_no_file_is_refused_before_anything_is_sampled(whole, monkeypatch, capsys, tmp_path):
+    """A pipe would be read for ever, and so would a device."""
+    for name in ("own", "others"):
+        shutil.copytree(whole / "base", tmp_path / name / "base")
+    os.remove(tmp_path / "own" / "base" / "00039.png")
+    os.mkfifo(tmp_path / "own" / "base" / "00039.png")
+    (tmp_path / "others" / "base" / "00040.png").symlink_to("/dev/zero")
+    monkeypatch.setattr(flux, "load", lambda *_: 1 / 0)
+    assert one_line(monkeypatch, capsys, *SMALL, "--out", tmp_path / "own").endswith("00039.png: not a file")
+    said = one_line(monkeypatch, capsys, "--images", tmp_path / "others" / "base", "--out", tmp_path / "o",
+                    "--metrics", "statistics")
+    assert said.endswith("00040.png: not a file")
+
+
+def test_the_first_of_each_category_of_many_prompts():
+    """80,000 prompts in four categories, in a second: each is looked at once."""
+    categories = [f"c{i % 4}" for i in range(80_000)]
+    start = time.perf_counter()
+    assert picture_folders.first_of_each(categories, 2) == list(range(8))
+    assert picture_folders.first_of_each(categories, None) == list(range(80_000))
+    assert picture_folders.first_of_each(categories, 15_000) == list(range(60_000))
+    assert time.perf_counter() - start < 1
+
+
+def test_a_metric_is_one_file_that_nothing_else_names(whole, monkeypatch, capsys, tmp_path):
+    """It is found by its name, and its columns are in the table, after Table 1's."""
+    (tmp_path / "sidelong.py").write_text("""
+from rewards.base import Column
+
+COLUMNS = {"width": Column("Width", ".1f"), "wide": Column("Is wide", ".0%")}
+
+def fetch(where, args):
+    return None
+
+def load(files, args, device):
+    return score
+
+def score(pictures, prompts):
+    return {"width": [p.width for p in pictures], "wide": [p.width > p.height for p in pictures]}
+""")
+    monkeypatch.setattr(metrics, "__path__", [*metrics.__path__, str(tmp_path)])
+    assert "sidelong" in metrics.names() and list(metrics.find("sidelong").COLUMNS) == ["width", "wide"]
+    assert run(monkeypatch, "--images", f"a={whole / 'base'}", "--out", tmp_path / "out",
+               "--metrics", "sidelong,statistics,hpsv2.1=miniature/reward") == 0
+    lines = (tmp_path / "out" / "table.md").read_text().splitlines()
+    titles, cells = ([word.strip() for word in lines[i].strip("|").split("|")] for i in (2, -1))
+    assert titles == ["", "HPS", "SGP-HPS, raw", "SGP-HPS, authors' scale", "Width", "Is wide",
+                      "saturation", "redness", "brightness", "texture"]
+    assert cells[4:6] == ["64.0 ± 0.0", "0 ± 0 %"]
+
+
+def test_a_metrics_libraries_are_imported_when_it_is_asked_for():
+    """So `evaluate.py -h`, and a flag that is refused, need no more than torch and diffusers."""
+    look = ("import sys, evaluate; evaluate.flags(); "
+            "print([m for m in sys.modules if m.startswith(('open_clip', 'timm', 'transformers.models.'))])")
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 # ----------------------------------------------------------------------------------------- pictures of others
+def test_names_with_control_characters_are_shown_not_obeyed(whole, monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "red\x1b[31m|x"
+    shutil.copytree(whole / "base", folder)
+    (folder / "00001.png").write_bytes(b"")
+    os.remove(folder / "00002.png")
+    assert run(monkeypatch, "--images", folder, "--metrics", "statistics", "--out", folder / "out") == 1
+    said = capsys.readouterr()
+    assert "\x1b[31m" not in said.out + said.err
+    assert r"red\x1b[31m\|x |" in said.out and r"red\x1b[31m|x/00001.png: cannot be read" in said.err
+
+
 def test_pictures_that_exist_are_scored_and_a_changed_one_again(whole, monkeypatch, tmp_path, capsys):
     argv = ["--images", f"a={whole / 'base'}", f"b={tmp_path / 'b'}", "--out", tmp_path / "out",
             "--metrics", "reward,statistics,judge=miniature", "--reward", "miniature/reward",
@@ -168,7 +266,8 @@ def test_a_picture_that_cannot_be_read_is_named_counted_and_left_out(whole, monk
         assert run(monkeypatch, *argv) == 1
         said = capsys.readouterr()
         lines = [line for line in said.err.splitlines() if line.startswith("evaluate.py: ")]
-        assert all(f"0000{i}.png: cannot be read as a picture" in line for i, line in zip((1, 2, 5), lines))
+        for number, line in zip((1, 2, 5), lines[:-1], strict=True):
+            assert f"0000{number}.png: cannot be read as a picture" in line
         assert lines[-1] == "evaluate.py: 3 pictures could not be read"
         row = rows(tmp_path / "out")[str(tmp_path / "a")]
         assert row["overall"]["redness"]["n"] == 37
@@ -191,10 +290,11 @@ def test_names_need_no_zeros_and_other_weights_of_a_scorer_are_noticed(whole, mo
 
 
 @pytest.mark.parametrize("case, words", [
-    ("numbers", r"prompts.json: not a list of"), ("two", "are both 00000"),
+    ("numbers", r"prompts.json: must be a list of"), ("two", "0.jpg: a second picture of prompt 0|"
+                                                      "00000.png: a second picture of prompt 0"),
     ("differ", "the prompts of .*b and .*a differ, first at number 3"), ("none", "b: no such folder"),
-    ("empty", "b: no pictures there"), ("many", "picture 40, but there are 40 prompts"),
-    ("list", r"prompts.json: not a list of \{\"prompt\""), ("twice", "a name is used twice")])
+    ("empty", "b: no pictures 00000.png"), ("many", "picture 40, but there are 40 prompts"),
+    ("list", r"prompts.json: must be a list of \{\"prompt\""), ("twice", "a name is used twice")])
 def test_folders_that_do_not_fit(whole, monkeypatch, capsys, tmp_path, case, words):
     a, b = tmp_path / "a", tmp_path / "b"
     prompts = [{"prompt": f"p{i}", "category": ""} for i in range(40)]
@@ -215,7 +315,8 @@ def test_folders_that_do_not_fit(whole, monkeypatch, capsys, tmp_path, case, wor
         shutil.copy(b / "00000.png", b / "00040.png")
     elif case in ("empty", "none"):
         shutil.rmtree(b)
-        case == "empty" and b.mkdir()
+        if case == "empty":
+            b.mkdir()
     names = [f"x={a}", f"x={b}"] if case == "twice" else [a, b]
     said = one_line(monkeypatch, capsys, "--metrics", "statistics", "--out", tmp_path / "o",
                     "--images", *names)
@@ -223,14 +324,23 @@ def test_folders_that_do_not_fit(whole, monkeypatch, capsys, tmp_path, case, wor
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--metrics", "fid"], "--metrics fid: not a metric; there are aesthetic, pickscore, imagereward"),
+    (["--metrics", "fid"], "--metrics fid: not a metric; there are aesthetic, clip, deqa, geneval, hpsv2.1"),
     (["--metrics", "hpsv2.1=nowhere"], "none can be had, give NAME=PATH: nowhere: no such file or folder"),
     (["--weights", "base=miniature/transformer"], "a name is used twice, or taken"),
     (["--weights", "a b=miniature/transformer", "a_b=miniature/transformer"], "a name is used twice"),
-    (["--weights", "nowhere"], "--weights nowhere: no transformer there"),
+    (["--weights", "nowhere"], "--weights 'nowhere': no transformer there"),
     (["--metrics", "reward", "--reward", "miniature/none"], "give NAME=PATH: miniature/none: no such file"),
     (["--metrics", "reward", "--reward", "hpsv2.1:x"], "hpsv2.1:x: give NAME, NAME=PATH"),
-    (["--batch", "0"], "--batch 0: must be at least 1")], ids=str)
+    (["--weights", ""], '--weights "": not a name for a folder; give NAME=PATH'),
+    (["--weights", "..=miniature/transformer"], "not a name for a folder; give NAME=PATH"),
+    (["--weights", "scores=miniature/transformer"], "a name is used twice, or taken"),
+    (["--weights", "results.json=miniature/transformer"], "a name is used twice, or taken"),
+    (["--weights", "table.md=miniature/transformer"], "a name is used twice, or taken"),
+    (["--weights", "sheet.png=miniature/transformer"], "a name is used twice, or taken"),
+    (["--weights", "w=miniature/transformer", "--images", "miniature"], "--images and --weights"),
+    (["--batch", "0"], "--batch 0: must be a whole number, at least 1"),
+    (["--guidance", "nan"], "--guidance nan: must be a finite number"),
+    (["--first", "1e3"], "--first 1e3: must be a whole number")], ids=str)
 def test_one_line_and_status_2(monkeypatch, capsys, tmp_path, argv, words):
     assert words in one_line(monkeypatch, capsys, *SMALL, "--out", tmp_path, *argv)
     assert not list(tmp_path.rglob("*.png"))
@@ -241,13 +351,14 @@ def test_with_no_path_given_every_scorer_is_asked_of_the_hub_by_its_authors_name
     asked = []
     for name in ("ImageReward.pt", "a.safetensors", "model.safetensors"):
         (tmp_path / name).touch()
-    monkeypatch.setattr("engine.files.snapshot_download", lambda at, allow_patterns: asked.append(at) or tmp_path)
+    monkeypatch.setattr("engine.files.snapshot_download",
+                        lambda at, allow_patterns: asked.append(at) or tmp_path)
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda at, **_: asked.append(at.split("/")[4]))
     monkeypatch.setattr(geneval, "metadata_file", lambda where: asked.append(geneval.URL.split("/")[4]))
     monkeypatch.setattr(geneval.open_clip, "download_pretrained", lambda c: asked.append(c["hf_hub"]) or "x")
     args = evaluate.flags().parse_args([])
-    for name in parse_metrics(args.metrics):
-        METRICS[name][1](None, args)
+    for name in metrics.parse_metrics(args.metrics):
+        metrics.find(name).fetch(None, args)
     assert asked == ["google/siglip-so400m-patch14-384", "aesthetic-predictor-v2-5",
                      "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
                      "THUDM/ImageReward", "google-bert/bert-base-uncased", "xswu/HPSv2", "geneval",
@@ -265,11 +376,11 @@ def test_every_column_of_table_1_from_a_benchmark_in_four_categories(monkeypatch
         (tmp_path / name).mkdir()
         files[name] = make(tmp_path / name)
     files["hpsv2.1"] = "miniature/reward"
-    few = [e for e in metadata() for tag in geneval.TASKS if e["tag"] == tag][::20]
+    few = [e for e in geneval_metadata() for tag in geneval.TASKS if e["tag"] == tag][::20]
     monkeypatch.setattr(geneval, "TASKS", {tag: sum(e["tag"] == tag for e in few) for tag in geneval.TASKS})
     monkeypatch.setattr(geneval, "SHORT", 64)
-    write(files["geneval"] / geneval.METADATA, few)
-    prompts = flux.read_prompts("miniature/prompts_eval.txt")
+    write_lines(files["geneval"] / geneval.METADATA, few)
+    prompts = data.read_prompts("miniature/prompts_eval.txt")
     (tmp_path / "benchmark").mkdir()
     for i, category in enumerate(("anime", "concept-art", "paintings", "photo")):
         (tmp_path / "benchmark" / f"{category}.json").write_text(json.dumps(prompts[5 * i:5 * i + 5]))
@@ -281,7 +392,8 @@ def test_every_column_of_table_1_from_a_benchmark_in_four_categories(monkeypatch
         f"{5 * c + i:05d}" for c in range(4) for i in range(2)]
     assert len(list((tmp_path / "out" / "base" / "geneval").glob("*.png"))) == 6 * 2 * 4
     row = rows(tmp_path / "out")["base"]
-    for column in (k for k, (_, _, at) in COLUMNS.items() if at is not None):
+    for column in ("aesthetic", "pickscore", "imagereward", "hps", "sgp_hps_shown", "geneval", "deqa"):
+        assert column in tables.ORDER
         assert row["overall"][column]["n"] == (48 if column == "geneval" else 8), column
     assert row["categories"]["anime"]["deqa"]["n"] == 2 and row["categories"]["colors"]["geneval"]["n"] == 8
     table = (tmp_path / "out" / "table.md").read_text()

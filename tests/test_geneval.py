@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
+from builders import geneval_metadata, make_geneval, write_lines
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import Mask2FormerConfig, SwinConfig
 
+from engine.errors import UserError
 from evaluation import tables
 from evaluation.metrics import geneval as g
 
@@ -134,20 +135,9 @@ def test_the_recipe():
 
 
 # -------------------------------------------------------------------------------------------------- metadata
-def metadata():
-    """Lines of a file that has GenEval's form, all about dogs."""
-    return [{"tag": tag, "prompt": "a photo of a dog", "include": [{"class": "dog", "count": 1}]}
-            for tag, n in g.TASKS.items() for _ in range(n)]
-
-
-def write(path, entries):
-    path.write_text("".join(json.dumps(e) + "\n" for e in entries))
-    return path
-
-
 def test_metadata_is_read(tmp_path):
-    write(tmp_path / g.METADATA, metadata())
-    assert g.read_metadata(tmp_path) == g.read_metadata(tmp_path / g.METADATA) == metadata()
+    write_lines(tmp_path / g.METADATA, geneval_metadata())
+    assert g.read_metadata(tmp_path) == g.read_metadata(tmp_path / g.METADATA) == geneval_metadata()
 
 
 @pytest.mark.parametrize("wrong", [
@@ -158,60 +148,37 @@ def test_metadata_is_read(tmp_path):
     {"exclude": [{"class": "dog", "count": "3"}]},
 ])
 def test_other_files_are_not_the_metadata(tmp_path, wrong):
-    entries = metadata()
+    entries = geneval_metadata()
     entries[7] |= wrong
-    with pytest.raises(ValueError, match="not GenEval's evaluation_metadata.jsonl") as told:
-        g.read_metadata(write(tmp_path / "m.jsonl", entries))
+    with pytest.raises(UserError, match="not GenEval's evaluation_metadata.jsonl") as told:
+        g.read_metadata(write_lines(tmp_path / "m.jsonl", entries))
     assert "\n" not in str(told.value)
 
 
 def test_a_short_file_or_none_is_not_the_metadata(tmp_path):
-    with pytest.raises(ValueError, match="six tasks"):
-        g.read_metadata(write(tmp_path / "m.jsonl", metadata()[1:]))
+    with pytest.raises(UserError, match="six tasks"):
+        g.read_metadata(write_lines(tmp_path / "m.jsonl", geneval_metadata()[1:]))
     (tmp_path / "m.jsonl").write_text("<html>\n")
-    with pytest.raises(ValueError, match="not GenEval's"):
+    with pytest.raises(UserError, match="not GenEval's"):
         g.read_metadata(tmp_path / "m.jsonl")
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(UserError, match="no such file"):
         g.read_metadata(tmp_path / "none")
 
 
 def test_the_metadata_is_downloaded_once_and_whole(tmp_path, monkeypatch):
-    source = write(tmp_path / "source", metadata())
+    source = write_lines(tmp_path / "source", geneval_metadata())
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     monkeypatch.setattr(g, "URL", source.as_uri())
-    with pytest.raises(ValueError, match="cannot be downloaded: invalid hash"):
+    with pytest.raises(UserError, match="cannot be downloaded: invalid hash"):
         g.read_metadata()
     assert not list((tmp_path / "hub").iterdir())
     monkeypatch.setattr(g, "SHA256", "")
-    assert g.read_metadata() == metadata()
+    assert g.read_metadata() == geneval_metadata()
     source.unlink()
-    assert g.read_metadata() == metadata()
+    assert g.read_metadata() == geneval_metadata()
 
 
 # ------------------------------------------------------------------------------------------------ the models
-def make_geneval(folder):
-    """Fill a folder: metadata, a random Mask2Former as the hub has it (names and extra tensors of an older
-    transformers), the miniature's open_clip."""
-    write(folder / g.METADATA, metadata())
-    shutil.copytree("miniature/reward", folder / "clip")
-    torch.manual_seed(0)
-    swin = SwinConfig(embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2],
-                      out_features=["stage1", "stage2", "stage3", "stage4"])
-    config = Mask2FormerConfig(
-        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, num_queries=10,
-        dim_feedforward=32, encoder_feedforward_dim=32, encoder_layers=1, decoder_layers=2,
-        num_attention_heads=4,
-        id2label=dict(enumerate(g.CLASSES)), label2id={name: i for i, name in enumerate(g.CLASSES)})
-    g.Detector(config).save_pretrained(folder / "mask2former")
-    path = folder / "mask2former" / "model.safetensors"
-    state = {k: v for k, v in load_file(path).items() if "swin.layernorm" not in k}
-    block = "model.pixel_level_module.encoder.encoder.layers.0.blocks.0.attention.self."
-    assert block + "query.weight" in state
-    state |= {"criterion.empty_weight": torch.ones(81), block + "relative_position_index": torch.zeros(1)}
-    save_file(state, path, {"format": "pt"})
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return make_geneval(tmp_path_factory.mktemp("geneval"))
@@ -222,15 +189,16 @@ def test_pictures_of_any_size_are_scored(folder, monkeypatch):
     for name, value in dict(SHORT=64, LONG=107, CONFIDENCE=0, CONFIDENCE_COUNTING=1, CANDIDATES=999).items():
         monkeypatch.setattr(g, name, value)
     files = g.fetch(folder)
-    assert files == {"metadata": folder / g.METADATA, "mask2former": folder / "mask2former",
-                     "clip": folder / "clip"}
+    assert files == g.Files(metadata=folder / g.METADATA, mask2former=folder / "mask2former",
+                            clip=folder / "clip")
     score, seen = g.GenEval(files), []
     colors, detector = score.colors, score.detector
     monkeypatch.setattr(score, "colors", lambda *a: seen.extend(colors(*a)) or seen[-1:])
     monkeypatch.setattr(score, "detector", lambda x: [out.abs() for out in detector(x)])  # no mask is empty
     pictures = [Image.effect_noise(size, 99).convert("RGB") for size in ((70, 50), (1, 1), (1, 60), (90, 1))]
     out = score(pictures + pictures[:1], [RED_DOG | {"tag": "colors"}] * 4 + [count(1)])
-    assert tuple(out) == g.COLUMNS and out["geneval"].shape == (5,) and out["geneval"].dtype == torch.float32
+    assert list(out) == list(g.COLUMNS)
+    assert out["geneval"].shape == (5,) and out["geneval"].dtype == torch.float32
     assert len(seen) == 4 and out["geneval"].tolist() == [float(color == "red") for color in seen] + [0.0]
 
 
@@ -275,18 +243,18 @@ def test_what_a_folder_lacks_is_downloaded(folder, tmp_path, monkeypatch):
     """A file of OpenAI's CLIP is of a named architecture, with the QuickGELU that the name does not tell."""
     asked = []
     model = g.open_clip.create_model(f"local-dir:{folder / 'clip'}")
-    monkeypatch.setattr(g.weights, "fetched", lambda *a: asked.append(a) or folder / "mask2former")
+    monkeypatch.setattr(g, "fetched", lambda *a: asked.append(a) or folder / "mask2former")
     monkeypatch.setattr(g.open_clip, "download_pretrained",
                         lambda cfg: asked.append(cfg) or folder / "clip" / "open_clip_model.safetensors")
     monkeypatch.setattr(g.open_clip, "create_model", lambda *a, **more: asked.append((a, more)) or model)
-    files = g.fetch(write(tmp_path / g.METADATA, metadata()))
-    assert files["metadata"] == tmp_path / g.METADATA and asked[0][0] == g.DETECTOR
+    files = g.fetch(write_lines(tmp_path / g.METADATA, geneval_metadata()))
+    assert files.metadata == tmp_path / g.METADATA and asked[0][0] == g.DETECTOR
     assert asked[1]["quick_gelu"] and "vit_large_patch14_clip_224.openai" in asked[1]["hf_hub"]
     g.GenEval(files)
     assert asked[2] == (("ViT-L-14",), {"require_pretrained": True, "force_quick_gelu": True,
-                                        "pretrained": str(files["clip"])})
+                                        "pretrained": str(files.clip)})
     monkeypatch.setattr(g.open_clip, "download_pretrained", lambda cfg: 1 / 0)
-    with pytest.raises(ValueError, match="ViT-L-14 openai: not on this machine"):
+    with pytest.raises(UserError, match="ViT-L-14 openai: not on this machine"):
         g.fetch(tmp_path)
 
 
@@ -312,7 +280,7 @@ def test_no_tensor_of_the_detector_is_missing_or_unread(folder, tmp_path, change
     state = load_file(path)
     change(state)
     save_file(state, path, {"format": "pt"})
-    with pytest.raises(ValueError, match=what) as told:
+    with pytest.raises(UserError, match=what) as told:
         g.GenEval(g.fetch(tmp_path))
     assert "\n" not in str(told.value)
 
@@ -323,15 +291,15 @@ def test_other_models_are_told_in_one_line(folder, tmp_path):
     state = load_file(path)
     state.pop("text_projection")
     save_file(state, path)
-    with pytest.raises(ValueError, match="not a CLIP of open_clip.*text_projection") as told:
+    with pytest.raises(UserError, match="not a CLIP of open_clip.*text_projection") as told:
         g.GenEval(g.fetch(tmp_path))
     assert "\n" not in str(told.value)
     path.unlink()
-    with pytest.raises(ValueError, match="not a CLIP of open_clip"):
+    with pytest.raises(UserError, match="not a CLIP of open_clip"):
         g.GenEval(g.fetch(tmp_path))
     path = tmp_path / "mask2former" / "config.json"
     config = json.loads(path.read_text())
     config["id2label"]["0"] = "wall"
     path.write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="does not detect COCO's 80 classes"):
+    with pytest.raises(UserError, match="does not detect COCO's 80 classes"):
         g.GenEval(g.fetch(tmp_path))

@@ -93,9 +93,9 @@ MISTAKES = [
     Mistake("zebra okapi --prompts empty", "empty: no prompt in it"),
     Mistake("zebra okapi --prompts latin.txt", "--prompts latin.txt: not UTF-8 text"),
     # flags
-    Mistake("zebra okapi --side 0", "--side: 0: must be a whole number, from 64 to"),
-    Mistake("zebra okapi --quality 101", "--quality: 101"),
-    Mistake("zebra okapi --per-category 0", "--per-category: 0"),
+    Mistake("zebra okapi --side 0", "--side 0: must be a whole number, from 64 to"),
+    Mistake("zebra okapi --quality 101", "--quality 101"),
+    Mistake("zebra okapi --per-category 0", "--per-category 0"),
     Mistake("zebra --no-such-flag", "unrecognized"),
     Mistake("tally ann.json", "--key"),
     # where it is written

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -226,3 +227,13 @@ def test_prompts_come_in_seeded_permutations():
     rows = data.prompt_order(5, 12, seed=1)
     assert sorted(rows[:5]) == sorted(rows[5:10]) == list(range(5)) and len(rows) == 12
     assert data.prompt_order(5, 7, seed=1) == rows[:7] != data.prompt_order(5, 7, seed=2)
+
+
+def test_a_question_is_answered_without_loading_the_model_libraries():
+    """train.py, evaluate.py and sample.py with -h or a refused flag import torch and diffusers, but no class
+    of a model: those take as long again."""
+    told = subprocess.run([sys.executable, "-c", "import sys, train, evaluate, sample; print(*sys.modules)"],
+                          capture_output=True, text=True, check=True).stdout.split()
+    heavy = ("open_clip", "timm", "diffusers.models.transformers", "diffusers.pipelines.flux",
+             "transformers.models.clip", "transformers.models.t5", "matplotlib.pyplot")
+    assert [name for name in told if name.startswith(heavy)] == []

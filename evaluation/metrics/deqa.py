@@ -16,12 +16,15 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 from torch import nn
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.image_utils import OPENAI_CLIP_MEAN as MEAN
+from transformers.image_utils import OPENAI_CLIP_STD as STD
 
+from engine.errors import UserError, one_line
+from engine.files import fetched
+from rewards.base import Column
 from rewards.pictures import exact
-from engine.files import fetched, one_line
 
-COLUMNS = ("deqa",)
+COLUMNS = {"deqa": Column("DeQA", ".3f")}
 HUB = "zhiyuanyou/DeQA-Score-Mix3"
 FILES = ("model*.safetensors", "pytorch_model*.bin")
 
@@ -35,19 +38,25 @@ AFTER = (29871, 13, 22933, 9047, 13566, 29901, 450, 11029, 310, 278, 1967, 338)
 LEVELS = {"excellent": (15129, 5), "good": (1781, 4), "fair": (6534, 3), "poor": (6460, 2), "bad": (4319, 1)}
 
 
-def fetch(where=None):
+def fetch(where=None, args=None):
     """The local folder of the weights: `where` (a folder, or a hub repository), or the authors' repository.
     Of a repository with both sorts of weight files, only the safetensors are downloaded.
 
-    Raises ValueError, one line, if there is none.
+    Raises UserError if there is none.
     """
     for files in FILES:
         folder = fetched(where or HUB, ["config.json", files])
         if list(folder.glob(files)):
             return folder
-    raise ValueError(f"{folder}: no {' or '.join(FILES)} there")
+    raise UserError(f"{folder}: no {' or '.join(FILES)} there")
 
 
+def load(folder, args, device):
+    """Raises UserError."""
+    return DeQA(folder, device)
+
+
+# ------------------------------------------------------------------------------------------------ the network
 def attend(q, k, v, causal=False):
     """q [B, N, heads, d], k and v [B, M, heads, d] -> [B, N, heads * d]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -62,12 +71,17 @@ def group(**members):
     return module
 
 
+def linear(i, o):
+    return nn.Linear(i, o, bias=False)
+
+
 def empty(*shape):
     return nn.Parameter(torch.empty(*shape))
 
 
-def layers(make, c):
-    return nn.ModuleList(make() for _ in range(c["num_hidden_layers"]))
+def layers(kind, c, *more):
+    """As many layers as the part's config says."""
+    return nn.ModuleList(kind(c, *more) for _ in range(c["num_hidden_layers"]))
 
 
 class VisionLayer(nn.Module):
@@ -75,7 +89,8 @@ class VisionLayer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        D, self.heads = c["hidden_size"], c["num_attention_heads"]
+        D = c["hidden_size"]
+        self.heads = c["num_attention_heads"]
         self.input_layernorm = nn.LayerNorm(D, c["layer_norm_eps"])
         self.self_attn = group(query_key_value=nn.Linear(D, 3 * D), dense=nn.Linear(D, D))
         self.post_attention_layernorm = nn.LayerNorm(D, c["layer_norm_eps"])
@@ -93,12 +108,14 @@ class Vision(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        D, patch, eps = c["hidden_size"], c["patch_size"], c["layer_norm_eps"]
+        D = c["hidden_size"]
+        patch = c["patch_size"]
+        eps = c["layer_norm_eps"]
         self.patches = 1 + (c["image_size"] // patch) ** 2
         self.embeddings = group(
             patch_embed=nn.Conv2d(3, D, patch, patch, bias=False), cls_token=empty(1, 1, D),
             position_embedding=empty(1, self.patches, D), pre_layernorm=nn.LayerNorm(D, eps))
-        self.encoder = group(layers=layers(lambda: VisionLayer(c), c))
+        self.encoder = group(layers=layers(VisionLayer, c))
         self.post_layernorm = nn.LayerNorm(D, eps)
 
     def forward(self, pixels):
@@ -116,7 +133,9 @@ class AbstractorLayer(nn.Module):
 
     def __init__(self, c, patches):
         super().__init__()
-        D, wide, self.heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
+        D = c["hidden_size"]
+        wide = c["intermediate_size"]
+        self.heads = c["num_attention_heads"]
         attention = group(query=nn.Linear(D, D), key=nn.Linear(c["encoder_hidden_size"], D),
                           value=nn.Linear(c["encoder_hidden_size"], D),
                           q_pos_embed=empty(c["num_learnable_queries"], D), k_pos_embed=empty(patches, D))
@@ -128,10 +147,15 @@ class AbstractorLayer(nn.Module):
             output=group(out_proj=nn.Linear(D, D), norm2=nn.LayerNorm(D), mlp=mlp))
 
     def forward(self, x, picture):
-        c, a, out = self.crossattention, self.crossattention.attention, self.crossattention.output
-        x = c.norm1(x)                                  # the residual below is this, not what came in
-        seen, place = torch.cat([x, c.normk(picture)], 1), torch.cat([a.q_pos_embed, a.k_pos_embed])
-        q, k, v = a.query(x + a.q_pos_embed), a.key(seen + place), a.value(seen)
+        c = self.crossattention
+        a = c.attention
+        out = c.output
+        x = c.norm1(x)                                        # the residual below is this, not what came in
+        seen = torch.cat([x, c.normk(picture)], 1)            # [B, Q + P, D]
+        place = torch.cat([a.q_pos_embed, a.k_pos_embed])     # [Q + P, D]
+        q = a.query(x + a.q_pos_embed)
+        k = a.key(seen + place)
+        v = a.value(seen)
         x = x + out.out_proj(attend(*(h.unflatten(-1, (self.heads, -1)) for h in (q, k, v))))
         h = out.norm2(x)
         return x + out.mlp.w2(out.mlp.ffn_ln(F.silu(out.mlp.w1(h)) * out.mlp.w3(h)))
@@ -143,8 +167,9 @@ class Abstractor(nn.Module):
     def __init__(self, c, patches, width):
         super().__init__()
         self.query_embeds = empty(1, c["num_learnable_queries"], c["hidden_size"])
-        self.encoder = group(layers=layers(lambda: AbstractorLayer(c, patches), c))
-        self.visual_fc, self.vit_eos = nn.Linear(c["hidden_size"], width), empty(1, 1, width)
+        self.encoder = group(layers=layers(AbstractorLayer, c, patches))
+        self.visual_fc = nn.Linear(c["hidden_size"], width)
+        self.vit_eos = empty(1, 1, width)
 
     def forward(self, picture):
         x = self.query_embeds.expand(len(picture), -1, -1)
@@ -157,13 +182,14 @@ class Multiway(nn.Module):
     """Two modules for one place: the first for the text before and after the picture, the second for its V
     tokens.  x [B, L, D] -> [B, L, D']."""
 
-    def __init__(self, make):
+    def __init__(self, text, vision):
         super().__init__()
-        self.multiway = nn.ModuleList([make(), make()])
+        self.multiway = nn.ModuleList([text, vision])
 
     def forward(self, x):
         text, vision = self.multiway
-        a, b = len(BEFORE), x.shape[1] - len(AFTER)
+        a = len(BEFORE)
+        b = x.shape[1] - len(AFTER)
         return torch.cat([text(x[:, :a]), vision(x[:, a:b]), text(x[:, b:])], 1)
 
 
@@ -178,16 +204,20 @@ class LanguageLayer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        D, wide, self.heads = c["hidden_size"], c["intermediate_size"], c["num_attention_heads"]
-        linear = lambda i, o: nn.Linear(i, o, bias=False)
-        norm = lambda: nn.RMSNorm(D, c["rms_norm_eps"])
-        self.input_layernorm, self.post_attention_layernorm = Multiway(norm), Multiway(norm)
-        self.self_attn = group(q_proj=linear(D, D), k_proj=Multiway(lambda: linear(D, D)),
-                               v_proj=Multiway(lambda: linear(D, D)), o_proj=linear(D, D))
+        D = c["hidden_size"]
+        wide = c["intermediate_size"]
+        self.heads = c["num_attention_heads"]
+        eps = c["rms_norm_eps"]
+        self.input_layernorm = Multiway(nn.RMSNorm(D, eps), nn.RMSNorm(D, eps))
+        self.post_attention_layernorm = Multiway(nn.RMSNorm(D, eps), nn.RMSNorm(D, eps))
+        self.self_attn = group(q_proj=linear(D, D), k_proj=Multiway(linear(D, D), linear(D, D)),
+                               v_proj=Multiway(linear(D, D), linear(D, D)), o_proj=linear(D, D))
         self.mlp = group(gate_proj=linear(D, wide), up_proj=linear(D, wide), down_proj=linear(wide, D))
 
     def forward(self, x, cos, sin):
-        h, a, mlp = self.input_layernorm(x), self.self_attn, self.mlp
+        a = self.self_attn
+        mlp = self.mlp
+        h = self.input_layernorm(x)
         q, k, v = (p(h).unflatten(-1, (self.heads, -1)) for p in (a.q_proj, a.k_proj, a.v_proj))
         x = x + a.o_proj(attend(rotated(q, cos, sin), rotated(k, cos, sin), v, causal=True))
         h = self.post_attention_layernorm(x)
@@ -201,23 +231,31 @@ class Network(nn.Module):
     def __init__(self, c):
         super().__init__()
         if c.get("rope_scaling"):
-            raise ValueError("rope_scaling is not supported")
-        D, vision = c["hidden_size"], Vision(c["visual_config"]["visual_model"])
+            raise UserError("rope_scaling is not supported")
+        D = c["hidden_size"]
+        vision = Vision(c["visual_config"]["visual_model"])
         abstractor = Abstractor(c["visual_config"]["visual_abstractor"], vision.patches, D)
         self.model = group(
             embed_tokens=nn.Embedding(c["vocab_size"], D), vision_model=vision, visual_abstractor=abstractor,
-            layers=layers(lambda: LanguageLayer(c), c), norm=nn.RMSNorm(D, c["rms_norm_eps"]))
+            layers=layers(LanguageLayer, c), norm=nn.RMSNorm(D, c["rms_norm_eps"]))
         self.lm_head = nn.Linear(D, c["vocab_size"], bias=False)
-        self.rope_theta, self.rope_dim = c.get("rope_theta", 10000.0), D // c["num_attention_heads"]
+        self.rope_theta = c.get("rope_theta", 10000.0)
+        self.rope_dim = D // c["num_attention_heads"]
+
+    def words(self, ids, batch, device):
+        """Token ids -> [batch, their number, D]."""
+        return self.model.embed_tokens(torch.tensor(ids, device=device)).expand(batch, -1, -1)
 
     def forward(self, pixels):
-        m, device = self.model, pixels.device
-        before, after = (m.embed_tokens(torch.tensor(ids, device=device)).expand(len(pixels), -1, -1)
-                         for ids in (BEFORE, AFTER))
-        x = torch.cat([before, m.visual_abstractor(m.vision_model(pixels)), after], 1)
+        m = self.model
+        device = pixels.device
+        picture = m.visual_abstractor(m.vision_model(pixels))   # [B, V, D]
+        x = torch.cat([self.words(BEFORE, len(pixels), device), picture,
+                       self.words(AFTER, len(pixels), device)], 1)  # [B, L, D]
         frequencies = self.rope_theta ** -(torch.arange(0, self.rope_dim, 2, device=device) / self.rope_dim)
         angles = torch.outer(torch.arange(x.shape[1], device=device), frequencies).repeat(1, 2)[:, None]
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        cos = angles.cos().to(x.dtype)                          # [L, 1, d]
+        sin = angles.sin().to(x.dtype)
         for layer in m.layers:
             x = layer(x, cos, sin)
         levels = self.lm_head.weight[[token for token, _ in LEVELS.values()]]
@@ -226,7 +264,8 @@ class Network(nn.Module):
 
 def squared(picture):
     """A PIL RGB picture in the middle of a square of its longer side, on CLIP's mean colour."""
-    side, colour = max(picture.size), tuple(int(255 * m) for m in OPENAI_CLIP_MEAN)
+    side = max(picture.size)
+    colour = tuple(int(255 * m) for m in MEAN)
     square = Image.new("RGB", (side, side), colour)
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
     return square
@@ -234,18 +273,21 @@ def squared(picture):
 
 def tensors(folder):
     """(name, tensor) of every tensor in the folder's weight files, one at a time."""
-    safe, binary = (sorted(Path(folder).glob(files)) for files in FILES)
+    safe, pickled = (sorted(Path(folder).glob(files)) for files in FILES)
     for path in safe:
         with safe_open(path, "pt") as file:
-            yield from ((name, file.get_tensor(name)) for name in file.keys())
-    for path in [] if safe else binary:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+    if safe:
+        return
+    for path in pickled:
         yield from torch.load(path, map_location="cpu", weights_only=True, mmap=True).items()
 
 
 class DeQA:
     """DeQA-Score as a scorer, in `dtype`: the authors' float16 on a GPU, float32 on a CPU, if none is given.
 
-    Raises ValueError, one line, if the folder's weights are not exactly those of its config.json.
+    Raises UserError if the folder's weights are not exactly those of its config.json.
     """
 
     def __init__(self, folder, device="cpu", dtype=None):
@@ -256,25 +298,26 @@ class DeQA:
             with torch.device("meta"):          # no memory yet: each tensor of the files becomes a parameter
                 self.network = Network(config).eval().requires_grad_(False)
             self.size = config["visual_config"]["visual_model"]["image_size"]
-            own, found = self.network.state_dict(), {}
+            own = self.network.state_dict()
+            found = {}
             for name, tensor in tensors(folder):
                 if name.endswith("rotary_emb.inv_freq"):        # a table, which older transformers saved too
                     continue
                 if name not in own or tensor.shape != own[name].shape:
-                    raise ValueError(f"{name} {list(tensor.shape)} is not its own")
+                    raise UserError(f"{name} {list(tensor.shape)} is not its own")
                 found[name] = tensor.to(self.device, self.dtype)
             if missing := sorted(own.keys() - found.keys()):
-                raise ValueError(f"{missing[0]} is missing")
+                raise UserError(f"{missing[0]} is missing")
         except Exception as error:
             what = f"config.json lacks {error}" if isinstance(error, KeyError) else one_line(error)
-            raise ValueError(f"{folder}: cannot be loaded as DeQA-Score: {what}") from error
+            raise UserError(f"{folder}: cannot be loaded as DeQA-Score: {what}") from error
         self.network.load_state_dict(found, assign=True)
 
     @torch.no_grad()
     def __call__(self, pictures, prompts=None):
         """B PIL pictures (RGB, any size) -> {"deqa": [B] float32 on the CPU}, in [1, 5], higher is better.
         The question is about the picture alone: prompts are not read."""
-        pixels = [exact(squared(p), self.size, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) for p in pictures]
+        pixels = [exact(squared(picture), self.size, MEAN, STD) for picture in pictures]
         logits = self.network(torch.stack(pixels).to(self.device, self.dtype))
         marks = torch.tensor([float(mark) for _, mark in LEVELS.values()], device=self.device)
         return {"deqa": (logits.softmax(-1) @ marks).cpu()}

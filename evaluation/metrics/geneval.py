@@ -9,21 +9,26 @@ run by transformers in place of mmdetection: hence "(HF detector)", and a score 
 
 import json
 import math
-from collections import Counter, namedtuple
+from collections import Counter
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import open_clip
 import torch
 import torch.nn.functional as F
+import transformers
 from PIL import Image
 from torch import nn
 from torchvision.transforms.v2.functional import to_image
-from transformers import Mask2FormerModel, Mask2FormerPreTrainedModel
 
-from rewards import pictures as preprocess
-from engine import files as weights
+from engine.errors import UserError, one_line
+from engine.files import fetched, strict
+from evaluation.picture_folders import Picture, first_of_each
+from rewards.base import Column
+from rewards.pictures import exact
 
-COLUMNS = ("geneval",)
+COLUMNS = {"geneval": Column("GenEval (HF detector)", ".3f")}
 TASKS = {"single_object": 80, "two_object": 99, "counting": 80, "colors": 94, "position": 100,
          "color_attr": 100}                         # prompts of each
 PICTURES = 4                                        # of each prompt
@@ -56,15 +61,28 @@ POSITION = 0.1                                      # of both things' sizes: an 
 SHORT, LONG, MULTIPLE, PADDING, CANDIDATES = 800, 1333, 32, 128, 100
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
-Thing = namedtuple("Thing", "score box mask")       # box: x0, y0, x1, y1, ends excluded; mask: [H, W] bool
+
+class Thing(NamedTuple):
+    """One instance that was detected."""
+    score: float
+    box: tuple          # x0, y0, x1, y1, ends excluded
+    mask: torch.Tensor  # [H, W] bool
 
 
+class Files(NamedTuple):
+    """Where everything is that GenEval needs."""
+    metadata: Path      # evaluation_metadata.jsonl
+    mask2former: Path   # a folder in transformers' layout
+    clip: Path          # a folder in open_clip's layout, or a file of CLIP's weights
+
+
+# -------------------------------------------------------------------------------------- prompts and files
 def metadata_file(where=None):
     """Path of evaluation_metadata.jsonl: `where` itself, the one in the folder `where`, or GitHub's, which is
-    downloaded once into torch.hub's folder. Raises ValueError, one line, if there is none."""
+    downloaded once into torch.hub's folder. Raises UserError if there is none."""
     if where is not None:
         if not Path(where).exists():
-            raise ValueError(f"{where}: no such file or folder")
+            raise UserError(f"{where}: no such file or folder")
         path = Path(where) / METADATA if Path(where).is_dir() else Path(where)
         if path.is_file():
             return path
@@ -74,64 +92,87 @@ def metadata_file(where=None):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(URL, str(path), SHA256, progress=False)  # whole, or not there
         except Exception as error:
-            raise ValueError(f"{URL}: cannot be downloaded: {weights.one_line(error)}") from error
+            raise UserError(f"{URL}: cannot be downloaded: {one_line(error)}") from error
     return path
+
+
+def is_known(clause, place):
+    """Whether GenEval could ask for a clause, the one at `place` of its entry."""
+    relation, target = clause.get("position", ("above", -1))
+    return (clause["class"] in CLASSES and clause["count"] > 0 and clause.get("color", "red") in COLORS
+            and relation in RELATIONS and target < place)
 
 
 def read_metadata(where=None):
     """The 553 entries of `metadata_file(where)`, dicts of tag, prompt, include (a list of class, count, and
-    color or position) and, of a counting prompt, exclude. Raises ValueError, one line, if it is not that
-    file."""
-    def known(clause, place):
-        relation, target = clause.get("position", ("above", -1))
-        return (clause["class"] in CLASSES and clause["count"] > 0 and clause.get("color", "red") in COLORS
-                and relation in RELATIONS and target < place)
-
+    color or position) and, of a counting prompt, exclude. Raises UserError if it is not that file."""
     path = metadata_file(where)
     try:
         entries = [json.loads(line) for line in path.read_text().splitlines()]
         for number, entry in enumerate(entries, 1):
-            clauses = enumerate(entry["include"] + entry.get("exclude", []))
-            if not (entry["prompt"] and entry["include"] and all(known(c, place) for place, c in clauses)):
+            clauses = entry["include"] + entry.get("exclude", [])
+            known = [is_known(clause, place) for place, clause in enumerate(clauses)]
+            if not (entry["prompt"] and entry["include"] and all(known)):
                 raise ValueError(f"line {number} asks for nothing that GenEval knows")
-        if Counter(e["tag"] for e in entries) != TASKS:
+        if Counter(entry["tag"] for entry in entries) != TASKS:
             raise ValueError(f"not the {sum(TASKS.values())} prompts of GenEval's six tasks")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not GenEval's {METADATA}: {weights.one_line(error)}") from error
+        raise UserError(f"{path}: not GenEval's {METADATA}: {one_line(error)}") from error
     return entries
 
 
-def fetch(where=None):
-    """{"metadata": file, "mask2former": folder, "clip": folder, or file of CLIP[0]'s weights}: of a folder
-    `where` its evaluation_metadata.jsonl, mask2former/ (transformers' layout) and clip/ (open_clip's); what
-    it lacks is downloaded.
-
-    Raises ValueError, one line, if it cannot be.
-    """
-    files = {"metadata": metadata_file(where)}
-    files |= {name: Path(where or "") / name for name in ("mask2former", "clip")}
-    if where is None or not files["mask2former"].is_dir():
-        files["mask2former"] = weights.fetched(DETECTOR, ["config.json", "*.safetensors"])
-    if where is None or not files["clip"].is_dir():
-        try:
-            files["clip"] = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(*CLIP)))
-        except Exception as error:
-            raise ValueError(f"{' '.join(CLIP)}: not on this machine, and the hub does not give it "
-                             f"({type(error).__name__})") from error
-    return files
+def pictures(files, seed, first=None):
+    """GenEval's own `Picture`s: PICTURES of each prompt, of the first prompts of each task or of all (None).
+    The tasks are their categories; each has a noise seed of its own, whatever `first` is."""
+    entries = read_metadata(files.metadata)
+    found = []
+    for i in first_of_each([entry["tag"] for entry in entries], first):
+        for k in range(PICTURES):
+            number = PICTURES * i + k
+            found.append(Picture(f"geneval/{i:05d}_{k}", entries[i]["prompt"], seed + number,
+                                 entries[i]["tag"], entries[i]))
+    return found
 
 
+def fetch(where=None, args=None):
+    """The `Files`: of a folder `where` its evaluation_metadata.jsonl, mask2former/ and clip/; what it lacks
+    is downloaded. Raises UserError if it cannot be."""
+    metadata = metadata_file(where)
+    mask2former = Path(where or "") / "mask2former"
+    clip = Path(where or "") / "clip"
+    if where is None or not mask2former.is_dir():
+        mask2former = fetched(DETECTOR, ["config.json", "*.safetensors"])
+    if where is None or not clip.is_dir():
+        clip = fetched_clip()
+    return Files(metadata, mask2former, clip)
+
+
+def fetched_clip():
+    """The file of CLIP's weights, downloaded by open_clip if it is not here. Raises UserError."""
+    try:
+        return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(*CLIP)))
+    except Exception as error:
+        raise UserError(f"{' '.join(CLIP)}: not on this machine, and the hub does not give it "
+                        f"({type(error).__name__})") from error
+
+
+def load(files, args, device):
+    """Raises UserError."""
+    return GenEval(files, device)
+
+
+# ----------------------------------------------------------------------------------------- the authors' rules
 def relative_position(a, b):
     """Where box a lies, seen from box b: a set of RELATIONS, two for a diagonal, none if the centres are too
     near for the boxes' sizes."""
     offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
     slack = [POSITION * (a[i + 2] - a[i] + b[i + 2] - b[i]) for i in (0, 1)]
-    kept = [math.copysign(max(abs(o) - s, 0), o) for o, s in zip(offset, slack)]
+    kept = [math.copysign(max(abs(o) - s, 0), o) for o, s in zip(offset, slack, strict=True)]
     if max(map(abs, kept)) < 1e-3:
         return set()
     dx, dy = (k / math.hypot(*offset) for k in kept)  # of the whole offset's length: both may be below 1/2
     there = (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)
-    return {relation for relation, yes in zip(RELATIONS, there) if yes}
+    return {relation for relation, yes in zip(RELATIONS, there, strict=True) if yes}
 
 
 def judge(entry, objects, colors):
@@ -151,22 +192,29 @@ def judge(entry, objects, colors):
             return False
         if "position" in wanted:
             relation, target = wanted["position"]
-            if any(relation not in relative_position(t.box, o.box) for t in things for o in groups[target]):
-                return False
+            for thing in things:
+                if any(relation not in relative_position(thing.box, other.box) for other in groups[target]):
+                    return False
         groups.append(things)
-    return all(len(objects.get(e["class"], [])) < e["count"] for e in entry.get("exclude", []))
+    for unwanted in entry.get("exclude", []):
+        if len(objects.get(unwanted["class"], [])) >= unwanted["count"]:
+            return False
+    return True
 
 
+# ------------------------------------------------------------------------------------------- its two networks
 def detector_input(picture):
     """A PIL picture -> (pixels [1, 3, H, W], normalised and padded; the picture's part of H and W): resized
     like OpenCV, bilinear without antialias and in 8 bits."""
     pixels = to_image(picture).float()[None]
     height, width = pixels.shape[-2:]
     scale = min(LONG / max(height, width), SHORT / min(height, width))
-    h, w = (max(1, int(side * scale + 0.5)) for side in (height, width))
+    h = max(1, int(height * scale + 0.5))
+    w = max(1, int(width * scale + 0.5))
     pixels = F.interpolate(pixels, (h, w), mode="bilinear").round()
     pixels = F.pad(pixels, (0, -w % MULTIPLE, 0, -h % MULTIPLE), value=PADDING)
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in (MEAN, STD))
+    mean = torch.tensor(MEAN).view(3, 1, 1)
+    std = torch.tensor(STD).view(3, 1, 1)
     return (pixels - mean) / std, (h, w)
 
 
@@ -180,25 +228,28 @@ def instances(class_logits, mask_logits, padded, inner, size, confidence):
     probabilities = class_logits.softmax(-1)[:, :-1]  # the last is "nothing"
     scores, index = probabilities.flatten().topk(min(CANDIDATES, probabilities.numel()))
     sure = scores > confidence  # the mask only lowers a score, so what is out now stays out: masks are large
-    scores, index = scores[sure], index[sure]
+    scores = scores[sure]  # [K]
+    index = index[sure]
     if not len(index):
         return {}
-    queries, labels = index // probabilities.shape[1], index % probabilities.shape[1]
+    queries = index // probabilities.shape[1]
+    labels = index % probabilities.shape[1]
     masks = F.interpolate(mask_logits[queries][:, None], padded, mode="bilinear")[..., :inner[0], :inner[1]]
-    masks = F.interpolate(masks, size, mode="bilinear")[:, 0]
+    masks = F.interpolate(masks, size, mode="bilinear")[:, 0]  # [K, height, width]
     inside = masks > 0
     scores = scores * (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
     found = {}
     for i in scores.argsort(descending=True).tolist():
         things = found.setdefault(CLASSES[labels[i]], [])
         if scores[i] > confidence and len(things) < MOST:
-            xs, ys = (inside[i].any(side).nonzero().flatten().tolist() for side in (0, 1))
+            xs = inside[i].any(0).nonzero().flatten().tolist()
+            ys = inside[i].any(1).nonzero().flatten().tolist()
             box = xs[0], ys[0], xs[-1] + 1, ys[-1] + 1
             things.append(Thing(scores[i].item(), box, inside[i].cpu()))
     return {name: things for name, things in found.items() if things}
 
 
-class Detector(Mask2FormerPreTrainedModel):
+class Detector(transformers.Mask2FormerPreTrainedModel):
     """transformers' Mask2FormerForUniversalSegmentation without its loss, which would need scipy."""
 
     # In the file, but of the loss, or computed; and not in it, a norm of Swin that Mask2Former does not use.
@@ -207,7 +258,7 @@ class Detector(Mask2FormerPreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model = Mask2FormerModel(config)
+        self.model = transformers.Mask2FormerModel(config)
         self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
         self.post_init()
 
@@ -219,25 +270,28 @@ class Detector(Mask2FormerPreTrainedModel):
 
 
 class GenEval:
-    """files, of `fetch`, as a scorer in float32. Raises ValueError, one line, if they are not a Mask2Former
-    of COCO's classes and a CLIP, with no tensor missing or unknown."""
+    """`Files` as a scorer in float32. Raises UserError if they are not a Mask2Former of COCO's classes and a
+    CLIP, with no tensor missing or unknown."""
 
     def __init__(self, files, device="cpu"):
         self.device = device
-        self.detector = weights.strict(Detector, files["mask2former"], torch.float32).to(device)
+        self.detector = strict(Detector, files.mask2former, torch.float32).to(device)
         names = self.detector.config.id2label  # not all GenEval's words, but the same things
         if (len(names), names.get(0), names.get(79)) != (len(CLASSES), CLASSES[0], CLASSES[-1]):
-            raise ValueError(f"{files['mask2former']}: does not detect COCO's {len(CLASSES)} classes")
-        name, more = f"local-dir:{files['clip']}", {}
-        if Path(files["clip"]).is_file():  # OpenAI's models have QuickGELU, which the name alone does not say
-            name, more = CLIP[0], {"pretrained": str(files["clip"]), "force_quick_gelu": True}
+            raise UserError(f"{files.mask2former}: does not detect COCO's {len(CLASSES)} classes")
+        if files.clip.is_file():  # OpenAI's models have QuickGELU, which the name alone does not say
+            name = CLIP[0]
+            more = {"pretrained": str(files.clip), "force_quick_gelu": True}
+        else:
+            name = f"local-dir:{files.clip}"
+            more = {}
         try:
-            clip = open_clip.create_model(name, require_pretrained=True, **more)
-            self.clip, self.tokenizer = clip.to(device).eval(), open_clip.get_tokenizer(name)
+            self.clip = open_clip.create_model(name, require_pretrained=True, **more).to(device).eval()
+            self.tokenizer = open_clip.get_tokenizer(name)
         except Exception as error:
             what = " ".join(str(error).split())[:200]
-            raise ValueError(f"{files['clip']}: not a CLIP of open_clip: {what}") from error
-        self.texts = {}
+            raise UserError(f"{files.clip}: not a CLIP of open_clip: {what}") from error
+        self.texts = {}  # class: its colours' features [10, D]
 
     def color_features(self, name):
         """The ten colours of a class as unit features [10, D]: the mean over the templates, cached."""
@@ -249,13 +303,15 @@ class GenEval:
 
     def colors(self, picture, name, things):
         """The colour of each thing of one class: CLIP's choice for its box, the rest of which is grey."""
-        visual, crops = self.clip.visual, []
+        visual = self.clip.visual
+        crops = []
         for thing in things:
             grey = Image.new("RGB", picture.size, GREY)
             crop = Image.composite(picture, grey, Image.fromarray(thing.mask.numpy())).crop(thing.box)
-            crops.append(preprocess.exact(crop, visual.image_size[0], visual.image_mean, visual.image_std))
-        features = self.clip.encode_image(torch.stack(crops).to(self.device))
-        return [COLORS[i] for i in (features @ self.color_features(name).T).argmax(-1).tolist()]
+            crops.append(exact(crop, visual.image_size[0], visual.image_mean, visual.image_std))
+        features = self.clip.encode_image(torch.stack(crops).to(self.device))  # [things, D]
+        nearest = (features @ self.color_features(name).T).argmax(-1)  # [things], of ten
+        return [COLORS[i] for i in nearest.tolist()]
 
     @torch.no_grad()
     def __call__(self, pictures, entries):
@@ -267,5 +323,5 @@ class GenEval:
             pixels, inner = detector_input(picture)
             classes, masks = self.detector(pixels.to(self.device))
             objects = instances(classes, masks, pixels.shape[-2:], inner, picture.size[::-1], confidence)
-            correct.append(judge(entry, objects, lambda name, things: self.colors(picture, name, things)))
+            correct.append(judge(entry, objects, partial(self.colors, picture)))
         return {"geneval": torch.tensor(correct, dtype=torch.float32)}

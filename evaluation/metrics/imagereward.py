@@ -5,19 +5,26 @@ The weights are the authors' (hub THUDM/ImageReward, ImageReward.pt); the networ
 other names. Every size is read from the tensors, so a smaller file of the same layout is an ImageReward too.
 """
 
+from pathlib import Path
+from typing import NamedTuple
+
 import torch
+import transformers
 from torch import nn
-from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+from transformers.image_utils import OPENAI_CLIP_MEAN as MEAN
+from transformers.image_utils import OPENAI_CLIP_STD as STD
 
-from rewards import pictures as preprocess
-from engine import files as weights
+from engine.errors import UserError, one_line
+from engine.files import fetched
+from rewards.base import Column
+from rewards.pictures import exact
 
-COLUMNS = ("imagereward",)
+COLUMNS = {"imagereward": Column("ImageReward", ".3f")}
 HUB, FILE = "THUDM/ImageReward", "ImageReward.pt"
 TOKENIZER = "google-bert/bert-base-uncased"
-TOKENIZER_FILES = ["vocab.txt", "tokenizer.json", "tokenizer_config.json"]
+VOCABULARIES = ["vocab.txt", "tokenizer.json"]
+TOKENIZER_FILES = [*VOCABULARIES, "tokenizer_config.json"]
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's, of a picture
 REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # of raw rewards, by the authors
 TOKENS = 35                                                        # a prompt is padded or cut to as many
 HEAD = 64                                                          # channels of a head, in ViT-L and in BERT
@@ -37,21 +44,33 @@ NAMES = {  # of the file: of transformers
 UNREAD = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 
 
-def fetch(where=None):
-    """(path of ImageReward.pt, folder of its tokenizer): where is the file, a folder that holds it, or a hub
-    repository; None is the authors'. The tokenizer is the one beside the file, if there is one, or
-    bert-base-uncased from the hub.
+class Files(NamedTuple):
+    """Where everything is that ImageReward needs."""
+    weights: Path    # ImageReward.pt
+    tokenizer: Path  # a folder
 
-    Raises ValueError, one line, for what is neither here nor on the hub.
+
+def fetch(where=None, args=None):
+    """The `Files`: where is ImageReward.pt, a folder that holds it, or a hub repository (None: the authors').
+    The tokenizer is the one beside the file, if there is one, or bert-base-uncased from the hub.
+
+    Raises UserError for what is neither here nor on the hub.
     """
-    found = weights.fetched(where or HUB, [FILE])
+    found = fetched(where or HUB, [FILE])
     path = found / FILE if found.is_dir() else found
     if not path.is_file():
-        raise ValueError(f"{found}: holds no {FILE}")
-    beside = any((path.parent / name).is_file() for name in TOKENIZER_FILES[:2])
-    return path, path.parent if beside else weights.fetched(TOKENIZER, TOKENIZER_FILES)
+        raise UserError(f"{found}: holds no {FILE}")
+    if any((path.parent / name).is_file() for name in VOCABULARIES):
+        return Files(path, path.parent)
+    return Files(path, fetched(TOKENIZER, TOKENIZER_FILES))
 
 
+def load(files, args, device):
+    """Raises UserError."""
+    return ImageReward(files, device)
+
+
+# ------------------------------------------------------------------------------------------------ the network
 def renamed(state):
     """A state dict under ImageReward.pt's names -> the same under transformers', float32, the unread gone."""
     out = {}
@@ -63,50 +82,57 @@ def renamed(state):
     return out
 
 
+def layers(state, start):
+    """How many layers a state dict has under the names that begin with `start`."""
+    numbers = [int(key[len(start):].split(".")[0]) for key in state if key.startswith(start)]
+    return 1 + max(numbers)
+
+
 def network(state):
     """The three parts (vision, text, mlp) in the sizes of a `renamed` state dict, with weights at random."""
-    layers = lambda start: 1 + max(int(k[len(start):].split(".")[0]) for k in state if k.startswith(start))
     width, _, patch, _ = state["vision.embeddings.patch_embedding.weight"].shape
     side = round((state["vision.embeddings.position_embedding"].shape[1] - 1) ** 0.5)  # in patches
     words, text_width = state["text.embeddings.word_embeddings.weight"].shape
-    vision = BlipVisionModel(BlipVisionConfig(
+    vision = transformers.BlipVisionModel(transformers.BlipVisionConfig(
         hidden_size=width, intermediate_size=len(state["vision.encoder.layers.0.mlp.fc1.weight"]),
-        num_hidden_layers=layers("vision.encoder.layers."), num_attention_heads=width // HEAD,
+        num_hidden_layers=layers(state, "vision.encoder.layers."), num_attention_heads=width // HEAD,
         image_size=side * patch, patch_size=patch, layer_norm_eps=1e-6))  # transformers' default is 1e-5
-    text = BlipTextModel(BlipTextConfig(
+    text = transformers.BlipTextModel(transformers.BlipTextConfig(
         vocab_size=words, hidden_size=text_width, encoder_hidden_size=width,
         intermediate_size=len(state["text.encoder.layer.0.intermediate.dense.weight"]),
-        num_hidden_layers=layers("text.encoder.layer."), num_attention_heads=text_width // HEAD,
+        num_hidden_layers=layers(state, "text.encoder.layer."), num_attention_heads=text_width // HEAD,
         max_position_embeddings=len(state["text.embeddings.position_embeddings.weight"]),
         is_decoder=True), add_pooling_layer=False)  # "decoder": the layers have cross-attention, no more
     mlp = nn.Sequential()
     for n in "02467":  # linear layers alone: the numbers between are dropouts, idle here
-        mlp.add_module(n, nn.Linear(*reversed(state[f"mlp.{n}.weight"].shape)))
+        outputs, inputs = state[f"mlp.{n}.weight"].shape
+        mlp.add_module(n, nn.Linear(inputs, outputs))
     return nn.ModuleDict({"vision": vision, "text": text, "mlp": mlp})
 
 
 class ImageReward:
-    """files, of `fetch`, as a scorer in float32. Raises ValueError, one line, if the checkpoint lacks a
-    tensor or holds an unknown one, or if the tokenizer's words are not the network's."""
+    """`Files` as a scorer in float32. Raises UserError if the checkpoint lacks a tensor or holds an unknown
+    one, or if the tokenizer's words are not the network's."""
 
     def __init__(self, files, device="cpu"):
-        path, folder = files
         try:
-            state = renamed(torch.load(path, map_location="cpu", weights_only=True))
+            state = renamed(torch.load(files.weights, map_location="cpu", weights_only=True))
             self.net = network(state)
             self.net.load_state_dict(state)
         except Exception as error:
             what = " ".join(str(error).split())[:200]
-            raise ValueError(f"{path}: not an ImageReward: {what}") from error
+            raise UserError(f"{files.weights}: not an ImageReward: {what}") from error
         try:
-            self.tokenizer = BertTokenizer.from_pretrained(folder)
+            self.tokenizer = transformers.BertTokenizer.from_pretrained(files.tokenizer)
         except Exception as error:
-            raise ValueError(f"{folder}: holds no BERT tokenizer: {weights.one_line(error)}") from error
+            raise UserError(f"{files.tokenizer}: holds no BERT tokenizer: {one_line(error)}") from error
         words = self.net["text"].config.vocab_size  # BERT's, and two of BLIP's pre-training
         if not 0 <= words - len(self.tokenizer) <= 2:
-            raise ValueError(f"{folder}: a tokenizer of {len(self.tokenizer)} words; {path} knows {words}")
+            raise UserError(f"{files.tokenizer}: a tokenizer of {len(self.tokenizer)} words; "
+                            f"{files.weights} knows {words}")
         self.net.to(device).eval().requires_grad_(False)
-        self.device, self.size = device, self.net["vision"].config.image_size
+        self.device = device
+        self.size = self.net["vision"].config.image_size
 
     def rewards(self, images, ids, mask):
         """images [B, 3, size, size] normalised, ids and mask [B, L] of the tokens -> rewards [B]."""
@@ -118,8 +144,9 @@ class ImageReward:
     @torch.no_grad()
     def __call__(self, pictures, prompts):
         """B PIL pictures (RGB, any size) and B prompts -> {"imagereward": [B] float32, CPU}."""
-        images = torch.stack([preprocess.exact(p, self.size, MEAN, STD, fit="crop") for p in pictures])
+        images = torch.stack([exact(p, self.size, MEAN, STD, fit="crop") for p in pictures])
         text = self.tokenizer(list(prompts), padding="max_length", truncation=True, max_length=TOKENS,
                               return_tensors="pt")
-        rewards = self.rewards(*(t.to(self.device) for t in (images, text.input_ids, text.attention_mask)))
+        text = text.to(self.device)
+        rewards = self.rewards(images.to(self.device), text.input_ids, text.attention_mask)
         return {"imagereward": rewards.cpu()}

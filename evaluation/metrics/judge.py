@@ -1,0 +1,50 @@
+"""The miniature's judge as a metric. It lies in a model's folder, and only the miniature has one."""
+
+from pathlib import Path
+
+import torch
+
+from engine.errors import UserError
+from miniature import judge, world
+from rewards.base import Column
+from rewards.pictures import pixels
+
+COLUMNS = {"realism": Column("realism", ".1%"),
+           "alignment": Column("alignment", ".1%"),
+           "broken": Column("broken", ".1%")}
+UNDEFINED = ("alignment",)  # which a prompt outside the miniature's world does not have
+
+
+def load_judge(model):
+    """The `Judge` that lies in a model's folder, or None."""
+    if not (Path(model) / "judge").is_dir():
+        return None
+    return judge.load_judge(model)
+
+
+def fetch(where, args):
+    """The folder judge/ of `where`, a model's folder, or of --model. Raises UserError if there is none."""
+    model = Path(where or args.model)
+    if not (model / "judge").is_dir():
+        raise UserError(f"there is none in {model}; only the miniature has one")
+    return model / "judge"
+
+
+def load(folder, args, device):
+    return Scorer(load_judge(folder.parent))
+
+
+class Scorer:
+    """The judge, on the CPU, for PIL pictures."""
+
+    def __init__(self, network):
+        self.network = network
+
+    def __call__(self, pictures, prompts):
+        """B PIL pictures and B prompts -> {column: [B]}, 1 for yes, 0 for no. Raises UserError for a picture
+        that is not of the miniature's size."""
+        for picture in pictures:
+            if picture.size != (world.SIZE, world.SIZE):
+                raise UserError(f"it sees {world.SIZE} x {world.SIZE} pixels, "
+                                f"not {picture.width} x {picture.height}")
+        return self.network.verdicts(torch.stack([pixels(picture) for picture in pictures]), prompts)
