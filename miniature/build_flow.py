@@ -2,73 +2,119 @@
 world."""
 
 import copy
+import io
 import json
 import math
 import string
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTokenizer,
-                          T5Config, T5EncoderModel, T5TokenizerFast)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
-from flux import pack, velocity
+from direct_align import inject
+from engine.files import write_whole
+from flux import Condition, Flux, pack
 from miniature import world
 
 WORK = Path(__file__).resolve().parent / ".build"
 SEED = 0
+PICTURE_BATCHES = 192  # of 256 pictures each
 TOKENS = 16  # of both text encoders
 GRID = (world.SIZE // 16, world.SIZE // 16)  # tokens of a picture
 GUIDANCE_STRENGTH = 0.5  # of the distilled guidance
 
 
+# ------------------------------------------------------------------------- what is made once, and kept on disk
+def save(path, value):
+    """torch.save, whole or not at all: a build that is interrupted here finds the file of before."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_whole(path, [buffer.getbuffer()])
+
+
+def kept(name, make, *arguments):
+    """The dict of tensors that make(*arguments) gives: made once, and kept in the build's folder."""
+    path = WORK / f"{name}.pt"
+    if not path.exists():
+        save(path, make(*arguments))
+    return torch.load(path, weights_only=True)
+
+
+def learning_rate(lr, step, steps):
+    """Of a step: 100 steps of warm-up, and a cosine from lr down to its fiftieth."""
+    warm_up = min(1, (step + 1) / 100)
+    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
+    return lr * warm_up * (0.02 + 0.98 * cosine)
+
+
+@torch.no_grad()
+def update_average(ema, modules, step):
+    """Move the running averages `ema` {module: {name: tensor}} towards the weights as they are after a step."""
+    decay = min(0.998, (step + 1) / (step + 10))
+    for key, module in modules.items():
+        for name, tensor in module.state_dict().items():
+            if tensor.is_floating_point():
+                ema[key][name].lerp_(tensor, 1 - decay)
+            else:
+                ema[key][name].copy_(tensor)
+
+
 def fit(name, modules, loss_of, steps, lr, every=250):
     """Train `modules` (a dict) on loss_of(step) with AdamW and a cosine schedule; save as it goes, resume,
-    finish.
+    finish. What stays in the modules is the running average of their weights.
 
     Everything random in a step is drawn from the step's number, so an interrupted build ends with the same
     weights.
     """
     path = WORK / f"{name}.pt"
-    parameters = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
+    parameters = []
+    ema = {}
+    for key, module in modules.items():
+        parameters += [p for p in module.parameters() if p.requires_grad]
+        ema[key] = {n: tensor.detach().clone() for n, tensor in module.state_dict().items()}
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    ema = {k: {n: p.detach().clone() for n, p in m.state_dict().items()} for k, m in modules.items()}
     start = 0
     if path.exists():
         state = torch.load(path, weights_only=True)
-        start, ema = state["step"], state["ema"]
-        for k, m in modules.items():
-            m.load_state_dict(state["modules"][k])
+        start = state["step"]
+        ema = state["ema"]
         optimizer.load_state_dict(state["optimizer"])
+        for key, module in modules.items():
+            module.load_state_dict(state["modules"][key])
+
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = (lr * min(1, (step + 1) / 100)
-                           * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))))
+            group["lr"] = learning_rate(lr, step, steps)
         torch.manual_seed(SEED * 1_000_003 + step)
         loss = loss_of(step)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        decay = min(0.998, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for k, m in modules.items():
-                for n, p in m.state_dict().items():
-                    ema[k][n].lerp_(p, 1 - decay) if p.is_floating_point() else ema[k][n].copy_(p)
+        update_average(ema, modules, step)
         if step % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % every == 0 or step + 1 == steps:
-            state = dict(step=step + 1, modules={k: m.state_dict() for k, m in modules.items()}, ema=ema,
-                         optimizer=optimizer.state_dict())
-            torch.save(state, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").replace(path)
-    for k, m in modules.items():
-        m.load_state_dict(ema[k])
-        m.eval()
+            weights = {key: module.state_dict() for key, module in modules.items()}
+            save(path, {"step": step + 1, "modules": weights, "ema": ema,
+                        "optimizer": optimizer.state_dict()})
+
+    for key, module in modules.items():
+        module.load_state_dict(ema[key])
+        module.eval()
 
 
 # ---------------------------------------------------------------------------------------------------- the VAE
@@ -83,12 +129,13 @@ def new_vae():
 
 
 def build_vae():
+    """Learn to give rendered pictures back, through latents that are nearly free of a prior (KL 1e-4)."""
     torch.manual_seed(SEED)
     vae = new_vae()
 
     def loss_of(step):
         images, _ = world.batch(32, seed=10_000_000 + step)
-        x = 2 * images - 1
+        x = 2 * images - 1  # [32, 3, 64, 64]
         posterior = vae.encode(x).latent_dist
         recovered = vae.decode(posterior.sample()).sample
         return F.mse_loss(recovered, x) + 0.1 * F.l1_loss(recovered, x) + 1e-4 * posterior.kl().mean() / 1024
@@ -98,34 +145,72 @@ def build_vae():
 
 
 # ---------------------------------------------------------------------------------- pictures and vocabularies
+def to_bytes(images):
+    """Pictures in [0, 1] as uint8."""
+    return (images * 255).round().byte()
+
+
+def draw_pictures():
+    """What `pictures` keeps: {"images": uint8 [N, 3, 64, 64], and the fields of their Scenes}."""
+    images = []
+    scenes = []
+    for i in tqdm(range(PICTURE_BATCHES), desc="pictures"):
+        drawn, truth = world.batch(256, seed=20_000_000 + i)
+        images.append(to_bytes(drawn))
+        scenes.append(truth)
+    data = {"images": torch.cat(images)}
+    for field in ("kind", "layout", "style", "u"):
+        data[field] = torch.cat([getattr(truth, field) for truth in scenes])
+    return data
+
+
 def pictures():
     """(uint8 pictures [N, 3, 64, 64], Scenes of N): drawn once, kept on disk."""
-    path = WORK / "pictures.pt"
-    if not path.exists():
-        parts = [world.batch(256, seed=20_000_000 + i) for i in tqdm(range(192), desc="pictures")]
-        scenes = {f: torch.cat([getattr(s, f) for _, s in parts]) for f in ("kind", "layout", "style", "u")}
-        torch.save({"images": torch.cat([(x * 255).round().byte() for x, _ in parts]), **scenes}, path)
-    data = torch.load(path, weights_only=True)
+    data = kept("pictures", draw_pictures)
     return data.pop("images"), world.Scenes(**data)
+
+
+def world_words():
+    """The words of every caption and style, sorted."""
+    words = set()
+    for text in world.all_captions() + world.STYLES:
+        words.update(text.replace(".", " ").split())
+    return sorted(words)
+
+
+def merges_of(words):
+    """The merges of a byte-pair encoding that knows every word: a list of pairs.
+
+    The trainer breaks ties by the numbers of its symbols, and numbers the letters that end a word (e</w>) as
+    it meets them in a hash table: in another order every time. Named beforehand, as "special tokens", they
+    have their numbers from here.
+    """
+    letters = sorted(set("".join(words)))
+    last_letters = sorted({word[-1] + "</w>" for word in words}, reverse=True)
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.train_from_iterator(words * 3, trainers.BpeTrainer(
+        vocab_size=2000, end_of_word_suffix="</w>", special_tokens=letters + last_letters,
+        show_progress=False))
+    return [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
 
 
 def tokenizers():
     """The CLIP and the T5 tokenizer over the world's own words; any other text falls back to bytes or
     letters."""
-    words = sorted({w for s in world.all_captions() + world.STYLES for w in s.replace(".", " ").split()})
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    bpe.train_from_iterator([w.lower() for w in words] * 3,
-                            trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>"))
-    merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
-    symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
-    symbols += ([c + "</w>" for c in symbols] + ["".join(m) for m in merges]
-                + ["<|startoftext|>", "<|endoftext|>"])
-    clip = CLIPTokenizer(vocab={t: i for i, t in enumerate(symbols)}, merges=merges, model_max_length=TOKENS)
+    words = world_words()
+    merges = merges_of([word.lower() for word in words])
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    symbols = letters + [letter + "</w>" for letter in letters]
+    symbols += ["".join(pair) for pair in merges]
+    symbols += ["<|startoftext|>", "<|endoftext|>"]
+    numbers = {symbol: i for i, symbol in enumerate(symbols)}
+    clip = CLIPTokenizer(vocab=numbers, merges=merges, model_max_length=TOKENS)
+
+    cased = {*words, *map(str.lower, words), *map(str.capitalize, words)}
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [("\u2581" + w, -2.0)
-               for w in sorted({*words, *map(str.lower, words), *map(str.capitalize, words)})]
-    pieces += [(c, -9.0) for c in "\u2581.,-'" + string.ascii_letters + string.digits]
+    pieces += [("\u2581" + word, -2.0) for word in sorted(cased)]
+    pieces += [(letter, -9.0) for letter in "\u2581.,-'" + string.ascii_letters + string.digits]
     t5 = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=TOKENS)
     return clip, t5
 
@@ -153,87 +238,137 @@ def new_transformer():
 
 
 class Captions:
-    """Token ids of every caption in every style; "" is the empty caption of classifier-free guidance."""
+    """Token ids of every caption in every style; "" is the empty caption of classifier-free guidance.
+
+    Every caption has three rows, as it is, in lower case and capitalized ("cg render" means "CG render"):
+    `row` {caption: row} gives the first, and the others lie len(row) and 2 len(row) further on.
+    """
 
     def __init__(self):
         self.clip, self.t5 = tokenizers()
-        plain = world.all_captions()
-        texts = [(f"{s}. {c}" if s else c) for s in world.STYLES for c in plain] + [""]
+        texts = []
+        for style in world.STYLES:
+            texts += [world.with_style(style, caption) for caption in world.all_captions()]
+        texts.append("")
         self.row = {text: i for i, text in enumerate(texts)}
-        # "cg render" means "CG render"
-        cased = texts + [t.lower() for t in texts] + [t.capitalize() for t in texts]
-        ids = lambda tok: tok(cased, padding="max_length", max_length=TOKENS, truncation=True,
-                              return_tensors="pt").input_ids
-        self.clip_ids, self.t5_ids = ids(self.clip), ids(self.t5)
+        cased = texts + [text.lower() for text in texts] + [text.capitalize() for text in texts]
+        self.clip_ids = ids_of(self.clip, cased)
+        self.t5_ids = ids_of(self.t5, cased)
 
     def rows(self, scenes):
-        return torch.tensor([self.row[c] for c in world.captions(scenes)])
+        """The rows [B] of the captions of B scenes."""
+        return torch.tensor([self.row[text] for text in world.captions(scenes)])
 
-    def encode(self, text, text_2, rows):
-        return text_2(self.t5_ids[rows])[0], text(self.clip_ids[rows]).pooler_output
+
+def ids_of(tokenizer, texts):
+    """Token ids [B, TOKENS] of B texts."""
+    return tokenizer(texts, padding="max_length", max_length=TOKENS, truncation=True,
+                     return_tensors="pt").input_ids
+
+
+class Model(NamedTuple):
+    """The generator: the transformer and the VAE, both text encoders, and the captions that it reads."""
+    net: Flux
+    text: CLIPTextModel
+    text_2: T5EncoderModel
+    words: Captions
+
+    def condition(self, rows):
+        """The `Condition` of B rows of the captions."""
+        txt = self.text_2(self.words.t5_ids[rows])[0]  # [B, TOKENS, 64]
+        pooled = self.text(self.words.clip_ids[rows]).pooler_output  # [B, 64]
+        return Condition(txt, pooled, GRID)
+
+
+def network(transformer, vae):
+    """The `Flux` of a transformer (or None) and a VAE, for training on the CPU: it needs no scheduler."""
+    return Flux(transformer, vae, {}, torch.device("cpu"), torch.float32)
 
 
 @torch.no_grad()
+def encode_pictures(vae):
+    """What `latents` keeps: the packed latents of all pictures, normalised, in fp16, and by what."""
+    images, _ = pictures()
+    parts = []
+    for part in tqdm(images.split(256), desc="latents"):
+        parts.append(vae.encode(part.float() / 127.5 - 1).latent_dist.mean)
+    z = torch.cat(parts)  # [N, 16, 8, 8]
+    shift = z.mean().item()
+    scale = 1 / z.std().item()
+    return {"z": pack((z - shift) * scale).half(), "shift": shift, "scale": scale}
+
+
 def latents(vae):
     """The packed, normalised latents [N, 16, 64] of all pictures; sets the VAE's shift and scaling factor."""
-    path = WORK / "latents.pt"
-    if not path.exists():
-        images, _ = pictures()
-        z = torch.cat([vae.encode(x.float() / 127.5 - 1).latent_dist.mean
-                       for x in tqdm(images.split(256), desc="latents")])
-        shift, scale = z.mean().item(), 1 / z.std().item()
-        torch.save({"z": pack((z - shift) * scale).half(), "shift": shift, "scale": scale}, path)
-    data = torch.load(path, weights_only=True)
+    data = kept("latents", encode_pictures, vae)
     vae.register_to_config(shift_factor=data["shift"], scaling_factor=data["scale"])
     return data["z"]
 
 
+class Batch(NamedTuple):
+    """What a step of flow matching learns from: B latents with their captions, noised."""
+    x0: torch.Tensor  # [B, 16, 64]
+    eps: torch.Tensor  # [B, 16, 64]
+    sigma: torch.Tensor  # [B]
+    x_t: torch.Tensor  # [B, 16, 64]
+    rows: torch.Tensor  # [B], of Captions
+
+
 def draw_batch(z, rows, empty, n):
-    """n random latents with their caption rows (one in ten `empty`), noise, and the times and states
-    between."""
+    """n random latents of z [N, 16, 64] with their caption rows (one in ten is `empty`, its row), noise, and
+    the noise levels and states between: a `Batch`."""
     pick = torch.randint(len(z), (n,))
-    x0, row = z[pick].float(), rows[pick]
-    row = torch.where(torch.rand(n) < 0.1, empty, row)
-    t = torch.sigmoid(0.3 + 1.2 * torch.randn(n))
+    x0 = z[pick].float()
+    unconditional = torch.rand(n) < 0.1
+    sigma = torch.sigmoid(0.3 + 1.2 * torch.randn(n))
     eps = torch.randn_like(x0)
-    return x0, eps, t, row, (1 - t.view(n, 1, 1)) * x0 + t.view(n, 1, 1) * eps
+    return Batch(x0, eps, sigma, inject(x0, eps, sigma), torch.where(unconditional, empty, rows[pick]))
 
 
 def build_flow():
+    """Flow matching: the transformer and both text encoders learn v = eps - x0. Returns a `Model`."""
     torch.manual_seed(SEED)
     words = Captions()
     text, text_2 = new_text_encoders(words.clip, words.t5)
     transformer = new_transformer()
-    z, rows = latents(build_vae()), words.rows(pictures()[1])
+    vae = build_vae()
+    z = latents(vae)
+    rows = words.rows(pictures()[1])
+    model = Model(network(transformer, vae), text, text_2, words)
 
     def loss_of(step):
-        x0, eps, t, row, x_t = draw_batch(z, rows, words.row[""], 96)
-        row = row + len(words.row) * torch.randint(3, (96,))
-        v = velocity(transformer, x_t, t, *words.encode(text, text_2, row), 1.0, GRID)
-        return F.mse_loss(v, eps - x0)
+        batch = draw_batch(z, rows, words.row[""], 96)
+        case = torch.randint(3, (96,))  # as it is, lower case, capitalized
+        c = model.condition(batch.rows + len(words.row) * case)
+        v = model.net.velocity(batch.x_t, batch.sigma, c, 1.0)
+        return F.mse_loss(v, batch.eps - batch.x0)
 
     fit("flow", {"transformer": transformer, "text": text, "text_2": text_2}, loss_of, steps=4000, lr=1.5e-3)
-    return transformer, text, text_2, words
+    return model
 
 
 def build_distill():
     """Teach guidance g in [1, 5] as one call what classifier-free guidance needs two for:
-    v_empty + w (v - v_empty), w = 1 + GUIDANCE_STRENGTH (g - 1)."""
-    teacher, text, text_2, words = build_flow()
+    v_empty + w (v - v_empty), w = 1 + GUIDANCE_STRENGTH (g - 1). Returns a `Model`."""
+    model = build_flow()
+    teacher = model.net
     student = copy.deepcopy(teacher)
-    z, rows = latents(build_vae()), words.rows(pictures()[1])
+    words = model.words
+    z = latents(teacher.vae)
+    rows = words.rows(pictures()[1])
 
     def loss_of(step):
-        x0, eps, t, row, x_t = draw_batch(z, rows, words.row[""], 96)
+        batch = draw_batch(z, rows, words.row[""], 96)
         g = 1 + 4 * torch.rand(96)
+        w = 1 + GUIDANCE_STRENGTH * (g - 1)
         with torch.no_grad():
-            txt, pooled = words.encode(text, text_2, row)
-            empty = words.encode(text, text_2, torch.tensor([words.row[""]]))
-            v = velocity(teacher, x_t, t, txt, pooled, 1.0, GRID)
-            v_empty = velocity(teacher, x_t, t, empty[0].expand_as(txt), empty[1].expand_as(pooled),
-                               1.0, GRID)
-            target = v_empty + (1 + GUIDANCE_STRENGTH * (g - 1)).view(-1, 1, 1) * (v - v_empty)
-        return F.mse_loss(velocity(student, x_t, t, txt, pooled, g, GRID), target)
+            c = model.condition(batch.rows)
+            empty = model.condition(torch.tensor([words.row[""]]))
+            c_empty = Condition(empty.txt.expand_as(c.txt), empty.pooled.expand_as(c.pooled), GRID)
+            v = teacher.velocity(batch.x_t, batch.sigma, c, 1.0)
+            v_empty = teacher.velocity(batch.x_t, batch.sigma, c_empty, 1.0)
+            target = v_empty + w.view(-1, 1, 1) * (v - v_empty)
+        return F.mse_loss(student.velocity(batch.x_t, batch.sigma, c, g), target)
 
-    fit("distill", {"transformer": student}, loss_of, steps=800, lr=5e-4)
-    return student, text, text_2, words
+    fit("distill", {"transformer": student.transformer}, loss_of, steps=800, lr=5e-4)
+    return model._replace(net=student)

@@ -48,7 +48,7 @@ def one_line(monkeypatch, capsys, *argv):
     (["--reward", "no.pt"], "--reward no.pt: no such file"),
     (["--reward", "README.md"], "not a reward model"),
     (["--reward", "tests"], "not a reward model"),
-    (["--resume", "--out", "tests"], "--resume: tests is not a run's folder, and not empty"),
+    (["--resume", "--out", "tests"], "--out tests is not a run's folder, and not empty"),
     (["--plan", "--card", "B7"], "--card B7: its peak is not known here; known are H200"),
     (["--out", "README.md/run"], "--out README.md/run: cannot be written: Not a directory"),
     (["--replicas", "2"], "does not divide"),

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from evaluation import metrics
 import flux
 import srpo_reward as sr
+from evaluation import metrics
 from evaluation.metrics import pixel_statistics
 from miniature import build_flow, world
 from miniature.judge import load_judge
