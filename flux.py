@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 
 from direct_align import sigma_steps
 from engine import parallel
-from engine.errors import UserError, one_line
+from engine.errors import NotFinite, UserError, one_line
 from engine.files import quiet, read_json, strict
 
 PATCH = 2  # a token is 2 x 2 latents: fixed by the FLUX pipeline, stored in no config
@@ -369,7 +369,7 @@ def noise(flux, grid, seeds):
 @torch.no_grad()
 def sample(flux, txt, pooled, start, grid, steps, guidance, batch=64, progress=list):
     """Pictures of P prompts, as FluxPipeline makes them (the model's own time shift): images [P, 3, H, W]
-    in [0, 1], on the CPU.
+    in [0, 1], on the CPU. Raises NotFinite.
 
     txt [P, L, D], pooled [P, D'], start [P, N, C]; `progress` may wrap the list of batches in a progress bar.
     """
@@ -378,5 +378,8 @@ def sample(flux, txt, pooled, start, grid, steps, guidance, batch=64, progress=l
     for rows in progress(torch.arange(len(start)).split(batch)):
         c = Condition(txt[rows].to(flux.device), pooled[rows].to(flux.device), grid)
         x0 = flux.rollout(start[rows], c, sigmas, guidance)
-        images.append(flux.decode(x0, grid).cpu())
+        image = flux.decode(x0, grid).cpu()
+        if not image.isfinite().all():
+            raise NotFinite("a sampled picture is not finite: the weights are broken")
+        images.append(image)
     return torch.cat(images)

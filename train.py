@@ -23,8 +23,8 @@ import rewards
 import srpo_reward as sr
 from engine import checkpoint, data, parallel, plan
 from engine.command_line import Parser, add_machine_flags, as_line, or_off, parse, real, whole, words
-from engine.errors import UserError, frame
-from engine.finite import first_not_finite, stop_if_not_finite
+from engine.errors import Stopped, UserError, frame
+from engine.finite import first_not_finite, stop_after_the_step, stop_before_the_step, weights_are_finite
 from engine.run_folder import RunFolder
 from engine.stopping import Stopping
 from evaluation import watch
@@ -250,7 +250,7 @@ def job(a):
         reward_networks=partial(rewards.image_networks, a.reward))
 
 
-def set_up(a, world):
+def set_up(a, world, stopping=None):
     """Read, encode and load everything: a `Run`. Nothing is written. Raises UserError."""
     flux.needs_gpu(a.model)
     plan.must_fit(job(a), world)
@@ -265,6 +265,8 @@ def set_up(a, world):
                   "and are truncated")
     reward = rewards.load_rewards(a.reward, world.device)
     net = flux.load(a.model, None, world.device, world.dtype, world)
+    if not weights_are_finite(net.transformer.parameters(), world):
+        raise UserError(f"--model {a.model}: its weights hold numbers that are not finite")
     if a.checkpointing and world.device.type == "cuda":
         net.transformer.enable_gradient_checkpointing()
     if a.compile:
@@ -274,14 +276,14 @@ def set_up(a, world):
     optimizer = torch.optim.AdamW(net.transformer.parameters(), a.lr, (0.9, 0.999),
                                   weight_decay=a.weight_decay, fused=fused)
     theirs = embeddings.part(len(curriculum.prompts), len(texts))
-    watched = watch.Watch(a, world, net, reward, held_out, theirs)
+    watched = watch.Watch(a, world, net, reward, held_out, theirs, stopping)
     return Run(world, net, reward, curriculum, embeddings, watched, optimizer, net.grid(a.size, a.size))
 
 
 # --------------------------------------------------------------------------------------------------- the loop
 def train(a, run, folder, state, stopping):
-    """Updates until --steps; returns False if it was asked to stop before. `state` is what a checkpoint
-    remembers beside the weights."""
+    """Updates until --steps; raises Stopped, after a checkpoint, if it is asked to stop. `state` is what a
+    checkpoint remembers beside the weights."""
     world = run.world
     net = run.net
     parameters = list(net.transformer.parameters())
@@ -303,30 +305,32 @@ def train(a, run, folder, state, stopping):
                                 "sgp": term.sgp.mean().item()})
         norm = parallel.full(torch.nn.utils.clip_grad_norm_(parameters, a.clip))
         if norm == 0:
-            world.say(f"step {step}: the gradient is 0: every reward is above --threshold {a.threshold}; "
-                      "--threshold off")
-        trouble = trouble or first_not_finite([f"one of {len(batch.prompts)}"], gradient=norm.view(1))
-        stop_if_not_finite(world, trouble, step, net.transformer, folder.out / "weights", net.dtype)
+            world.say(f"step {step}: the gradient is 0: " + ("nothing is left to learn" if a.threshold is None
+                      else f"every reward is above --threshold {a.threshold}; --threshold off"))
+        trouble = trouble or first_not_finite([batch.prompts], gradient=norm.view(1))
+        stop_before_the_step(trouble, step, world, net.transformer, folder.out / "weights", net.dtype)
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
+        stop_after_the_step(parameters, step, folder.out, folder.id, world)
         seconds = parallel.clock(net.device) - started
         line = {"step": step, **world.mean(numbers), "grad_norm": norm.item(),
                 "seconds_rollout": round(net.seconds_in_rollout, 3),
                 "seconds_update": round(seconds - net.seconds_in_rollout, 3),
                 **plan.achieved(flop, seconds, net.device)}
-        if step % a.watch_every == 0 or step == a.steps:
-            line |= run.watched.step(step, folder, state)
-            bar.set_postfix(sgp=f"{line['watch']['sgp']:+.3f}", hacking="YES" if line["hacking"] else "no")
-        if world.main:
-            folder.log(line)
-        stop = any(world.gather(stopping.asked))
+        state |= {"step": step, "unlogged": line}
+        stopping.words = f"stopped after step {step}, saved; --resume continues"
+        stop = None
+        try:
+            run.watched.log(folder, state)
+            if "watch" in line:
+                bar.set_postfix(sgp=f"{line['watch']['sgp']:+.3f}", hacking="YES" if line["hacking"] else "no")
+            stopping.check(world)
+        except Stopped as words:
+            stop = words
         if step % a.save_every == 0 or step == a.steps or stop:
-            state["step"] = step
             checkpoint.save(folder.out, net.transformer, run.optimizer, state, world, a.keep)
         if stop:
-            world.say(f"stopped after step {step}, saved; --resume continues")
-            return False
-    return True
+            raise stop
 
 
 def main():
@@ -340,22 +344,26 @@ def main():
             a.batch = min(a.batch, 2)
             a.accumulate = 2 // a.batch
             return explain(a, set_up(a, parallel.World()), srpo, out)
-        stopping = Stopping()
+        stopping = Stopping("stopped before the first update: there is nothing to save")
         world = parallel.World(a.replicas)
         folder = world.decide(RunFolder, out, vars(a))
-        run = set_up(a, world)
+        run = set_up(a, world, stopping)
+        stopping.later(stopping.words)
         world.decide(folder.open)
         world.say(as_line(parser(), vars(a)))
         if folder.checkpoints:
             state = checkpoint.load_newest(folder.checkpoints, run.net.transformer, run.optimizer, world)
-            world.decide(folder.log_until, state["step"])
+            world.decide(folder.log_until, state["step"] - (state["unlogged"] is not None))
+            if state["unlogged"] is not None:
+                run.watched.log(folder, state)
         else:
             if a.resume:
                 world.say(f"--resume: no checkpoint in {out}; the run starts from the beginning")
             state = run.watched.begin(folder)
-        if train(a, run, folder, state, stopping):
-            checkpoint.export(run.net.transformer, out / "weights", world, run.net.dtype)
-            run.watched.finish(folder, state)
+        train(a, run, folder, state, stopping)
+        checkpoint.export(run.net.transformer, out / "weights", world, run.net.dtype)
+        stopping.words = f"stopped after the last update; its weights are in {out}/weights"
+        run.watched.finish(folder, state)
         world.close()
 
 

@@ -1,7 +1,8 @@
-"""Checkpoints, which hold all that a run needs to go on, and the exported weights, which hold what users load.
+"""Checkpoints, which hold all that a run needs to go on, and the exported weights, which hold what users
+load.
 
-A checkpoint is a folder step_NNNNN of torch.distributed.checkpoint's files, sharded, with two more: state.json, what
-the run remembers beside the weights, and checksums.json, a CRC-32 of every tensor's bytes.
+A checkpoint is a folder step_NNNNN of torch.distributed.checkpoint's files, sharded, with two more:
+state.json, what the run remembers beside the weights, and checksums.json, a CRC-32 of every tensor's bytes.
 """
 
 import io

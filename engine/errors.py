@@ -11,6 +11,14 @@ class UserError(ValueError):
     """What a user can mend, in one line."""
 
 
+class Stopped(Exception):
+    """The user asked to stop; the message says what was saved."""
+
+
+class NotFinite(Exception):
+    """A NaN or an infinity, met before it could be saved; the message says where, and what is kept."""
+
+
 def printable(text):
     """`text` with control characters, and the escape sequences that begin with them, shown instead of obeyed:
     a prompt or a file name cannot repaint the terminal. Line breaks become spaces."""
@@ -35,7 +43,8 @@ PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken
 @contextmanager
 def frame(script):
     """What every script runs in. A `UserError` is one line and exit status 2; a full, vanished or read-only
-    disk is one line and status 1: what was written before stays.
+    disk, or a number that is not finite, is one line and status 1: what was written before stays. Being
+    asked to stop is status 0.
 
     Before the processes of a run have met, all of them meet the same mistake, and only rank 0 says it.
     """
@@ -47,8 +56,12 @@ def frame(script):
             where = f"rank {rank}: " if rank else ""
             print(f"{script}: {where}{printable(error)}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        print(f"\n{script}: {printable(error)}", file=sys.stderr)
+    except Stopped as words:
+        if rank == 0:
+            print(f"\n{script}: {printable(words)}")
+    except (OSError, NotFinite) as error:
+        if rank == 0 or isinstance(error, OSError):
+            print(f"\n{script}: {printable(error)}", file=sys.stderr)
         sys.exit(1)
     except RuntimeError as error:
         # An exchange that failed because another process has died: that one shows its own error.

@@ -1,38 +1,58 @@
 """No NaN and no infinity reaches the weights, a checkpoint or a picture: where it comes from is said
 instead."""
 
-import sys
 from typing import NamedTuple
 
+from torch.distributed.tensor import DTensor
+
 from engine import checkpoint
-from engine.errors import printable
+from engine.errors import NotFinite
 
 
-class NotFinite(NamedTuple):
-    """What was not finite, and the prompt that it belongs to, or None where it belongs to no single one."""
+class Trouble(NamedTuple):
+    """What was not finite, and whose: a prompt's, or several prompts'."""
     what: str
-    prompt: str
+    whose: str
 
 
 def first_not_finite(prompts, **tensors):
-    """The `NotFinite` of the first of the tensors [B, ...] with a NaN or an infinity in it, and of the first
-    of its B prompts that has one; None if all are finite."""
+    """The `Trouble` of the first of the tensors [B, ...] with a NaN or an infinity in it, and of the first of
+    its B prompts that has one; None if all are finite."""
     for what, tensor in tensors.items():
         bad = ~tensor.detach().isfinite().reshape(len(tensor), -1).all(1)
         if bad.any():
-            return NotFinite(what, prompts[int(bad.nonzero()[0])])
+            return Trouble(what, f"prompt {prompts[int(bad.nonzero()[0])]!r}")
     return None
 
 
-def stop_if_not_finite(world, trouble, step, transformer, folder, dtype):
-    """Leave with exit status 1 if any process met a `NotFinite`, before it reaches the weights: those of the
-    step before are exported to `folder`."""
+def weights_are_finite(parameters, world):
+    """Whether every number of the parameters is finite, on all processes."""
+    mine = True
+    for parameter in parameters:
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        mine = mine and bool(local.detach().isfinite().all())
+    return all(world.gather(mine))
+
+
+def stop_before_the_step(trouble, step, world, transformer, folder, dtype):
+    """Raise NotFinite if any process met a `Trouble`, before it reaches the weights: those of the step before
+    are exported to `folder`."""
     found = [theirs for theirs in world.gather(trouble) if theirs is not None]
     if not found:
         return
-    if world.main:
-        print(f"\ntrain.py: step {step}, prompt {printable(found[0].prompt)!r}: {found[0].what} is not "
-              f"finite; the weights of step {step - 1} are kept. Try a smaller --lr, or another --seed.",
-              file=sys.stderr)
     checkpoint.export(transformer, folder, world, dtype)
-    sys.exit(1)
+    if step == 1:
+        cause = "nothing is trained yet, so look at the flags and the reward"
+    else:
+        cause = "try a smaller --lr, or another --seed"
+    raise NotFinite(f"step {step}, {found[0].whose}: {found[0].what} is not finite; the weights of step "
+                    f"{step - 1} are kept, in {folder}; {cause}")
+
+
+def stop_after_the_step(parameters, step, out, run, world):
+    """Raise NotFinite if the step made a weight that is not finite: nothing is written any more."""
+    if weights_are_finite(parameters, world):
+        return
+    done = checkpoint.checkpoints(out, run)
+    stays = f"{done[-1]} stays" if done else "there is no checkpoint before it"
+    raise NotFinite(f"step {step}: the update made weights that are not finite; {stays}; try a smaller --lr")

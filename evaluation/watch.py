@@ -12,6 +12,7 @@ import flux
 import srpo_reward as sr
 from engine import checkpoint
 from engine.command_line import real, whole
+from engine.errors import NotFinite
 from engine.files import write_json, write_whole
 from evaluation import tables
 from evaluation.metrics import judge, reward, statistics
@@ -98,9 +99,9 @@ def hacking(now, before, band):
 class Watch:
     """Held-out prompts of a run: their pictures, at noise seeds 0, 1, ..., and the pictures' scores."""
 
-    def __init__(self, a, world, net, rewards, prompts, embeddings):
+    def __init__(self, a, world, net, rewards, prompts, embeddings, stopping):
         """a: the run's flags; rewards: `srpo_reward.Rewards`; prompts: P texts; embeddings: theirs,
-        a `flux.Embeddings`."""
+        a `flux.Embeddings`; stopping: a `Stopping`, asked between two batches, or None."""
         self.a = a
         self.world = world
         self.net = net
@@ -108,6 +109,7 @@ class Watch:
         self.judge = judge.load_judge(a.model)
         self.prompts = prompts
         self.embeddings = embeddings
+        self.stopping = stopping
         self.grid = net.grid(a.size, a.size)
 
     def look(self, n, title):
@@ -116,16 +118,25 @@ class Watch:
         n = min(n, len(self.prompts))
         each = -(-n // self.world.size)
         rows = [min(i, n - 1) for i in range(each * self.world.size)][self.world.rows(each)]
-        progress = partial(tqdm, desc=title, leave=False) if n > 64 and self.world.main else list
         images = flux.sample(self.net, self.embeddings.txt[rows], self.embeddings.pooled[rows],
                              flux.noise(self.net, self.grid, rows), self.grid, self.a.eval_steps,
-                             self.a.guidance, self.a.batch, progress)
+                             self.a.guidance, self.a.batch, partial(self.batches, title))
         texts = [self.prompts[row] for row in rows]
         scores = measure(images, texts, self.rewards, self.judge, self.a.control[0], self.a.neg[0])
         everyones = self.world.gather((images, scores))
         images = torch.cat([images for images, _ in everyones])[:n]
         scores = {name: torch.cat([scores[name] for _, scores in everyones])[:n] for name in scores}
+        for name, values in scores.items():
+            if name not in judge.UNDEFINED and not values.isfinite().all():
+                raise NotFinite(f"{title}: {name} of the held-out pictures is not finite")
         return images, scores
+
+    def batches(self, title, batches):
+        """The batches of a look, with a progress bar if they are many. Raises Stopped between two of them."""
+        for batch in tqdm(batches, title, leave=False, disable=len(batches) < 5 or not self.world.main):
+            if self.stopping is not None:
+                self.stopping.check(self.world)
+            yield batch
 
     def evaluate(self, title):
         """The table's row of the first --eval prompts, {column: `tables.mean`}; None without any."""
@@ -139,9 +150,19 @@ class Watch:
         images, scores = self.look(self.a.watch, "watch")
         if self.world.main:
             save_grid(images, folder.out / "samples" / "step_00000.png")
-        return {"run": folder.id, "step": 0, "best": None,
+        return {"run": folder.id, "step": 0, "unlogged": None, "best": None,
                 "before": {name: values.tolist() for name, values in scores.items()},
                 "evaluated": self.evaluate("evaluate before")}
+
+    def log(self, folder, state):
+        """Look at the held-out prompts, if this step is one of --watch-every, and log the step, whose line stands
+        in the state. If it is asked to stop meanwhile, the line stays there, and --resume does the rest."""
+        line = state["unlogged"]
+        if line["step"] % self.a.watch_every == 0 or line["step"] == self.a.steps:
+            line |= self.step(line["step"], folder, state)
+        if self.world.main:
+            folder.log(line)
+        state["unlogged"] = None
 
     def step(self, step, folder, state):
         """Look, read the hacking gauge, and export the weights if they are the best so far by the SGP gap;
@@ -153,8 +174,8 @@ class Watch:
             self.world.say(f"step {step}: {warning}")
         sgp = now["sgp"].mean().item()
         if not gauge.warnings and (state["best"] is None or sgp > state["best"]):
-            state["best"] = sgp
             checkpoint.export(self.net.transformer, folder.out / "weights_best", self.world, self.net.dtype)
+            state["best"] = sgp
         if self.world.main:
             save_grid(images, folder.out / "samples" / f"step_{step:05d}.png")
         means = {name: value and value["mean"] for name, value in tables.summary(now).items()}

@@ -13,65 +13,81 @@ pictures that they learn from, 49,152 with their truth, are drawn by the first s
     export      everything above, as FLUX.1-dev's folder layout in fp16
 """
 
-import argparse
-import copy
-import json
 import random
 from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from engine.command_line import Parser, whole
+from engine.errors import frame
+from engine.files import write_json, write_whole
 from miniature import world
-from miniature.build_flow import SEED, WORK, build_distill, build_flow, build_vae, latents
-from miniature.build_scorers import REWARD_CONFIG, build_bias, build_judge, build_reward, build_unbiased
+from miniature.build_flow import build_distill, build_flow, build_vae
+from miniature.build_scorers import build_bias, build_judge, build_reward, build_unbiased, reward_config
+from miniature.fitting import SEED
 
 HERE = Path(__file__).resolve().parent
+
+
+def write_half(path, model):
+    """Write a model's weights in fp16, as safetensors."""
+    tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    path.parent.mkdir(exist_ok=True)
+    write_whole(path, save(tensors))
+
+
+def export_pipeline(model):
+    """The generator's part of the layout, that FluxPipeline reads."""
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0,
+                                                base_shift=0.5, max_shift=1.15,
+                                                base_image_seq_len=256, max_image_seq_len=4096)
+    pipeline = FluxPipeline(scheduler, model.net.vae.half(), model.text.half(), model.words.clip,
+                            model.text_2.half(), model.words.t5, model.net.transformer.half())
+    pipeline.save_pretrained(HERE)
+    for part in ("text_encoder", "text_encoder_2"):  # stored in fp16, to be loaded in float32 like the rest
+        config = HERE / part / "config.json"
+        write_whole(config, config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+
+
+def export_reward(folder, model, words):
+    """A reward as a folder that open_clip reads."""
+    write_half(folder / "open_clip_model.safetensors", model)
+    write_json(folder / "open_clip_config.json", reward_config(words))
+    words.clip.save_pretrained(folder)
 
 
 def export():
     """Write FLUX.1-dev's folder layout, fp16, beside this file: FluxPipeline.from_pretrained("miniature")
     loads it."""
-    transformer, text, text_2, words = build_distill()
-    vae = build_vae()
-    latents(vae)
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0,
-                                                base_shift=0.5, max_shift=1.15,
-                                                base_image_seq_len=256, max_image_seq_len=4096)
-    FluxPipeline(scheduler, vae.half(), text.half(), words.clip, text_2.half(), words.t5,
-                 transformer.half()).save_pretrained(HERE)
-    for part in ("text_encoder", "text_encoder_2"):  # stored in fp16, to be loaded in float32 like the rest
-        config = HERE / part / "config.json"
-        config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-    for folder, model in (("reward_unbiased", build_unbiased()[0]), ("reward", build_bias())):
-        (HERE / folder).mkdir(exist_ok=True)
-        config = copy.deepcopy(REWARD_CONFIG)
-        config["model_cfg"]["text_cfg"]["vocab_size"] = len(words.clip)
-        (HERE / folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file({k: v.half().contiguous() for k, v in model.state_dict().items()},
-                  HERE / folder / "open_clip_model.safetensors")
-        words.clip.save_pretrained(HERE / folder)
-    (HERE / "judge").mkdir(exist_ok=True)
-    save_file({k: v.half() for k, v in build_judge().state_dict().items()},
-              HERE / "judge" / "judge.safetensors")
+    export_pipeline(build_distill())
+    unbiased, words, _ = build_unbiased()
+    export_reward(HERE / "reward_unbiased", unbiased, words)
+    export_reward(HERE / "reward", build_bias(), words)
+    write_half(HERE / "judge" / "judge.safetensors", build_judge())
     order = world.all_captions()
     random.Random(SEED).shuffle(order)
-    (HERE / "prompts_eval.txt").write_text("\n".join(order[:256]) + "\n")
-    (HERE / "prompts.txt").write_text("\n".join(order[256:]) + "\n")
+    write_whole(HERE / "prompts_eval.txt", "\n".join(order[:256]) + "\n")
+    write_whole(HERE / "prompts.txt", "\n".join(order[256:]) + "\n")
 
 
 STAGES = {"vae": build_vae, "flow": build_flow, "distill": build_distill, "reward": build_reward,
           "bias": build_bias, "judge": build_judge, "export": export}
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads; measure 1 against 2")
-    args = parser.parse_args()
-    WORK.mkdir(exist_ok=True)
+
+def main(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all",
+                        help="only this one, and what it is built on")
+    parser.add_argument("--threads", type=whole(1), default=2, help="CPU threads; measure 1 against 2")
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     for name, stage in STAGES.items():
         if args.stage in (name, "all"):
             stage()
+
+
+if __name__ == "__main__":
+    with frame("build"):
+        main()

@@ -2,11 +2,8 @@
 world."""
 
 import copy
-import io
 import json
-import math
 import string
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,97 +21,14 @@ from transformers import (
 )
 
 from direct_align import inject
-from engine.files import write_whole
 from flux import Condition, Flux, pack
 from miniature import world
+from miniature.fitting import SEED, fit, kept
 
-WORK = Path(__file__).resolve().parent / ".build"
-SEED = 0
 PICTURE_BATCHES = 192  # of 256 pictures each
 TOKENS = 16  # of both text encoders
 GRID = (world.SIZE // 16, world.SIZE // 16)  # tokens of a picture
 GUIDANCE_STRENGTH = 0.5  # of the distilled guidance
-
-
-# ------------------------------------------------------------------------- what is made once, and kept on disk
-def save(path, value):
-    """torch.save, whole or not at all: a build that is interrupted here finds the file of before."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    write_whole(path, [buffer.getbuffer()])
-
-
-def kept(name, make, *arguments):
-    """The dict of tensors that make(*arguments) gives: made once, and kept in the build's folder."""
-    path = WORK / f"{name}.pt"
-    if not path.exists():
-        save(path, make(*arguments))
-    return torch.load(path, weights_only=True)
-
-
-def learning_rate(lr, step, steps):
-    """Of a step: 100 steps of warm-up, and a cosine from lr down to its fiftieth."""
-    warm_up = min(1, (step + 1) / 100)
-    cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
-    return lr * warm_up * (0.02 + 0.98 * cosine)
-
-
-@torch.no_grad()
-def update_average(ema, modules, step):
-    """Move the running averages `ema` {module: {name: tensor}} towards the weights as they are after a step."""
-    decay = min(0.998, (step + 1) / (step + 10))
-    for key, module in modules.items():
-        for name, tensor in module.state_dict().items():
-            if tensor.is_floating_point():
-                ema[key][name].lerp_(tensor, 1 - decay)
-            else:
-                ema[key][name].copy_(tensor)
-
-
-def fit(name, modules, loss_of, steps, lr, every=250):
-    """Train `modules` (a dict) on loss_of(step) with AdamW and a cosine schedule; save as it goes, resume,
-    finish. What stays in the modules is the running average of their weights.
-
-    Everything random in a step is drawn from the step's number, so an interrupted build ends with the same
-    weights.
-    """
-    path = WORK / f"{name}.pt"
-    parameters = []
-    ema = {}
-    for key, module in modules.items():
-        parameters += [p for p in module.parameters() if p.requires_grad]
-        ema[key] = {n: tensor.detach().clone() for n, tensor in module.state_dict().items()}
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    start = 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        start = state["step"]
-        ema = state["ema"]
-        optimizer.load_state_dict(state["optimizer"])
-        for key, module in modules.items():
-            module.load_state_dict(state["modules"][key])
-
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(lr, step, steps)
-        torch.manual_seed(SEED * 1_000_003 + step)
-        loss = loss_of(step)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        update_average(ema, modules, step)
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % every == 0 or step + 1 == steps:
-            weights = {key: module.state_dict() for key, module in modules.items()}
-            save(path, {"step": step + 1, "modules": weights, "ema": ema,
-                        "optimizer": optimizer.state_dict()})
-
-    for key, module in modules.items():
-        module.load_state_dict(ema[key])
-        module.eval()
 
 
 # ---------------------------------------------------------------------------------------------------- the VAE
@@ -183,7 +97,7 @@ def merges_of(words):
 
     The trainer breaks ties by the numbers of its symbols, and numbers the letters that end a word (e</w>) as
     it meets them in a hash table: in another order every time. Named beforehand, as "special tokens", they
-    have their numbers from here.
+    have their numbers from here; the order is one that gives the shipped vocabulary.
     """
     letters = sorted(set("".join(words)))
     last_letters = sorted({word[-1] + "</w>" for word in words}, reverse=True)

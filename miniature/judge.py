@@ -11,7 +11,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from . import world
+from miniature import world
+
+
+def block(inputs, outputs, stride):
+    """A 3 x 3 convolution, its norm and its nonlinearity."""
+    return [nn.Conv2d(inputs, outputs, 3, stride, 1), nn.GroupNorm(4, outputs), nn.SiLU()]
 
 
 class Judge(nn.Module):
@@ -20,7 +25,6 @@ class Judge(nn.Module):
 
     def __init__(self, width=32):
         super().__init__()
-        block = lambda i, o, stride: [nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(4, o), nn.SiLU()]
         self.trunk = nn.Sequential(
             *block(3, width, 2), *block(width, 2 * width, 2), *block(2 * width, 2 * width, 1),
             *block(2 * width, 3 * width, 2), *block(3 * width, 3 * width, 2),
@@ -30,8 +34,11 @@ class Judge(nn.Module):
         self.head = nn.Linear(128, sum(self.sizes.values()))
 
     def forward(self, images):
-        parts = self.head(self.trunk(2 * images - 1)).split(list(self.sizes.values()), dim=-1)
-        return {k: p.squeeze(-1) if p.shape[-1] == 1 else p for k, p in zip(self.sizes, parts)}
+        logits = self.head(self.trunk(2 * images - 1))  # [B, 35]
+        out = {}
+        for name, part in zip(self.sizes, logits.split(list(self.sizes.values()), dim=-1), strict=True):
+            out[name] = part.squeeze(-1) if self.sizes[name] == 1 else part
+        return out
 
     @torch.no_grad()
     def verdicts(self, images, prompts):
@@ -42,23 +49,32 @@ class Judge(nn.Module):
         broken     damaged: ghosts, melted or clipped regions, noise
         """
         seen = self(images)
-        layout, first, second = (seen[k].argmax(-1) for k in ("layout", "first", "second"))
-        aligned = []
-        for i, prompt in enumerate(prompts):
-            truth = world.parse(prompt)
-            if truth is None:
-                aligned.append(float("nan"))
-                continue
-            kind, place = truth
-            aligned.append(float(layout[i] == place and first[i] == kind[0]
-                                 and (place == 0 or second[i] == kind[1])))
-        return {"realism": (seen["realism"] > 0).float(), "alignment": torch.tensor(aligned),
+        layouts = seen["layout"].argmax(-1).tolist()
+        firsts = seen["first"].argmax(-1).tolist()
+        seconds = seen["second"].argmax(-1).tolist()
+        alignment = []
+        for prompt, layout, first, second in zip(prompts, layouts, firsts, seconds, strict=True):
+            alignment.append(aligned(prompt, layout, first, second))
+        return {"realism": (seen["realism"] > 0).float(), "alignment": torch.tensor(alignment),
                 "broken": (seen["broken"] > 0).float()}
+
+
+def aligned(prompt, layout, first, second):
+    """1 if what is seen (indices of world.LAYOUTS and world.KINDS) is what the prompt asks for, 0 if not; NaN
+    for a prompt that is not of this world."""
+    truth = world.parse(prompt)
+    if truth is None:
+        return float("nan")
+    kind, wanted_layout = truth
+    if layout != wanted_layout or first != kind[0]:
+        return 0.0
+    alone = layout == world.LAYOUTS.index("alone")
+    return float(alone or second == kind[1])
 
 
 def load_judge(folder):
     """The trained `Judge` of a model folder (folder/judge/judge.safetensors)."""
     judge = Judge().eval().requires_grad_(False)
-    judge.load_state_dict({k: v.float() for k, v in
-                           load_file(Path(folder) / "judge" / "judge.safetensors").items()})
+    weights = load_file(Path(folder) / "judge" / "judge.safetensors")
+    judge.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
     return judge
