@@ -5,6 +5,8 @@ import importlib
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,15 +67,14 @@ def test_the_readme_is_one_sitting():
 
 
 # ----------------------------------------------------------------------------------------------- the commands
-def commands():
+def commands(path):
     """Every command in a fenced block of a README, in order, without its comment."""
     found = []
-    for path in READMES:
-        for block in re.findall(r"```\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
-            for line in block.splitlines():
-                command = re.sub(r"\s{2,}#.*", "", line).split("&&")[-1].strip()
-                if command.startswith(("python ", "torchrun ", "pytest")):
-                    found.append(command)
+    for block in re.findall(r"```\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
+        for line in block.splitlines():
+            command = re.sub(r"\s{2,}#.*", "", line).split("&&")[-1].strip()
+            if command.startswith(("python ", "torchrun ", "pytest")):
+                found.append(command)
     return list(dict.fromkeys(found))
 
 
@@ -88,7 +89,6 @@ SMALLEST = {
 # Only their flags are read: on a GPU, with a machine's own paths, they are real.
 FLAGS = {"train.py": train.flags, "evaluate.py": evaluate.flags().parse_args,
          "experiments.bench": bench.flags}
-RUN_BY_CI = ("pytest",)
 
 
 def on_a_gpu(words):
@@ -115,32 +115,45 @@ def vote(folder):
     (folder / "votes" / "ada.json").write_text(json.dumps(saved))
 
 
-def test_every_command_of_every_readme_runs(place):
-    """As it stands, in order, at its smallest size; a command for a GPU as far as its flags are read."""
-    for number, command in enumerate(commands()):
-        if command.startswith(RUN_BY_CI):
-            continue
-        words = shlex.split(command)
-        ranks = 0
-        if words.pop(0) == "torchrun":
-            while words[0].startswith("--"):
-                name, _, value = words.pop(0).partition("=")
-                ranks = int(value) if name == "--nproc_per_node" else ranks
-        if words[0] == "-m":
-            words.pop(0)
-        script = words[0]
-        if on_a_gpu(words) and not {"--plan", "-h"} & set(words):
-            FLAGS[script](words[1:])
-            continue
-        argv = [found for word in words[1:] for found in sorted(glob.glob(word, root_dir=place)) or [word]]
-        argv = [re.sub(r"\bDIR\b", "runs/evaluate_miniature/base", word) for word in argv]
-        if "tally" in argv:
-            vote(place)
-            argv[argv.index("votes/*.json")] = "votes/ada.json"
-        if "-h" not in argv and "--plan" not in argv:
-            argv += SMALLEST[script]
-        if "--images" in argv:
-            argv += ["--metrics", "statistics"]  # the others' weights come from the hub
-        module = ["-m"] if not script.endswith(".py") else []
+def run(command, place):
+    """A command as it stands, at its smallest size; for a GPU, as far as its flags are read."""
+    words = shlex.split(command)
+    ranks = 0
+    if words.pop(0) == "torchrun":
+        while words[0].startswith("--"):
+            name, _, value = words.pop(0).partition("=")
+            ranks = int(value) if name == "--nproc_per_node" else ranks
+    if words[0] == "-c":
+        subprocess.run([sys.executable, *words], cwd=place, check=True, capture_output=True)
+        return
+    if words[0] == "-m":
+        words.pop(0)
+    script = words[0]
+    if on_a_gpu(words) and not {"--plan", "-h"} & set(words):
+        FLAGS[script](words[1:])
+        return
+    argv = [found for word in words[1:] for found in sorted(glob.glob(word, root_dir=place)) or [word]]
+    argv = [re.sub(r"\bDIR\b", "runs/evaluate_miniature/base", word) for word in argv]
+    if "tally" in argv:
+        vote(place)
+        argv[argv.index("votes/*.json")] = "votes/ada.json"
+    if not {"-h", "--plan"} & set(argv):
+        argv += SMALLEST[script]
+    if "--images" in argv:
+        argv += ["--metrics", "statistics"]  # the others' weights come from the hub
+    module = [] if script.endswith(".py") else ["-m"]
+    call(place / "printed", *module, script, *argv, ranks=ranks, folder=str(place))
+
+
+@pytest.mark.parametrize("path", [READMES[0], *[pytest.param(path, marks=pytest.mark.slow, id=str(path))
+                                                for path in READMES[1:]]], ids=str)
+def test_every_command_of_a_readme_runs(path, place):
+    """In order, in what looks like a fresh clone. The folders' READMEs go on from the main README's run."""
+    if path != READMES[0] and not (place / "runs" / "miniature").exists():
+        for command in commands(READMES[0])[:4]:
+            if not command.startswith("pytest"):
+                run(command, place)
+    for command in commands(path):
         print(command)
-        call(place / f"printed{number}", *module, script, *argv, ranks=ranks, folder=str(place))
+        if not command.startswith("pytest"):
+            run(command, place)
