@@ -144,6 +144,12 @@ def here(model, *parts):
     return Path(snapshot_download(model, allow_patterns=[f"{part}/*" for part in parts]))
 
 
+def files_of(model):
+    """The folders of all parts of a model."""
+    folder = here(model, *PARTS)
+    return [folder / part for part in PARTS]
+
+
 def cannot_load(model, error):
     """The UserError for a model whose files cannot be read or fetched."""
     hub = "" if Path(model).exists() else " (on the hub: is its licence accepted, and `hf auth login` done?)"

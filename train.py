@@ -23,6 +23,7 @@ import rewards
 import srpo_reward as sr
 from engine import checkpoint, data, parallel, plan
 from engine.command_line import Parser, add_machine_flags, as_line, or_off, parse, real, whole, words
+from engine.contents import Contents
 from engine.errors import Stopped, UserError, frame
 from engine.finite import first_not_finite, stop_after_the_step, stop_before_the_step, weights_are_finite
 from engine.run_folder import RunFolder
@@ -217,6 +218,7 @@ class Run:
     watched: watch.Watch
     optimizer: torch.optim.Optimizer
     grid: tuple            # (rows, columns) of tokens of a picture
+    contents: Contents     # of what was read, to be compared when the run is resumed
 
     def batch(self, a, step, part):
         """The part-th of the --accumulate batches of an update, a `Batch`."""
@@ -258,10 +260,10 @@ def set_up(a, world, stopping=None):
     held_out = data.read_prompts(a.eval_prompts, "--eval-prompts")[:max(a.eval, a.watch)]
     mine = a.batch * a.accumulate  # images of an update that this process makes
     curriculum = data.Curriculum(prompts, a.steps, mine * world.size, world.rows(mine), a.seed)
-    texts = curriculum.prompts + held_out
-    embeddings = flux.encode_prompts(a.model, texts, world.device, world.dtype)
+    both = curriculum.prompts + held_out
+    embeddings = flux.encode_prompts(a.model, both, world.device, world.dtype)
     if embeddings.truncated:
-        world.say(f"{embeddings.truncated} of {len(texts)} prompts are longer than the text encoder takes, "
+        world.say(f"{embeddings.truncated} of {len(both)} prompts are longer than the text encoder takes, "
                   "and are truncated")
     reward = rewards.load_rewards(a.reward, world.device)
     net = flux.load(a.model, None, world.device, world.dtype, world)
@@ -275,9 +277,15 @@ def set_up(a, world, stopping=None):
     fused = world.device.type == "cuda"  # the unfused one moves the peak of memory into the step
     optimizer = torch.optim.AdamW(net.transformer.parameters(), a.lr, (0.9, 0.999),
                                   weight_decay=a.weight_decay, fused=fused)
-    theirs = embeddings.part(len(curriculum.prompts), len(texts))
+    theirs = embeddings.part(len(curriculum.prompts), len(both))
     watched = watch.Watch(a, world, net, reward, held_out, theirs, stopping)
-    return Run(world, net, reward, curriculum, embeddings, watched, optimizer, net.grid(a.size, a.size))
+    texts = {"--prompts": prompts, "--eval-prompts": held_out}
+    places = {"--model": flux.files_of(a.model)}
+    for number, part in enumerate(rewards.parse_rewards(a.reward), 1):
+        texts[f"the weight of reward {number}"] = [str(part.weight)]
+        places[f"reward {number}"] = [rewards.fetch(part.name, part.where)]
+    return Run(world, net, reward, curriculum, embeddings, watched, optimizer, net.grid(a.size, a.size),
+               Contents(texts, places))
 
 
 # --------------------------------------------------------------------------------------------------- the loop
@@ -323,11 +331,13 @@ def train(a, run, folder, state, stopping):
         try:
             run.watched.log(folder, state)
             if "watch" in line:
-                bar.set_postfix(sgp=f"{line['watch']['sgp']:+.3f}", hacking="YES" if line["hacking"] else "no")
+                hacked = "YES" if line["hacking"] else "no"
+                bar.set_postfix(sgp=f"{line['watch']['sgp']:+.3f}", hacking=hacked)
             stopping.check(world)
         except Stopped as words:
             stop = words
         if step % a.save_every == 0 or step == a.steps or stop:
+            state["contents"] = run.contents.result()
             checkpoint.save(folder.out, net.transformer, run.optimizer, state, world, a.keep)
         if stop:
             raise stop
@@ -353,12 +363,14 @@ def main():
         world.say(as_line(parser(), vars(a)))
         if folder.checkpoints:
             state = checkpoint.load_newest(folder.checkpoints, run.net.transformer, run.optimizer, world)
+            world.decide(run.contents.compare, state["contents"])
             world.decide(folder.log_until, state["step"] - (state["unlogged"] is not None))
             if state["unlogged"] is not None:
                 run.watched.log(folder, state)
         else:
             if a.resume:
                 world.say(f"--resume: no checkpoint in {out}; the run starts from the beginning")
+            world.decide(run.contents.begin)
             state = run.watched.begin(folder)
         train(a, run, folder, state, stopping)
         checkpoint.export(run.net.transformer, out / "weights", world, run.net.dtype)

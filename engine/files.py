@@ -98,15 +98,20 @@ def fetched(where, files):
                         f"({type(error).__name__})") from error
 
 
+def files_under(place):
+    """A file itself, or all files in a folder, in order."""
+    place = Path(place)
+    inside = sorted(place.rglob("*")) if place.is_dir() else [place]
+    return [file for file in inside if file.is_file()]
+
+
 def stamp(*places):
     """What tells files from others at the same places: [name, size, time of writing] of each, and of each in
     a folder."""
     stamps = []
-    for place in map(Path, places):
-        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
-        for file in inside:
-            if file.is_file():
-                stamps.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
+    for place in places:
+        for file in files_under(place):
+            stamps.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
     return stamps
 
 

@@ -1,0 +1,66 @@
+"""What a run learns from, by content and not by path: a folder that was moved is the same model, and a folder
+whose files were replaced is another."""
+
+import hashlib
+import json
+from pathlib import Path
+from threading import Thread
+
+from engine.errors import UserError
+from engine.files import files_under, stamp
+
+CHUNK = 2**24  # bytes that are hashed at a time, without holding up the training thread
+
+
+def digest_of_files(places):
+    """SHA-256 of the names and contents of all files in some places (files or folders)."""
+    digest = hashlib.sha256()
+    for place in places:
+        for file in files_under(place):
+            name = file.name if Path(place).is_file() else str(file.relative_to(place))
+            digest.update(f"{name} {file.stat().st_size}\n".encode())
+            with open(file, "rb") as stream:
+                while chunk := stream.read(CHUNK):
+                    digest.update(chunk)
+    return digest.hexdigest()
+
+
+class Contents:
+    """The contents of what a run reads. Files are hashed once, in the background, while the run goes on; as
+    long as their names, sizes and times of writing stay as they were, they are taken to be the same."""
+
+    def __init__(self, texts, places):
+        """texts: {what it is called: texts}; places: {what it is called: files or folders}."""
+        self.places = places
+        self.found = {name: {"sha256": hashlib.sha256(json.dumps(lines).encode()).hexdigest(), "stamp": None}
+                      for name, lines in texts.items()}
+        self.thread = None
+
+    def begin(self):
+        """Start to hash all files."""
+        self.thread = Thread(target=self.hash, args=(self.places,), daemon=True)
+        self.thread.start()
+
+    def hash(self, names):
+        for name in names:
+            places = self.places[name]
+            self.found[name] = {"sha256": digest_of_files(places), "stamp": stamp(*places)}
+
+    def compare(self, then):
+        """Raise UserError if something is not what it was in `then`, the result of an earlier run. Only files
+        that look changed are hashed."""
+        for name, places in self.places.items():
+            if then.get(name) and then[name]["stamp"] == stamp(*places):
+                self.found[name] = then[name]
+            else:
+                self.hash([name])
+        for name, found in self.found.items():
+            if name not in then or then[name]["sha256"] != found["sha256"]:
+                raise UserError(f"--resume: {name} is not what it was when the run began; give the same, or "
+                                "another --out")
+
+    def result(self):
+        """{name: {"sha256", "stamp"}}, as soon as all is hashed."""
+        if self.thread is not None:
+            self.thread.join()
+        return self.found
