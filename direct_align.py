@@ -105,6 +105,10 @@ class Injection:
     sigma_to: torch.Tensor
     cell: torch.Tensor
 
+    def to(self, device):
+        """The same with its noise levels on a device; `cell` indexes a table on the CPU."""
+        return Injection(self.sigma.to(device), self.sigma_to.to(device), self.cell)
+
 
 def reach_of(groundtruth_ratio, cells):
     """How many cells the network is trusted with, int((1 - ratio) T) + 1 (released code); the known noise

@@ -182,23 +182,22 @@ def srpo(a, net, reward, batch):
     n = a.injections * len(a.branches)
     for m in batch.middles:
         for branch in a.branches:
-            at = da.place(branch, m, grid, reach, a.meet)
-            sigma, sigma_to = at.sigma.to(x0.device), at.sigma_to.to(x0.device)  # [B] each
-            x_t = da.inject(x0, batch.eps, sigma)                                # Eq. 3
-            v_theta = net.velocity(x_t, sigma, batch.c, a.guidance)              # the only gradient
+            at = da.place(branch, m, grid, reach, a.meet).to(x0.device)
+            x_t = da.inject(x0, batch.eps, at.sigma)                             # Eq. 3
+            v_theta = net.velocity(x_t, at.sigma, batch.c, a.guidance)           # the call with a gradient
             if a.recover == "velocity":
-                x0_hat = da.recover(x_t, v_theta, batch.eps, sigma, sigma_to)    # Eq. 5
+                x0_hat = da.recover(x_t, v_theta, batch.eps, at.sigma, at.sigma_to)  # Eq. 5
             else:
-                eps_theta = da.epsilon(x_t, v_theta, sigma)
-                x0_hat = da.recover_epsilon(x_t, eps_theta, batch.eps, sigma, sigma_to)  # Eq. 5, as printed
+                eps_theta = da.epsilon(x_t, v_theta, at.sigma)
+                x0_hat = da.recover_epsilon(x_t, eps_theta, batch.eps, at.sigma, at.sigma_to)  # as printed
             image = net.decode(x0_hat, batch.c.grid)                             # [B, 3, H, W]
             f = reward.image_features(image)                                     # [B, D]
             d = da.discount(at.cell, *discount_of(a, branch), a.cells)           # [B]
             r = sr.branch_reward(a.form, branch, f, batch.C0, batch.C1, batch.C2, d, a.cfg_k)  # Eqs. 12, 13
-            weight = da.lam(sigma, *a.sigma_range, *a.lam)
+            weight = da.lam(at.sigma, *a.sigma_range, *a.lam)                    # [B]
             loss = da.aggregate(sr.loss(r, a.threshold), weight, n).mean()       # Eq. 6
             sgp = sr.relative(f.detach(), batch.C1, batch.C2)
-            yield loss, Term(branch, sigma, sigma_to, x0, x_t, v_theta, x0_hat, image, f, d, r, sgp)
+            yield loss, Term(branch, at.sigma, at.sigma_to, x0, x_t, v_theta, x0_hat, image, f, d, r, sgp)
 
 
 def discount_of(a, branch):
