@@ -21,10 +21,12 @@ import torch
 from tqdm import tqdm
 
 import flux
+import rewards
 from engine import data, parallel
-from engine.command_line import Parser, parse, real, whole
+from engine.command_line import Parser, must_differ, parse, phrase, real, some_path, whole
 from engine.errors import UserError, frame, one_line, printable
 from engine.files import write_json, write_whole
+from engine.stopping import Stopping
 from evaluation import metrics, picture_folders, tables
 from evaluation.scores import Scores, settings_of
 
@@ -55,11 +57,12 @@ class Outcome:
 
 def main():
     with frame("evaluate.py"):
+        Stopping("stopped; run it again to go on")
         try:
             status = run(sys.argv[1:])
         except OSError as error:  # a full disk, or one that is gone
             raise OSError(f"{error}; run it again to go on") from error
-    sys.exit(status)
+        sys.exit(status)
 
 
 def run(argv):
@@ -73,7 +76,7 @@ def run(argv):
 
     if not args.images:
         for pictures in groups:
-            generate(args, methods, pictures, world)
+            generate(args, methods, pictures, prompts, world)
     world.gather(None)  # what one process sampled another may score
 
     outcome = Outcome({method.name: {} for method in methods}, missing)
@@ -94,9 +97,9 @@ def flags():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
-    add("--weights", nargs="*", default=[], metavar="[NAME=]PATH",
+    add("--weights", nargs="+", default=[], metavar="[NAME=]PATH",
         help="folders of trained transformer weights, each compared with the base")
-    add("--images", nargs="*", default=[], metavar="[NAME=]PATH",
+    add("--images", nargs="+", default=[], metavar="[NAME=]PATH",
         help="score folders of pictures named by their prompt's number, and sample nothing; the first one is "
              "what the others are compared with")
     add("--prompts", "--eval-prompts", dest="eval_prompts", default="hpdv2-benchmark",
@@ -105,15 +108,17 @@ def flags():
     add("--metrics", default="aesthetic,pickscore,imagereward,hpsv2.1,geneval,deqa",
         help=f"of {', '.join(metrics.names())}; NAME=PATH takes a scorer's files from there [paper 4.2]")
     add("--reward", default="hpsv2.1", help="for the metric `reward`: as train.py's")
-    add("--control", default="Realistic photo", help="the wanted words of the SGP gap [paper 4.2]")
-    add("--neg", default="CG Render", help="the unwanted words of the SGP gap [paper 4.2]")
+    add("--control", type=phrase, default="Realistic photo",
+        help="the wanted words of the SGP gap [paper 4.2]")
+    add("--neg", type=phrase, default="CG Render", help="the unwanted words of the SGP gap [paper 4.2]")
     add("--size", type=whole(1), default=1024,
         help="side of the pictures, pixels [authors' answer for Table 1]")
     add("--eval-steps", type=whole(1), default=50, help="sampling steps [paper 4.1]")
     add("--guidance", type=real(0), default=3.5, help="distilled guidance of sampling [FLUX.1-dev]")
-    add("--seed", type=whole(0), default=0, help="prompt i is sampled from noise seed + i, for every model")
+    add("--seed", type=whole(0, 2**30), default=0,
+        help="prompt i is sampled from noise seed + i, for every model")
     add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
-    add("--out", help="folder of pictures, scores, table.md, results.json and sheet.png "
+    add("--out", type=some_path, help="folder of pictures, scores, table.md, results.json and sheet.png "
                       "(None: runs/evaluate_<model>)")
     return parser
 
@@ -122,17 +127,19 @@ def rows(args):
     """(the table's rows, `Method`s; their prompts). Raises UserError for flags that do not fit."""
     args.out = args.out or "runs/evaluate_" + ("images" if args.images else Path(args.model).name)
     metrics.parse_metrics(args.metrics)
+    rewards.parse_rewards(args.reward)
+    must_differ([args.control], [args.neg])
     if args.images and args.weights:
         raise UserError("--images and --weights: pictures that exist, or weights to sample from; give one")
+    picture_folders.check_out(args.out)
+    picture_folders.must_be_own(args.out)
     if args.images:
-        picture_folders.make_folder(args.out)
         return picture_folders.existing(args)
     flux.needs_gpu(args.model)
     flux.check_size(args.model, args.size)
     for path in picture_folders.named("--weights", args.weights).values():
         flux.transformer_folder(args.model, path)
     prompts = data.read_prompts_by_category(args.eval_prompts)
-    picture_folders.make_folder(args.out)
     return picture_folders.planned(args, prompts), prompts
 
 
@@ -193,9 +200,9 @@ def share(pictures, size, world):
 
 
 @torch.no_grad()
-def generate(args, methods, pictures, world):
+def generate(args, methods, pictures, benchmark, world):
     """Sample what is not there yet, or was cut short. A chunk that lacks one picture is sampled as a whole,
-    and what it lacks is written."""
+    and what it lacks is written, when all is loaded that it takes; `benchmark` is what the folders list."""
     lacking = {}
     for method in methods:
         chunks = share(pictures, args.batch, world)
@@ -213,6 +220,7 @@ def generate(args, methods, pictures, world):
             continue
         model = flux.load(args.model, method.weights, world.device, world.dtype)
         grid = model.grid(args.size, args.size)
+        picture_folders.begin(method, benchmark)
         for chunk in tqdm(lacking[method.name], f"sample {method.name}", leave=False, disable=not world.main):
             numbers = [number[p.prompt] for p in chunk]
             noise = flux.noise(model, grid, [p.seed for p in chunk])

@@ -19,31 +19,19 @@ import transformers
 from huggingface_hub import snapshot_download
 
 from direct_align import sigma_steps
+from engine import configs as con
 from engine import parallel
 from engine.errors import NotFinite, UserError, one_line
-from engine.files import quiet, read_json, strict
+from engine.files import not_a_path, quiet
+from engine.finite import are_finite, weights_are_finite
+from engine.model_folder import PARTS, Configs, check_parts, check_transformer, own_flags, read_configs
 
 PATCH = 2  # a token is 2 x 2 latents: fixed by the FLUX pipeline, stored in no config
-PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
-
-# What a model's srpo.json may set: a recipe that suits it. Never where a run is written, or what is deleted.
-MODEL_MAY_SET = set("""
-    size prompts eval_prompts reward control neg form cfg_k discount_denoise discount_invert threshold
-    sigma_range cells groundtruth_ratio branches injections meet recover lam noise
-    rollout_steps rollout_guidance guidance shift
-    steps batch accumulate lr weight_decay clip
-    eval_steps watch watch_every eval drift_band metrics""".split())
+MOST_PIXELS = 2**14  # a side: what a slip of the hand could ask for beyond that fits no machine
+PADDING = 0.01  # the share of an embedding's rows that may stand for no word
 
 
 # ------------------------------------------------------------------------------------------- a model's folder
-class Configs(NamedTuple):
-    """What a model's files say of it, before anything is loaded."""
-    transformer: dict
-    vae: dict
-    text_tokens: int
-
-
 # FluxTransformer2DModel's own defaults are FLUX.1-dev's, but for the guidance embedding.
 FLUX_DEV = Configs(
     transformer={"guidance_embeds": True},
@@ -56,57 +44,30 @@ FLUX_DEV = Configs(
 
 def check_folder(model):
     """Raise UserError if `model` is a local path without a FLUX.1 in it; a hub id passes."""
+    why = not_a_path(model)
+    if why:
+        raise UserError(f'--model "{str(model)[:80]}": must be a path or a hub id, and it {why}')
     path = Path(model)
     if not path.exists():
         if str(model).count("/") == 1 and not str(model).startswith((".", "/")):
             return
         raise UserError(f"--model {model}: no such folder (give a folder in FLUX.1-dev's layout, or a "
                         f"hub id such as black-forest-labs/FLUX.1-dev)")
-    missing = [part for part in ("model_index.json", *PARTS) if not (path / part).exists()]
-    if missing:
-        raise UserError(f"--model {model}: not a FLUX.1 folder, it has no {', '.join(missing)}")
-    kind = read_json(path / "model_index.json").get("_class_name")
-    if kind != "FluxPipeline":
-        raise UserError(f"--model {model}: model_index.json says {kind}, not FluxPipeline")
+    check_parts(path)
 
 
 def configs(model):
-    """The `Configs` of a model's folder; of a hub id, FLUX.1-dev's, so that nothing need be downloaded."""
+    """The `Configs` of a model's folder, all of which are checked; of a hub id, FLUX.1-dev's, so that nothing
+    need be downloaded. Raises UserError."""
     folder = Path(model)
-    if not folder.exists():
-        return FLUX_DEV
-    tokenizer = read_json(folder / "tokenizer_2" / "tokenizer_config.json")
-    return Configs(read_json(folder / "transformer" / "config.json"),
-                   read_json(folder / "vae" / "config.json"),
-                   tokenizer["model_max_length"])
+    return read_configs(folder, PATCH) if folder.exists() else FLUX_DEV
 
 
 def defaults_of(model):
     """A model folder may carry srpo.json, the flags' defaults that suit that model: (its path, {flag:
-    value}).
-
-    Paths in it are relative to the folder, and stay inside it. Raises UserError for a key that it may not
-    set.
-    """
+    value}). Raises UserError for what it may not say."""
     check_folder(model)
-    path = Path(model) / "srpo.json"
-    if not path.exists():
-        return path, {}
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must be an object of flags, such as {{\"size\": 64}}")
-    folder = path.parent.resolve()
-    for name, value in values.items():
-        if name not in MODEL_MAY_SET:
-            raise UserError(f"{path}: {name!r} is not a flag that a model may set; "
-                            f"there are {', '.join(sorted(MODEL_MAY_SET))}")
-        if name in ("prompts", "eval_prompts", "reward") and isinstance(value, str):
-            inside = path.parent / value
-            if not (folder / value).resolve().is_relative_to(folder):
-                raise UserError(f"{path}: {name} {value!r} leads out of the model's folder")
-            if inside.exists():
-                values[name] = str(inside)
-    return path, values
+    return own_flags(model)
 
 
 def pixels_per_token(vae_config):
@@ -120,6 +81,8 @@ def token_grid(vae_config, height, width):
     if height % unit or width % unit or height < unit or width < unit:
         raise UserError(f"--size {width} x {height}: both sides must be multiples of {unit} pixels for "
                         f"this model")
+    if max(height, width) > MOST_PIXELS:
+        raise UserError(f"--size {width} x {height}: {MOST_PIXELS} pixels a side are the most")
     return height // unit, width // unit
 
 
@@ -160,9 +123,14 @@ def transformer_folder(model, weights=None):
     """Where the transformer's files are: `weights`, or the model's own. Raises UserError."""
     if weights is None:
         return here(model, "transformer") / "transformer"
-    if not weights or not (Path(weights) / "config.json").exists():
-        raise UserError(f"--weights {weights!r}: no transformer there (a folder with config.json and "
+    if not_a_path(weights) or not (Path(weights) / "config.json").exists():
+        raise UserError(f"--weights {weights[:80]!r}: no transformer there (a folder with config.json and "
                         f"safetensors, such as runs/miniature/weights)")
+    check_transformer(Path(weights))
+    try:
+        parallel.on_meta(diffusers.FluxTransformer2DModel, Path(weights))
+    except Exception as error:
+        raise UserError(f"--weights {weights}: cannot be loaded as FLUX.1: {one_line(error)}") from error
     return Path(weights)
 
 
@@ -302,10 +270,15 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, world=None):
         folder = here(model, "vae", "scheduler")
         network = diffusers.FluxTransformer2DModel
         transformer = parallel.load_sharded(network, transformer_folder(model, weights), device, dtype, world)
-        vae = strict(diffusers.AutoencoderKL, folder / "vae", dtype)
+        vae = con.strict(diffusers.AutoencoderKL, folder / "vae", dtype, use_safetensors=True)
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler")
     except Exception as error:
         raise cannot_load(model, error) from error
+    if not weights_are_finite(transformer.parameters(), world):
+        whose = f"--model {model}" if weights is None else f"--weights {weights}"
+        raise UserError(f"{whose}: its weights hold numbers that are not finite")
+    if not are_finite(vae.parameters()):
+        raise UserError(f"--model {model}: its VAE holds numbers that are not finite")
     return Flux(transformer, vae.to(device), dict(scheduler), torch.device(device), dtype)
 
 
@@ -328,37 +301,50 @@ class Embeddings(NamedTuple):
 def text_encoders(model, dtype):
     """A FluxPipeline of nothing but the two text encoders and their tokenizers. Raises UserError."""
     folder = here(model, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    for part in ("tokenizer", "tokenizer_2"):
-        if not any((folder / part / name).exists() for name in VOCABULARIES):
-            raise UserError(f"--model {model}: {part} has no vocabulary ({' or '.join(VOCABULARIES)})")
-    clip = strict(transformers.CLIPTextModel, folder / "text_encoder", dtype,
-                  unread=("text_model.embeddings.position_ids",))
-    t5 = strict(transformers.T5EncoderModel, folder / "text_encoder_2", dtype,
-                unread=("encoder.embed_tokens.weight",))
+    clip = con.strict(transformers.CLIPTextModel, folder / "text_encoder", dtype, use_safetensors=True,
+                      unread=("text_model.embeddings.position_ids",))
+    t5 = con.strict(transformers.T5EncoderModel, folder / "text_encoder_2", dtype, use_safetensors=True,
+                    unread=("encoder.embed_tokens.weight",))
     return diffusers.FluxPipeline(
         scheduler=None, vae=None, transformer=None, text_encoder=clip, text_encoder_2=t5,
-        tokenizer=transformers.CLIPTokenizerFast.from_pretrained(folder / "tokenizer"),
-        tokenizer_2=transformers.T5TokenizerFast.from_pretrained(folder / "tokenizer_2"))
+        tokenizer=tokenizer_of(transformers.CLIPTokenizerFast, folder / "tokenizer", clip),
+        tokenizer_2=tokenizer_of(transformers.T5TokenizerFast, folder / "tokenizer_2", t5))
+
+
+def tokenizer_of(kind, folder, encoder):
+    """The tokenizer of an encoder. Raises UserError if its vocabulary is not the encoder's, which may be
+    padded."""
+    con.check_folder(folder)
+    tokenizer = kind.from_pretrained(folder)
+    words = encoder.config.vocab_size
+    known = len(tokenizer)
+    if not (1 - PADDING) * words <= known <= words or max(tokenizer.get_vocab().values()) >= words:
+        raise UserError(f"{folder}: {known} words, but its encoder knows {words}")
+    return tokenizer
 
 
 @torch.no_grad()
 def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, batch=64):
     """The `Embeddings` of all prompts, through both text encoders once; the encoders are freed on return.
 
-    Raises UserError if an encoder or its tokenizer cannot be loaded whole.
+    Raises UserError if an encoder or its tokenizer cannot be loaded whole, or makes what is not finite.
     """
     quiet()
     check_folder(model)
     try:
         pipe = text_encoders(model, dtype).to(device)
+        length = pipe.tokenizer_2.model_max_length
+        pipe.encode_prompt(prompts[:1], max_sequence_length=length)  # whether the parts fit each other
     except Exception as error:
         raise cannot_load(model, error) from error
-    length = pipe.tokenizer_2.model_max_length
     truncated = sum(len(ids) > length for ids in pipe.tokenizer_2(prompts).input_ids)
     txt = []
     pooled = []
     for i in range(0, len(prompts), batch):
         t, p, _ = pipe.encode_prompt(prompts[i:i + batch], max_sequence_length=length)
+        if not are_finite([t, p]):
+            raise UserError(f"--model {model}: its text encoders make numbers that are not finite: their "
+                            "weights are broken")
         txt.append(t.cpu())
         pooled.append(p.cpu())
     return Embeddings(torch.cat(txt), torch.cat(pooled), truncated)

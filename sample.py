@@ -1,16 +1,19 @@
 """Prompts to pictures: `python sample.py --model miniature "a red circle left of a blue square"`."""
 
 import sys
-from functools import partial
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 import flux
 from engine import data, parallel
-from engine.command_line import Parser, parse, real, whole
-from engine.errors import frame, printable
-from evaluation.picture_folders import list_prompts, make_folder, save_grid, save_picture
+from engine.command_line import Parser, parse, real, some_path, whole
+from engine.errors import UserError, frame, printable
+from engine.files import read_json, stamp, write_json
+from engine.stopping import Stopping
+from evaluation.picture_folders import check_out, is_whole, list_prompts, make_folder, save_grid, save_picture
+from rewards.pictures import pixels, read_picture
 
 
 def flags():
@@ -27,19 +30,23 @@ def flags():
     add("--size", type=whole(1), default=1024, help="side of the pictures, pixels")
     add("--eval-steps", type=whole(1), default=50, help="sampling steps [paper 4.1]")
     add("--guidance", type=real(0), default=3.5, help="distilled guidance [FLUX.1-dev]")
-    add("--seed", type=whole(0), default=0, help="picture i is made from noise seed + i")
+    add("--seed", type=whole(0, 2**30), default=0, help="picture i is made from noise seed + i")
     add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
-    add("--out", default="samples", help="folder: one PNG a prompt, named by its number, and grid.png")
+    add("--out", type=some_path, default="samples",
+        help="folder: one PNG a prompt, named by its number, and grid.png")
     return parser
 
 
-def run(argv):
+def run(argv, stopping):
     args = parse(flags(), argv, flux.defaults_of)
     flux.needs_gpu(args.model)
     flux.check_size(args.model, args.size)
     flux.transformer_folder(args.model, args.weights)
+    if args.prompt:
+        data.check_prompts(args.prompt, "prompt")
     prompts = args.prompt or data.read_prompts(args.eval_prompts)[:args.first]
-    make_folder(args.out)
+    check_out(args.out)
+    folder = Folder(args, prompts)
 
     parallel.one_thread_on_a_cpu()
     device, dtype = parallel.device_and_dtype()
@@ -49,21 +56,62 @@ def run(argv):
               f"they are truncated")
     model = flux.load(args.model, args.weights, device, dtype)
     grid = model.grid(args.size, args.size)
-    noise = flux.noise(model, grid, range(args.seed, args.seed + len(prompts)))
-    images = flux.sample(model, embeddings.txt, embeddings.pooled, noise, grid, args.eval_steps,
-                         args.guidance, args.batch, partial(tqdm, desc="sample"))  # [P, 3, H, W]
+    folder.open()
+    for first in tqdm(range(0, len(prompts), args.batch), "sample"):
+        stopping.check()
+        rows = range(first, min(first + args.batch, len(prompts)))
+        if not all(is_whole(folder.files[i]) for i in rows):
+            part = slice(rows.start, rows.stop)
+            noise = flux.noise(model, grid, [args.seed + i for i in rows])
+            images = flux.sample(model, embeddings.txt[part], embeddings.pooled[part], noise, grid,
+                                 args.eval_steps, args.guidance, args.batch)  # [B, 3, H, W]
+            for i, image in zip(rows, images, strict=True):
+                save_picture(image, folder.files[i])
+        stopping.words = (f"stopped; {rows.stop} of {len(prompts)} pictures are in {args.out}/; run it again "
+                          "to go on")
 
-    out = Path(args.out)
-    for i, image in enumerate(images):
-        save_picture(image, out / f"{i:05d}.png")
-    list_prompts(out, [(prompt, "") for prompt in prompts])
-    save_grid(images, out / "grid.png")
-    print(printable(f"{len(images)} pictures in {out}/, all of them in {out / 'grid.png'}"))
+    save_grid(torch.stack([pixels(read_picture(file)) for file in folder.files]), folder.out / "grid.png")
+    print(printable(f"{len(prompts)} pictures in {args.out}/, all of them in {folder.out / 'grid.png'}"))
+
+
+class Folder:
+    """The folder of the pictures, with a note of what they are made from: a call that was stopped goes on
+    where it was, and one with other prompts or flags replaces what an earlier one made. Raises UserError for
+    pictures that sample.py did not make; nothing is written or removed before `open`."""
+
+    def __init__(self, args, prompts):
+        self.out = Path(args.out)
+        self.prompts = prompts
+        self.files = self.named(len(prompts))
+        self.made = {"by": "sample.py", "prompts": prompts, "model": args.model, "size": args.size,
+                     "weights": stamp(args.weights) if args.weights else [],
+                     "eval_steps": args.eval_steps, "guidance": args.guidance, "seed": args.seed}
+        note = self.out / "made.json"
+        self.then = read_json(note) if note.exists() else {}
+        if not isinstance(self.then, dict) or self.then.get("by") != "sample.py":
+            for file in [*self.files, self.out / "prompts.json", self.out / "grid.png"]:
+                if file.exists():
+                    raise UserError(f"--out {args.out}: {file.name} is there, and not from sample.py; give "
+                                    "another --out")
+            self.then = {"prompts": []}
+
+    def named(self, n):
+        """The files of n pictures."""
+        return [self.out / f"{i:05d}.png" for i in range(n)]
+
+    def open(self):
+        """Make the folder ready for its pictures."""
+        make_folder(self.out)
+        if self.then != self.made:
+            for file in self.named(len(self.then["prompts"])):
+                file.unlink(missing_ok=True)
+            write_json(self.out / "made.json", self.made)
+        list_prompts(self.out, [(prompt, "") for prompt in self.prompts])
 
 
 def main():
     with frame("sample.py"):
-        run(sys.argv[1:])
+        run(sys.argv[1:], Stopping("stopped before the first picture; run it again"))
 
 
 if __name__ == "__main__":

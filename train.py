@@ -21,11 +21,11 @@ import direct_align as da
 import flux
 import rewards
 import srpo_reward as sr
-from engine import checkpoint, data, parallel, plan
+from engine import checkpoint, command_line, data, parallel, plan
 from engine.command_line import Parser, add_machine_flags, as_line, or_off, parse, real, whole, words
 from engine.contents import Contents
 from engine.errors import Stopped, UserError, frame
-from engine.finite import first_not_finite, stop_after_the_step, stop_before_the_step, weights_are_finite
+from engine.finite import first_not_finite, stop_after_the_step, stop_before_the_step
 from engine.run_folder import RunFolder
 from engine.stopping import Stopping
 from evaluation import watch
@@ -54,8 +54,8 @@ def add_recipe(parser):
 
     add = parser.add_argument_group("the rollout, from noise to the clean latents x0").add_argument
     add("--rollout-steps", type=whole(1), default=25, help="Euler steps [paper 4.1]")
-    add("--rollout-guidance", type=real(), default=1.0, help="distilled guidance [released code]")
-    add("--shift", type=or_off(real(0, 1e3, open_low=True)), default=3.0,
+    add("--rollout-guidance", type=real(0), default=1.0, help="distilled guidance [released code]")
+    add("--shift", type=or_off(real(1e-3)), default=3.0,
         help="time shift; off: the model's own [released code]")
     add("--noise", choices=["shared", "independent", "fresh"], default="shared", help="one noise prior for "
         "all images of an update [released code], one each, or shared but with fresh noise to inject")
@@ -70,13 +70,13 @@ def add_recipe(parser):
     add("--branches", type=words, default=["denoise", "invert"], help="denoise, invert, or both [paper 3.2]")
     add("--injections", type=whole(1), default=1,
         help="n of Eq. 6: noise levels that a branch visits per image [released code]")
-    add("--guidance", type=real(), default=3.5,
+    add("--guidance", type=real(0), default=3.5,
         help="distilled guidance of these calls, and of samples [released code]")
     add("--meet", choices=["landing", "call"], default="landing", help="where the branches meet: at the "
         "level they land on [released code], or at the level they call the network [paper]")
     add("--recover", choices=["velocity", "epsilon"], default="velocity",
         help="Eq. 5 for a velocity [released code], or as printed")
-    add("--lam", type=real(), nargs=2, default=[1.0, 1.0], metavar=("EARLY", "LATE"),
+    add("--lam", type=real(0), nargs=2, default=[1.0, 1.0], metavar=("EARLY", "LATE"),
         help="lambda(t) of Eq. 6 at both ends of --sigma-range [released code: none]")
 
     add = parser.add_argument_group("the reward (Eqs. 7-13)").add_argument
@@ -90,19 +90,22 @@ def add_recipe(parser):
     add("--form", choices=sr.FORMS, default="released", help="which reward in which branch: the table in "
         "srpo_reward.branch_reward [released code]")
     add("--cfg-k", type=real(), default=1.5, help="k of Eq. 11, for --form cfg [ours; the paper gives none]")
-    add("--discount-denoise", type=real(), nargs=2, default=[0.1, 0.25], metavar=("LATE", "EARLY"),
+    add("--discount-denoise", type=real(-1), nargs=2, default=[0.1, 0.25], metavar=("LATE", "EARLY"),
         help="d of --form released, denoising branch [released code]")
-    add("--discount-invert", type=real(), nargs=2, default=[0.3, 0.01], metavar=("LATE", "EARLY"),
+    add("--discount-invert", type=real(-1), nargs=2, default=[0.3, 0.01], metavar=("LATE", "EARLY"),
         help="the same, inverting branch [released code]")
     add("--threshold", type=or_off(real()), default=0.7,
         help="relu(threshold - r) instead of -r, or off [released code]")
 
 
-# Named sets of flags, for --recipe. "paper" takes the printed form of Eqs. 5, 6, 12 and 13, of the noise and
-# of the guidance. It leaves out Eq. 11 (--form cfg; the branches are printed with one text each), the whole
-# trajectory (--sigma-range 0.99 0.01) and the words of the evaluation.
+# Named sets of flags, for --recipe. "fast" needs no good rollout, since any x0 can be recovered from known
+# noise, and one branch, since its form leaves nothing that the other would cancel. "paper" takes the printed
+# form of Eqs. 5, 6, 12 and 13, of the noise and of the guidance. It leaves out Eq. 11 (--form cfg; the
+# branches are printed with one text each), the whole trajectory (--sigma-range 0.99 0.01) and the words of
+# the evaluation.
 RECIPES = {
     "released": "",
+    "fast": "--form srp --branches denoise --rollout-steps 4",
     "paper": "--form branches --recover epsilon --meet call --lam 1 0.4 --injections 2 --threshold off "
              "--noise independent --rollout-guidance 3.5 --shift off"}
 
@@ -112,7 +115,8 @@ def parser():
     p = Parser(__doc__)
     add_recipe(p)
     p.add_argument("--recipe", choices=RECIPES, default="released",
-                   help=f"paper: {RECIPES['paper']} [ours where the paper gives no number]")
+                   help=f"fast: {RECIPES['fast']}, a quarter of FLUX.1-dev's work [ours]; paper: "
+                        f"{RECIPES['paper']} [ours where the paper gives no number]")
     watch.add_flags(p)
     add_machine_flags(p)
     p.add_argument("--explain", action="store_true", help="tell one update call by call, with equations and "
@@ -124,17 +128,30 @@ def flags(argv):
     """The flags of a command line, checked as far as no file is needed. Raises UserError."""
     a = parse(parser(), argv, flux.defaults_of, RECIPES)
     high, low = a.sigma_range
-    if low >= high:
-        raise UserError(f"--sigma-range {high} {low}: give MAX then MIN")
+    if high - low < 1e-3:
+        raise UserError(f"--sigma-range {high} {low}: give MAX then MIN, 0.001 apart at least")
+    if a.lam == [0, 0]:
+        raise UserError("--lam 0 0: every loss would be 0, and there is nothing to learn")
     if not a.branches or len(set(a.branches)) < len(a.branches) or set(a.branches) - {"denoise", "invert"}:
         raise UserError(f"--branches {','.join(a.branches)}: must be denoise, invert or denoise,invert")
-    if set(a.control) & set(a.neg):
-        raise UserError(f"--control {','.join(a.control)} --neg {','.join(a.neg)}: the same words are wanted "
-                        "and unwanted, so there is nothing to learn")
+    command_line.must_differ(a.control, a.neg)
+    if a.resume and a.overwrite:
+        raise UserError("--resume --overwrite: go on with the run in --out, or start again; give one")
+    plan.check_card(a.card)
     flux.check_folder(a.model)
     flux.check_size(a.model, a.size)
     rewards.parse_rewards(a.reward)
     return a
+
+
+def notes(a):
+    """What the flags come to that nobody may have meant: a list of lines."""
+    lines = []
+    if a.threshold is not None and a.form in ("plain", "sgp") and len(a.branches) == 2:
+        lines.append(f"--form {a.form} --threshold {a.threshold}: the reward of the inverting branch is that "
+                     "of the denoising one with its sign turned, so the threshold stops one of the two at "
+                     "most; --threshold off stops neither")
+    return lines
 
 
 # ------------------------------------------------------------------------------ one update: Eqs. 3-6 and 9-13
@@ -217,7 +234,7 @@ class Run:
     watched: watch.Watch
     optimizer: torch.optim.Optimizer
     grid: tuple            # (rows, columns) of tokens of a picture
-    contents: Contents     # of what was read, to be compared when the run is resumed
+    contents: Contents = None  # of what was read, to be compared when the run is resumed
 
     def batch(self, a, step, part):
         """The part-th of the --accumulate batches of an update, a `Batch`."""
@@ -266,8 +283,6 @@ def set_up(a, world, stopping=None):
                   "and are truncated")
     reward = rewards.load_rewards(a.reward, world.device)
     net = flux.load(a.model, None, world.device, world.dtype, world)
-    if not weights_are_finite(net.transformer.parameters(), world):
-        raise UserError(f"--model {a.model}: its weights hold numbers that are not finite")
     if a.checkpointing and world.device.type == "cuda":
         net.transformer.enable_gradient_checkpointing()
     if a.compile:
@@ -289,8 +304,8 @@ def set_up(a, world, stopping=None):
 
 # --------------------------------------------------------------------------------------------------- the loop
 def train(a, run, folder, state, stopping):
-    """Updates until --steps; raises Stopped, after a checkpoint, if it is asked to stop. `state` is what a
-    checkpoint remembers beside the weights."""
+    """Updates until --steps, with checkpoints; raises Stopped if it is asked to stop. `state` is what a
+    checkpoint remembers beside the weights, of the last update that was finished."""
     world = run.world
     net = run.net
     parameters = list(net.transformer.parameters())
@@ -303,6 +318,7 @@ def train(a, run, folder, state, stopping):
         numbers = []
         trouble = None
         for part in range(a.accumulate):
+            stopping.check(world)
             batch = run.batch(a, step, part)
             for loss, term in srpo(a, net, run.reward, batch):
                 trouble = trouble or first_not_finite(batch.prompts, x0=term.x0, v_theta=term.v_theta,
@@ -326,24 +342,25 @@ def train(a, run, folder, state, stopping):
                 **plan.achieved(flop, seconds, net.device)}
         state |= {"step": step, "unlogged": line}
         stopping.words = f"stopped after step {step}, saved; --resume continues"
-        stop = None
-        try:
-            run.watched.log(folder, state)
-            if "watch" in line:
-                hacked = "YES" if line["hacking"] else "no"
-                bar.set_postfix(sgp=f"{line['watch']['sgp']:+.3f}", hacking=hacked)
-            stopping.check(world)
-        except Stopped as words:
-            stop = words
-        if step % a.save_every == 0 or step == a.steps or stop:
-            state["contents"] = run.contents.result()
-            checkpoint.save(folder.out, net.transformer, run.optimizer, state, world, a.keep)
-        if stop:
-            raise stop
+        run.watched.log(folder, state)
+        if "watch" in line:
+            hacked = "YES" if line["hacking"] else "no"
+            bar.set_postfix(sgp=f"{line['watch']['sgp']:+.3f}", hacking=hacked)
+        if step % a.save_every == 0 or step == a.steps:
+            save(a, run, folder, state)
+
+
+def save(a, run, folder, state):
+    """Write a checkpoint of the last update that was finished, if there is none yet."""
+    if folder.saved != state["step"]:
+        state["contents"] = run.contents.result()
+        checkpoint.save(folder.out, run.net.transformer, run.optimizer, state, run.world, a.keep)
+        folder.saved = state["step"]
 
 
 def main():
     with frame("train.py"):
+        stopping = Stopping("stopped before the first update: there is nothing to save")
         a = flags(sys.argv[1:])
         out = Path(a.out or f"runs/{Path(a.model).name}")
         if a.plan:
@@ -353,17 +370,22 @@ def main():
             a.batch = min(a.batch, 2)
             a.accumulate = 2 // a.batch
             return explain(a, set_up(a, parallel.World()), srpo, out)
-        stopping = Stopping("stopped before the first update: there is nothing to save")
         world = parallel.World(a.replicas)
-        folder = world.decide(RunFolder, out, vars(a))
+        folder = world.decide(RunFolder, out, vars(a), a.batch * a.accumulate * world.size)
+        if folder.checkpoints:
+            newest = folder.checkpoints[-1].name
+            stopping.words = f"stopped before another update; {newest} is there, and --resume continues"
         run = set_up(a, world, stopping)
         stopping.later(stopping.words)
         world.decide(folder.open)
-        world.say(as_line(parser(), vars(a)))
+        run.watched.flags = as_line(parser(), vars(a))
+        world.say(run.watched.flags)
+        for note in notes(a):
+            world.say(note)
         if folder.checkpoints:
             state = checkpoint.load_newest(folder.checkpoints, run.net.transformer, run.optimizer, world)
             world.decide(run.contents.compare, state["contents"])
-            world.decide(folder.log_until, state["step"] - (state["unlogged"] is not None))
+            world.decide(folder.go_on_from, state)
             if state["unlogged"] is not None:
                 run.watched.log(folder, state)
         else:
@@ -371,7 +393,14 @@ def main():
                 world.say(f"--resume: no checkpoint in {out}; the run starts from the beginning")
             world.decide(run.contents.begin)
             state = run.watched.begin(folder)
-        train(a, run, folder, state, stopping)
+        folder.saved = state["step"]
+        try:
+            train(a, run, folder, state, stopping)
+        except Stopped:
+            save(a, run, folder, state)
+            if world.main:
+                run.watched.report(folder, state, stopped=True)
+            raise
         checkpoint.export(run.net.transformer, out / "weights", world, run.net.dtype)
         stopping.words = f"stopped after the last update; its weights are in {out}/weights"
         run.watched.finish(folder, state)

@@ -2,7 +2,8 @@
 load.
 
 A checkpoint is a folder step_NNNNN of torch.distributed.checkpoint's files, sharded, with two more:
-state.json, what the run remembers beside the weights, and checksums.json, a CRC-32 of every tensor's bytes.
+state.json, what the run remembers beside the weights, and checksums.json, a CRC-32 of every tensor's bytes
+and of the other files.
 """
 
 import io
@@ -10,9 +11,9 @@ import json
 import mmap
 import pickle
 import re
-import shutil
 import warnings
 import zlib
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -23,13 +24,26 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from engine.errors import UserError, one_line
-from engine.files import read_json, write_json, write_whole
+from engine.files import read_json, remove_leftovers, write_json, write_whole
 from engine.parallel import INDEX, ONE_FILE, full
 
 # one process needs no process group
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 METADATA = ".metadata"
+STATE = "state.json"
+SUMS = "checksums.json"
+
+# All files that a checkpoint consists of, and so all that goes with it; and its folder, once it is finished,
+# while it is written, and while it is removed.
+OURS = ("__*_*.distcp", METADATA, f"{METADATA}.tmp", STATE, SUMS)
+FINISHED = re.compile(r"step_(\d{5}|[1-9]\d{5,})")
+WRITING = ".writing"
+DISCARDED = re.compile(r"\.discarded_" + FINISHED.pattern)
+
+
+class Damaged(Exception):
+    """A checkpoint that is not as it was written."""
 
 
 # ------------------------------------------------------------------------------------------- where they stand
@@ -38,18 +52,32 @@ def step_of(folder):
     return int(folder.name.removeprefix("step_"))
 
 
-def owner_of(folder):
-    """The id of the run that wrote a checkpoint; None if its state cannot be read."""
+def state_of(folder):
+    """What the run remembered in a checkpoint. Raises Damaged."""
     try:
-        return read_json(folder / "state.json")["run"]
-    except (UserError, KeyError, TypeError):
+        content = (folder / STATE).read_bytes()
+        if read_json(folder / SUMS)[STATE] != zlib.crc32(content):
+            raise Damaged(f"{STATE} is not what was written")
+        state = json.loads(content)
+        if state["step"] != step_of(folder):
+            raise Damaged(f"it is of step {state['step']}")
+        return state
+    except (OSError, ValueError, LookupError, TypeError) as error:  # UserError is a ValueError
+        raise Damaged(f"{STATE} or {SUMS} cannot be read: {one_line(error)}") from error
+
+
+def owner_of(folder):
+    """The id of the run that wrote a checkpoint; None if its state is damaged."""
+    try:
+        return state_of(folder).get("run")
+    except Damaged:
         return None
 
 
 def all_checkpoints(out):
     """The finished checkpoints in a run's folder, whoever wrote them, oldest first."""
     found = [folder for folder in (Path(out) / "checkpoints").glob("step_*")
-             if re.fullmatch(r"step_\d{5,}", folder.name) and folder.is_dir()]
+             if FINISHED.fullmatch(folder.name) and folder.is_dir()]
     return sorted(found, key=step_of)
 
 
@@ -61,9 +89,37 @@ def checkpoints(out, run):
 def discard(folder):
     """Remove a checkpoint: under its own name it is whole, or not there."""
     aside = folder.with_name(f".discarded_{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():
+        remove(aside)
     folder.rename(aside)
-    shutil.rmtree(aside)
+    remove(aside)
+
+
+def remove(folder):
+    """Remove a folder that holds a checkpoint, or a part of one. If there is more in it, that is someone's:
+    it is kept, in a folder whose name ends in .kept. Of a link only the link goes."""
+    if folder.is_symlink():
+        folder.unlink()
+        return
+    for pattern in OURS:
+        for file in folder.glob(pattern):
+            file.unlink()
+    for name in (STATE, SUMS):
+        remove_leftovers(folder, [name])
+    if not any(folder.iterdir()):
+        folder.rmdir()
+        return
+    name = folder.name.removeprefix(".discarded_").removeprefix(".")
+    free = (folder.with_name(f"{name}.{n}.kept") for n in count(1))
+    folder.rename(next(place for place in free if not place.exists()))
+
+
+def remove_unfinished(out):
+    """Remove what a kill left half written or half removed. Nobody may be writing there."""
+    for folder in (Path(out) / "checkpoints").glob(".*"):
+        ours = folder.name == WRITING or DISCARDED.fullmatch(folder.name)
+        if ours and folder.is_dir():
+            remove(folder)
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -75,10 +131,9 @@ def save(out, transformer, optimizer, state, world, keep):
     leaves the checkpoint before. The last `keep` stay. Raises OSError, which says what stays.
     """
     folder = Path(out) / "checkpoints" / f"step_{state['step']:05d}"
-    beside = folder.with_name(".writing")
+    beside = folder.with_name(WRITING)
     if world.main:
-        for left in folder.parent.glob(".*"):  # by a kill
-            shutil.rmtree(left, ignore_errors=True)
+        remove_unfinished(out)
     world.gather(None)
     weights, moments = get_state_dict(transformer, optimizer)
     try:
@@ -87,21 +142,52 @@ def save(out, transformer, optimizer, state, world, keep):
         for theirs in world.gather(checksums(beside, world.rank)):
             sums |= theirs
         if world.main:
-            sums[METADATA] = zlib.crc32((beside / METADATA).read_bytes())
-            write_json(beside / "checksums.json", sums)
-            write_json(beside / "state.json", state)
-            if folder.exists():
-                discard(folder)
-            beside.rename(folder)
-            for old in checkpoints(out, state["run"])[:-keep]:
-                discard(old)
+            finish(folder, beside, state, sums)
+            prune(out, state, keep)
     except (OSError, CheckpointException) as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        why = getattr(error, "strerror", None) or str(error).strip().splitlines()[-1]
+        if world.main and beside.exists():
+            remove(beside)
         stays = checkpoints(out, state["run"])
         rest = f"{stays[-1].name} stays" if stays else "there is none before"
-        raise OSError(f"{folder}: cannot be written: {why}; {rest}") from error
+        raise OSError(f"{folder}: cannot be written: {cause_of(error)}; {rest}") from error
     world.gather(None)
+
+
+def finish(folder, beside, state, sums):
+    """Give a checkpoint what it lacks beside the tensors, and its name."""
+    write_json(beside / STATE, state)
+    for name in (METADATA, STATE):
+        sums[name] = zlib.crc32((beside / name).read_bytes())
+    write_json(beside / SUMS, sums)
+    if folder.exists():
+        if owner_of(folder) not in (state["run"], None):
+            raise OSError(f"{folder} is another run's")
+        discard(folder)
+    beside.rename(folder)
+
+
+def prune(out, state, keep):
+    """Remove the run's checkpoints but for the last `keep` up to the one with this state, which is whole. A
+    later one is damaged: it does not count."""
+    done = [folder for folder in checkpoints(out, state["run"]) if step_of(folder) <= state["step"]]
+    for folder in done[:-keep]:
+        discard(folder)
+
+
+def cause_of(error):
+    """In a few words, why a checkpoint could not be written or read. Torch wraps the errors of all processes
+    in one, and makes another one of what the disk said."""
+    causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
+    first = causes[0] if causes else error
+    if isinstance(first, Damaged):
+        return str(first)
+    below = first
+    while below is not None:
+        if isinstance(below, OSError) and below.strerror:
+            where = f"{Path(below.filename).name}: " if below.filename else ""
+            return where + below.strerror
+        below = below.__cause__ or below.__context__
+    return one_line(first)
 
 
 def checksums(folder, rank):
@@ -117,10 +203,6 @@ def checksums(folder, rank):
 
 
 # ---------------------------------------------------------------------------------------------------- reading
-class Damaged(Exception):
-    """A checkpoint that is not as it was written."""
-
-
 class KnownClasses(pickle.Unpickler):
     """Unpickles a checkpoint's metadata, which torch pickles: nothing but the classes that it is made of. Any
     other could run code of whoever made the file."""
@@ -163,7 +245,9 @@ class CheckedReader(dcp.FileSystemReader):
     def __init__(self, folder):
         super().__init__(folder)
         self.folder = Path(folder)
-        self.sums = read_json(self.folder / "checksums.json")
+        self.sums = read_json(self.folder / SUMS)
+        if not isinstance(self.sums, dict):
+            raise Damaged(f"{SUMS} is not what was written")
         self.compared = 0
 
     def compare(self, name, content):
@@ -207,11 +291,11 @@ def load(folder, transformer, optimizer):
         reader = CheckedReader(folder)
         dcp.load({"transformer": weights, "optimizer": moments}, storage_reader=reader,
                  planner=PlainLoadPlanner())
-        state = read_json(Path(folder) / "state.json")
+        state = state_of(folder)
+    except Damaged:
+        raise
     except (CheckpointException, UserError, OSError) as error:
-        causes = getattr(error, "failures", {}).values()
-        cause = next((found for found, _ in causes if isinstance(found, Damaged)), None)
-        raise Damaged(str(cause) if cause else one_line(error)) from error
+        raise Damaged(cause_of(error)) from error
     if reader.compared < 2:
         raise RuntimeError("this version of torch reads checkpoints by another way: they were not compared "
                            "with their checksums")
@@ -266,6 +350,6 @@ def export(transformer, folder, world, dtype=torch.float32):
             pass
         return
     folder.mkdir(parents=True, exist_ok=True)
-    transformer.save_config(folder)
     write_whole(folder / ONE_FILE, pieces)
+    write_whole(folder / "config.json", transformer.to_json_string())
     (folder / INDEX).unlink(missing_ok=True)

@@ -5,8 +5,14 @@ import argparse
 import math
 import re
 import shlex
+import unicodedata
 
 from engine.errors import UserError
+from engine.files import not_a_path
+
+MOST = 10**6          # of anything that is counted: more would only be a slip of the hand
+LARGEST = 1e6         # of any number: float32 holds its products
+LONGEST_WORDS = 1000  # characters
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -25,7 +31,7 @@ class Parser(argparse.ArgumentParser):
 
 
 # ------------------------------------------------------------------------------- what a flag's text may say
-def whole(low, high=2**53):
+def whole(low, high=MOST):
     """A type for argparse: a whole number from low to high."""
     def read(text):
         try:
@@ -33,13 +39,16 @@ def whole(low, high=2**53):
         except ValueError:
             value = None
         if value is None or not low <= value <= high:
-            limits = f"at least {low}" if high == 2**53 else f"from {low} to {high}"
+            too_many = high == MOST and value is not None and value > high
+            limits = f"at least {low}" if high == MOST else f"from {low} to {high}"
+            if too_many:
+                limits = f"at most {high}"
             raise argparse.ArgumentTypeError(f"{text}: must be a whole number, {limits}")
         return value
     return read
 
 
-def real(low=-math.inf, high=math.inf, open_low=False, open_high=False):
+def real(low=-LARGEST, high=LARGEST, open_low=False, open_high=False):
     """A type for argparse: a finite number between low and high, which themselves are allowed unless open."""
     def read(text):
         try:
@@ -50,9 +59,9 @@ def real(low=-math.inf, high=math.inf, open_low=False, open_high=False):
         below = value < high if open_high else value <= high
         if not (math.isfinite(value) and above and below):
             limits = []
-            if low > -math.inf:
+            if low > -LARGEST or value < low:
                 limits.append(f"above {low:g}" if open_low else f"at least {low:g}")
-            if high < math.inf:
+            if high < LARGEST or value > high:
                 limits.append(f"below {high:g}" if open_high else f"at most {high:g}")
             wanted = " and ".join(limits) or "any"
             raise argparse.ArgumentTypeError(f"{text}: must be a finite number, {wanted}")
@@ -67,13 +76,41 @@ def or_off(read):
     return read_or_off
 
 
+def phrase(text):
+    """A type for argparse: words that a text encoder can read, with nothing in them that cannot be seen."""
+    found = text.strip()
+    if not found or not found.isprintable() or len(found) > LONGEST_WORDS:
+        raise argparse.ArgumentTypeError(
+            f'"{text[:LONGEST_WORDS]}": must be words, none of them empty, for example "realistic photo"')
+    return found
+
+
 def words(text):
-    """A type for argparse: "a, b" is ["a", "b"]; none may be empty."""
-    found = [word.strip() for word in text.split(",")]
-    if not all(found):
+    """A type for argparse: "a, b" is ["a", "b"]; each is a `phrase`."""
+    phrase(text)
+    if not all(word.strip() for word in text.split(",")):
         raise argparse.ArgumentTypeError(
             f'"{text}": must be words, none of them empty, for example "realistic photo"')
-    return found
+    return [phrase(word) for word in text.split(",")]
+
+
+def some_path(text):
+    """A type for argparse: the path that a file or a folder could have."""
+    why = not_a_path(text)
+    if why:
+        raise argparse.ArgumentTypeError(f'"{text[:LONGEST_WORDS]}": must be a path, and it {why}')
+    return text
+
+
+def must_differ(control, neg):
+    """Raise UserError if a wanted text (of the list `control`) is also unwanted. A text encoder sees neither
+    upper case nor how wide a space is."""
+    def as_read(text):
+        return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+    if {as_read(text) for text in control} & {as_read(text) for text in neg}:
+        raise UserError(f"--control {','.join(control)} --neg {','.join(neg)}: the same words are wanted "
+                        "and unwanted, so there is nothing to learn")
 
 
 # --------------------------------------------------------------------------------------- reading and printing
@@ -89,6 +126,8 @@ def as_arguments(values):
         elif value is None:
             arguments.append(f"{flag}=off")
         elif isinstance(value, list):
+            if not all(type(number) in (int, float) for number in value):  # a text could be another flag
+                raise UserError(f"{name}: a list must hold numbers, and nothing else")
             arguments += [flag, *map(str, value)]
         else:
             arguments.append(f"{flag}={value}")
@@ -107,9 +146,9 @@ def parse(parser, argv, defaults_of=None, recipes=None):
     if defaults_of is not None:
         where, values = defaults_of(first.model)
         known = {k: v for k, v in values.items() if hasattr(first, k)}
-        own = as_arguments(known)
         try:
-            parser.parse_known_args(own)
+            own = as_arguments(known)
+            parser.parse_args(own)
         except UserError as error:
             raise UserError(f"{where}: {error}") from error
         before += own
@@ -145,7 +184,7 @@ def as_line(parser, values):
 def add_machine_flags(parser):
     """What only a machine cares for: no weight depends on it."""
     add = parser.add_argument_group("the run's folder").add_argument
-    add("--out", help="folder of the run (None: runs/<model>)")
+    add("--out", type=some_path, help="folder of the run (None: runs/<model>)")
     add("--save-every", type=whole(1), default=10, help="updates between checkpoints")
     add("--keep", type=whole(1), default=2, help="checkpoints that stay")
     add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")

@@ -10,7 +10,10 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from engine.errors import UserError
-from engine.files import quiet
+from engine.files import not_a_path, quiet
+
+LONGEST_PROMPT = 20_000  # characters; a text encoder reads some hundred words
+MOST_IMAGES = 10**7      # of a run: their order is drawn before it begins
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
@@ -59,8 +62,28 @@ def text_of(file, flag):
     return text
 
 
+def check_prompts(prompts, flag):
+    """Raise UserError for a prompt that no text encoder reads."""
+    for text in prompts:
+        if "\0" in text or not is_unicode(text):
+            raise UserError(f"{flag}: {text[:80]!r} is no text: it holds what is not a character")
+        if len(text) > LONGEST_PROMPT:
+            raise UserError(f"{flag}: a prompt of {len(text)} characters, which begins {text[:80]!r}; "
+                            f"{LONGEST_PROMPT} are the most")
+
+
+def is_unicode(text):
+    """Whether a text holds nothing but characters: JSON and the command line may give halves of one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def prompts_of_json(file, flag):
-    """The prompts of a JSON file: a list of them, or of objects with a "prompt". Raises UserError."""
+    """The prompts of a JSON file: a list of them, or of objects with a "prompt"; blank ones are left out.
+    Raises UserError."""
     try:
         entries = json.loads(text_of(file, flag))
         found = [entry if isinstance(entry, str) else entry["prompt"] for entry in entries]
@@ -68,17 +91,28 @@ def prompts_of_json(file, flag):
         raise
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{flag} {file}: not a JSON list of prompts") from error
-    if isinstance(entries, str) or not all(isinstance(text, str) and "\0" not in text for text in found):
+    if not isinstance(entries, list) or not all(isinstance(text, str) and "\0" not in text for text in found):
         raise UserError(f"{flag} {file}: not a JSON list of prompts")
-    return found
+    return [text for text in found if text.strip()]
 
 
 def read_prompts_by_category(source, flag="--prompts"):
-    """[`Prompt`] of a UTF-8 text file, one a line, blank lines left out, all of category ""; of a folder of
-    .json files (`prompts_of_json`), a category each; or of a named set of PROMPTS, fetched from the hub.
+    """[`Prompt`] of a UTF-8 text file, one a line, blank lines left out, or of a .json file
+    (`prompts_of_json`), all of category ""; of a folder of .json files, a category each; or of a named set of
+    PROMPTS, fetched from the hub.
 
     Raises UserError.
     """
+    prompts = prompts_in(source, flag)
+    check_prompts([prompt.text for prompt in prompts], f"{flag} {source}")
+    return prompts
+
+
+def prompts_in(source, flag):
+    """`read_prompts_by_category`, before it is looked at."""
+    why = not_a_path(source)
+    if why:
+        raise UserError(f'{flag} "{source[:80]}": must be a path, and it {why}')
     path = Path(source)
     if source in PROMPTS or path.is_dir():
         files = fetched_set(source, flag) if source in PROMPTS else sorted(path.glob("*.json"))
@@ -91,7 +125,10 @@ def read_prompts_by_category(source, flag="--prompts"):
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file (a text file, one prompt a line), and not one of "
                         f"{', '.join(PROMPTS)}")
-    lines = [line.strip() for line in text_of(path, flag).splitlines()]
+    if path.suffix == ".json":
+        lines = prompts_of_json(path, flag)
+    else:
+        lines = [line.strip() for line in text_of(path, flag).splitlines()]
     if not any(lines):
         raise UserError(f"{flag} {path}: no prompt in it, every line is blank")
     return [Prompt(line, "") for line in lines if line]
@@ -119,7 +156,10 @@ class Curriculum:
 
     def __init__(self, texts, steps, images, mine, seed):
         """texts: all prompts; images: how many an update of all processes draws; mine: the slice of those
-        that this process makes."""
+        that this process makes. Raises UserError if they are too many to be put in order."""
+        if steps * images > MOST_IMAGES:
+            raise UserError(f"--steps {steps}: with {images} images an update (--batch x --accumulate x "
+                            f"processes) a run would see more than {MOST_IMAGES}")
         order = prompt_order(len(texts), steps * images, seed)
         drawn = {step: order[(step - 1) * images:step * images][mine] for step in range(1, steps + 1)}
         met = sorted({number for numbers in drawn.values() for number in numbers})

@@ -2,6 +2,7 @@
 the command line as NAME=PATH."""
 
 import json
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -11,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging as transformers_logging
 
-from engine.errors import UserError, one_line
+from engine.errors import UserError
 
 
 # ------------------------------------------------------------------------------------- whole, or not at all
@@ -19,7 +20,8 @@ def write_whole(path, content):
     """Write a file whole or not at all: beside its place under a hidden name, flushed to the disk, renamed.
 
     content: text, bytes, or an iterable of either, taken piece by piece. Whatever happens on the way, the
-    file that was there before stays as it was and nothing is left beside it. Raises OSError.
+    file that was there before stays as it was and nothing is left beside it, but by a kill: see
+    `remove_leftovers`. Raises OSError.
     """
     path = Path(path)
     pieces = [content] if isinstance(content, str | bytes) else content
@@ -35,6 +37,30 @@ def write_whole(path, content):
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder, names):
+    """Remove what a kill left of `write_whole` for files of these names (patterns) in a folder, to which
+    nobody writes now."""
+    for name in names:
+        for left in Path(folder).glob(f".{name}.*"):
+            if left.suffix[1:].isdecimal() and left.is_file() and not left.is_symlink():
+                left.unlink()
+
+
+def append(path, text):
+    """Append text to a file, and see that it is on the disk. Where that is full the file stays as it was.
+    Raises OSError."""
+    rest = text.encode()
+    with open(path, "ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            while rest:
+                rest = rest[file.write(rest):]
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path, value):
@@ -55,22 +81,38 @@ def read_json(path):
 
 
 # ---------------------------------------------------------------------------------------- on the command line
+def not_a_path(text):
+    """Why no file can have this path, as "is empty"; None if one could."""
+    text = str(text)
+    if not text:
+        return "is empty"
+    if "\0" in text:
+        return "holds a NUL character"
+    if len(os.fsencode(text)) > 4000 or any(len(os.fsencode(part)) > 255 for part in text.split("/")):
+        return "is too long"
+    return None
+
+
 def named_path(text):
     """"NAME=PATH" -> (NAME, PATH); "PATH" -> (None, PATH). What has a slash before its first "=" is a
     path."""
     name, sign, path = text.partition("=")
     if not sign or "/" in name:
-        return None, text
-    if not name or not path:
+        name = None
+        path = text
+    elif not name or not path:
         raise UserError(f'"{text}": give NAME=PATH')
+    why = not_a_path(path)
+    if why and text:  # whoever reads an empty text says so in its own words
+        raise UserError(f'"{text[:80]}": give NAME=PATH; this path {why}')
     return name, path
 
 
 # -------------------------------------------------------------------------------------- here, or from the hub
 def quiet():
-    """Keep the libraries' own progress bars and notices out of the terminal."""
+    """Keep the libraries' own progress bars and notices out of the terminal: what is wrong they raise too."""
     for log in (diffusers_logging, transformers_logging):
-        log.set_verbosity_error()
+        log.set_verbosity(logging.CRITICAL)
         log.disable_progress_bar()
     hub_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
@@ -83,8 +125,10 @@ def fetched(where, files):
 
     Raises UserError if it is neither.
     """
-    if Path(where).exists():
+    if Path(where).is_file() or Path(where).is_dir():
         return Path(where)
+    if Path(where).exists():  # reading from a pipe would wait for ever
+        raise UserError(f"{where}: neither a file nor a folder")
     if str(where).count("/") != 1 or str(where).startswith((".", "/")):
         raise UserError(f"{where}: no such file or folder")
     quiet()
@@ -113,19 +157,3 @@ def stamp(*places):
         for file in files_under(place):
             stamps.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
     return stamps
-
-
-def strict(cls, folder, dtype, unread=()):
-    """cls.from_pretrained(folder) on the CPU in `dtype`, evaluating, frozen. Raises UserError if the file
-    lacks a tensor of the model, or holds one that is not read and starts with none of `unread`."""
-    quiet()
-    try:
-        model, found = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except Exception as error:
-        raise UserError(f"{folder}: cannot be loaded as {cls.__name__}: {one_line(error)}") from error
-    unknown = [name for name in found["unexpected_keys"] if not name.startswith(tuple(unread))]
-    odd = [*found["missing_keys"], *found.get("mismatched_keys", []), *unknown]
-    if odd:
-        raise UserError(f"{folder}: not a {cls.__name__}: {len(odd)} tensors are missing or not its own, "
-                        f"such as {odd[0]}")
-    return model.eval().requires_grad_(False)

@@ -3,6 +3,7 @@ instead."""
 
 from typing import NamedTuple
 
+import torch
 from torch.distributed.tensor import DTensor
 
 from engine import checkpoint
@@ -25,13 +26,21 @@ def first_not_finite(prompts, **tensors):
     return None
 
 
-def weights_are_finite(parameters, world):
-    """Whether every number of the parameters is finite, on all processes."""
-    mine = True
-    for parameter in parameters:
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        mine = mine and bool(local.detach().isfinite().all())
-    return all(world.gather(mine))
+def are_finite(tensors):
+    """Whether every number of some tensors is finite, of this process's part of them."""
+    for tensor in tensors:
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if local.dtype.itemsize == 1:
+            local = local.to(torch.bfloat16)  # torch cannot ask a float8
+        if not local.detach().isfinite().all():
+            return False
+    return True
+
+
+def weights_are_finite(parameters, world=None):
+    """Whether every number of the parameters is finite, on all processes of a world."""
+    mine = are_finite(parameters)
+    return mine if world is None else all(world.gather(mine))
 
 
 def stop_before_the_step(trouble, step, world, transformer, folder, dtype):

@@ -5,22 +5,26 @@
     log.jsonl       a line an update
     samples/        the watched pictures
     checkpoints/    what --resume needs
+    report.html     all of it on one page
     weights/, weights_best/, summary.json, before_after.png, explain.png, tensorboard/
 """
 
+import errno
 import fcntl
 import json
 import secrets
-import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 from engine import checkpoint
 from engine.errors import UserError
-from engine.files import read_json, write_json, write_whole
+from engine.files import append, read_json, remove_leftovers, write_json, write_whole
 
 # All files that a run makes, but for its checkpoints, and so all that --overwrite removes.
 WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors")
-MADE = ("args.json", "log.jsonl", "summary.json", "before_after.png", "explain.png",
+MARK = "run.json"
+LOCK = ".lock"
+MADE = ("args.json", "log.jsonl", "summary.json", "before_after.png", "explain.png", "report.html",
         *[f"weights/{name}" for name in WEIGHTS], *[f"weights_best/{name}" for name in WEIGHTS],
         "samples/step_*.png", "tensorboard/events.out.tfevents.*")
 FOLDERS = ("samples", "weights", "weights_best", "checkpoints", "tensorboard")
@@ -33,7 +37,7 @@ FREE = ("steps", "resume", "overwrite", "explain", "plan", "out", "save_every", 
 
 def run_in(out):
     """The id of the run that made a folder; None if no run did. Raises UserError for a damaged mark."""
-    mark = Path(out) / "run.json"
+    mark = Path(out) / MARK
     if not mark.exists():
         return None
     found = read_json(mark)
@@ -48,86 +52,151 @@ def finished(out):
     return [] if run is None else checkpoint.checkpoints(out, run)
 
 
+@contextmanager
+def as_mistakes(out):
+    """A folder that cannot be read or written is a user's mistake; a disk that is full or broken is not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from error
+
+
+def lock(file, out):
+    """Lock an open file for as long as it is open in this process; False if its file system has no locks.
+    Raises UserError if another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"--out {out}: another process is training there") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        return False
+    return True
+
+
+def tensorboard():
+    """The class that writes for TensorBoard, an optional package. Raises UserError if it is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError("--tensorboard: the package is not installed; pip install tensorboard") from error
+    return SummaryWriter
+
+
 class RunFolder:
-    """The folder `out` of a run with the flags `args` (a dict). Raises UserError if the run may not go there;
-    nothing is written or removed before `open`.
+    """The folder `out` of a run with the flags `args` (a dict), whose updates make `images` images. Raises
+    UserError if the run may not go there; nothing is written or removed before `open`.
 
     `checkpoints` are those to go on from, oldest first; there are none where a run starts from the beginning.
     """
 
-    def __init__(self, out, args):
+    def __init__(self, out, args, images):
         self.out = Path(out)
         self.args = json.loads(json.dumps(args))  # as a file would give it back
+        self.images = images
+        self.board = None
+        if args["tensorboard"]:
+            tensorboard()
+        with as_mistakes(out):
+            self.look()
+
+    def look(self):
+        """Find the run's id, and the checkpoints to go on from. Raises UserError."""
         self.checkpoints = []
         self.id = secrets.token_hex(8)
         if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"--out {out}: cannot be written: Not a directory")
-        marked = run_in(self.out)
-        if marked is None:
+            raise UserError(f"--out {self.out}: cannot be written: Not a directory")
+        if (self.out / LOCK).is_file():
+            with open(self.out / LOCK, "a") as file:
+                lock(file, self.out)
+        self.marked = run_in(self.out)
+        if self.marked is None:
             self.must_be_empty()
-        elif args["resume"]:
-            self.id = marked
-            self.continues()
-        elif not args["overwrite"]:
-            raise UserError(f"--out {out} already holds a run; --resume continues it, --overwrite deletes it")
-        for folder in checkpoint.all_checkpoints(self.out):
-            if checkpoint.owner_of(folder) not in (marked, None):
+        elif self.args["resume"]:
+            self.id = self.marked
+        elif not self.args["overwrite"]:
+            raise UserError(f"--out {self.out} already holds a run; --resume continues it, --overwrite "
+                            "deletes it")
+        self.found = {folder: checkpoint.owner_of(folder) for folder in checkpoint.all_checkpoints(self.out)}
+        for folder, owner in self.found.items():
+            if owner not in (self.marked, None):
                 raise UserError(f"{folder} is another run's checkpoint; move it away, or give another --out")
+        if self.marked is not None and self.args["resume"]:
+            self.continues()
 
     def must_be_empty(self):
         """Raise UserError if the folder holds files, and no run made it: they are someone's."""
         if not self.out.exists():
             return
         theirs = [path.name for path in self.out.iterdir()
-                  if path.name not in (".lock", "explain.png") and not path.name.startswith(".run.json.")]
+                  if path.name not in (LOCK, "explain.png") and not path.name.startswith(f".{MARK}.")]
         if theirs:
             raise UserError(f"--out {self.out} is not a run's folder, and not empty: it holds "
                             f"{sorted(theirs)[0]}; give another --out")
 
     def continues(self):
-        """Find the checkpoints to go on from. Raises UserError if the run in the folder is another one."""
-        done = finished(self.out)
+        """Find the checkpoints to go on from, damaged ones among them. Raises UserError if the run in the
+        folder is another one."""
+        done = [folder for folder, owner in self.found.items() if owner is not None]
+        self.checkpoints = list(self.found)
         if not done:
             return
+        newest = checkpoint.state_of(done[-1])
         then = read_json(self.out / "args.json")
+        if not isinstance(then, dict):
+            raise UserError(f"{self.out}/args.json: not the flags of a run; give another --out")
         for name, now in self.args.items():
             if name not in FREE and now != then.get(name):
                 raise UserError(f"--resume: the run in {self.out} has --{name.replace('_', '-')} "
                                 f"{then.get(name)}, now {now}; give the same flags, or another --out")
-        if checkpoint.step_of(done[-1]) > self.args["steps"]:
+        if newest.get("images") != self.images:
+            raise UserError(f"--resume: an update of the run in {self.out} makes {newest.get('images')} "
+                            f"images, now {self.images}; --batch x --accumulate x processes stays the same")
+        if newest["step"] > self.args["steps"]:
             raise UserError(f"--steps {self.args['steps']}: the run in {self.out} is past it, at "
                             f"{done[-1].name}; give more steps")
-        self.checkpoints = done
 
     def open(self):
-        """Make the folder, lock it for as long as this process lives, mark it and write args.json. What an
-        earlier run left is removed first, if --overwrite allows it. Raises UserError."""
-        try:
+        """Make the folder, lock it for as long as this process lives, mark it and write args.json. What a
+        kill left half written goes; what an earlier run left too, if --overwrite allows it. Raises
+        UserError."""
+        with as_mistakes(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.out / ".lock", "w")
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"--out {self.out}: another process is training there") from error
+            self.lock = open(self.out / LOCK, "a")
+            if not lock(self.lock, self.out):
+                print(f"--out {self.out}: its file system has no locks; see that no other process trains "
+                      "there")
+            self.must_be_as_seen()
+            for pattern in (MARK, *MADE):
+                place = self.out / pattern
+                remove_leftovers(place.parent, [place.name])
+            checkpoint.remove_unfinished(self.out)
             if not self.checkpoints:
                 self.clear()
-                write_json(self.out / "run.json", {"run": self.id})
+                write_json(self.out / MARK, {"run": self.id})
             write_json(self.out / "args.json", self.args)
             (self.out / "samples").mkdir(exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--out {self.out}: cannot be written: {error.strerror}") from error
+            if self.args["tensorboard"]:
+                self.board = tensorboard()(self.out / "tensorboard")
+
+    def must_be_as_seen(self):
+        """Raise UserError if another run was here since this one looked: what was found is out of date."""
+        now = {folder: checkpoint.owner_of(folder) for folder in checkpoint.all_checkpoints(self.out)}
+        if run_in(self.out) != self.marked or now != self.found:
+            raise UserError(f"--out {self.out}: another process has trained there meanwhile; start again")
 
     def clear(self):
-        """Remove what the run that marked this folder made, and no other file. Its mark goes last, so that
-        a kill on the way leaves a folder that is still known as a run's."""
-        marked = run_in(self.out)
-        if marked is None:
+        """Remove what the run that marked this folder made, and no other file. The mark stays until another
+        takes its place, so that a kill on the way leaves a folder that is still known as a run's."""
+        if self.marked is None:
             return
         inside = self.out.resolve()
-        for folder in checkpoint.checkpoints(self.out, marked):
-            checkpoint.discard(folder)
-        for left in (self.out / "checkpoints").glob(".*"):  # by a kill
-            shutil.rmtree(left, ignore_errors=True)
+        for folder, owner in self.found.items():
+            if owner == self.marked:
+                checkpoint.discard(folder)
         for pattern in MADE:
             for path in self.out.glob(pattern):
                 is_ours = path.is_file() and not path.is_symlink() and inside in path.resolve().parents
@@ -136,23 +205,34 @@ class RunFolder:
         for name in FOLDERS:
             folder = self.out / name
             if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
-                folder.rmdir()
-        (self.out / "run.json").unlink()
+                try:
+                    folder.rmdir()
+                except OSError:  # a mount point stays
+                    pass
+
+    def go_on_from(self, state):
+        """Make the folder as it was when the checkpoint with this state was written."""
+        self.log_until(state["step"] - (state["unlogged"] is not None))
+        checkpoint.prune(self.out, state, self.args["keep"])
 
     def log_until(self, step):
         """Cut the log after a step: what a killed run logged beyond its checkpoint is computed again. A line
         that the kill cut short is of that kind."""
         path = self.out / "log.jsonl"
+        lines = path.read_bytes().splitlines() if path.exists() else []
         kept = []
-        for line in path.read_text().splitlines() if path.exists() else []:
+        for line in lines:
             try:
                 if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except ValueError:
+                    kept.append(line + b"\n")
+            except (ValueError, TypeError, LookupError):
                 pass
-        write_whole(path, "".join(kept))
+        write_whole(path, b"".join(kept))
 
     def log(self, line):
-        """Append a line, a dict, to log.jsonl."""
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Append a line, a dict, to log.jsonl, and its numbers to TensorBoard's files."""
+        append(self.out / "log.jsonl", json.dumps(line) + "\n")
+        if self.board is not None:
+            for name, value in {**line, **line.get("drift", {})}.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(name, value, line["step"])

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ class Method:
     folder: Path
     weights: str = None
     files: dict = field(default_factory=dict)
+    made: dict = None  # of pictures to sample: how they are made
 
     def path(self, picture):
         """The file of a picture, which need not be there yet."""
@@ -160,12 +162,13 @@ def named(flag, items):
         name, path = named_path(item)
         name = printable(path if name is None else name)
         folder = folder_name(name)
+        on_disk = unicodedata.normalize("NFC", folder).casefold()  # some disks see no difference
         if not 0 < len(folder) <= 200:
             raise UserError(f'{flag} "{item}": not a name for a folder; give NAME=PATH')
-        if folder in taken:
+        if on_disk in taken:
             raise UserError(f"{flag} {item}: a name is used twice, or taken ({', '.join(TAKEN)} are "
                             f"evaluate.py's own); give NAME=PATH")
-        taken.add(folder)
+        taken.add(on_disk)
         found[name] = path
     return found
 
@@ -173,6 +176,17 @@ def named(flag, items):
 def folder_name(name):
     """A row's name as the name of a folder."""
     return re.sub(r"[^\w.-]+", "_", name).strip("._")
+
+
+def check_out(out):
+    """Raise UserError if the folder --out cannot be made; nothing is written yet."""
+    there = Path(out)
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"--out {out}: cannot be written: Not a directory")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"--out {out}: cannot be written: Permission denied")
 
 
 def make_folder(out):
@@ -183,38 +197,51 @@ def make_folder(out):
         raise UserError(f"--out {out}: cannot be written: {error.strerror}") from error
 
 
+def must_be_own(out):
+    """Raise UserError if --out holds files of someone else under names that evaluate.py would write."""
+    made_here = [name for name in ("base", "scores") if (Path(out) / name).is_dir()]
+    theirs = [name for name in TAKEN if (Path(out) / name).exists()]
+    if theirs and not made_here:
+        raise UserError(f"--out {out}: {theirs[0]} is there, and not from evaluate.py; give another --out")
+
+
 def planned(args, prompts):
-    """The rows to sample: the base and each of --weights, in folders of --out that say what they hold. Raises
-    UserError if one holds pictures made otherwise."""
+    """The rows to sample: the base and each of --weights, in folders of --out that will say what they hold.
+    Raises UserError if one holds pictures made otherwise; nothing is written yet."""
     methods = [Method("base", Path(args.out) / "base")]
     for name, path in named("--weights", args.weights).items():
         methods.append(Method(name, Path(args.out) / folder_name(name), path))
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     for method in methods:
-        made = {"model": args.model, "size": args.size, "eval_steps": args.eval_steps,
-                "guidance": args.guidance, "seed": args.seed,
-                "weights": stamp(method.weights) if method.weights else [], "prompts": digest}
-        check_made(method.folder, made, args.out)
+        method.made = {"model": args.model, "size": args.size, "eval_steps": args.eval_steps,
+                       "guidance": args.guidance, "seed": args.seed,
+                       "weights": stamp(method.weights) if method.weights else [], "prompts": digest}
+        check_made(method, args.out)
         picture_files(method.folder)
         picture_files(method.folder / "geneval")
-    for method in methods:
-        list_prompts(method.folder, prompts)
     return methods
 
 
-def check_made(folder, made, out):
-    """Make a row's folder, with made.json: how its pictures are made. Raises UserError if it holds pictures
-    made otherwise."""
-    stored = folder / "made.json"
-    if stored.exists():
-        then = read_json(stored)
-        for key, now in made.items():
-            if then.get(key) != now:
-                what = "" if key in ("weights", "prompts") else f" {then.get(key)}, now {now}"
-                raise UserError(f"--out {out}: the pictures in {folder} were made with other {key}{what}; "
-                                f"delete that folder, or give another --out")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(stored, made)
+def check_made(method, out):
+    """Raise UserError if a row's folder holds pictures made otherwise, by its made.json."""
+    stored = method.folder / "made.json"
+    if not stored.exists():
+        return
+    then = read_json(stored)
+    if not isinstance(then, dict):
+        raise UserError(f"{stored}: not evaluate.py's; give another --out")
+    for key, now in method.made.items():
+        if then.get(key) != now:
+            what = "" if key in ("weights", "prompts") else f" {then.get(key)}, now {now}"
+            raise UserError(f"--out {out}: the pictures in {method.folder} were made with other {key}{what}; "
+                            f"delete that folder, or give another --out")
+
+
+def begin(method, prompts):
+    """Make the folder of a row to sample, which says what it holds. Raises UserError if it cannot be made."""
+    make_folder(method.folder)
+    write_json(method.folder / "made.json", method.made)
+    list_prompts(method.folder, prompts)
 
 
 def existing(args):
@@ -229,6 +256,7 @@ def existing(args):
         first, prompts = next(iter(lists.items()))
     else:
         prompts = data.read_prompts_by_category(args.eval_prompts)
+    data.check_prompts([prompt.text for prompt in prompts], "--images: prompts.json")
     for folder, others in lists.items():
         if others != prompts:
             same = [a == b for a, b in zip(others, prompts, strict=False)]

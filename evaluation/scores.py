@@ -4,7 +4,7 @@ twice."""
 import hashlib
 import json
 
-from engine.files import stamp
+from engine.files import append, stamp
 
 
 def settings_of(name, files, args):
@@ -39,7 +39,7 @@ class Scores:
                 self.read(line)
         self.path = folder / f"{name}.{rank}.jsonl"
         if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
-            self.append("\n")  # a kill cut off the last line
+            append(self.path, "\n")  # a kill cut off the last line
 
     def read(self, line):
         """Know a line's score. A damaged line is passed over, and its picture scored again."""
@@ -48,10 +48,6 @@ class Scores:
             self.known[entry["key"]] = {column: float(entry["scores"][column]) for column in self.columns}
         except (ValueError, TypeError, LookupError, OverflowError, RecursionError):
             pass
-
-    def append(self, text):
-        with open(self.path, "a") as file:
-            file.write(text)
 
     def key(self, picture, file):
         """What the score of a picture depends on, as one word: the file's bytes, the prompt and the settings.
@@ -80,4 +76,4 @@ class Scores:
                 self.known[key] = {column: float(values[column][i]) for column in self.columns}
                 line = {"picture": picture.name, "key": key, "scores": self.known[key]}
                 lines.append(json.dumps(line) + "\n")
-        self.append("".join(lines))
+        append(self.path, "".join(lines))

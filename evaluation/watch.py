@@ -14,7 +14,7 @@ from engine import checkpoint
 from engine.command_line import real, whole
 from engine.errors import NotFinite
 from engine.files import write_json, write_whole
-from evaluation import tables
+from evaluation import report, tables
 from evaluation.metrics import judge, reward, statistics
 from evaluation.metrics.statistics import STATISTICS, pixel_statistics
 from evaluation.picture_folders import save_grid
@@ -106,10 +106,11 @@ class Watch:
         self.world = world
         self.net = net
         self.rewards = rewards
-        self.judge = judge.load_judge(a.model)
+        self.judge = judge.load_judge(a.model, a.size)
         self.prompts = prompts
         self.embeddings = embeddings
         self.stopping = stopping
+        self.flags = ""  # the run's, as one line for its report: train.py gives it
         self.grid = net.grid(a.size, a.size)
 
     def look(self, n, title):
@@ -147,22 +148,34 @@ class Watch:
 
     def begin(self, folder):
         """The first look, before any update: what the run remembers from now on, its state."""
+        if self.a.watch == 1:
+            self.world.say("--watch 1: one picture has no standard error, so the gauge cannot see the reward "
+                           "rise while the SGP gap falls")
         images, scores = self.look(self.a.watch, "watch")
         if self.world.main:
             save_grid(images, folder.out / "samples" / "step_00000.png")
-        return {"run": folder.id, "step": 0, "unlogged": None, "best": None,
+        return {"run": folder.id, "images": folder.images, "step": 0, "unlogged": None,
+                "best": None, "best_step": None, "warned": False,
                 "before": {name: values.tolist() for name, values in scores.items()},
                 "evaluated": self.evaluate("evaluate before")}
 
     def log(self, folder, state):
-        """Look at the held-out prompts, if this step is one of --watch-every, and log the step, whose line stands
-        in the state. If it is asked to stop meanwhile, the line stays there, and --resume does the rest."""
+        """Look at the held-out prompts, if this step is one of --watch-every, and log the step, whose line
+        stands in the state. If it is asked to stop meanwhile, the line stays there, and --resume does the
+        rest."""
         line = state["unlogged"]
         if line["step"] % self.a.watch_every == 0 or line["step"] == self.a.steps:
             line |= self.step(line["step"], folder, state)
         if self.world.main:
             folder.log(line)
+            if "watch" in line:
+                self.report(folder, state)
         state["unlogged"] = None
+
+    def report(self, folder, state, finished=False, stopped=False):
+        """Write report.html, the run's page."""
+        report.write(folder.out, vars(self.a), self.flags, finished, state, self.prompts[:self.a.watch],
+                     stopped)
 
     def step(self, step, folder, state):
         """Look, read the hacking gauge, and export the weights if they are the best so far by the SGP gap;
@@ -172,10 +185,13 @@ class Watch:
         gauge = hacking(now, before, self.a.drift_band)
         for warning in gauge.warnings:
             self.world.say(f"step {step}: {warning}")
+        if gauge.warnings and not state["warned"]:
+            self.world.say(report.advice(gauge.warnings, state, vars(self.a)))
+        state["warned"] = bool(gauge.warnings)
         sgp = now["sgp"].mean().item()
         if not gauge.warnings and (state["best"] is None or sgp > state["best"]):
             checkpoint.export(self.net.transformer, folder.out / "weights_best", self.world, self.net.dtype)
-            state["best"] = sgp
+            state |= {"best": sgp, "best_step": step}
         if self.world.main:
             save_grid(images, folder.out / "samples" / f"step_{step:05d}.png")
         means = {name: value and value["mean"] for name, value in tables.summary(now).items()}
@@ -187,11 +203,13 @@ class Watch:
         if not self.world.main:
             return
         out = folder.out
-        samples = sorted((out / "samples").glob("step_*.png"), key=lambda path: int(path.stem[5:]))
-        pictures = [read_image(str(path)) for path in (samples[0], samples[-1])]
-        write_whole(out / "before_after.png", bytes(encode_png(torch.cat(pictures, 1)).numpy()))
+        samples = [out / "samples" / f"step_{step:05d}.png" for step in (0, state["step"])]
+        if all(path.is_file() for path in samples):
+            pictures = [read_image(str(path)) for path in samples]
+            write_whole(out / "before_after.png", bytes(encode_png(torch.cat(pictures, 1)).numpy()))
         write_json(out / "summary.json", {"steps": self.a.steps, "best_sgp": state["best"],
                                           "before": state["evaluated"], "after": after})
+        self.report(folder, state, finished=True)
         if after is not None:
             print(tables.table({"before": state["evaluated"], "after": after}, columns_of(after)))
         print(f"weights in {out}/weights (best by SGP gap inside the drift band: weights_best), "

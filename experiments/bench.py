@@ -19,7 +19,7 @@ import srpo_reward as sr
 import train
 from engine import data, parallel, plan
 from engine.command_line import Parser, whole
-from engine.errors import frame
+from engine.errors import UserError, frame
 from rewards import clip_model
 
 PHASES = ["rollout", "branches", "optimizer"]
@@ -34,7 +34,11 @@ def flags(argv):
     parser.add_argument("--released", action="store_true", help="compare with the released loop's habits")
     parser.add_argument("--repeats", type=whole(1), default=5, help="timed updates, after one that is not")
     own, others = parser.parse_known_args(argv)
-    return own, train.flags(others)
+    a = train.flags(others)
+    for name in ("plan", "explain", "resume", "overwrite", "tensorboard", "out"):
+        if getattr(a, name):
+            raise UserError(f"--{name}: an update is timed here, and nothing else; it is train.py's")
+    return own, a
 
 
 # --------------------------------------------------------------------------------------------- random weights

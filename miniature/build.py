@@ -80,7 +80,7 @@ def main(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--stage", choices=[*STAGES, "all"], default="all",
                         help="only this one, and what it is built on")
-    parser.add_argument("--threads", type=whole(1), default=2, help="CPU threads; measure 1 against 2")
+    parser.add_argument("--threads", type=whole(1, 256), default=2, help="CPU threads; measure 1 against 2")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     for name, stage in STAGES.items():

@@ -19,16 +19,19 @@ image_network(where=None) -> base.ImageNetwork
 """
 
 import importlib
-import math
 import pkgutil
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+from torch import nn
+
 from engine.errors import UserError, one_line
 from engine.files import named_path
+from engine.finite import are_finite
 from srpo_reward import Rewards
 
+LIGHTEST, HEAVIEST = 1e-6, 1e6  # of the weights; beyond them float32 would lose one reward or all
 HELPERS = ("base", "pictures", "clip_model")    # the files of this folder that are no reward
 
 
@@ -87,9 +90,13 @@ def load_reward(name, device="cpu", where=None, **options):
     """
     path = fetch(name, where)
     try:
-        return module(name).load(path, device, **options)
+        reward = module(name).load(path, device, **options)
     except Exception as error:
         raise UserError(f"{name}: not a reward model, in {path}: {one_line(error)}") from error
+    for network in vars(reward).values():
+        if isinstance(network, nn.Module) and not are_finite(network.state_dict().values()):
+            raise UserError(f"{name}: {path} holds numbers that are not finite")
+    return reward
 
 
 # ---------------------------------------------------------------------------------------------------- several
@@ -131,8 +138,9 @@ def parse_part(item):
         where = None
     if not name:
         raise UserError(f'--reward "{item}": an empty name; give NAME, NAME=PATH, or either with :WEIGHT')
-    if not 0 <= weight < math.inf:
-        raise UserError(f"--reward {item}: a weight must be 0 (held out) or above, and finite")
+    if not (weight == 0 or LIGHTEST <= weight <= HEAVIEST):
+        raise UserError(f"--reward {item}: a weight must be 0 (held out) or above, and finite: "
+                        f"from {LIGHTEST:g} to {HEAVIEST:g}")
     return Part(label, name, where, weight)
 
 

@@ -10,8 +10,9 @@ import transformers
 from torch import nn
 from transformers.initialization import no_init_weights
 
+from engine.configs import strict
 from engine.errors import UserError, one_line
-from engine.files import fetched, strict
+from engine.files import fetched
 from rewards import base
 
 COLUMNS = {"aesthetic": base.Column("Aes", ".3f")}
@@ -75,11 +76,11 @@ def head_of(folder):
     repository. Raises UserError if it is nowhere."""
     own = folder / Path(HEAD).name
     try:
-        if own.exists():
+        if own.is_file():
             return torch.load(own, map_location="cpu", weights_only=True)
         return torch.hub.load_state_dict_from_url(HEAD, map_location="cpu", weights_only=True, progress=False)
     except Exception as error:
-        place = own if own.exists() else HEAD
+        place = own if own.is_file() else HEAD
         raise UserError(f"{place}: cannot be had: {one_line(error)}") from error
 
 

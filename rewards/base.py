@@ -68,10 +68,12 @@ class Reward:
 
     @torch.no_grad()
     def text_features(self, texts):
-        """C: a list of B texts -> [B, D] float32, no gradient; each text is encoded once and cached."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.cache]
-        if new:
-            self.cache.update(zip(new, self.encode_text(new), strict=True))
+        """C: a list of B texts -> [B, D] float32, no gradient; each text is encoded once and cached. It is
+        encoded alone: in a batch its last bits would depend on the others, and so on where a run was stopped
+        and resumed."""
+        for text in texts:
+            if text not in self.cache:
+                self.cache[text] = self.encode_text([text])[0]
         return torch.stack([self.cache[text] for text in texts])
 
     def conditions(self, prompts, control, neg):

@@ -12,8 +12,9 @@ import open_clip
 import torch
 import torch.nn.functional as F
 
+from engine.configs import check_folder, read_config
 from engine.errors import UserError
-from engine.files import fetched, read_json
+from engine.files import fetched
 from rewards import base
 
 ARCH = "ViT-H-14"                         # HPSv2.1's, and the one that PickScore was made of
@@ -62,6 +63,8 @@ def load(path, device, arch=ARCH):
         return load_folder(path, device)
     if path.is_dir():
         path = path / CHECKPOINT
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     with quiet():
         model = open_clip.create_model(arch, pretrained=None)
@@ -72,7 +75,7 @@ def load(path, device, arch=ARCH):
 
 def load_folder(folder, device):
     """The `ClipReward` of an open_clip folder."""
-    text_config = read_config(folder)["text_cfg"]
+    text_config = network_config(folder)["text_cfg"]
     options = {}
     if text_config.get("hf_tokenizer_name"):
         # The tokenizer is transformers', which asks on the terminal whether to run code unless it is told.
@@ -86,39 +89,25 @@ def load_folder(folder, device):
     return ClipReward(model.to(device), tokenizer, FITS[prepared["resize_mode"]])
 
 
-def read_config(folder):
+def network_config(folder):
     """model_cfg of an open_clip folder.
 
     Raises UserError if it is not one, or if a file of the folder asks for code to be run: weights come from
     strangers. transformers would run the code of a tokenizer whose options in open_clip's config say
     trust_remote_code, and would offer to run that of a config with auto_map, be it the folder's or that of a
-    text model on the hub that hf_model_name names.
+    text model on the hub that hf_model_name names. timm would fetch a network by its name.
     """
-    try:
-        config = read_json(folder / CONFIG)["model_cfg"]
-        outside = config["text_cfg"].get("hf_model_name")
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f"{CONFIG} has no model_cfg with a text_cfg") from None
-    if outside:
-        raise UserError(f"{CONFIG} names a text model outside the folder (hf_model_name); "
-                        "only open_clip's own text models are loaded")
-    for file in sorted(folder.rglob("*.json")):
-        # These two are word lists, where any word may stand; transformers takes no class from them.
-        if file.name in ("tokenizer.json", "vocab.json"):
-            continue
-        for key in ("trust_remote_code", "auto_map"):
-            if has_key(read_json(file), key):
-                raise UserError(f"{file.name} asks for code to be run ({key}), which is not done")
+    check_folder(folder)
+    config = read_config(folder / CONFIG, {}).get("model_cfg")
+    parts = [config.get(name) for name in ("vision_cfg", "text_cfg")] if isinstance(config, dict) else []
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        raise UserError(f"{CONFIG} has no model_cfg with a text_cfg and a vision_cfg")
+    for part in parts:
+        for key in ("hf_model_name", "timm_model_name"):
+            if part.get(key):
+                raise UserError(f"{CONFIG} names a text model outside the folder ({key}); "
+                                "only open_clip's own models are loaded")
     return config
-
-
-def has_key(value, key):
-    """Whether a JSON value has a key, at any depth."""
-    if isinstance(value, dict):
-        return key in value or any(has_key(inside, key) for inside in value.values())
-    if isinstance(value, list):
-        return any(has_key(inside, key) for inside in value)
-    return False
 
 
 @contextmanager
@@ -141,7 +130,7 @@ def quiet():
 def image_network(where=None):
     """The `ImageNetwork` of an open_clip folder's own architecture; ViT-H/14's for anything else."""
     if where is not None and (Path(where) / CONFIG).exists():
-        config = read_config(Path(where))
+        config = network_config(Path(where))
     else:
         config = open_clip.get_model_config(ARCH)
     # The class is chosen as create_model does, which itself cannot make fake tensors: it moves them.

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from engine.files import fetched, strict
+from engine.configs import check_folder, strict
+from engine.errors import UserError
+from engine.files import fetched
 from rewards import clip, clip_model
 from rewards.base import Column, Reward
 
@@ -53,7 +55,12 @@ def tokenizer_of(folder):
 def load(folder, device):
     """The `PickReward` of a folder."""
     model = strict(transformers.CLIPModel, folder, torch.float32)
-    tokenizer = transformers.CLIPTokenizerFast.from_pretrained(tokenizer_of(folder))
+    words = tokenizer_of(folder)
+    check_folder(words)
+    tokenizer = transformers.CLIPTokenizerFast.from_pretrained(words)
+    if len(tokenizer) > model.config.text_config.vocab_size:
+        raise UserError(f"{words}: {len(tokenizer)} words, but the network knows "
+                        f"{model.config.text_config.vocab_size}")
     return PickReward(model.to(device), tokenizer)
 
 

@@ -27,15 +27,21 @@ def _run(argv, environment, printed, folder):
         runpy.run_path(argv[0], run_name="__main__")
 
 
-def start(printed, *argv, ranks=0, folder="."):
-    """Start a script with its arguments in a folder; ranks 0 is without torchrun. A list of processes."""
+def places(ranks):
+    """What torchrun tells each of its processes: a list of environments; ranks 0 is without torchrun."""
+    if ranks == 0:
+        return [{}]
     with socket.socket() as free:
         free.bind(("localhost", 0))
         world = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]),
                  "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    places = [world | {"RANK": str(r), "LOCAL_RANK": str(r)} for r in range(ranks)] or [{}]
+    return [world | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+
+
+def start(printed, *argv, ranks=0, folder="."):
+    """Start a script with its arguments in a folder; ranks 0 is without torchrun. A list of processes."""
     processes = [SERVER.Process(target=_run, args=([str(a) for a in argv], place, str(printed), folder))
-                 for place in places]
+                 for place in places(ranks)]
     for process in processes:
         process.start()
     return processes

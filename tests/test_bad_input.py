@@ -1,69 +1,607 @@
-"""Claim: a user's mistake ends in one clear line and exit status 2, before anything is written."""
+"""Claim: a mistake of the user, or a file of a stranger, ends in one clear line and exit status 2: nothing is
+created, changed or run."""
 
 import json
+import os
 import shutil
+import signal
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from scripts import call
 
 import evaluate
 import sample
 import train
 from engine import data
+from engine.errors import frame
+from experiments import bench
+from miniature import build
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--model", "miniature", "--steps", "1", "--batch", "1", "--rollout-steps", "1", "--eval-steps", "1",
          "--watch", "1", "--eval", "0"]
+FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 
 
-def one_line(monkeypatch, capsys, *argv):
-    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, *map(str, argv)])
+# ------------------------------------------------------------------------------------------- the table's form
+class Mistake(NamedTuple):
+    """A script and its flags, in the folder of `place`, behind those of START; what its one line says; its
+    exit status. Nothing in the folder may change, and no planted code may run."""
+    script: str
+    flags: str | list  # a list where a flag's value has a space in it, or is empty
+    words: str
+    status: int = 2
+    change: Callable = None  # of a copy of the miniature, which is then the --model
+
+    @property
+    def argv(self):
+        flags = self.flags.split() if isinstance(self.flags, str) else self.flags
+        return [*START[self.script], *flags]
+
+
+def main_of_build():
+    with frame("build"):
+        build.main()
+
+
+MAIN = {"train.py": train.main, "sample.py": sample.main, "evaluate.py": evaluate.main, "bench": bench.main,
+        "build": main_of_build}
+START = {"train.py": [*SMALL, "--out", "new"],
+         "sample.py": ["--model", "miniature", "--eval-steps", "1", "--first", "1", "--out", "new"],
+         "evaluate.py": ["--model", "miniature", "--eval-steps", "1", "--first", "1", "--metrics",
+                         "statistics", "--out", "new"],
+         "bench": SMALL,
+         "build": []}
+TRAINS = ("train.py", "bench")
+SAMPLES = ("sample.py", "evaluate.py")
+ALL = (*TRAINS, *SAMPLES)
+
+
+def each(scripts, flags, words):
+    """The same mistake with several scripts."""
+    return [Mistake(script, flags, words) for script in scripts]
+
+
+# --------------------------------------------------------------------------------------- flags, before a file
+NUMBERS = {  # every float flag, and how many numbers it takes
+    "lr": 1, "weight-decay": 1, "clip": 1, "rollout-guidance": 1, "shift": 1, "sigma-range": 2,
+    "groundtruth-ratio": 1, "guidance": 1, "lam": 2, "cfg-k": 1, "discount-denoise": 2, "discount-invert": 2,
+    "threshold": 1, "drift-band": 4, "share": 1}
+WHOLE_NUMBERS = ("size steps batch accumulate rollout-steps injections eval-steps watch watch-every "
+                 "save-every keep replicas world-size").split()
+FLAGS = []
+for flag, n in NUMBERS.items():
+    for value in ("nan", "inf", "-inf", "1e999", "1e300", "-", ""):
+        FLAGS.append(Mistake("train.py", [f"--{flag}={value}"] if n == 1 else [f"--{flag}", *[value] * n],
+                             "" if n > 1 and value in ("-", "-inf") else f"--{flag} {value}: must be"))
+for flag in WHOLE_NUMBERS:
+    for value in ("0", "-1", str(2**63), "1.5", ""):
+        FLAGS.append(Mistake("train.py", [f"--{flag}={value}"], f"--{flag} {value}: must be a whole number"))
+for script in SAMPLES:
+    for flag in ("first", "size", "eval-steps", "batch"):
+        for value in ("0", "-1", str(2**63), "1.5", ""):
+            FLAGS.append(Mistake(script, [f"--{flag}={value}"], f"--{flag} {value}: must be a whole number"))
+    for value in ("-1", str(2**32), str(2**63), "x"):  # torch's generator on a CPU takes no more than 32 bits
+        FLAGS.append(Mistake(script, [f"--seed={value}"], f"--seed {value}: must be a whole number"))
+    for value in ("nan", "inf", "-1", "1e300", ""):
+        FLAGS.append(Mistake(script, [f"--guidance={value}"], f"--guidance {value}: must be a finite number"))
+FLAGS += [
+    Mistake("train.py", "--seed=-1", "--seed -1: must be"),
+    Mistake("train.py", f"--seed={2**63}", "must be a whole number, from 0 to 2147483647"),
+    Mistake("train.py", "--lr 0", "--lr 0: must be a finite number, above 0"),
+    Mistake("train.py", "--shift 0", "--shift 0: must be a finite number, at least 0.001"),
+    Mistake("train.py", "--steps many", "--steps many: must be a whole number"),
+    Mistake("train.py", "--cells 19", "--cells 19: must be a whole number, at least 20"),
+    Mistake("train.py", "--steps 1000000 --batch 1000", "--steps 1000000: with 1000 images an update"),
+    Mistake("train.py", "--groundtruth-ratio 1.5", "--groundtruth-ratio 1.5: must be a finite number"),
+    Mistake("train.py", "--sigma-range 0.5 0.9", "give MAX then MIN"),
+    Mistake("train.py", "--sigma-range 0.5 0.5", "give MAX then MIN"),
+    Mistake("train.py", "--sigma-range 0.5 0.4999999999", "0.001 apart at least"),
+    Mistake("train.py", "--sigma-range 1.0 0.5",
+            "--sigma-range 1.0: must be a finite number, at least 0 and below 1"),
+    Mistake("train.py", "--lam 0 0", "--lam 0 0: every loss would be 0"),
+    Mistake("train.py", "--discount-denoise -1.5 0.2", "--discount-denoise -1.5: must be"),
+    Mistake("train.py", "--branches sideways", "must be denoise, invert"),
+    Mistake("train.py", "--branches denoise,denoise", "must be denoise, invert or denoise,invert"),
+    Mistake("train.py", ["--branches", ""], "must be words"),
+    *(Mistake("train.py", [f"--{flag}", "x"], f"--{flag}: invalid choice: 'x'")
+      for flag in ("noise", "meet", "recover", "form", "recipe")),
+    Mistake("train.py", "--plan --card B7", "--card B7: its peak is not known here; known are H200"),
+    Mistake("train.py", "--card B7", "--card B7: its peak is not known here"),
+    Mistake("train.py", "--replicas 2", "does not divide"),
+    Mistake("train.py", "--plan --replicas 3", "--replicas 3: does not divide the 8 processes"),
+    Mistake("train.py", "--resume --overwrite", "give one"),
+    # words
+    Mistake("train.py", ["--control", ""], "--control"),
+    Mistake("train.py", ["--neg", "CG render, "], "must be words, none of them empty"),
+    Mistake("train.py", ["--control", "a\x1b[2J"], "must be words"),
+    Mistake("train.py", ["--control", "a\nb"], "must be words"),
+    Mistake("train.py", ["--control", "x" * 5000], "must be words"),
+    *(Mistake(script, ["--control", "a photo", "--neg", neg], "the same words are wanted and unwanted")
+      for script in (*TRAINS, "evaluate.py") for neg in ("a photo", " a photo ", "A  Photo")),
+    Mistake("train.py", "--control a,b --neg c,B", "the same words"),
+    Mistake("evaluate.py", ["--control", " "], "must be words"),
+    Mistake("evaluate.py", ["--neg", ""], "must be words"),
+    # sizes and other things that no script does
+    *each(ALL, "--size 60", "60 x 60: both sides must be multiples of 16"),
+    *each(ALL, "--size 0", "--size 0: must be a whole number, at least 1"),
+    *each(ALL, "--size 65536", "16384 pixels a side are the most"),
+    *each(ALL, "--no-such-flag", "unrecognized arguments"),
+    Mistake("train.py", "--size 32", "the judge in miniature sees 64 x 64 pixels"),
+    Mistake("bench", "--repeats 0", "--repeats 0: must be a whole number, at least 1"),
+    Mistake("bench", f"--repeats {2**63}", "--repeats"),
+    *(Mistake("bench", flag, f"{flag.split()[0]}: an update is timed here")
+      for flag in ("--plan", "--explain", "--resume", "--overwrite", "--out new")),
+    Mistake("bench", "--lr nan", "--lr nan: must be"),
+    Mistake("build", "--threads 0", "--threads 0: must be a whole number"),
+    Mistake("build", f"--threads {2**31}", "--threads"),
+    Mistake("build", "--stage nothing", "--stage: invalid choice"),
+    Mistake("build", "extra", "unrecognized arguments: extra"),
+]
+
+# -------------------------------------------------------------------------------------------- paths and files
+PROMPTS = {  # the content of a file, or {file: content} of a folder; what is said
+    "empty.txt": (b"", "every line is blank"),
+    "blank.txt": (b" \n\n\t", "every line is blank"),
+    "mark.txt": (b"\xef\xbb\xbf", "every line is blank"),
+    "latin.txt": (b"caf\xe9\n", "not UTF-8 text (byte 3)"),
+    "wide.txt": ("a fox".encode("utf-16"), "not UTF-8 text"),
+    "nul.txt": (b"a\0b\n", "holds a NUL character"),
+    "long.txt": (b"fox " * 9999, "a prompt of 39995 characters"),
+    "half.json": (b'["\\ud800"]', "is no text"),
+    "object.json": (b'{"a fox": 1}', "not a JSON list of prompts"),
+    "text.json": (b'"a fox"', "not a JSON list of prompts"),
+    "nested.json": (b'[["a fox"]]', "not a JSON list of prompts"),
+    "deep.json": (b"[" * 100_000, "not a JSON list of prompts"),
+    "nul.json": (b'["a\\u0000b"]', "not a JSON list of prompts"),
+    "none.json": (b'["", " "]', "no prompt in it"),
+    "sets": ({"a.json": b"[]"}, "no prompt in it"),
+    "others": ({"a.json": b'{"prompt": "a fox"}'}, "not a JSON list of prompts"),
+    "pipes": (None, "a.json: not a file"),
+    "pipe": (None, "pipe: no such file"),
+    "/dev/zero": (None, "/dev/zero: no such file"),
+    "no.txt": (None, "--prompts no.txt: no such file"),
+    "x" * 300: (None, "is too long"),
+    "": (None, "is empty")}
+
+WEIGHTS = {  # what --weights may be; what is said
+    "no": "no transformer there", "": "no transformer there", "miniature": "no transformer there",
+    "x" * 300: "no transformer there", "pipe": "no transformer there",
+    "cut": "cannot be loaded as FLUX.1",
+    "miniature/vae": "_class_name 'AutoencoderKL' must be 'FluxTransformer2DModel'"}
+
+FILES = [
+    *(Mistake(script, ["--prompts", name], words)
+      for script in ("train.py", *SAMPLES) for name, (_, words) in PROMPTS.items()),
+    Mistake("train.py", "--eval-prompts no.txt", "--eval-prompts no.txt: no such file"),
+    Mistake("train.py", "--eval-prompts nul.txt", "--eval-prompts nul.txt: holds a NUL"),
+    Mistake("bench", "--prompts no.txt", "--prompts no.txt: no such file"),
+    Mistake("sample.py", ["a\0b"], "is no text"),
+    Mistake("sample.py", ["\udcff"], "is no text"),
+    Mistake("sample.py", ["x" * 30_000], "a prompt of 30000 characters"),
+    *each(ALL, "--model no/such/folder", "no such folder"),
+    *each(ALL, "--model folder", "not a FLUX.1 folder, it has no model_index.json, transformer"),
+    *each(ALL, f"--model {FLUX_DEV}", "needs a GPU and there is none; what works here: --model miniature"),
+    *each(ALL, ["--model", ""], "is empty"),
+    *each(ALL, ["--model", "a\0b"], "holds a NUL"),
+    *each(ALL, ["--model", "x" * 300], "is too long"),
+    *each(ALL, "--model pipe", "not a FLUX.1 folder"),
+    # where it is written
+    *(Mistake(script, ["--out", out], words) for script in ("train.py", *SAMPLES) for out, words in
+      (("", "is empty"), ("a\0b", "holds a NUL"), ("x" * 300, "is too long"))),
+    *each(("train.py", *SAMPLES), "--out text.txt/new", "cannot be written: Not a directory"),
+    Mistake("train.py", "--out text.txt", "cannot be written: Not a directory"),
+    Mistake("train.py", "--out pipe", "cannot be written"),
+    Mistake("train.py", "--out theirs", "not a run's folder, and not empty: it holds 00000.png"),
+    Mistake("train.py", "--out link", "not a run's folder, and not empty"),
+    Mistake("train.py", "--out . --overwrite", "not a run's folder, and not empty"),
+    Mistake("train.py", "--resume --out theirs", "--out theirs is not a run's folder, and not empty"),
+    *each(SAMPLES, "--out theirs", "is there, and not from"),
+    *each(SAMPLES, "--out link", "is there, and not from"),
+    # trained weights, pictures and metrics
+    *(Mistake("sample.py", ["--weights", where], words) for where, words in WEIGHTS.items()),
+    *(Mistake("evaluate.py", ["--weights", f"w={where}"], words) for where, words in WEIGHTS.items()
+      if where and len(where) < 300),
+    Mistake("evaluate.py", ["--weights", ""], "not a name for a folder"),
+    Mistake("evaluate.py", "--weights", "expected at least one argument"),
+    Mistake("evaluate.py", "--weights results.json=miniature/transformer", "a name is used twice, or taken"),
+    Mistake("evaluate.py", "--weights Results.JSON=miniature/transformer", "a name is used twice, or taken"),
+    Mistake("evaluate.py", "--weights a=miniature/transformer A=miniature/transformer", "used twice"),
+    Mistake("evaluate.py", "--weights ..=miniature/transformer", "not a name for a folder"),
+    Mistake("evaluate.py", "--images", "expected at least one argument"),
+    Mistake("evaluate.py", "--images theirs --weights miniature/transformer", "give one"),
+    Mistake("evaluate.py", "--images no", "no: no such folder"),
+    Mistake("evaluate.py", "--images pipe", "pipe: no such folder"),
+    Mistake("evaluate.py", "--images sets", "no pictures 00000.png"),
+    Mistake("evaluate.py", "--images waits", "waits/00000.png: not a file"),
+    Mistake("evaluate.py", "--images listed", "listed/prompts.json: must be"),
+    Mistake("evaluate.py", ["--metrics", ""], "not a metric; there are"),
+    Mistake("evaluate.py", "--metrics fid", "--metrics fid: not a metric; there are"),
+    Mistake("evaluate.py", "--metrics statistics,statistics", "named twice"),
+    Mistake("evaluate.py", "--metrics statistics=x", "it has no files"),
+    Mistake("evaluate.py", "--metrics judge=folder", "there is none in folder"),
+    Mistake("evaluate.py", ["--metrics", "judge=a\0b"], "holds a NUL"),
+    Mistake("evaluate.py", "--metrics imagereward=pipe", "neither a file nor a folder"),
+    Mistake("evaluate.py", "--metrics reward --reward :", "--reward :: give NAME"),
+]
+
+# ---------------------------------------------------------------------------------------------------- rewards
+SPECIFICATIONS = {  # of --reward
+    ":": "give NAME", "=": "give NAME", "a=": "give NAME", ":::": "give NAME", "": "an empty name",
+    ",": "an empty name", "a=b=c": "no such file", "no.pt": "--reward no.pt: no such file",
+    "x" * 5000: "give NAME", "pipe": "pipe: neither a file nor a folder",
+    "hpsv2.1:nan": "finite", "hpsv2.1:inf": "finite", "hpsv2.1:-1": "finite", "hpsv2.1:1e400": "finite",
+    "hpsv2.1:1e300": "from 1e-06 to 1e+06", "hpsv2.1:1e-300": "from 1e-06 to 1e+06",
+    "hpsv2.1:0": "every weight is 0", "hpsv2.1,hpsv2.1": "named twice"}
+REWARDS = [
+    *(Mistake(script, ["--reward", text], words)
+      for script in (*TRAINS, "evaluate.py") for text, words in SPECIFICATIONS.items()
+      if script == "train.py" or text not in ("a=b=c", "no.pt", "pipe", "x" * 5000)),
+    *(Mistake("train.py", ["--reward", name], "not a reward model") for name in ("text.txt", "folder")),
+    Mistake("train.py", "--reward pickle.pt", "not a reward model"),
+    Mistake("train.py", "--reward zeros.pt", "not a reward model"),
+    Mistake("train.py", "--reward code", "asks for code to be run (trust_remote_code)"),
+    Mistake("train.py", "--reward class", "asks for code to be run (auto_map)"),
+    Mistake("train.py", "--reward elsewhere", "outside the folder (hf_model_name)"),
+    Mistake("train.py", "--reward huge", "not a size of a network"),
+    Mistake("train.py", "--reward notfinite", "holds numbers that are not finite"),
+    Mistake("train.py", "--reward pickscore=class", "asks for code to be run (auto_map)"),
+    Mistake("evaluate.py", "--metrics reward=nowhere", "no such file"),
+]
+
+
+# ---------------------------------------------------------------------------------------------- model folders
+def config(file, **changed):
+    """A change of a model's folder: keys of a JSON file; None takes one away."""
+    def change(folder):
+        values = json.loads((folder / file).read_text())
+        for key, value in changed.items():
+            if value is None:
+                del values[key]
+            else:
+                values[key] = value
+        write(folder / file, json.dumps(values))
+    return change
+
+
+def text(file, content):
+    """A change of a model's folder: the text of a file."""
+    def change(folder):
+        write(folder / file, content)
+    return change
+
+
+def gone(file):
+    def change(folder):
+        (folder / file).unlink()
+    return change
+
+
+def pipe(file):
+    def change(folder):
+        (folder / file).unlink(missing_ok=True)
+        os.mkfifo(folder / file)
+    return change
+
+
+def tensors(file, how):
+    """A change of a model's folder: how(state) of the tensors of a file."""
+    def change(folder):
+        state = load_file(folder / file)
+        how(state)
+        (folder / file).unlink()
+        save_file(state, folder / file, {"format": "pt"})
+    return change
+
+
+def without_one(state):
+    del state[sorted(state)[len(state) // 2]]
+
+
+def with_another(state):
+    state["another"] = torch.zeros(2)
+
+
+def of_another_shape(state):
+    state[sorted(state)[0]] = torch.zeros(3, 3)
+
+
+def whole_numbers(state):
+    name = sorted(state)[0]
+    state[name] = state[name].long()
+
+
+def not_finite(state):
+    for name in state:
+        state[name] = torch.full_like(state[name], float("nan"))
+
+
+def replaced(part, by):
+    """A change of a model's folder: a part is another's."""
+    def change(folder):
+        shutil.rmtree(folder / part)
+        shutil.copytree(ROOT / "miniature" / by, folder / part)
+    return change
+
+
+def few_words(folder):
+    file = folder / "tokenizer_2" / "tokenizer.json"
+    values = json.loads(file.read_text())
+    values["model"]["vocab"] = values["model"]["vocab"][:20]
+    write(file, json.dumps(values))
+
+
+class Planted:
+    """An object that leaves a mark when it is unpickled."""
+
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def pickled(part, name, old):
+    """A change of a model's folder: a file of weights is a pickle with code in it."""
+    def change(folder):
+        (folder / part / old).unlink()
+        torch.save({"weight": Planted()}, folder / part / name)
+    return change
+
+
+WEIGHTS_OF = {"transformer": "diffusion_pytorch_model.safetensors",
+              "vae": "diffusion_pytorch_model.safetensors",
+              "text_encoder": "model.safetensors", "text_encoder_2": "model.safetensors"}
+CODE = {"auto_map": {"AutoModel": "planted.Planted"}}
+MODELS = [  # a change of the folder; what is said
+    (config("model_index.json", _class_name="StableDiffusionPipeline"),
+     "says StableDiffusionPipeline, not FluxPipeline"),
+    (text("model_index.json", "[]"), "must be a JSON object"),
+    (lambda folder: shutil.rmtree(folder / "vae"), "it has no vae"),
+    # nothing is run
+    *((config(f"{part}/{name}", **CODE), "asks for code to be run (auto_map)") for part, name in (
+        ("transformer", "config.json"), ("vae", "config.json"), ("text_encoder", "config.json"),
+        ("text_encoder_2", "config.json"), ("tokenizer", "tokenizer_config.json"),
+        ("tokenizer_2", "tokenizer_config.json"), ("scheduler", "scheduler_config.json"))),
+    (config("text_encoder/config.json", attn_implementation="someone/kernel"), "asks for code to be run"),
+    (config("text_encoder_2/config.json", x=[{"trust_remote_code": True}]), "asks for code to be run"),
+    (text("text_encoder_2/adapter_config.json", '{"base_model_name_or_path": "/"}'),
+     "adapters are not loaded"),
+    (config("transformer/config.json", _class_name="planted.Planted"), "must be 'FluxTransformer2DModel'"),
+    (config("vae/config.json", _class_name="AutoencoderTiny"), "must be 'AutoencoderKL'"),
+    (config("text_encoder/config.json", model_type="bert"), "must be 'clip_text_model'"),
+    (config("text_encoder_2/config.json", model_type="planted"), "must be 't5'"),
+    (config("scheduler/scheduler_config.json", _class_name="DDIMScheduler"), "must be 'FlowMatchEuler"),
+    # configs
+    *((text(f"{part}/config.json", content), words) for part in WEIGHTS_OF for content, words in (
+        ("[]", "must be a JSON object"), ("{", "not JSON"), ("{}", "has no"), ("[" * 99_999, "not JSON"))),
+    *((pipe(f"{part}/config.json"), "config.json: not a file") for part in WEIGHTS_OF),
+    (config("vae/config.json", block_out_channels=None), "has no block_out_channels"),
+    (config("vae/config.json", block_out_channels=["a"]), "must be a list of whole numbers"),
+    (config("vae/config.json", scaling_factor="1"), "must be a finite number above 0"),
+    (config("vae/config.json", shift_factor=float("nan")), "not a size of a network"),
+    (config("vae/config.json", norm_num_groups=-1), "must be a whole number above 0"),
+    (config("text_encoder/config.json", num_attention_heads=None), "has no num_attention_heads"),
+    (config("text_encoder_2/config.json", num_heads=0), "must be a whole number above 0"),
+    (config("vae/config.json", latent_channels=4), "in_channels 64 must be 16"),
+    (config("transformer/config.json", num_layers=10**9), "not a size of a network"),
+    (config("transformer/config.json", num_layers=-1), "must be a whole number above 0"),
+    (config("transformer/config.json", guidance_embeds="yes"), "must be true or false"),
+    (config("transformer/config.json", axes_dims_rope=[8, 12]), "three even numbers"),
+    (config("transformer/config.json", axes_dims_rope=[8, 12, 14]), "attention_head_dim 32 must be 34"),
+    (config("transformer/config.json", joint_attention_dim=4096), "T5's d_model"),
+    (config("transformer/config.json", pooled_projection_dim=768), "CLIP's hidden_size"),
+    (config("scheduler/scheduler_config.json", base_shift=None), "has no base_shift"),
+    (config("scheduler/scheduler_config.json", base_shift=1e9), "not a size of a network"),
+    (config("scheduler/scheduler_config.json", max_image_seq_len=256), "must be below"),
+    (config("scheduler/scheduler_config.json", use_dynamic_shifting="no"), "must be true or false"),
+    (config("scheduler/scheduler_config.json", use_karras_sigmas=True), "must be False"),
+    # tokenizers
+    (gone("tokenizer/tokenizer.json"), "has no vocabulary"),
+    (gone("tokenizer_2/tokenizer.json"), "has no vocabulary"),
+    *((config(f"{part}/tokenizer_config.json", model_max_length=length), words)
+      for part in ("tokenizer", "tokenizer_2")
+      for length, words in ((10**30, "to "), (0, "above 0"), ("16", "a whole number"), (1, "from 8"))),
+    (config("tokenizer_2/tokenizer_config.json", model_max_length=None), "has no model_max_length"),
+    (few_words, "20 words, but its encoder knows 109"),
+    (replaced("tokenizer_2", "tokenizer"), "cannot be loaded as FLUX.1"),
+    (config("tokenizer_2/tokenizer_config.json", pad_token="nothing"), "its encoder knows 109"),
+    (text("tokenizer_2/tokenizer.json", "[]"), "cannot be loaded as FLUX.1"),
+    (text("tokenizer/tokenizer_config.json", "{"), "not JSON"),
+    # weights
+    *((tensors(f"{part}/{name}", how), "1 tensors are missing")
+      for part, name in WEIGHTS_OF.items() for how in (without_one, with_another)),
+    *((tensors(f"{part}/{name}", of_another_shape), "cannot be loaded as FLUX.1")
+      for part, name in WEIGHTS_OF.items()),
+    *((tensors(f"{part}/{name}", whole_numbers), "which are no weights")
+      for part, name in WEIGHTS_OF.items()),
+    (tensors("transformer/diffusion_pytorch_model.safetensors", not_finite), "its weights hold numbers that"),
+    (tensors("vae/diffusion_pytorch_model.safetensors", not_finite), "its VAE holds numbers that"),
+    (tensors("text_encoder/model.safetensors", not_finite), "its text encoders make numbers that"),
+    *((text(f"{part}/{name}", "not what it should be"), "cannot be loaded as FLUX.1")
+      for part, name in WEIGHTS_OF.items()),
+    *((pipe(f"{part}/{name}"), f"{name}: not a file") for part, name in WEIGHTS_OF.items()),
+    (pickled("vae", "diffusion_pytorch_model.bin", WEIGHTS_OF["vae"]), "cannot be loaded as FLUX.1"),
+    (pickled("text_encoder", "pytorch_model.bin", WEIGHTS_OF["text_encoder"]), "cannot be loaded as FLUX.1"),
+    (text("transformer/diffusion_pytorch_model.safetensors.index.json", '{"weight_map": {"x": "../../x"}}'),
+     "has no weight_map"),
+    # the flags that it would set
+    *((text("srpo.json", content), words) for content, words in (
+        ("{", "not JSON"), ("[]", "must be an object"), ("[" * 99_999, "not JSON"),
+        ('{"out": "x"}', "'out' is not a flag that a model may set"),
+        ('{"overwrite": true}', "'overwrite' is not a flag that a model may set"),
+        ('{"resume": true}', "'resume' is not a flag"), ('{"seed": 1}', "'seed' is not a flag"),
+        ('{"": 1}', "'' is not a flag"), ('{"steps": "24"}', "steps '24' must be a finite number"),
+        ('{"steps": 1%s}' % ("0" * 400), "must be a finite number"),
+        ('{"steps": null}', "steps 'None' must be"), ('{"steps": true}', "steps 'True' must be"),
+        ('{"steps": {}}', "must be a finite number"), ('{"steps": 1.5}', "--steps 1.5: must be a whole"),
+        ('{"lr": NaN}', "must be a finite number"), ('{"lr": 1e999}', "must be a finite number"),
+        ('{"lr": -1}', "--lr -1: must be"), ('{"lr": [1e-5]}', "must be a finite number"),
+        ('{"control": ["a", "b"]}', "must be a text"), ('{"control": 3}', "must be a text"),
+        ('{"form": "none"}', "--form: invalid choice"), ('{"sigma_range": 1}', "a list of finite numbers"),
+        ('{"drift_band": [1, 1, 1, 1, "--overwrite"]}', "must be a list of finite numbers"),
+        ('{"drift_band": ["--out", "x", 1, 1]}', "must be a list of finite numbers"),
+        ('{"drift_band": [1, 1, 1]}', "--drift-band: expected 4 arguments"),
+        ('{"prompts": "../p.txt"}', "'../p.txt' leads out"), ('{"prompts": "/etc/passwd"}', "leads out"),
+        ('{"prompts": "link.txt"}', "leads out"), ('{"prompts": "a\\u0000b"}', "holds a NUL"),
+        ('{"prompts": "%s"}' % ("x" * 300), "is too long"), ('{"prompts": ""}', "is empty"),
+        ('{"prompts": "p.txt"}', "is not in the model's folder"),
+        ('{"reward": "hpsv2.1=../../x"}', "leads out"), ('{"reward": "hpsv2.1=/etc"}', "leads out"),
+        ('{"reward": "reward,../x"}', "leads out"), ('{"reward": "class:1"}', "is not in the model's folder"),
+        ('{"reward": "clip=a/b"}', "is not in the model's folder"),
+        ('{"metrics": "judge=../miniature"}', "leads out"))),
+    (pipe("srpo.json"), "srpo.json: not a file"),
+]
+OF_MODELS = []
+for i, (change, words) in enumerate(MODELS):
+    OF_MODELS.append(Mistake("train.py", "--model changed", words, change=change))
+    # The other scripts read a model's folder by the same functions: a few of each kind.
+    if i % 5 == 0 and "--" not in words:
+        for script in ("bench", *SAMPLES):
+            OF_MODELS.append(Mistake(script, "--model changed", words, change=change))
+
+
+# -------------------------------------------------------------------------------------------------- the place
+def write(file, content):
+    file.unlink(missing_ok=True)  # it may be a link to the miniature's
+    file.write_text(content)
+
+
+def copy_of_the_miniature(folder):
+    """A folder with the miniature's files, the large ones as links."""
+    def copy(source, target):
+        if Path(source).stat().st_size > 50_000:
+            os.symlink(source, target)
+        else:
+            shutil.copy(source, target)
+
+    shutil.copytree(ROOT / "miniature", folder, copy_function=copy,
+                    ignore=shutil.ignore_patterns(".build", "*.py", "__pycache__"))
+
+
+def make_rewards(here):
+    """Folders in open_clip's layout, each with something in it that must not be taken."""
+    planted = "import os\nos.mkdir('ran')\n"
+    for name in ("code", "class", "elsewhere", "huge", "notfinite"):
+        shutil.copytree(ROOT / "miniature" / "reward", here / name)
+        (here / name / "planted.py").write_text(planted)
+    network = "open_clip_config.json"
+    for name, key, value in (("code", "tokenizer_kwargs", {"trust_remote_code": True}),
+                             ("elsewhere", "hf_model_name", "someone/model"), ("huge", "layers", 10**9)):
+        values = json.loads((here / name / network).read_text())
+        values["model_cfg"]["text_cfg"][key] = value
+        (here / name / network).write_text(json.dumps(values))
+    config("tokenizer_config.json", auto_map={"AutoTokenizer": [None, "planted.Planted"]})(here / "class")
+    tensors("open_clip_model.safetensors", not_finite)(here / "notfinite")
+    torch.save(Planted(), here / "pickle.pt")
+    torch.save({"weights": torch.zeros(3)}, here / "zeros.pt")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with everything that a mistake can be made about."""
+    here = tmp_path_factory.mktemp("place")
+    copy_of_the_miniature(here / "miniature")
+    os.mkfifo(here / "pipe")
+    (here / "text.txt").write_text("mine")
+    (here / "p.txt").write_text("a fox\n")
+    for name in ("folder", "theirs", "pipes", "waits", "listed"):
+        (here / name).mkdir()
+    for name in ("results.json", "00000.png", "thesis.tex"):
+        (here / "theirs" / name).write_text("mine")
+    (here / "folder" / "note").write_text("mine")
+    (here / "link").symlink_to("theirs")
+    os.mkfifo(here / "pipes" / "a.json")
+    os.mkfifo(here / "waits" / "00000.png")
+    (here / "listed" / "00000.png").write_bytes(b"")
+    (here / "listed" / "prompts.json").write_text('["a fox"]')
+    for name, (content, _) in PROMPTS.items():
+        files = content if isinstance(content, dict) else {"": content}
+        for file, inside in files.items():
+            if inside is not None:
+                (here / name / file).parent.mkdir(exist_ok=True)
+                (here / name / file).write_bytes(inside)
+    make_rewards(here)
+    shutil.copytree(ROOT / "miniature" / "transformer", here / "cut")
+    whole = (here / "cut" / WEIGHTS_OF["transformer"]).read_bytes()
+    (here / "cut" / WEIGHTS_OF["transformer"]).write_bytes(whole[:-100])
+    return here
+
+
+@pytest.fixture
+def changed(place, mistake):
+    """The folder changed/ in the place: what a mistake with a model is about."""
+    folder = place / "changed"
+    if mistake.change is not None:
+        copy_of_the_miniature(folder)
+        (folder / "link.txt").symlink_to("../p.txt")
+        for part in (".", *WEIGHTS_OF, "tokenizer", "tokenizer_2", "scheduler"):
+            (folder / part / "planted.py").write_text("import os\nos.mkdir('ran')\n")
+        mistake.change(folder)
+    yield
+    for name in ("changed", "new", "ran"):  # the last two if the test fails
+        shutil.rmtree(place / name, ignore_errors=True)
+
+
+def contents(place):
+    """{path: what tells its content from another} of all below a folder."""
+    found = {}
+    for path in place.rglob("*"):
+        about = path.lstat()
+        found[path] = (about.st_mode, about.st_size, about.st_mtime_ns if not path.is_dir() else 0)
+    return found
+
+
+@pytest.fixture
+def signals():
+    """Scripts answer signals; a test leaves them as they were."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+def line_of(monkeypatch, capsys, script, argv, status=2):
+    """What a script says that must fail: one line, in which nothing can move the cursor."""
+    monkeypatch.setattr(sys, "argv", [script, *map(str, argv)])
     with pytest.raises(SystemExit) as stop:
-        train.main()
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("train.py: ")
+        MAIN[script]()
+    said = capsys.readouterr().err
+    lines = said.rstrip("\n").split("\n")
+    assert stop.value.code == status and len(lines) == 1, said
+    assert lines[0].startswith(f"{script}: ") and lines[0].isprintable()
     return lines[0]
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--model", "no/such/folder"], "no such folder"),
-    (["--model", "tests"], "not a FLUX.1 folder, it has no model_index.json, transformer"),
-    (["--model", "black-forest-labs/FLUX.1-dev"],
-     "needs a GPU and there is none; what works here: --model miniature"),
-    (["--size", "60"], "60 x 60: both sides must be multiples of 16"),
-    (["--size", "0"], "--size 0: must be a whole number, at least 1"),
-    (["--prompts", "no.txt"], "--prompts no.txt: no such file"),
-    (["--eval-prompts", "no.txt"], "--eval-prompts no.txt: no such file"),
-    (["--control", ""], "--control"), (["--neg", "CG render, "], "must be words, none of them empty"),
-    (["--steps", "0"], "--steps 0: must be a whole number, at least 1"), (["--batch", "-1"], "--batch -1"),
-    (["--lr", "0"], "--lr 0: must be a finite number, above 0"), (["--lr", "nan"], "--lr nan: must be"),
-    (["--steps", "many"], "--steps many: must be a whole number"),
-    (["--no-such-flag"], "unrecognized arguments"),
-    (["--sigma-range", "0.5", "0.9"], "give MAX then MIN"),
-    (["--sigma-range", "1.0", "0.5"], "--sigma-range 1.0: must be a finite number, at least 0 and below 1"),
-    (["--branches", "sideways"], "must be denoise, invert"),
-    (["--groundtruth-ratio", "1.5"], "--groundtruth-ratio 1.5: must be a finite number"),
-    (["--reward", "no.pt"], "--reward no.pt: no such file"),
-    (["--reward", "README.md"], "not a reward model"),
-    (["--reward", "tests"], "not a reward model"),
-    (["--resume", "--out", "tests"], "--out tests is not a run's folder, and not empty"),
-    (["--plan", "--card", "B7"], "--card B7: its peak is not known here; known are H200"),
-    (["--out", "README.md/run"], "--out README.md/run: cannot be written: Not a directory"),
-    (["--replicas", "2"], "does not divide"),
-], ids=lambda x: " ".join(x) if isinstance(x, list) else None)
-def test_one_line_and_status_2(monkeypatch, capsys, tmp_path, argv, words):
-    out = tmp_path / "run"
-    assert words in one_line(monkeypatch, capsys, "--out", out, *argv)
-    assert not out.exists()
+def named(mistake):
+    flags = mistake.flags if isinstance(mistake.flags, str) else " ".join(mistake.flags)
+    return f"{mistake.script} {flags[:60]!a} {mistake.words[:30]}"
 
 
-@pytest.mark.parametrize("content, words", [(b"", "every line is blank"), (b" \n\n", "every line is blank"),
-                                            (b"caf\xe9\n", "not UTF-8 text (byte 3)")])
-def test_prompt_files(monkeypatch, capsys, tmp_path, content, words):
+@pytest.mark.usefixtures("signals", "changed")
+@pytest.mark.parametrize("mistake", [*FLAGS, *FILES, *REWARDS, *OF_MODELS], ids=named)
+def test_a_mistake_is_one_line_and_changes_nothing(place, monkeypatch, capsys, mistake):
+    monkeypatch.chdir(place)
+    before = contents(place)
+    said = line_of(monkeypatch, capsys, mistake.script, mistake.argv, mistake.status)
+    assert mistake.words in said
+    assert contents(place) == before
+
+
+# ----------------------------------------------------------------------------------------- what is no mistake
+def one_line(monkeypatch, capsys, *argv):
+    return line_of(monkeypatch, capsys, "train.py", [*SMALL, *argv])
+
+
+@pytest.mark.parametrize("content, prompts", [
+    (b"\xef\xbb\xbfa fox\r\n\r\na dog", ["a fox", "a dog"]), (b"a \x1b[2J fox\n", ["a \x1b[2J fox"])])
+def test_a_text_file_is_read_as_it_is_meant(tmp_path, content, prompts):
     (tmp_path / "p.txt").write_bytes(content)
-    assert words in one_line(monkeypatch, capsys, "--out", tmp_path / "run", "--prompts", tmp_path / "p.txt")
+    assert data.read_prompts(tmp_path / "p.txt") == prompts
 
 
 def test_the_papers_prompts_come_from_the_hub_each_once(monkeypatch, tmp_path):
@@ -81,32 +619,7 @@ def test_the_papers_prompts_come_from_the_hub_each_once(monkeypatch, tmp_path):
         data.read_prompts("hpdv2")
 
 
-def test_a_model_folder_says_what_it_lacks(monkeypatch, capsys, tmp_path):
-    shutil.copytree("miniature", tmp_path / "m", ignore=shutil.ignore_patterns(".build", "*.py"))
-    shutil.rmtree(tmp_path / "m" / "vae")
-    assert "it has no vae" in one_line(monkeypatch, capsys, "--model", tmp_path / "m")
-    (tmp_path / "m" / "vae").mkdir()
-    (tmp_path / "m" / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionPipeline"}))
-    assert "says StableDiffusionPipeline, not FluxPipeline" in one_line(monkeypatch, capsys,
-                                                                        "--model", tmp_path / "m")
-
-
-@pytest.mark.parametrize("part", ["transformer/diffusion_pytorch_model.safetensors", "vae/config.json",
-                                  "text_encoder_2/model.safetensors"])
-def test_a_damaged_model_file_is_one_line(monkeypatch, capsys, tmp_path, part):
-    shutil.copytree("miniature", tmp_path / "m", ignore=shutil.ignore_patterns(".build", "*.py"))
-    (tmp_path / "m" / part).write_bytes(b"not what it should be")
-    said = one_line(monkeypatch, capsys, "--model", tmp_path / "m", "--out", tmp_path / "run")
-    assert ("not JSON" if part.endswith(".json") else "cannot be loaded as FLUX.1") in said
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_checkpoint_that_is_not_a_reward(monkeypatch, capsys, tmp_path):
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "r.pt")
-    assert "not a reward model" in one_line(monkeypatch, capsys, "--reward", tmp_path / "r.pt",
-                                            "--out", tmp_path / "run")
-
-
+@pytest.mark.usefixtures("signals")
 def test_a_run_is_not_overwritten_by_accident(monkeypatch, capsys, tmp_path):
     out = tmp_path / "run"
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--out", str(out)])
@@ -126,12 +639,25 @@ def test_a_run_is_not_overwritten_by_accident(monkeypatch, capsys, tmp_path):
     assert (out / "log.jsonl").read_bytes() == log
 
 
+@pytest.mark.usefixtures("signals")
 def test_long_prompts_are_counted_once(monkeypatch, capsys, tmp_path):
     (tmp_path / "p.txt").write_text("a red circle\n" + "a red circle left of " * 20 + "\n")
-    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--steps", "2",
-                                      "--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--steps", "2", "--form", "sgp", "--threshold",
+                                      "0.7", "--prompts", str(tmp_path / "p.txt"),
+                                      "--out", str(tmp_path / "run")])
     train.main()
-    assert "1 of 3 prompts are longer than the text encoder takes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "1 of 3 prompts are longer than the text encoder takes" in said
+    assert "--form sgp --threshold 0.7: the reward of the inverting branch" in said
+
+
+@pytest.mark.parametrize("form, branches, threshold, told", [
+    ("plain", "denoise,invert", "0.7", True), ("sgp", "invert,denoise", "0.7", True),
+    ("sgp", "invert", "0.7", False), ("plain", "denoise,invert", "off", False),
+    ("released", "denoise,invert", "0.7", False), ("srp", "denoise,invert", "0.7", False)])
+def test_a_threshold_that_stops_one_branch_only_is_told(flags, form, branches, threshold, told):
+    a = flags("--form", form, "--branches", branches, "--threshold", threshold)
+    assert bool(train.notes(a)) == told
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "sample.py"])
@@ -139,17 +665,3 @@ def test_the_other_scripts_too(script, tmp_path):
     """With no flag at all they are for FLUX.1-dev."""
     said = call(tmp_path / "printed", script, status=2)
     assert said.strip().count("\n") == 0 and "what works here: --model miniature" in said
-
-
-@pytest.mark.parametrize("room", [sample, evaluate], ids=["sample.py", "evaluate.py"])
-@pytest.mark.parametrize("argv, words", [(["--first", "0"], "--first 0: must be a whole number, at least 1"),
-                                         (["--eval-steps", "0"], "--eval-steps 0: must be a whole number"),
-                                         (["--seed", "-1"], "--seed -1: must be a whole number"),
-                                         (["--out", "README.md/x"], "cannot be written: Not a directory"),
-                                         (["--size", "60"], "must be multiples of 16")])
-def test_sampling_says_what_is_wrong_before_it_works(monkeypatch, capsys, tmp_path, room, argv, words):
-    monkeypatch.setattr(sys, "argv", ["script", "--model", "miniature", "--out", str(tmp_path / "o"), *argv])
-    with pytest.raises(SystemExit) as stop:
-        room.main()
-    said = capsys.readouterr().err.strip().splitlines()
-    assert stop.value.code == 2 and len(said) == 1 and words in said[0]

@@ -53,5 +53,7 @@ def parse_metrics(spec):
             name, where = where, None
         if name not in known:
             raise UserError(f"--metrics {item.strip()}: not a metric; there are {', '.join(known)}")
+        if name in chosen:
+            raise UserError(f"--metrics {item.strip()}: named twice")
         chosen[name] = where
     return chosen

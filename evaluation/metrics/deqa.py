@@ -8,7 +8,6 @@ Symbols, with the released model's sizes:  B pictures, P = 1025 patches and a cl
 V = Q + 1 visual tokens, L = 92 tokens of text and picture, D the width of the part that is spoken of.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN as MEAN
 from transformers.image_utils import OPENAI_CLIP_STD as STD
 
 from engine.errors import UserError, one_line
-from engine.files import fetched
+from engine.files import fetched, read_json
 from rewards.base import Column
 from rewards.pictures import exact
 
@@ -294,7 +293,7 @@ class DeQA:
         self.device = torch.device(device)
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.float16)
         try:
-            config = json.loads((Path(folder) / "config.json").read_text())
+            config = read_json(Path(folder) / "config.json")
             with torch.device("meta"):          # no memory yet: each tensor of the files becomes a parameter
                 self.network = Network(config).eval().requires_grad_(False)
             self.size = config["visual_config"]["visual_model"]["image_size"]

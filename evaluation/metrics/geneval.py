@@ -22,10 +22,12 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2.functional import to_image
 
+from engine.configs import strict
 from engine.errors import UserError, one_line
-from engine.files import fetched, strict
+from engine.files import fetched
 from evaluation.picture_folders import Picture, first_of_each
 from rewards.base import Column
+from rewards.clip_model import network_config
 from rewards.pictures import exact
 
 COLUMNS = {"geneval": Column("GenEval (HF detector)", ".3f")}
@@ -283,6 +285,7 @@ class GenEval:
             name = CLIP[0]
             more = {"pretrained": str(files.clip), "force_quick_gelu": True}
         else:
+            network_config(files.clip)
             name = f"local-dir:{files.clip}"
             more = {}
         try:

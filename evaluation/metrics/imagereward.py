@@ -14,6 +14,7 @@ from torch import nn
 from transformers.image_utils import OPENAI_CLIP_MEAN as MEAN
 from transformers.image_utils import OPENAI_CLIP_STD as STD
 
+from engine.configs import check_folder
 from engine.errors import UserError, one_line
 from engine.files import fetched
 from rewards.base import Column
@@ -122,6 +123,7 @@ class ImageReward:
         except Exception as error:
             what = " ".join(str(error).split())[:200]
             raise UserError(f"{files.weights}: not an ImageReward: {what}") from error
+        check_folder(files.tokenizer)
         try:
             self.tokenizer = transformers.BertTokenizer.from_pretrained(files.tokenizer)
         except Exception as error:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from engine.errors import UserError
+from engine.errors import UserError, one_line
 from miniature import judge, world
 from rewards.base import Column
 from rewards.pictures import pixels
@@ -15,11 +15,18 @@ COLUMNS = {"realism": Column("realism", ".1%"),
 UNDEFINED = ("alignment",)  # which a prompt outside the miniature's world does not have
 
 
-def load_judge(model):
-    """The `Judge` that lies in a model's folder, or None."""
+def load_judge(model, side=world.SIZE):
+    """The `Judge` that lies in a model's folder, or None. Raises UserError if it cannot be read, or does not
+    see pictures of side x side pixels."""
     if not (Path(model) / "judge").is_dir():
         return None
-    return judge.load_judge(model)
+    if side != world.SIZE:
+        raise UserError(f"--size {side}: the judge in {model} sees {world.SIZE} x {world.SIZE} pixels; "
+                        "without that folder any size can be watched")
+    try:
+        return judge.load_judge(model)
+    except Exception as error:
+        raise UserError(f"{model}/judge: not the miniature's judge: {one_line(error)}") from error
 
 
 def fetch(where, args):

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from engine.errors import UserError
 from rewards.base import Column
 from rewards.pictures import pixels
 
@@ -31,7 +32,9 @@ def pixel_statistics(images):
 
 
 def fetch(where, args):
-    """It has no files."""
+    """It has no files. Raises UserError if it is given some."""
+    if where is not None:
+        raise UserError(f"it has no files, and {where} would not be read")
     return None
 
 

@@ -1,0 +1,172 @@
+"""What comes with weights is a stranger's: its configs make no library run code, their numbers are numbers
+before a network of that size is made, and no tensor of the network is missing."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import safe_open
+
+from engine.errors import UserError, one_line
+from engine.files import quiet, read_json
+
+OF_NETWORKS = ("config.json", "open_clip_config.json", "scheduler_config.json")
+WORD_LISTS = ("tokenizer.json", "vocab.json", "added_tokens.json")  # any word may stand there
+ADAPTER = "adapter_config.json"  # transformers would load it on top of the weights, from wherever it says
+TABLES = ("position_ids", "relative_position_index", "num_batches_tracked")  # whole numbers, and rightly so
+MOST_LAYERS = 1000
+LARGEST = 10**7
+
+
+# -------------------------------------------------------------------------------------------------- a folder
+def check_folder(folder):
+    """Raise UserError if a folder that a library is about to read holds what cannot be read to its end, such
+    as a pipe; a config that asks for code to be run, or whose numbers are none; or an adapter.
+
+    transformers would run the Python file that `auto_map` names, if `trust_remote_code` says so, and fetch
+    and run a kernel of the hub that `attn_implementation` names.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: not a folder")
+    for file in sorted(Path(folder).iterdir()):
+        if not file.is_file() and not file.is_dir():
+            raise UserError(f"{file}: not a file")
+        if file.name == ADAPTER:
+            raise UserError(f"{file}: adapters are not loaded; give the weights that they were merged into")
+        if file.suffix == ".json" and file.name not in WORD_LISTS:
+            check_config(file)
+
+
+def check_config(file):
+    """A config, a dict. Raises UserError if it asks for code to be run or, where a network is made of it,
+    holds a number that none can be made of."""
+    config = read_json(file)
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: not a config: it must be a JSON object")
+    is_network = file.name in OF_NETWORKS
+    for key, value in pairs(config):
+        if key in ("trust_remote_code", "auto_map") or asks_for_a_kernel(key, value):
+            raise UserError(f"{file.name} asks for code to be run ({key}), which is not done")
+        if is_network and isinstance(value, int | float):
+            most = MOST_LAYERS if "layers" in key else LARGEST
+            if not abs(value) <= most:  # so is nan
+                raise UserError(f"{file}: {key} {str(value)[:40]}: not a size of a network")
+    return config
+
+
+def asks_for_a_kernel(key, value):
+    """Whether a key of a config names an implementation of attention that is not the library's own."""
+    return key.endswith("attn_implementation") and "/" in str(value)
+
+
+def pairs(value, key=""):
+    """(key, value) of everything in a JSON value, at any depth; the items of a list have the list's key."""
+    if isinstance(value, dict):
+        for inner, item in value.items():
+            yield inner, item
+            yield from pairs(item, inner)
+    if isinstance(value, list):
+        for item in value:
+            if isinstance(item, dict | list):
+                yield from pairs(item, key)
+            else:
+                yield key, item
+
+
+# ---------------------------------------------------------------------------------------------- a key's value
+class Kind(NamedTuple):
+    """What the value of a key must be: in words, and a test of it."""
+    words: str
+    fits: Callable
+
+
+def is_whole(value):
+    return type(value) is int and value > 0
+
+
+def is_number(value):
+    return type(value) in (int, float) and abs(value) < 1e300  # so is not nan
+
+
+def is_positive(value):
+    return is_number(value) and value > 0
+
+
+def is_flag(value):
+    return type(value) is bool
+
+
+def are_whole(value):
+    return isinstance(value, list) and bool(value) and all(is_whole(item) for item in value)
+
+
+def is_number_or_null(value):
+    return value is None or is_number(value)
+
+
+def are_numbers(value):
+    return isinstance(value, list) and bool(value) and all(is_number(item) for item in value)
+
+
+def is_text(value):
+    return isinstance(value, str)
+
+
+WHOLE = Kind("a whole number above 0", is_whole)
+NUMBER = Kind("a finite number", is_number)
+POSITIVE = Kind("a finite number above 0", is_positive)
+NUMBER_OR_NULL = Kind("a finite number or null", is_number_or_null)
+NUMBERS = Kind("a list of finite numbers", are_numbers)
+TEXT = Kind("a text", is_text)
+FLAG = Kind("true or false", is_flag)
+WHOLES = Kind("a list of whole numbers above 0", are_whole)
+
+
+def one_of(*allowed):
+    """The `Kind` of a value that is one of a few."""
+    def is_allowed(value):
+        return any(value is one or (type(value) is type(one) and value == one) for one in allowed)
+    return Kind(" or ".join(repr(one) for one in allowed), is_allowed)
+
+
+def read_config(file, needed, optional=None):
+    """A config, a dict, whose keys are what they must be: needed and optional {key: `Kind`}. Raises
+    UserError."""
+    config = check_config(Path(file))
+    for key, kind in (needed | (optional or {})).items():
+        if key in config and not kind.fits(config[key]):
+            raise UserError(f"{file}: {key} {str(config[key])[:40]!r} must be {kind.words}")
+    for key, kind in needed.items():
+        if key not in config:
+            raise UserError(f"{file}: has no {key}, which must be {kind.words}")
+    return config
+
+
+# ---------------------------------------------------------------------------------------------- the weights
+def check_dtypes(folder):
+    """Raise UserError if a safetensors file of a folder holds whole numbers in place of weights."""
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():
+                dtype = opened.get_slice(name).get_dtype()
+                if dtype[0] in "IU" and not name.endswith(TABLES):
+                    raise UserError(f"{file}: {name} holds {dtype}, which are no weights")
+
+
+def strict(cls, folder, dtype, unread=(), **options):
+    """cls.from_pretrained(folder, **options) on the CPU in `dtype`, evaluating, frozen. Raises UserError if
+    the file lacks a tensor of the model, or holds one that is not read and starts with none of `unread`; or
+    if a config asks for code to be run."""
+    quiet()
+    check_folder(folder)
+    try:
+        check_dtypes(folder)
+        model, found = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)
+    except Exception as error:
+        raise UserError(f"{folder}: cannot be loaded as {cls.__name__}: {one_line(error)}") from error
+    unknown = [name for name in found["unexpected_keys"] if not name.startswith(tuple(unread))]
+    odd = [*found["missing_keys"], *found.get("mismatched_keys", []), *unknown]
+    if odd:
+        raise UserError(f"{folder}: not a {cls.__name__}: {len(odd)} tensors are missing or not its own, "
+                        f"such as {odd[0]}")
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,240 @@
+"""What a run's log says: its curves, its looks at the watched pictures, the numbers at its end."""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean, median
+from typing import NamedTuple
+
+from engine.errors import printable
+from evaluation.metrics import judge, reward, statistics
+from evaluation.metrics.statistics import STATISTICS
+from rewards.base import Column
+
+POINTS = 1000         # of a curve: more cannot be seen
+NOT_COMPARED = ("out", "resume", "overwrite", "explain", "plan")  # flags that make no difference to a result
+
+
+class Run(NamedTuple):
+    """What is known of a run."""
+    name: str
+    args: dict       # its flags
+    flags: str       # the same as one line; "" if that is not known
+    status: str      # "running", "stopped" or "finished"
+    state: dict      # what it remembers, as in a checkpoint; may be empty
+    prompts: list    # of the watched pictures; empty if they are not known
+    lines: list      # of log.jsonl
+    samples: dict    # {step: file of the watched pictures}
+    summary: dict    # of summary.json; empty before the run is finished
+
+    @property
+    def step(self):
+        """The last update that was logged."""
+        return self.lines[-1]["step"] if self.lines else 0
+
+
+def read_log(path):
+    """The lines of a log.jsonl, dicts with a step, by step. A line that a kill cut short is left out. Raises
+    OSError."""
+    by_step = {}
+    for text in Path(path).read_bytes().splitlines():
+        try:
+            line = json.loads(text)
+            if type(line["step"]) is int and line["step"] > 0:
+                by_step[line["step"]] = line
+        except (ValueError, TypeError, LookupError, RecursionError):
+            pass
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def number(value):
+    """A finite number of a log as a float; None for anything else."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+# ------------------------------------------------------------------------------------- the watched pictures
+def looks(run):
+    """{step: {name: mean of the watched pictures}} of the looks at them; step 0 if the run remembers it."""
+    found = {}
+    if run.state.get("before"):
+        found[0] = {}
+        for name, values in run.state["before"].items():
+            finite = [value for value in values if number(value) is not None]
+            found[0][name] = mean(finite) if finite else None
+    for line in run.lines:
+        if isinstance(line.get("watch"), dict):
+            found[line["step"]] = line["watch"]
+    return found
+
+
+def spoke(run):
+    """{step: warnings} of the looks at which the gauge spoke."""
+    found = {}
+    for line in run.lines:
+        if isinstance(line.get("hacking"), list) and line["hacking"]:
+            found[line["step"]] = [printable(text) for text in line["hacking"]]
+    return found
+
+
+def best_step(run):
+    """The step whose weights are in weights_best/: the highest SGP gap at which the gauge was silent. None if
+    there is none."""
+    warned = spoke(run)
+    best = None
+    highest = -math.inf
+    for step, means in looks(run).items():
+        sgp = number(means.get("sgp"))
+        if step > 0 and step not in warned and sgp is not None and sgp > highest:
+            best = step
+            highest = sgp
+    return best
+
+
+# ---------------------------------------------------------------------------------------------------- curves
+def curve(dicts, name, scale=1):
+    """[[step, value]] of one name in {step: dict}, where it is a finite number."""
+    points = []
+    for step, values in dicts.items():
+        value = number(values.get(name))
+        if value is not None:
+            points.append([step, float(f"{value * scale:.5g}")])
+    stride = 1 + len(points) // POINTS
+    return points[:-1][::stride] + points[-1:]
+
+
+def curves(run):
+    """{title of a chart: {name of a curve: [[step, value]]}}, in the order of the page."""
+    lines = {line["step"]: line for line in run.lines}
+    watched = looks(run)
+    drift = {0: dict.fromkeys(STATISTICS, 0.0)}
+    for step, line in lines.items():
+        if isinstance(line.get("drift"), dict):
+            drift[step] = line["drift"]
+    branches = {name: None for line in run.lines for name in line if name.startswith("reward_")}
+    found = {"SGP gap": {"watched": curve(watched, "sgp"), "training": curve(lines, "sgp")},
+             "Reward in training, by branch": {name[7:]: curve(lines, name) for name in branches},
+             "Reward of the watched pictures": {"watched": curve(watched, "reward")},
+             "Judge: % of the watched pictures": {name: curve(watched, name, 100) for name in judge.COLUMNS}}
+    shown = {"sgp", "reward", *judge.COLUMNS, *STATISTICS}
+    for name in {name: None for means in watched.values() for name in means if name not in shown}:
+        found[f"{printable(name)} of the watched pictures"] = {"watched": curve(watched, name)}
+    for name in STATISTICS:
+        found[f"Drift of {name}"] = {"watched": curve(drift, name)}
+    found["Gradient norm, before clipping"] = {"norm": curve(lines, "grad_norm")}
+    found["Seconds of an update"] = {"update": curve(lines, "seconds_update"),
+                                     "rollout": curve(lines, "seconds_rollout")}
+    return found
+
+
+def band_of(run, title):
+    """[low, high] of the band that is shaded in a chart; None if it has none."""
+    for name, limit in zip(STATISTICS, run.args["drift_band"], strict=True):
+        if title == f"Drift of {name}":
+            return [-limit, limit]
+    return None
+
+
+def charts(runs):
+    """[{title, curves, bands}]: the charts of all runs, their curves in common axes. A curve's "kind" is its
+    place among those of its own run."""
+    found = defaultdict(lambda: {"curves": [], "bands": []})
+    for i, run in enumerate(runs):
+        for title, by_name in curves(run).items():
+            chart = found[title]
+            for kind, (name, points) in enumerate(by_name.items()):
+                if points:
+                    told = {"run": i, "kind": kind, "name": printable(name), "points": points}
+                    chart["curves"].append(told)
+            band = band_of(run, title)
+            if band and band not in chart["bands"]:
+                chart["bands"].append(band)
+    return [{"title": title, **chart} for title, chart in found.items() if chart["curves"]]
+
+
+def seconds_of(run):
+    """Seconds of an update and its rollout, the median of the last twenty; None if the log has none."""
+    each = []
+    for line in run.lines[-20:]:
+        seconds = [number(line.get(name)) for name in ("seconds_update", "seconds_rollout")]
+        if None not in seconds:
+            each.append(sum(seconds))
+    return median(each) if each else None
+
+
+def pace(run):
+    """Seconds from an update to the next, the looks at the watched pictures included, by the clock of their
+    files; before there are two of them, by the log. None if nothing tells."""
+    times = [(step, path.stat().st_mtime) for step, path in run.samples.items()]
+    each = []
+    for (step, time), (next_step, next_time) in zip(times, times[1:], strict=False):
+        each.append((next_time - time) / (next_step - step))
+    return median(each) if each else seconds_of(run)
+
+
+# ---------------------------------------------------------------------------------------------------- tables
+def rows_of(run):
+    """{label: {name: (mean, standard error or None)}} of a run: of its evaluation before and after (--eval),
+    where it is finished and had one, and of its watched pictures before, at their best and last."""
+    found = {}
+    for when in ("before", "after"):
+        row = run.summary.get(when)
+        if row:
+            found[f"{when}, evaluated"] = {name: (value["mean"], value["se"])
+                                           for name, value in row.items() if value}
+    seen = looks(run)
+    for word, step in {"before": 0, "best": best_step(run), "last": max(seen, default=None)}.items():
+        if step in seen:
+            means = {name: (value, None) for name, value in seen[step].items()}
+            found[f"{word}, watched (step {step})"] = means
+    return found
+
+
+def numbers(runs):
+    """[[cell]], the head first, of the numbers of a run; of several, those that each ends with."""
+    rows = {}
+    for run in runs:
+        mine = rows_of(run)
+        if len(runs) == 1:
+            rows = mine
+        elif mine:
+            label = "after, evaluated" if "after, evaluated" in mine else list(mine)[-1]
+            rows[f"{printable(run.name)}: {label}"] = mine[label]
+    known = reward.COLUMNS | statistics.COLUMNS | judge.COLUMNS
+    names = {name: None for row in rows.values() for name in row}
+    columns = {name: known.get(name, Column(printable(name), "+.3f")) for name in names}
+    found = [["", *(column.title for column in columns.values())]]
+    for label, row in rows.items():
+        cells = [cell(column, *row.get(name, (None, None))) for name, column in columns.items()]
+        found.append([label, *cells])
+    return found
+
+
+def cell(column, value, error):
+    """A number in the format of its `Column`, with its standard error if it has one; "-" if it is none."""
+    if number(value) is None:
+        return "-"
+    if number(error) is None:
+        return format(value, column.format)
+    return f"{format(value, column.format)} ± {format(error, column.format.lstrip('+'))}"
+
+
+def flags_that_differ(runs):
+    """[[cell]], the head first, of the flags in which runs differ."""
+    found = [["flag", *(printable(run.name) for run in runs)]]
+    for name in {name: None for run in runs for name in run.args if name not in NOT_COMPARED}:
+        values = [as_typed(run.args.get(name)) for run in runs]
+        if len(set(values)) > 1:
+            found.append([f"--{printable(name).replace('_', '-')}", *values])
+    return found
+
+
+def as_typed(value):
+    """A flag's value, about as it would be typed."""
+    if isinstance(value, list):
+        return ", ".join(map(as_typed, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "off" if value is None else printable(value)

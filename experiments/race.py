@@ -1,0 +1,82 @@
+"""How long until the pictures are photos? Recipes race to a realism on the miniature, timed update by update.
+
+    python -m experiments.race --model miniature
+
+Only updates are timed; after each, held-out prompts are sampled and judged, off the clock. The released recipe
+is also timed with the released loop's habits, which change its seconds and not its pictures.
+"""
+
+import sys
+from statistics import median
+from typing import NamedTuple
+
+import train
+from engine import parallel, plan
+from engine.command_line import Parser, real, whole
+from engine.errors import UserError, frame
+from experiments import bench
+
+LIMIT = 60  # updates after which a recipe has not arrived
+
+
+class Lap(NamedTuple):
+    """A recipe's race: updates until it arrived, seconds of one (median) and of all, FLOP of one."""
+    updates: int
+    each: float
+    total: float
+    flop: int
+
+
+def flags(argv):
+    """This script's own flags, and those of train.py that are for every recipe. Raises UserError."""
+    parser = Parser(__doc__)
+    parser.add_argument("--goal", type=real(0, 1), default=0.9, help="share of pictures that the judge calls photos")
+    parser.add_argument("--pictures", type=whole(8), default=128, help="held-out pictures that are judged")
+    return parser.parse_known_args(argv)
+
+
+def race(name, others, own, world):
+    """Train with a recipe until the goal; its `Lap`. Raises UserError for a model that has no judge."""
+    a = train.flags([*others, "--recipe", name, "--watch", str(own.pictures)])
+    a.steps = LIMIT
+    run = train.set_up(a, world)
+    if run.watched.judge is None:
+        raise UserError(f"--model {a.model}: it has no judge, and nothing else knows what a photo is")
+    seconds = []
+    for step in range(1, LIMIT + 1):
+        phases = bench.one_update(a, run, [], step)
+        seconds.append(sum(phases.values()))
+        _, scores = run.watched.look(own.pictures, f"{name}, update {step}")
+        if scores["realism"].mean() >= own.goal:
+            break
+    else:
+        raise UserError(f"--recipe {name}: {LIMIT} updates did not reach a realism of {own.goal:.0%}")
+    return Lap(len(seconds), median(seconds), sum(seconds), plan.update_flop(train.job(a)))
+
+
+def with_habits(others, world, repeats=3):
+    """Median seconds of one released update made with the released loop's habits."""
+    a = train.flags([*others, "--recipe", "released"])
+    run = train.set_up(a, world)
+    times = [sum(bench.one_update(a, run, bench.HABITS).values()) for _ in range(repeats)]
+    return median(times)
+
+
+def main():
+    with frame("race"):
+        own, others = flags(sys.argv[1:])
+        world = parallel.World()
+        laps = {name: race(name, others, own, world) for name in ("fast", "released")}
+        slow = with_habits(others, world)
+        released = laps["released"]
+        laps["released, with the released loop's habits"] = Lap(released.updates, slow, slow * released.updates,
+                                                                released.flop)
+        print(f"\nto a realism of {own.goal:.0%} on {own.pictures} held-out pictures, one CPU thread\n")
+        print(f"{'recipe':46}{'updates':>8}{'s each':>9}{'s in all':>10}{'ratio':>7}{'GFLOP each':>12}")
+        for name, lap in laps.items():
+            ratio = lap.total / laps["fast"].total
+            print(f"{name:46}{lap.updates:>8}{lap.each:>9.3f}{lap.total:>10.2f}{ratio:>7.2f}{lap.flop / 1e9:>12.2f}")
+
+
+if __name__ == "__main__":
+    main()
