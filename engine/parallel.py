@@ -16,12 +16,18 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
 
+from engine.configs import check_config, check_folder
 from engine.errors import UserError, printable
-from engine.files import read_json
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 ONE_FILE = "diffusion_pytorch_model.safetensors"
@@ -44,20 +50,21 @@ class World:
     """This process among all: rank, size, device, the mesh to shard over (None: one process on a CPU), and
     the dtype to compute in: bf16 on a GPU, float32 on a CPU. Masters and optimizer are float32."""
 
-    def __init__(self, replicas=1, patience=timedelta(minutes=30)):
+    def __init__(self, replicas=1, patience=timedelta(minutes=30), mesh=False):
         """Join the processes that torchrun started, if it did, and take this one's GPU, or one CPU thread.
 
         `replicas` is HSDP's: the parameters are sharded over size / replicas neighbours (a node) and
         replicated between them; UserError if it does not divide the size. `patience` is how long a process
-        waits for the others.
+        waits for the others. `mesh` asks for a mesh of one process on a CPU too, for what only FSDP2 can do
+        (`memory.needs_mesh`).
         """
         gpu = torch.cuda.is_available()
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
-        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if gpu and neighbours > torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node {neighbours}: there are {torch.cuda.device_count()} GPUs")
+        self.neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
+        if gpu and self.neighbours > torch.cuda.device_count():
+            raise UserError(f"--nproc_per_node {self.neighbours}: there are {torch.cuda.device_count()} GPUs")
         if self.size % replicas:
             raise UserError(f"--replicas {replicas}: does not divide the {self.size} processes")
         self.device, self.dtype = device_and_dtype(local)
@@ -69,7 +76,7 @@ class World:
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=patience)
-        elif gpu:  # one process without torchrun: FSDP2 wants a process group all the same
+        elif gpu or mesh:  # one process without torchrun: FSDP2 wants a process group all the same
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if dist.is_initialized():
             if replicas > 1:
@@ -136,18 +143,29 @@ def blocks_of(transformer):
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
-def shard(transformer, world):
+def shard(transformer, world, offload=False, replicated=(), hold=None):
     """FSDP2: every block its own unit, the rest one more. Compute in world.dtype, reduce gradients in
     float32.
+
+    With `offload` the shards lie in the host's memory, their gradients too, and each unit is copied to the
+    GPU when its turn comes. The parameters in `replicated` are left out: every process keeps them whole, in
+    the dtype that they have. `hold` says whether `gathered` keeps the copies over a rollout; None: with more
+    than one process.
 
     cast_forward_inputs is off, since it would cast timesteps, ids and RoPE tables too: `Flux.velocity` casts
     its own.
     """
     policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
-    for block in blocks_of(transformer):
-        fully_shard(block, mesh=world.mesh, mp_policy=policy)
-    fully_shard(transformer, mesh=world.mesh, mp_policy=policy)
+    if offload:
+        # Copies between a GPU and pinned memory are fast and need not be waited for.
+        where = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+    else:
+        where = OffloadPolicy()
+    for unit in [*blocks_of(transformer), transformer]:
+        fully_shard(unit, mesh=world.mesh, mp_policy=policy, offload_policy=where,
+                    ignored_params=set(replicated))
+    transformer.hold_in_rollouts = world.size > 1 if hold is None else hold
 
 
 def my_rows(parameter):
@@ -168,42 +186,87 @@ def weight_files(folder):
     """{parameter name: file} of a diffusers transformer folder, sharded or one file."""
     folder = Path(folder)
     if (folder / INDEX).exists():
-        return {name: folder / file for name, file in read_json(folder / INDEX)["weight_map"].items()}
+        index = check_config(folder / INDEX).get("weight_map")
+        if not isinstance(index, dict) or not all(is_file_name(file) for file in index.values()):
+            raise UserError(f"{folder / INDEX}: has no weight_map of tensors and the files beside it")
+        return {name: folder / file for name, file in index.items()}
     with safe_open(folder / ONE_FILE, "pt") as file:
         return {name: folder / ONE_FILE for name in file.keys()}
 
 
-def load_sharded(kind, folder, device, dtype, world=None):
+def is_file_name(name):
+    """Whether a value is the name of a file in a folder, and leads nowhere else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name
+
+
+def own_parameters(network):
+    """{name: parameter} as a network has them without adapters. To a layer that has one, peft gives another
+    name, base_layer, and its adapter's matrices are lora_A and lora_B beside it."""
+    found = {}
+    for name, parameter in network.named_parameters():
+        if ".lora_A." not in name and ".lora_B." not in name:
+            found[name.replace(".base_layer.", ".")] = parameter
+    return found
+
+
+def on_meta(kind, folder):
+    """(a diffusers model of class `kind`, without memory; {name: slice of a file} of its tensors). Raises
+    UserError if a tensor is missing, or not its own."""
+    check_folder(folder)
+    with torch.device("meta"):
+        network = kind.from_config(kind.load_config(folder))
+    return network, must_be_whole(network, folder)
+
+
+def load_sharded(kind, folder, device, dtype, world=None, layout=None):
     """A diffusers model of class `kind` from its folder; with a world that has a mesh: sharded over it, in
-    float32.
+    float32, or as a `memory.Layout` says.
 
     Built on meta, and each rank reads only its own rows of each tensor, so no process ever holds a full copy.
     Raises UserError if names or shapes differ from the config's.
     """
     sharded = world is not None and world.mesh is not None
-    with torch.device("meta"):
-        network = kind.from_config(kind.load_config(folder))
-    network.to(torch.float32 if sharded else dtype)
-    if sharded:
-        shard(network, world)
+    network, tensors = on_meta(kind, folder)
+    if layout is not None:
+        device = layout.prepare(network, world)
+    else:
+        network.to(torch.float32 if sharded else dtype)
+        if sharded:
+            shard(network, world)
     network.to_empty(device=device)
+    for name, parameter in own_parameters(network).items():
+        fill(parameter, tensors[name])
+    if layout is not None:
+        layout.start(network)
+    return network
+
+
+@torch.no_grad()
+def fill(parameter, tensor):
+    """Copy this rank's rows of a full tensor, or of a slice of a file, into a parameter."""
+    first, last = my_rows(parameter)
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    local.copy_(tensor[first:last].to(local.dtype))
+
+
+def must_be_whole(network, folder):
+    """{name: slice of a file} of a network's tensors, each there and of its shape, and no other: known before
+    the network takes any memory. Raises UserError."""
     files = weight_files(folder)
-    parameters = dict(network.named_parameters())
-    if files.keys() != parameters.keys():
-        odd = sorted(files.keys() ^ parameters.keys())
-        raise UserError(f"{folder}: {len(odd)} tensors are missing or not {kind.__name__}'s, "
+    shapes = {name: list(parameter.shape) for name, parameter in network.named_parameters()}
+    if files.keys() != shapes.keys():
+        odd = sorted(files.keys() ^ shapes.keys())
+        raise UserError(f"{folder}: {len(odd)} tensors are missing or not {type(network).__name__}'s, "
                         f"such as {odd[0]}")
     opened = {file: safe_open(file, "pt") for file in set(files.values())}
-    for name, parameter in parameters.items():
-        tensor = opened[files[name]].get_slice(name)
-        if list(tensor.get_shape()) != list(parameter.shape):
-            raise UserError(f"{folder}: {name} is {tensor.get_shape()}, the config says "
-                            f"{list(parameter.shape)}")
-        first, last = my_rows(parameter)
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        with torch.no_grad():
-            local.copy_(tensor[first:last])
-    return network
+    tensors = {}
+    for name, shape in shapes.items():
+        tensors[name] = opened[files[name]].get_slice(name)
+        if list(tensors[name].get_shape()) != shape:
+            raise UserError(f"{folder}: {name} is {tensors[name].get_shape()}, the config says {shape}")
+        if tensors[name].get_dtype()[0] not in "FB":
+            raise UserError(f"{folder}: {name} holds {tensors[name].get_dtype()}, which are no weights")
+    return tensors
 
 
 def clock(device):
@@ -221,13 +284,25 @@ def full(tensor):
 @contextmanager
 def gathered(transformer):
     """Inside, the parameters are gathered once and stay: 58 all-gathers for a rollout of FLUX.1-dev instead
-    of 1,425. With one process there is nothing to gather, and unsharding would only copy."""
-    blocks = [m for m in transformer.modules() if isinstance(m, FSDPModule)]
-    if not blocks or dist.get_world_size() == 1:
+    of 1,425. With one process there is nothing to gather, and unsharding would only copy; unless the
+    parameters lie on the host, and there is room on the GPU for a copy of all.
+
+    At the end every unit is resharded. One that is not would go on with its copy after the next step of the
+    optimizer, which sees the shards alone; and `transformer.parameters()` would give the copies."""
+    if not isinstance(transformer, FSDPModule):
         yield
         return
-    transformer.set_reshard_after_forward(False)
-    yield
-    for module in blocks:  # reshard() is not recursive
-        module.reshard()
-    transformer.set_reshard_after_forward(True)
+    if transformer.hold_in_rollouts:
+        transformer.set_reshard_after_forward(False)
+    try:
+        yield
+    finally:
+        reshard(transformer)
+        transformer.set_reshard_after_forward(True)
+
+
+def reshard(transformer):
+    """Free the gathered copies of all parameters, if there are any."""
+    for module in transformer.modules():  # a module's own reshard() is not recursive
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -2,7 +2,7 @@
 
 The real modules run on fake tensors, which have shapes and no values: so are FLOP and saved activations
 counted. The rest is arithmetic: FSDP2 with float32 masters holds 16 bytes per parameter (parameter, gradient,
-two moments), divided by the ranks that shard it.
+two moments), divided by the ranks that shard it. `held` does it for every --memory.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from engine import lora
 from engine.errors import UserError
+from engine.memory import HELD_ON_THE_GPU, ON_THE_HOST, is_lean, parts_used, stored_in_fp8
 from engine.parallel import blocks_of
 
 MIB, GIB = 2**20, 2**30
@@ -44,6 +46,8 @@ class Job:
     # image side on one picture, with a gradient or not; how often that runs for an image, 0 for a reward that
     # is held out. A function, and not the list: under fake tensors the networks that it makes take no memory.
     reward_networks: Callable
+    lora: int | None = None  # rank of the adapters that are trained; None: all weights are
+    memory: str = "masters"  # how they lie in memory: a --memory other than auto
 
 
 class Counts(NamedTuple):
@@ -56,15 +60,30 @@ class Counts(NamedTuple):
     forward: int        # FLOP of one call of the transformer
     decode: int         # FLOP of one decoded picture
     reward: int         # FLOP of one picture's rewards
+    shapes: list        # a `Shape` for every parameter of the transformer
+    adapters: int       # parameters that adapters of rank 1 have
+    lean_path: int      # reward_path and frozen, when `memory.is_lean`
+    lean_frozen: int
+
+
+class Shape(NamedTuple):
+    """Of a parameter, divided among the processes by its rows."""
+    rows: int
+    row: int      # numbers in a row
+    in_fp8: bool  # whether --memory fp8 stores it so
+
+    def numel(self, shards):
+        """The numbers that the first of some processes holds."""
+        return -(-self.rows // shards) * self.row
 
 
 @dataclass
 class Prediction:
     """One update of one process: memory and communication in bytes, work in FLOP."""
     all_parameters: int     # a number, not bytes: the transformer's, of all processes together
-    parameters: float       # float32 masters
+    parameters: float       # on the GPU; so are gradients and optimizer
     gradients: float
-    optimizer: float        # Adam's two moments
+    optimizer: float        # Adam's two moments, and what else it keeps
     activations: int
     gathered: int
     reward_path: int
@@ -76,6 +95,8 @@ class Prediction:
     decode: int
     reward: int
     received: float
+    host: float             # in the host's memory, of this process
+    bus: float              # copied between the host and the GPU
 
     @property
     def peak(self):
@@ -156,6 +177,24 @@ def saved_by_transformer(transformer, job, dtype):
     return inputs + whole / len(blocks_of(transformer))
 
 
+def saved_by_decoder(vae, z):
+    """Bytes that decoding saves when the decoder's parts are recomputed in the backward: the inputs of all,
+    and the largest part's own, which it has again when its turn comes."""
+    parts = [vae.decoder.mid_block, *vae.decoder.up_blocks]
+    inputs = {}
+
+    def note(part, arguments):
+        inputs[part] = arguments
+
+    hooks = [part.register_forward_pre_hook(note) for part in parts]
+    vae.decode(z)
+    for hook in hooks:
+        hook.remove()
+    largest = max(saved_by(vae.parameters(), part, *inputs[part]) for part in parts)
+    vae.enable_gradient_checkpointing()
+    return largest + saved_by(vae.parameters(), vae.decode, z)
+
+
 def parameters_of(module):
     """The number of a module's parameters."""
     return sum(p.numel() for p in module.parameters())
@@ -178,25 +217,39 @@ def count(job, compute_dtype):
         z = torch.zeros(1, vae.config.latent_channels, side, side, dtype=compute_dtype, requires_grad=True)
         decode_flop = flop_of(vae.decode, z)
         path = saved_by(vae.parameters(), vae.decode, z)
-        frozen = bytes_of(vae)
+        lean_path = saved_by_decoder(vae, z)
+        frozen = lean_frozen = bytes_of(vae)
 
         reward_flop = 0
         for network, call, times in job.reward_networks():
             frozen += bytes_of(network)
+            # Lean, the image side alone is there, in two bytes a number instead of four.
+            lean_frozen += sum(bytes_of(part) for part in parts_used(network, call)) / 2
             if times:  # one that is held out is only kept
                 reward_flop += times * flop_of(call)
-                path += times * saved_by(network.parameters(), call, grad=True)
+                saved = times * saved_by(network.parameters(), call, grad=True)
+                path += saved
+                lean_path += saved / 2
 
+        shapes = []
+        for name, parameter in transformer.named_parameters():
+            row = parameter.numel() // len(parameter)
+            shapes.append(Shape(len(parameter), row, stored_in_fp8(name, parameter)))
+        layers = lora.layers_of(transformer).values()
         largest = max(parameters_of(block) for block in blocks_of(transformer))
         return Counts(parameters=parameters_of(transformer), largest_block=largest, activations=activations,
-                      reward_path=path, frozen=frozen, forward=once, decode=decode_flop, reward=reward_flop)
+                      reward_path=path, frozen=frozen, forward=once, decode=decode_flop, reward=reward_flop,
+                      shapes=shapes, adapters=sum(layer.in_features + layer.out_features for layer in layers),
+                      lean_path=lean_path, lean_frozen=lean_frozen)
 
 
 # ------------------------------------------------------------------------------------------------- arithmetic
 def flop_per_call(job, once):
     """FLOP of one call with a gradient, when `once` is that of a forward. The backward is twice as much: a
-    gradient for the inputs, and one for the parameters. Activation checkpointing runs the forward again."""
-    return once * (4 if job.checkpointing else 3)
+    gradient for the inputs, and one for the parameters, which frozen ones need not (the adapters' own work, a
+    hundredth, is left out). Activation checkpointing runs the forward again."""
+    backward = 1 if job.lora else 2
+    return once * (1 + backward + job.checkpointing)
 
 
 def forward_flop(job):
@@ -212,6 +265,74 @@ def update_flop(job):
     return job.batch * job.accumulate * (job.rollout_steps * once + job.calls * flop_per_call(job, once))
 
 
+class Held(NamedTuple):
+    """What one process holds of the transformer, in bytes: on the GPU, but for `host`."""
+    parameters: float
+    gradients: float
+    optimizer: float
+    gathered: float             # while a block computes, in forward or backward
+    gathered_in_rollout: float
+    host: float = 0
+    copied: float = 0           # from the host, to compute with every block once
+
+
+def held(job, counts, world_size, compute_dtype):
+    """The `Held` of one process of world_size: what FSDP2 does with the layouts of engine/memory.py."""
+    shards = world_size // job.replicas
+    width = compute_dtype.itemsize
+    all_of_it = counts.parameters
+    block = counts.largest_block
+    adapters = (job.lora or 0) * counts.adapters
+    # A block computes with a copy gathered from all ranks, in the compute dtype, and frees it afterwards.
+    # Meanwhile the next block is gathered, so that computing need not wait for the network: two copies at a
+    # time. In the backward, the block's gradient stands beside them, and a float32 copy of it, on the way to
+    # the mean over the ranks.
+    copies = 2 * width * block
+    with_gradient = copies + (width + 4) * block
+    # The rollout calls every block many times and keeps all copies until its end (see parallel.gathered). One
+    # process copies each block when its turn comes: there is nobody to wait for.
+    in_rollout = width * all_of_it if world_size > 1 else 0
+
+    if job.memory == "masters":
+        if world_size == 1 and compute_dtype == torch.float32:
+            with_gradient = 0  # the masters themselves compute
+        return Held(4 * all_of_it / shards, 4 * all_of_it / shards, 8 * all_of_it / shards, with_gradient,
+                    in_rollout)
+    if job.memory == "split":  # the optimizer has the lower half of the masters and two moments
+        return Held(2 * all_of_it / shards, 2 * all_of_it / shards, 6 * all_of_it / shards, with_gradient,
+                    in_rollout)
+    if job.memory in ("offload", "stream"):
+        coming = 2 * 4 * block / shards  # the shards of two blocks as they come from the host
+        if job.memory == "offload":
+            in_rollout = width * all_of_it + coming
+        else:
+            in_rollout = copies + coming
+        host = 2 * pinned([4 * shape.numel(shards) for shape in counts.shapes]) + 8 * all_of_it / shards
+        return Held(0, 0, 0, with_gradient + coming, in_rollout, host, 4 * all_of_it / shards)
+
+    trained = adapters / shards
+    of_block = adapters * block / all_of_it  # about what stands beside the largest block
+    if job.memory == "bf16":  # the base is whole everywhere, and computes as it is
+        in_rollout = width * adapters if world_size > 1 else 0
+        return Held(2 * all_of_it + 4 * trained, 4 * trained, 8 * trained, (3 * width + 4) * of_block,
+                    in_rollout)
+    stored = [(1 if shape.in_fp8 else 2) * shape.numel(shards) for shape in counts.shapes]
+    cast = copies + width * block  # two blocks that are gathered, and the next one's shard, cast
+    with_gradient = cast + (3 * width + 4) * of_block
+    if job.memory == "fp8":
+        return Held(sum(stored) + 4 * trained, 4 * trained, 8 * trained, with_gradient, cast)
+    coming = block / shards
+    # The adapters' matrices are small, so they are taken as rounded up by half.
+    return Held(0, 0, 0, with_gradient + coming, cast + coming, pinned(stored) + (1.5 * 8 + 8) * trained,
+                sum(stored) + 4 * trained)
+
+
+def pinned(sizes):
+    """Bytes that tensors of these sizes take in the host's memory when a GPU copies them there or from there:
+    torch rounds each up to a power of two."""
+    return sum(2 ** (size - 1).bit_length() for size in sizes)
+
+
 def predict(job, world_size, compute_dtype):
     """The `Prediction` for one process of world_size."""
     return divide(job, count(job, compute_dtype), world_size, compute_dtype)
@@ -219,55 +340,46 @@ def predict(job, world_size, compute_dtype):
 
 def divide(job, counts, world_size, compute_dtype):
     """The `Prediction` for one process of world_size, from what was counted for all."""
-    if world_size % job.replicas:
-        raise UserError(f"--replicas {job.replicas}: does not divide the {world_size} processes")
+    check_replicas(job.replicas, world_size)
     shards = world_size // job.replicas
-    width = compute_dtype.itemsize
-
-    # FSDP2 divides everything float32 among the shards of a group.
-    parameters = 4 * counts.parameters / shards
-    gradients = 4 * counts.parameters / shards
-    optimizer = 8 * counts.parameters / shards
-
-    # A block computes with a copy gathered from all ranks, in the compute dtype, and frees it afterwards.
-    # Meanwhile the next block is gathered, so that computing need not wait for the network: two copies at a
-    # time. In the backward, the block's gradient stands beside them, and a float32 copy of it, on the way to
-    # the mean over the ranks.
-    gathered = counts.largest_block * (2 * width + width + 4)
-    # The rollout calls every block many times and keeps all copies until its end (see parallel.gathered). But
-    # it saves no activations, and the first one of an update finds no gradients. So either may be the peak.
-    gathered_in_rollout = width * counts.parameters
-    if world_size == 1:
-        gathered_in_rollout = 0  # each block is copied when its turn comes: there is nobody to wait for
-        if compute_dtype == torch.float32:
-            gathered = 0  # the masters themselves compute
+    has = held(job, counts, world_size, compute_dtype)
+    trained = job.lora * counts.adapters if job.lora else counts.parameters
 
     activations = job.batch * counts.activations
-    reward_path = job.batch * counts.reward_path
-    peak_in_update = (parameters + gradients + optimizer + activations + gathered + reward_path
-                      + counts.frozen)
-    peak_in_rollout = parameters + optimizer + gathered_in_rollout + counts.frozen
+    reward_path = job.batch * (counts.lean_path if is_lean(job.memory) else counts.reward_path)
+    frozen = counts.lean_frozen if is_lean(job.memory) else counts.frozen
+    # The rollout saves no activations, and the first one of an update finds no gradients. So either may be
+    # the peak.
+    peak_in_update = (has.parameters + has.gradients + has.optimizer + activations + has.gathered
+                      + reward_path + frozen)
+    peak_in_rollout = has.parameters + has.optimizer + has.gathered_in_rollout + frozen
     if job.accumulate > 1:
-        peak_in_rollout += gradients
+        peak_in_rollout += has.gradients
 
-    # The parameters are gathered once for the rollout and twice a call, in forward and backward. After each
-    # call the float32 gradients are averaged in the group, where one share of all is this process's own, and
-    # then each share between the groups.
-    gathers = 1 + 2 * job.calls
-    received = (shards - 1) / shards * counts.parameters * (gathers * width + job.calls * 4)
-    received += job.calls * gradients * 2 * (job.replicas - 1) / job.replicas
+    # What is sharded is gathered for the rollout, once or at every step, and twice a call, in forward and
+    # backward. After each call the float32 gradients are averaged in the group, where one share of all is
+    # this process's own, and then each share between the groups.
+    steps = 1 if job.memory in HELD_ON_THE_GPU else job.rollout_steps
+    passes = steps + 2 * job.calls
+    sharded = trained if job.memory == "bf16" else counts.parameters
+    received = (shards - 1) / shards * (sharded * passes * compute_dtype.itemsize + trained * job.calls * 4)
+    received += job.calls * 4 * trained / shards * 2 * (job.replicas - 1) / job.replicas
+    # The same from the host's memory; and the gradients go back there.
+    bus = 0
+    if job.memory in ON_THE_HOST:
+        bus = has.copied * passes + job.calls * 4 * trained / shards
 
     images = job.batch * job.accumulate
     return Prediction(
-        all_parameters=counts.parameters, parameters=parameters, gradients=gradients, optimizer=optimizer,
-        activations=activations, gathered=gathered, reward_path=reward_path, frozen=counts.frozen,
-        peak_in_update=peak_in_update, peak_in_rollout=peak_in_rollout,
+        all_parameters=counts.parameters, parameters=has.parameters, gradients=has.gradients,
+        optimizer=has.optimizer, activations=activations, gathered=has.gathered, reward_path=reward_path,
+        frozen=frozen, peak_in_update=peak_in_update, peak_in_rollout=peak_in_rollout,
         rollout=images * job.rollout_steps * counts.forward,
         update=images * job.calls * flop_per_call(job, counts.forward),
         # frozen networks: the backward is once the forward, for there is no gradient for parameters
-        decode=images * job.calls * 2 * counts.decode,
+        decode=images * job.calls * (3 if is_lean(job.memory) else 2) * counts.decode,
         reward=images * job.calls * 2 * counts.reward,
-        received=job.accumulate * received)
+        received=job.accumulate * received, host=has.host, bus=job.accumulate * bus)
 
 
 # ----------------------------------------------------------------------------------- what the scripts ask for
@@ -323,10 +435,22 @@ def in_flop(amount):
     return f"{amount / TERA:8.1f} TFLOP" if amount >= TERA / 10 else f"{amount / GIGA:8.1f} GFLOP"
 
 
-def show(job, world_size, card, share):
-    """Print the plan of one process of world_size, and its seconds on a card at a share of its peak."""
+def check_replicas(replicas, world_size):
+    """Raise UserError if so many groups cannot be made of the processes."""
+    if world_size % replicas:
+        raise UserError(f"--replicas {replicas}: does not divide the {world_size} processes")
+
+
+def check_card(card):
+    """Raise UserError for a card that no plan can be made for."""
     if card not in PEAK:
         raise UserError(f"--card {card}: its peak is not known here; known are {', '.join(PEAK)}")
+
+
+def show(job, world_size, card, share):
+    """Print the plan of one process of world_size, and its seconds on a card at a share of its peak."""
+    check_card(card)
+    check_replicas(job.replicas, world_size)
     plan = predict(job, world_size, torch.bfloat16)
     memory = {"parameters": plan.parameters, "gradients": plan.gradients, "optimizer": plan.optimizer,
               "activations": plan.activations, "gathered": plan.gathered, "reward path": plan.reward_path,

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import flux
 import train
-from engine import plan
+from engine import cards, lora, memory, parallel, plan
 from engine.errors import UserError
 
 GIB, TERA = 2**30, 1e12
@@ -106,6 +106,151 @@ def test_what_does_not_fit_says_which_flag_helps(predicted):
 def test_no_number_of_gpus_is_advised_that_would_not_do():
     with pytest.raises(UserError, match="what helps: a smaller --batch$"):
         plan.check_fits(replace(miniature_job(), batch=10**6), 1, 80 * GIB)
+
+
+# ----------------------------------------------------------------------------------- every --memory, one card
+@pytest.fixture(scope="module")
+def counted():
+    """FLUX.1-dev's job and counts."""
+    its_job = job()
+    return its_job, plan.count(its_job, torch.bfloat16)
+
+
+def on_one_card(counted, rank=None):
+    """{--memory: its prediction} for one process."""
+    its_job, counts = counted
+    return cards.predictions(replace(its_job, lora=rank), counts, 1)
+
+
+def test_what_a_card_holds_of_flux_1_dev(counted):
+    """GiB of weights, gradients and optimizer; of everything; and on the host. 11.9 B parameters at 16 bytes
+    as masters, 10 split; adapters of rank 32 beside 418 layers are 131 M at 16 bytes, on a base of 2 or about
+    1 byte. On the host torch rounds what a GPU copies up to a power of two: 227 GiB instead of 177."""
+    found = on_one_card(counted) | on_one_card(counted, 32)
+    state = {}
+    for name, p in found.items():
+        held = (p.parameters + p.gradients + p.optimizer) / GIB
+        state[name] = (round(held, 1), round(p.peak / GIB, 1), round(p.host / GIB))
+    assert state == {"masters": (177.3, 191.6, 0), "split": (110.8, 125.1, 0), "offload": (0, 28.5, 227),
+                     "stream": (0, 11.9, 227), "bf16": (24.1, 35.2, 0), "fp8": (13.1, 21.2, 0),
+                     "fp8-offload": (0, 8.4, 20)}
+
+
+def test_the_preferred_memory_is_the_fastest_that_fits(counted):
+    """In the order of preference every one takes less of the card than the one before, and no less time."""
+    for rank in (None, 32):
+        found = list(on_one_card(counted, rank).values())
+        peaks = [p.peak for p in found]
+        assert peaks == sorted(peaks, reverse=True)
+        times = [cards.seconds(p, plan.PEAK["H200"], 0.4) for p in found]
+        assert times == sorted(times)
+
+
+@pytest.mark.parametrize("rank, gib, name", [
+    (None, 139.8, "split"), (None, 79.1, "offload"), (None, 44.4, "offload"), (None, 23.6, "stream"),
+    (None, 15.7, "stream"), (32, 79.1, "bf16"), (32, 44.4, "bf16"), (32, 23.6, "fp8"),
+    (32, 15.7, "fp8-offload"), (32, 11.6, "fp8-offload")])
+def test_auto_takes_what_fits_the_card(counted, monkeypatch, rank, gib, name):
+    its_job, counts = counted
+    monkeypatch.setattr(cards, "count", lambda *_: counts)
+    machine = cards.Machine(gib * GIB, 256 * GIB)
+    chosen, why = cards.choose(replace(its_job, lora=rank, memory="auto"), 1, machine)
+    assert chosen == name and why.startswith(f"--memory {name}: predicted ") and "\n" not in why
+    several, _ = cards.choose(replace(its_job, lora=None, memory="auto"), 8, cards.Machine(79.1 * GIB))
+    assert several == "masters"
+
+
+@pytest.mark.parametrize("rank, name, gib, host, words", [
+    (None, "auto", 11.6, 256, "a full fine-tune: predicted peak 13 GiB a GPU, this one has 12; what helps: "
+                              "--lora 32 --memory fp8-offload, or 4 GPUs"),
+    (None, "auto", 23.6, 128, "a full fine-tune: predicted 227 GiB of the host's memory a process, 128 are "
+                              "free; what helps: --lora 32 --memory fp8, or "),
+    (None, "masters", 139.8, 256, "--memory masters: predicted peak 193 GiB a GPU, this one has 140; what "
+                                  "helps: --memory split, or 2 GPUs"),
+    (None, "offload", 44.4, 64, "--memory offload: predicted 227 GiB of the host's memory a process, 64 are "
+                                "free; what helps: --lora 32 --memory bf16"),
+    (32, "bf16", 23.6, 64, "--lora 32 --memory bf16: predicted peak 36 GiB a GPU, this one has 24; what "
+                           "helps: --lora 32 --memory fp8, or "),
+    (32, "fp8-offload", 4, 64, "predicted peak 10 GiB a GPU, this one has 4; what helps: a smaller --size$")])
+def test_what_does_not_fit_is_refused_with_what_does(counted, monkeypatch, rank, name, gib, host, words):
+    """Before anything is loaded, a GPU that is too small, and a host that is."""
+    its_job, counts = counted
+    monkeypatch.setattr(cards, "count", lambda *_: counts)
+    monkeypatch.setattr(cards, "this_machine", lambda _: cards.Machine(gib * GIB, host * GIB))
+
+    class World:
+        device = torch.device("cuda")
+        size = 1
+
+    with pytest.raises(UserError, match=words) as error:
+        cards.settle(replace(its_job, lora=rank, memory=name), World())
+    assert "\n" not in str(error.value)
+
+
+def test_on_a_cpu_auto_is_the_plain_path_and_the_host_is_checked_all_the_same(monkeypatch):
+    world = parallel.World()
+    for rank, name in ((None, "masters"), (8, "bf16")):
+        assert cards.settle(replace(miniature_job(), lora=rank, memory="auto"), world) == (name, None)
+    offload = replace(miniature_job(), memory="offload")
+    assert cards.settle(offload, world) == ("offload", None)
+    monkeypatch.setattr(memory, "host_bytes", lambda: 2**20)
+    with pytest.raises(UserError, match="of the host's memory a process, 0 are free"):
+        cards.settle(offload, world)
+
+
+def test_the_hosts_free_memory_is_read(tmp_path):
+    """Of the machine and of the container, the smaller; files that are kept in memory count as free."""
+    (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:   50 kB\n")
+    where = (tmp_path / "meminfo", tmp_path)
+    assert memory.host_bytes(*where) == 50 * 1024
+    (tmp_path / "memory.max").write_text("40000\n")
+    (tmp_path / "memory.current").write_text("30000\n")
+    (tmp_path / "memory.stat").write_text("anon 20000\nfile 7000\nfile_mapped 3\n")
+    assert memory.host_bytes(*where) == 17000
+    assert memory.host_bytes(tmp_path / "none", tmp_path) is None
+
+
+def test_the_table_has_a_line_for_every_card(capsys, counted, monkeypatch):
+    its_job, counts = counted
+    monkeypatch.setattr(cards, "count", lambda *_: counts)
+    cards.show_cards(its_job, 0.4)
+    lines = capsys.readouterr().out.splitlines()[-12:]
+    assert [line.split(",")[0].strip() for line in lines[::2]] == [c.name.split(",")[0] for c in cards.CARDS]
+    assert lines[0].split()[-1] == "no" and "--lora 32 --memory fp8-offload" in lines[1]
+    assert "--memory split" in lines[10]
+
+
+def test_the_miniatures_plan_is_what_a_run_holds():
+    """Bytes of weights and optimizer of two paths, predicted from the config, against the tensors of a run
+    after an update; and the parameters that are trained."""
+    world = parallel.World()
+    for rank, name in ((None, "masters"), (4, "bf16")):
+        net = flux.load("miniature")
+        if rank:
+            lora.add_adapters(net.transformer, rank)
+        trained = memory.trainable(net.transformer)
+        optimizer = memory.optimizer_of(trained, 1e-4, 0, name, world.device)
+        for parameter in trained:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+        its_job = replace(miniature_job(), lora=rank, memory=name)
+        predicted = plan.predict(its_job, 1, torch.float32)
+        frozen = [p for p in net.transformer.parameters() if not p.requires_grad]
+        assert predicted.gradients == sum(p.grad.nbytes for p in trained)
+        assert predicted.optimizer == sum(value.nbytes for value in moments)
+        # On a CPU the frozen base is float32; the plan is for a GPU, where it is bf16.
+        base = sum(p.nbytes for p in frozen) / 2
+        assert predicted.parameters == sum(p.nbytes for p in trained) + base
+
+
+def test_a_lean_reward_path_saves_what_it_says(counted):
+    """The VAE recomputed, ViT-H's image side alone and in bf16: 3.6 GiB instead of 6.0, and 1.3 of frozen
+    networks instead of 3.8; one more decoder call."""
+    full, lean = on_one_card(counted, 32)["bf16"], on_one_card(counted, 32)["fp8"]
+    assert (full.reward_path / GIB, full.frozen / GIB) == pytest.approx((6.01, 3.83), abs=0.01)
+    assert (lean.reward_path / GIB, lean.frozen / GIB) == pytest.approx((3.58, 1.33), abs=0.01)
+    assert lean.decode == 1.5 * full.decode
 
 
 def test_a_card_that_is_not_known_is_one_line():

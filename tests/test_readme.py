@@ -85,6 +85,7 @@ SMALLEST = {
     "evaluate.py": ["--first", "3", "--eval-steps", "1"],
     "experiments.bench": ["--repeats", "1", "--batch", "2", "--rollout-steps", "1"],
     "evaluation.study": [],
+    "evaluation.report": [],
     "miniature.build": ["-h"]}
 # Only their flags are read: on a GPU, with a machine's own paths, they are real.
 FLAGS = {"train.py": train.flags, "evaluate.py": evaluate.flags().parse_args,
