@@ -98,7 +98,7 @@ class RunFolder:
         self.args = json.loads(json.dumps(args))  # as a file would give it back
         self.images = images
         self.board = None
-        if args["tensorboard"]:
+        if args.get("tensorboard"):
             tensorboard()
         with as_mistakes(out):
             self.look()
@@ -179,7 +179,7 @@ class RunFolder:
                 write_json(self.out / MARK, {"run": self.id})
             write_json(self.out / "args.json", self.args)
             (self.out / "samples").mkdir(exist_ok=True)
-            if self.args["tensorboard"]:
+            if self.args.get("tensorboard"):
                 self.board = tensorboard()(self.out / "tensorboard")
 
     def must_be_as_seen(self):

@@ -119,14 +119,14 @@ def text_again(a, reward, batch):
     return batch._replace(C0=C0, C1=C1, C2=C2)
 
 
-def one_update(a, run, habits):
+def one_update(a, run, habits, step=1):
     """One update, as train.py makes it but for `habits`, some of HABITS. Returns {phase: seconds}."""
     net = run.net
     net.vae.requires_grad_("VAE not frozen" in habits)
     net.seconds_in_rollout = 0.0
     began = parallel.clock(net.device)
     for part in range(a.accumulate):
-        whole_batch = run.batch(a, 1, part)
+        whole_batch = run.batch(a, step, part)
         batches = one_by_one(whole_batch) if "one image at a time" in habits else [whole_batch]
         for batch in batches:
             if "text features four times" in habits:

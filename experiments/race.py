@@ -2,8 +2,8 @@
 
     python -m experiments.race --model miniature
 
-Only updates are timed; after each, held-out prompts are sampled and judged, off the clock. The released recipe
-is also timed with the released loop's habits, which change its seconds and not its pictures.
+Only updates are timed; after each, held-out prompts are sampled and judged, off the clock. The released
+recipe is also timed with the released loop's habits, which change its seconds and not its pictures.
 """
 
 import sys
@@ -30,7 +30,8 @@ class Lap(NamedTuple):
 def flags(argv):
     """This script's own flags, and those of train.py that are for every recipe. Raises UserError."""
     parser = Parser(__doc__)
-    parser.add_argument("--goal", type=real(0, 1), default=0.9, help="share of pictures that the judge calls photos")
+    parser.add_argument("--goal", type=real(0, 1), default=0.9,
+                        help="share of pictures that the judge calls photos")
     parser.add_argument("--pictures", type=whole(8), default=128, help="held-out pictures that are judged")
     return parser.parse_known_args(argv)
 
@@ -69,13 +70,14 @@ def main():
         laps = {name: race(name, others, own, world) for name in ("fast", "released")}
         slow = with_habits(others, world)
         released = laps["released"]
-        laps["released, with the released loop's habits"] = Lap(released.updates, slow, slow * released.updates,
-                                                                released.flop)
+        laps["released, with the released loop's habits"] = released._replace(each=slow,
+                                                                              total=slow * released.updates)
         print(f"\nto a realism of {own.goal:.0%} on {own.pictures} held-out pictures, one CPU thread\n")
         print(f"{'recipe':46}{'updates':>8}{'s each':>9}{'s in all':>10}{'ratio':>7}{'GFLOP each':>12}")
         for name, lap in laps.items():
             ratio = lap.total / laps["fast"].total
-            print(f"{name:46}{lap.updates:>8}{lap.each:>9.3f}{lap.total:>10.2f}{ratio:>7.2f}{lap.flop / 1e9:>12.2f}")
+            print(f"{name:46}{lap.updates:>8}{lap.each:>9.3f}{lap.total:>10.2f}{ratio:>7.2f}"
+                  f"{lap.flop / 1e9:>12.2f}")
 
 
 if __name__ == "__main__":

@@ -188,11 +188,10 @@ def test_split_adamw_keeps_what_bf16_would_lose():
 
 
 @pytest.mark.slow
-def test_the_distance_of_split_masters_from_float32(miniature):
+def test_the_distance_of_split_masters_from_float32(flags):
     """200 updates of SRPO on the miniature, all fed the same gradients; distance of the weights from AdamW's
     in float32, in units of the way that those have gone. (pytest -m slow -s)"""
-    flags = __import__("train").parser().parse_args(["--threshold", "off", "--form", "srp",
-                                                     "--branches", "denoise"])
+    a = flags("--threshold", "off", "--form", "srp", "--branches", "denoise")
     net = flux.load("miniature")
     reward = rewards.load_rewards("miniature/reward")
     prompts = Path("miniature/prompts.txt").read_text().splitlines()
@@ -219,7 +218,7 @@ def test_the_distance_of_split_masters_from_float32(miniature):
         texts = [prompts[row] for row in rows]
         C = reward.conditions(texts, "realistic photo", "CG render")
         levels = torch.randint(50, 950, (4,), generator=generator)
-        backward(flags, net, reward, a_batch(texts, c, x0, eps, *C, [levels]))
+        backward(a, net, reward, a_batch(texts, c, x0, eps, *C, [levels]))
         torch.nn.utils.clip_grad_norm_(masters, 0.1)
         for optimizer in (*halves.values(), plain):
             for parameter, master in zip(optimizer.param_groups[0]["params"], masters, strict=True):
@@ -237,7 +236,7 @@ def test_the_distance_of_split_masters_from_float32(miniature):
             found["plain AdamW on bf16 weights"] = weights
             for name, weights in found.items():
                 apart = [w - m.detach() for w, m in zip(weights, masters, strict=True)]
-                off[name, step] = (torch.cat([a.flatten() for a in apart]).norm() / length).item()
+                off[name, step] = (torch.cat([each.flatten() for each in apart]).norm() / length).item()
                 print(f"{name}, {step} updates: distance {off[name, step]:.4f}")
     assert off["bf16 moments", 19] < 0.005 and off["bf16 moments", 200] < 0.01
     assert off["plain AdamW on bf16 weights", 19] > 0.5

@@ -180,7 +180,7 @@ def content(path):
         return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
     if path.name == "results.json":
         return {k: v for k, v in json.loads(path.read_text()).items() if k != "args"}
-    if "checkpoints" in path.parts or path.name in ("run.json", "args.json", "made.json"):
+    if "checkpoints" in path.parts or path.name in ("run.json", "args.json", "made.json", "report.html"):
         return None
     if "scores" in path.parts:
         return sorted(path.read_text().splitlines())

@@ -194,12 +194,12 @@ def build(args):
     check_inputs(inputs)
     for method in methods:
         inputs += method.pictures.values()
-    chosen = choose(methods, read_sources(methods, args.prompts), args.per_category)
     out = Path(args.out)
     if not out.name:
         raise UserError(f"--out {args.out}: a file cannot be written there")
     key = out.with_suffix(".key.json")
     check_outputs([out, key], inputs, args.overwrite, ", and raters may be at work on it")
+    chosen = choose(methods, read_sources(methods, args.prompts), args.per_category)
     study = secrets.token_hex(6)
     pictures = shuffled(chosen, methods)
     write_together({out: page(study, chosen, pictures, methods, args.side, args.quality),
