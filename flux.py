@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 
 from direct_align import sigma_steps
 from engine import configs as con
-from engine import parallel
+from engine import lora, parallel
 from engine.errors import NotFinite, UserError, one_line
 from engine.files import not_a_path, quiet
 from engine.finite import are_finite, weights_are_finite
@@ -120,9 +120,12 @@ def cannot_load(model, error):
 
 
 def transformer_folder(model, weights=None):
-    """Where the transformer's files are: `weights`, or the model's own. Raises UserError."""
+    """Where the transformer's files are: `weights`, full ones or a LoRA's, or the model's own. Raises
+    UserError."""
     if weights is None:
         return here(model, "transformer") / "transformer"
+    if lora.is_lora(weights):
+        return Path(weights)  # whether it fits is seen when it is merged
     if not_a_path(weights) or not (Path(weights) / "config.json").exists():
         raise UserError(f"--weights {weights[:80]!r}: no transformer there (a folder with config.json and "
                         f"safetensors, such as runs/miniature/weights)")
@@ -255,7 +258,7 @@ def unpack(x, grid):
 
 
 # ---------------------------------------------------------------------------------------------------- loading
-def load(model, weights=None, device="cpu", dtype=torch.float32, world=None):
+def load(model, weights=None, device="cpu", dtype=torch.float32, world=None, layout=None):
     """A `Flux` from a folder or hub id; `weights` is a folder of trained transformer weights to use instead
     of the model's own; a `parallel.World` shards the transformer over its mesh, for training. The VAE is
     frozen. Every tensor of both networks must be in the files, and the files hold no other.
@@ -264,16 +267,23 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, world=None):
     """
     quiet()
     check_folder(model)
-    if weights is not None:
-        transformer_folder(model, weights)  # its own words, if it is none
+    adapters = weights is not None and lora.is_lora(weights)
+    base = None if adapters else weights
+    if base is not None:
+        transformer_folder(model, base)  # its own words, if it is none
     try:
         folder = here(model, "vae", "scheduler")
         network = diffusers.FluxTransformer2DModel
-        transformer = parallel.load_sharded(network, transformer_folder(model, weights), device, dtype, world)
+        transformer = parallel.load_sharded(network, transformer_folder(model, base), device, dtype, world,
+                                            layout)
         vae = con.strict(diffusers.AutoencoderKL, folder / "vae", dtype, use_safetensors=True)
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler")
     except Exception as error:
         raise cannot_load(model, error) from error
+    if adapters and lora.adapters(transformer):
+        lora.load_into(transformer, weights)
+    elif adapters:
+        lora.merge_into(transformer, weights)
     if not weights_are_finite(transformer.parameters(), world):
         whose = f"--model {model}" if weights is None else f"--weights {weights}"
         raise UserError(f"{whose}: its weights hold numbers that are not finite")

@@ -21,7 +21,7 @@ import direct_align as da
 import flux
 import rewards
 import srpo_reward as sr
-from engine import checkpoint, command_line, data, parallel, plan
+from engine import cards, checkpoint, command_line, data, lora, memory, parallel, plan
 from engine.command_line import Parser, add_machine_flags, as_line, or_off, parse, real, whole, words
 from engine.contents import Contents
 from engine.errors import Stopped, UserError, frame
@@ -141,6 +141,7 @@ def flags(argv):
     flux.check_folder(a.model)
     flux.check_size(a.model, a.size)
     rewards.parse_rewards(a.reward)
+    memory.check(a.lora, a.memory)
     return a
 
 
@@ -265,13 +266,21 @@ def job(a):
         size=a.size, image_tokens=rows * columns, batch=a.batch,
         accumulate=a.accumulate, rollout_steps=a.rollout_steps, calls=a.injections * len(a.branches),
         checkpointing=a.checkpointing, replicas=a.replicas,
-        reward_networks=partial(rewards.image_networks, a.reward))
+        reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora,
+        memory=a.memory)
+
+
+def settle(a, world):
+    """Decide --memory auto, and say why. Raises UserError, with the command that would do, if nothing
+    fits."""
+    a.memory, why = world.decide(cards.settle, job(a), world)
+    if why:
+        world.say(why)
 
 
 def set_up(a, world, stopping=None):
     """Read, encode and load everything: a `Run`. Nothing is written. Raises UserError."""
     flux.needs_gpu(a.model)
-    plan.must_fit(job(a), world)
     prompts = data.read_prompts(a.prompts)
     held_out = data.read_prompts(a.eval_prompts, "--eval-prompts")[:max(a.eval, a.watch)]
     mine = a.batch * a.accumulate  # images of an update that this process makes
@@ -282,15 +291,15 @@ def set_up(a, world, stopping=None):
         world.say(f"{embeddings.truncated} of {len(both)} prompts are longer than the text encoder takes, "
                   "and are truncated")
     reward = rewards.load_rewards(a.reward, world.device)
-    net = flux.load(a.model, None, world.device, world.dtype, world)
+    layout = memory.Layout(a.lora, a.memory, a.seed)
+    net = flux.load(a.model, None, world.device, world.dtype, world, layout)
     if a.checkpointing and world.device.type == "cuda":
         net.transformer.enable_gradient_checkpointing()
     if a.compile:
         for block in parallel.blocks_of(net.transformer):
             block.compile()
-    fused = world.device.type == "cuda"  # the unfused one moves the peak of memory into the step
-    optimizer = torch.optim.AdamW(net.transformer.parameters(), a.lr, (0.9, 0.999),
-                                  weight_decay=a.weight_decay, fused=fused)
+    optimizer = memory.optimizer_of(memory.trainable(net.transformer), a.lr, a.weight_decay, a.memory,
+                                    world.device)
     theirs = embeddings.part(len(curriculum.prompts), len(both))
     watched = watch.Watch(a, world, net, reward, held_out, theirs, stopping)
     texts = {"--prompts": prompts, "--eval-prompts": held_out}
@@ -308,7 +317,7 @@ def train(a, run, folder, state, stopping):
     checkpoint remembers beside the weights, of the last update that was finished."""
     world = run.world
     net = run.net
-    parameters = list(net.transformer.parameters())
+    parameters = memory.trainable(net.transformer)
     flop = plan.update_flop(job(a))  # of this process
     bar = tqdm(range(state["step"] + 1, a.steps + 1), initial=state["step"], total=a.steps, desc="train",
                disable=not world.main)
@@ -364,13 +373,19 @@ def main():
         a = flags(sys.argv[1:])
         out = Path(a.out or f"runs/{Path(a.model).name}")
         if a.plan:
-            return plan.show(job(a), a.world_size, a.card, a.share)
+            if a.memory == "auto":
+                a.memory = memory.on_a_cpu(a.lora)
+            plan.show(job(a), a.world_size, a.card, a.share)
+            return cards.show_cards(job(a), a.share)
         if a.explain:  # two images are told and drawn
             a.steps = 1
             a.batch = min(a.batch, 2)
             a.accumulate = 2 // a.batch
-            return explain(a, set_up(a, parallel.World()), srpo, out)
-        world = parallel.World(a.replicas)
+            world = parallel.World(mesh=memory.needs_mesh(a.memory))
+            settle(a, world)
+            return explain(a, set_up(a, world), srpo, out)
+        world = parallel.World(a.replicas, mesh=memory.needs_mesh(a.memory))
+        settle(a, world)
         folder = world.decide(RunFolder, out, vars(a), a.batch * a.accumulate * world.size)
         if folder.checkpoints:
             newest = folder.checkpoints[-1].name
@@ -401,7 +416,7 @@ def main():
             if world.main:
                 run.watched.report(folder, state, stopped=True)
             raise
-        checkpoint.export(run.net.transformer, out / "weights", world, run.net.dtype)
+        lora.export(run.net.transformer, out / "weights", world, run.net.dtype)
         stopping.words = f"stopped after the last update; its weights are in {out}/weights"
         run.watched.finish(folder, state)
         world.close()

@@ -21,7 +21,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from engine.errors import UserError, one_line
 from engine.files import read_json, remove_leftovers, write_json, write_whole
@@ -30,6 +30,9 @@ from engine.parallel import INDEX, ONE_FILE, full
 # one process needs no process group
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
+# Frozen weights are not saved: beside a LoRA they are the base model's, which is loaded anyway. What is saved
+# must be there when it is loaded, all the same: torch.distributed.checkpoint sees to it.
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 METADATA = ".metadata"
 STATE = "state.json"
 SUMS = "checksums.json"
@@ -135,7 +138,7 @@ def save(out, transformer, optimizer, state, world, keep):
     if world.main:
         remove_unfinished(out)
     world.gather(None)
-    weights, moments = get_state_dict(transformer, optimizer)
+    weights, moments = get_state_dict(transformer, optimizer, options=TRAINED)
     try:
         dcp.save({"transformer": weights, "optimizer": moments}, checkpoint_id=beside)
         sums = {}
@@ -286,7 +289,7 @@ class PlainLoadPlanner(DefaultLoadPlanner):
 def load(folder, transformer, optimizer):
     """Restore what `save` wrote, on any number of processes; returns the state. Raises Damaged, on every
     process, if a byte of it has changed; the weights are then half loaded."""
-    weights, moments = get_state_dict(transformer, optimizer)
+    weights, moments = get_state_dict(transformer, optimizer, options=TRAINED)
     try:
         reader = CheckedReader(folder)
         dcp.load({"transformer": weights, "optimizer": moments}, storage_reader=reader,
@@ -299,7 +302,8 @@ def load(folder, transformer, optimizer):
     if reader.compared < 2:
         raise RuntimeError("this version of torch reads checkpoints by another way: they were not compared "
                            "with their checksums")
-    set_state_dict(transformer, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    set_state_dict(transformer, optimizer, model_state_dict=weights, optim_state_dict=moments,
+                   options=TRAINED)
     return state
 
 

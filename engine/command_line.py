@@ -7,6 +7,7 @@ import re
 import shlex
 import unicodedata
 
+from engine import memory
 from engine.errors import UserError
 from engine.files import not_a_path
 
@@ -192,6 +193,11 @@ def add_machine_flags(parser):
     add("--tensorboard", action="store_true",
         help="also write out/tensorboard (needs: pip install tensorboard)")
     add = parser.add_argument_group("the machine").add_argument
+    add("--lora", type=or_off(whole(1, 4096)), default=None, metavar="R", help="train adapters of this rank "
+        "beside frozen weights; off: all weights. Its --lr is larger: 3e-4 on the miniature, where 3.75e-4 "
+        "breaks; 1e-4 for FLUX.1-dev is a guess")
+    add("--memory", choices=memory.NAMES, default="auto", help="how it fits: engine/memory.py; "
+        "auto: the first that the plan says fits this GPU")
     add("--replicas", type=whole(1), default=1, help="HSDP: parameters are sharded inside each of so many "
         "groups and copied between them; the number of nodes")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True,

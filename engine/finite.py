@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed.tensor import DTensor
 
-from engine import checkpoint
+from engine import checkpoint, lora
 from engine.errors import NotFinite
 
 
@@ -49,7 +49,7 @@ def stop_before_the_step(trouble, step, world, transformer, folder, dtype):
     found = [theirs for theirs in world.gather(trouble) if theirs is not None]
     if not found:
         return
-    checkpoint.export(transformer, folder, world, dtype)
+    lora.export(transformer, folder, world, dtype)
     if step == 1:
         cause = "nothing is trained yet, so look at the flags and the reward"
     else:

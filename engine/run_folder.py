@@ -21,7 +21,7 @@ from engine.errors import UserError
 from engine.files import append, read_json, remove_leftovers, write_json, write_whole
 
 # All files that a run makes, but for its checkpoints, and so all that --overwrite removes.
-WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors")
+WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors")
 MARK = "run.json"
 LOCK = ".lock"
 MADE = ("args.json", "log.jsonl", "summary.json", "before_after.png", "explain.png", "report.html",

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 import flux
 import srpo_reward as sr
-from engine import checkpoint
+from engine import lora
 from engine.command_line import real, whole
 from engine.errors import NotFinite
 from engine.files import write_json, write_whole
@@ -190,7 +190,7 @@ class Watch:
         state["warned"] = bool(gauge.warnings)
         sgp = now["sgp"].mean().item()
         if not gauge.warnings and (state["best"] is None or sgp > state["best"]):
-            checkpoint.export(self.net.transformer, folder.out / "weights_best", self.world, self.net.dtype)
+            lora.export(self.net.transformer, folder.out / "weights_best", self.world, self.net.dtype)
             state |= {"best": sgp, "best_step": step}
         if self.world.main:
             save_grid(images, folder.out / "samples" / f"step_{step:05d}.png")

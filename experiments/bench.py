@@ -168,6 +168,7 @@ def main():
         own, a = flags(sys.argv[1:])
         a.steps = 1  # the same update again and again
         world = parallel.World(a.replicas)
+        train.settle(a, world)
         run = random_run(a, world) if own.random_init else train.set_up(a, world)
         rungs = [[]]
         if own.released:

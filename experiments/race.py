@@ -40,6 +40,7 @@ def race(name, others, own, world):
     """Train with a recipe until the goal; its `Lap`. Raises UserError for a model that has no judge."""
     a = train.flags([*others, "--recipe", name, "--watch", str(own.pictures)])
     a.steps = LIMIT
+    train.settle(a, world)
     run = train.set_up(a, world)
     if run.watched.judge is None:
         raise UserError(f"--model {a.model}: it has no judge, and nothing else knows what a photo is")
@@ -58,6 +59,7 @@ def race(name, others, own, world):
 def with_habits(others, world, repeats=3):
     """Median seconds of one released update made with the released loop's habits."""
     a = train.flags([*others, "--recipe", "released"])
+    train.settle(a, world)
     run = train.set_up(a, world)
     times = [sum(bench.one_update(a, run, bench.HABITS).values()) for _ in range(repeats)]
     return median(times)
