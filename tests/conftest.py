@@ -1,6 +1,7 @@
 """Shared by the tests: one thread (tiny tensors are slower on two), and a flags object with the defaults."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -11,6 +12,9 @@ import torch  # noqa: E402
 import flux  # noqa: E402
 import train  # noqa: E402
 
+# Tests that run in the background inherit ignored signals, and train.py leaves what is ignored ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.chdir(Path(__file__).resolve().parent.parent)
 torch.set_num_threads(1)
 

@@ -16,7 +16,7 @@ GIB, TERA = 2**30, 1e12
 
 def job(*argv):
     """What train.py plans with these flags."""
-    return train.job(train.flags([*argv]))
+    return train.job(train.flags(["--memory", "masters", *argv]))
 
 
 def miniature_job(*argv):

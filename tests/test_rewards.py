@@ -552,7 +552,7 @@ def test_a_reward_that_is_none_is_one_line(spec, words):
 def test_the_plan_counts_every_reward():
     """ViT-H/14 is 986 M parameters, SigLIP's vision side 428 M, both float32; a held-out one is only held."""
     def of(spec):
-        a = train.flags(["--model", "miniature", "--size", "64", "--reward", spec])
+        a = train.flags(["--model", "miniature", "--size", "64", "--memory", "masters", "--reward", spec])
         return plan.count(train.job(a), torch.bfloat16)
 
     one, two, held, aesthetic, own = map(of, ("hpsv2.1", "hpsv2.1,pickscore:0.3", "hpsv2.1,pickscore:0",
