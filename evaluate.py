@@ -56,6 +56,7 @@ class Outcome:
 
 
 def main():
+    """Both stages, from the command line to the table."""
     with frame("evaluate.py"):
         Stopping("stopped; run it again to go on")
         try:

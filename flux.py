@@ -159,6 +159,7 @@ class ExactTimes:
         transformer.time_text_embed.register_forward_pre_hook(self.replace)
 
     def replace(self, module, arguments):
+        """The hook: what time_text_embed is called with, in place of what diffusers passes."""
         if self.scales is None:
             return arguments
         exact = [1000 * scale for scale in self.scales]

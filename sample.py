@@ -38,6 +38,7 @@ def flags():
 
 
 def run(argv, stopping):
+    """Sample what a command line asks for. Raises UserError and Stopped."""
     args = parse(flags(), argv, flux.defaults_of)
     flux.needs_gpu(args.model)
     flux.check_size(args.model, args.size)
@@ -110,6 +111,7 @@ class Folder:
 
 
 def main():
+    """From the command line to the pictures."""
     with frame("sample.py"):
         run(sys.argv[1:], Stopping("stopped before the first picture; run it again"))
 

@@ -368,6 +368,7 @@ def save(a, run, folder, state):
 
 
 def main():
+    """Plan, explain, or train: from the command line to the run's folder."""
     with frame("train.py"):
         stopping = Stopping("stopped before the first update: there is nothing to save")
         a = flags(sys.argv[1:])
