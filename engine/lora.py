@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from engine import checkpoint, parallel
 from engine.errors import UserError, one_line
-from engine.files import write_whole
+from engine.files import not_a_path, write_whole
 
 FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 PREFIX = "transformer."                    # whose a tensor of that file is: diffusers' and ComfyUI's word
@@ -87,7 +87,7 @@ def adapter_off(transformer):
 # --------------------------------------------------------------------------------------------------- the file
 def is_lora(folder):
     """Whether a folder holds a LoRA, and not a transformer's weights."""
-    return (Path(folder) / FILE).is_file()
+    return not not_a_path(folder) and (Path(folder) / FILE).is_file()
 
 
 def export_adapters(transformer, folder, world, dtype=torch.float32):
