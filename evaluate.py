@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import flux
 import rewards
-from engine import data, parallel
+from engine import data, parallel, trained
 from engine.command_line import Parser, must_differ, parse, phrase, real, some_path, whole
 from engine.errors import UserError, frame, one_line, printable
 from engine.files import write_json, write_whole
@@ -71,6 +71,8 @@ def run(argv):
     args = parse(flags(), argv, flux.defaults_of)
     methods, prompts = rows(args)
     world = parallel.World(patience=timedelta(days=30))
+    for note in [] if args.images else flux.notes(args.model, vars(args)):
+        world.say(note)
     benchmark = picture_folders.benchmark(prompts, args.seed, args.first)
     tasks, missing = available(args, methods, benchmark, world)
     groups = [benchmark, *(task.pictures for task in tasks if task.pictures is not benchmark)]
@@ -99,7 +101,7 @@ def flags():
     add = parser.add_argument
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
     add("--weights", nargs="+", default=[], metavar="[NAME=]PATH",
-        help="folders of trained transformer weights, each compared with the base")
+        help="several, each compared with the base: " + trained.HELP)
     add("--images", nargs="+", default=[], metavar="[NAME=]PATH",
         help="score folders of pictures named by their prompt's number, and sample nothing; the first one is "
              "what the others are compared with")
@@ -139,7 +141,7 @@ def rows(args):
     flux.needs_gpu(args.model)
     flux.check_size(args.model, args.size)
     for path in picture_folders.named("--weights", args.weights).values():
-        flux.transformer_folder(args.model, path)
+        flux.check_weights(args.model, path)
     prompts = data.read_prompts_by_category(args.eval_prompts)
     return picture_folders.planned(args, prompts), prompts
 

@@ -20,11 +20,10 @@ from huggingface_hub import snapshot_download
 
 from direct_align import sigma_steps
 from engine import configs as con
-from engine import lora, parallel
+from engine import lora, model_folder, parallel, trained
 from engine.errors import NotFinite, UserError, one_line
 from engine.files import not_a_path, quiet
 from engine.finite import are_finite, weights_are_finite
-from engine.model_folder import PARTS, Configs, check_parts, check_transformer, own_flags, read_configs
 
 PATCH = 2  # a token is 2 x 2 latents: fixed by the FLUX pipeline, stored in no config
 MOST_PIXELS = 2**14  # a side: what a slip of the hand could ask for beyond that fits no machine
@@ -32,16 +31,6 @@ PADDING = 0.01  # the share of an embedding's rows that may stand for no word
 
 
 # ------------------------------------------------------------------------------------------- a model's folder
-# FluxTransformer2DModel's own defaults are FLUX.1-dev's, but for the guidance embedding.
-FLUX_DEV = Configs(
-    transformer={"guidance_embeds": True},
-    vae={"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-         "latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
-         "use_quant_conv": False, "use_post_quant_conv": False,
-         "scaling_factor": 0.3611, "shift_factor": 0.1159},
-    text_tokens=512)
-
-
 def check_folder(model):
     """Raise UserError if `model` is a local path without a FLUX.1 in it; a hub id passes."""
     why = not_a_path(model)
@@ -53,21 +42,38 @@ def check_folder(model):
             return
         raise UserError(f"--model {model}: no such folder (give a folder in FLUX.1-dev's layout, or a "
                         f"hub id such as black-forest-labs/FLUX.1-dev)")
-    check_parts(path)
+    model_folder.check_parts(path)
 
 
 def configs(model):
-    """The `Configs` of a model's folder, all of which are checked; of a hub id, FLUX.1-dev's, so that nothing
-    need be downloaded. Raises UserError."""
+    """The `Configs` of a model's folder, all of which are checked; of a hub id, what is known of it, or else
+    FLUX.1-dev's, so that nothing need be downloaded. Raises UserError."""
     folder = Path(model)
-    return read_configs(folder, PATCH) if folder.exists() else FLUX_DEV
+    if folder.exists():
+        return model_folder.read_configs(folder, PATCH)
+    return model_folder.KNOWN.get(model, model_folder.FLUX_DEV)
 
 
 def defaults_of(model):
-    """A model folder may carry srpo.json, the flags' defaults that suit that model: (its path, {flag:
-    value}). Raises UserError for what it may not say."""
+    """The flags' defaults that suit a model: what its configs say, under srpo.json, which its folder may
+    carry: (the path of that, {flag: value}). Raises UserError for what it may not say."""
     check_folder(model)
-    return own_flags(model)
+    path, own = model_folder.own_flags(model)
+    return path, suited(model) | own
+
+
+def suited(model):
+    """The flags that a model's configs say, where they are not FLUX.1-dev's: {flag: value}."""
+    try:
+        found = configs(model)
+    except UserError:
+        return {}  # said where the model is checked
+    return model_folder.suited(found, pixels_per_token(found.vae))
+
+
+def notes(model, flags):
+    """What a model's configs decided of the flags (a dict), or what had to be guessed: a list of lines."""
+    return model_folder.notes(model, suited(model), flags)
 
 
 def pixels_per_token(vae_config):
@@ -107,10 +113,14 @@ def here(model, *parts):
     return Path(snapshot_download(model, allow_patterns=[f"{part}/*" for part in parts]))
 
 
-def files_of(model):
-    """The folders of all parts of a model."""
-    folder = here(model, *PARTS)
-    return [folder / part for part in PARTS]
+def files_of(model, weights=None):
+    """The folders of all parts of a model that are read: trained weights, unless they are a LoRA, take the
+    place of its transformer."""
+    parts = list(model_folder.PARTS)
+    if trained.is_full(weights):
+        parts.remove("transformer")
+    folder = here(model, *parts)
+    return [folder / part for part in parts]
 
 
 def cannot_load(model, error):
@@ -119,22 +129,21 @@ def cannot_load(model, error):
     return UserError(f"--model {model}: cannot be loaded as FLUX.1: {one_line(error)}{hub}")
 
 
-def transformer_folder(model, weights=None):
-    """Where the transformer's files are: `weights`, full ones or a LoRA's, or the model's own. Raises
-    UserError."""
-    if weights is None:
-        return here(model, "transformer") / "transformer"
-    if lora.is_lora(weights):
-        return Path(weights)  # whether it fits is seen when it is merged
-    if not_a_path(weights) or not (Path(weights) / "config.json").exists():
-        raise UserError(f"--weights {weights[:80]!r}: no transformer there (a folder with config.json and "
-                        f"safetensors, such as runs/miniature/weights)")
-    check_transformer(Path(weights))
+def config_folder(model):
+    """The folder of a model's transformer, of a hub id with nothing but its config. Raises UserError."""
+    if Path(model).exists():
+        return Path(model) / "transformer"
     try:
-        parallel.on_meta(diffusers.FluxTransformer2DModel, Path(weights))
+        return Path(snapshot_download(model, allow_patterns=["transformer/config.json"])) / "transformer"
     except Exception as error:
-        raise UserError(f"--weights {weights}: cannot be loaded as FLUX.1: {one_line(error)}") from error
-    return Path(weights)
+        raise cannot_load(model, error) from error
+
+
+def check_weights(model, weights, rank=None):
+    """Raise UserError if --weights are none for this model; or a LoRA that adapters of a rank, if one is
+    given, cannot go on with."""
+    if weights is not None:
+        trained.check(weights, config_folder(model), rank)
 
 
 # ------------------------------------------------------------------------------------------------ the network
@@ -260,31 +269,33 @@ def unpack(x, grid):
 
 # ---------------------------------------------------------------------------------------------------- loading
 def load(model, weights=None, device="cpu", dtype=torch.float32, world=None, layout=None):
-    """A `Flux` from a folder or hub id; `weights` is a folder of trained transformer weights to use instead
-    of the model's own; a `parallel.World` shards the transformer over its mesh, for training. The VAE is
-    frozen. Every tensor of both networks must be in the files, and the files hold no other.
+    """A `Flux` from a folder or hub id; `weights`, a folder or a single file, are used instead of the
+    transformer's own, and a LoRA beside them: read into adapters of its rank, if the layout has any, or else
+    merged. A `parallel.World` shards the transformer over its mesh, for training. The VAE is frozen. Every
+    tensor of both networks must be in the files, and the files hold no other.
 
     Raises UserError if the folder is not a FLUX.1.
     """
     quiet()
     check_folder(model)
-    adapters = weights is not None and lora.is_lora(weights)
-    base = None if adapters else weights
-    if base is not None:
-        transformer_folder(model, base)  # its own words, if it is none
+    check_weights(model, weights, None if layout is None else layout.lora)
     try:
         folder = here(model, "vae", "scheduler")
-        network = diffusers.FluxTransformer2DModel
-        transformer = parallel.load_sharded(network, transformer_folder(model, base), device, dtype, world,
-                                            layout)
+        if trained.is_full(weights):
+            place, file = trained.places(weights, config_folder(model))
+        else:
+            place, file = here(model, "transformer") / "transformer", None
+        transformer = parallel.load_sharded(diffusers.FluxTransformer2DModel, place, device, dtype, world,
+                                            layout, file)
         vae = con.strict(diffusers.AutoencoderKL, folder / "vae", dtype, use_safetensors=True)
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler")
     except Exception as error:
         raise cannot_load(model, error) from error
-    if adapters and lora.adapters(transformer):
-        lora.load_into(transformer, weights)
-    elif adapters:
-        lora.merge_into(transformer, weights)
+    if vae.config.shift_factor is None:
+        vae.register_to_config(shift_factor=0.0)
+    if weights is not None and lora.is_lora(weights):
+        take = lora.load_into if lora.adapters(transformer) else lora.merge_into
+        take(transformer, weights)
     if not weights_are_finite(transformer.parameters(), world):
         whose = f"--model {model}" if weights is None else f"--weights {weights}"
         raise UserError(f"{whose}: its weights hold numbers that are not finite")
@@ -323,10 +334,12 @@ def text_encoders(model, dtype):
 
 
 def tokenizer_of(kind, folder, encoder):
-    """The tokenizer of an encoder. Raises UserError if its vocabulary is not the encoder's, which may be
-    padded."""
+    """The tokenizer of an encoder, which gives a text no more tokens than that takes. Raises UserError if its
+    vocabulary is not the encoder's, which may be padded."""
     con.check_folder(folder)
     tokenizer = kind.from_pretrained(folder)
+    most = getattr(encoder.config, "max_position_embeddings", model_folder.MOST_TOKENS)  # T5 has no limit
+    tokenizer.model_max_length = min(tokenizer.model_max_length, most)
     words = encoder.config.vocab_size
     known = len(tokenizer)
     if not (1 - PADDING) * words <= known <= words or max(tokenizer.get_vocab().values()) >= words:
@@ -344,7 +357,7 @@ def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, batch=64):
     check_folder(model)
     try:
         pipe = text_encoders(model, dtype).to(device)
-        length = pipe.tokenizer_2.model_max_length
+        length = min(pipe.tokenizer_2.model_max_length, configs(model).text_tokens)
         pipe.encode_prompt(prompts[:1], max_sequence_length=length)  # whether the parts fit each other
     except Exception as error:
         raise cannot_load(model, error) from error

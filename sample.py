@@ -7,7 +7,7 @@ import torch
 from tqdm import tqdm
 
 import flux
-from engine import data, parallel
+from engine import data, parallel, trained
 from engine.command_line import Parser, parse, real, some_path, whole
 from engine.errors import UserError, frame, printable
 from engine.files import read_json, stamp, write_json
@@ -22,8 +22,7 @@ def flags():
     add = parser.add_argument
     add("prompt", nargs="*", help="the prompts; none: those of --prompts")
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
-    add("--weights",
-        help="folder of trained transformer weights (None: the model's own), such as runs/miniature/weights")
+    add("--weights", help=trained.HELP)
     add("--prompts", "--eval-prompts", dest="eval_prompts", default="hpdv2-benchmark",
         help="text file, one prompt a line, or hpdv2-benchmark")
     add("--first", type=whole(1), default=16, help="how many of the prompts of the file, from the first")
@@ -42,12 +41,14 @@ def run(argv, stopping):
     args = parse(flags(), argv, flux.defaults_of)
     flux.needs_gpu(args.model)
     flux.check_size(args.model, args.size)
-    flux.transformer_folder(args.model, args.weights)
+    flux.check_weights(args.model, args.weights)
     if args.prompt:
         data.check_prompts(args.prompt, "prompt")
     prompts = args.prompt or data.read_prompts(args.eval_prompts)[:args.first]
     check_out(args.out)
     folder = Folder(args, prompts)
+    for note in flux.notes(args.model, vars(args)):
+        print(printable(note))
 
     parallel.one_thread_on_a_cpu()
     device, dtype = parallel.device_and_dtype()

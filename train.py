@@ -21,7 +21,7 @@ import direct_align as da
 import flux
 import rewards
 import srpo_reward as sr
-from engine import cards, checkpoint, command_line, data, lora, memory, parallel, plan
+from engine import cards, checkpoint, command_line, data, lora, memory, parallel, plan, trained
 from engine.command_line import Parser, add_machine_flags, as_line, or_off, parse, real, whole, words
 from engine.contents import Contents
 from engine.errors import Stopped, UserError, frame
@@ -38,6 +38,8 @@ def add_recipe(parser):
     add = parser.add_argument_group("what is trained").add_argument
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id; "
         "its srpo.json, if there is one, holds defaults that suit it")
+    add("--weights", type=command_line.some_path, help=f"{trained.HELP}, which --lora of its rank goes on "
+        "with, and a run without --lora merges")
     add("--prompts", default="hpdv2",
         help="text file, one training prompt a line; hpdv2: fetched from the hub [paper 4.1]")
     add("--size", type=whole(1), default=720, help="side of the pictures, pixels [released code]")
@@ -147,7 +149,7 @@ def flags(argv):
 
 def notes(a):
     """What the flags come to that nobody may have meant: a list of lines."""
-    lines = []
+    lines = flux.notes(a.model, vars(a))
     if a.threshold is not None and a.form in ("plain", "sgp") and len(a.branches) == 2:
         lines.append(f"--form {a.form} --threshold {a.threshold}: the reward of the inverting branch is that "
                      "of the denoising one with its sign turned, so the threshold stops one of the two at "
@@ -281,6 +283,7 @@ def settle(a, world):
 def set_up(a, world, stopping=None):
     """Read, encode and load everything: a `Run`. Nothing is written. Raises UserError."""
     flux.needs_gpu(a.model)
+    flux.check_weights(a.model, a.weights, a.lora)
     prompts = data.read_prompts(a.prompts)
     held_out = data.read_prompts(a.eval_prompts, "--eval-prompts")[:max(a.eval, a.watch)]
     mine = a.batch * a.accumulate  # images of an update that this process makes
@@ -292,7 +295,7 @@ def set_up(a, world, stopping=None):
                   "and are truncated")
     reward = rewards.load_rewards(a.reward, world.device)
     layout = memory.Layout(a.lora, a.memory, a.seed)
-    net = flux.load(a.model, None, world.device, world.dtype, world, layout)
+    net = flux.load(a.model, a.weights, world.device, world.dtype, world, layout)
     if a.checkpointing and world.device.type == "cuda":
         net.transformer.enable_gradient_checkpointing()
     if a.compile:
@@ -303,7 +306,9 @@ def set_up(a, world, stopping=None):
     theirs = embeddings.part(len(curriculum.prompts), len(both))
     watched = watch.Watch(a, world, net, reward, held_out, theirs, stopping)
     texts = {"--prompts": prompts, "--eval-prompts": held_out}
-    places = {"--model": flux.files_of(a.model)}
+    places = {"--model": flux.files_of(a.model, a.weights)}
+    if a.weights:
+        places["--weights"] = [a.weights]
     for number, part in enumerate(rewards.parse_rewards(a.reward), 1):
         texts[f"the weight of reward {number}"] = [str(part.weight)]
         places[f"reward {number}"] = [rewards.fetch(part.name, part.where)]
@@ -374,6 +379,8 @@ def main():
         a = flags(sys.argv[1:])
         out = Path(a.out or f"runs/{Path(a.model).name}")
         if a.plan:
+            for note in flux.notes(a.model, vars(a)):
+                print(note)
             if a.memory == "auto":
                 a.memory = memory.on_a_cpu(a.lora)
             plan.show(job(a), a.world_size, a.card, a.share)

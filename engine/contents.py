@@ -54,8 +54,9 @@ class Contents:
                 self.found[name] = then[name]
             else:
                 self.hash([name])
-        for name, found in self.found.items():
-            if name not in then or then[name]["sha256"] != found["sha256"]:
+        for name in self.found | then:
+            was = then.get(name, {}).get("sha256")
+            if was is None or self.found.get(name, {}).get("sha256") != was:
                 raise UserError(f"--resume: {name} is not what it was when the run began; give the same, or "
                                 "another --out")
 

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from engine import checkpoint, parallel
+from engine import checkpoint, parallel, single_file
 from engine.errors import UserError, one_line
 from engine.files import not_a_path, write_whole
 
@@ -32,11 +32,16 @@ def library():
     return importlib.import_module("peft")
 
 
+def has_adapter(layer):
+    """Whether a linear layer of this name gets an adapter: those of the blocks but for the norms'."""
+    return "transformer_blocks." in layer and "norm" not in layer
+
+
 def layers_of(transformer):
-    """{name: layer} of all linear layers of the blocks but those of the norms: 418 of FLUX.1-dev."""
+    """{name: layer} of all linear layers that get an adapter: 418 of FLUX.1-dev."""
     found = {}
     for name, module in transformer.named_modules():
-        if isinstance(module, nn.Linear) and "transformer_blocks." in name and "norm" not in name:
+        if isinstance(module, nn.Linear) and has_adapter(name):
             found[name] = module
     return found
 
@@ -85,9 +90,14 @@ def adapter_off(transformer):
 
 
 # --------------------------------------------------------------------------------------------------- the file
-def is_lora(folder):
-    """Whether a folder holds a LoRA, and not a transformer's weights."""
-    return not not_a_path(folder) and (Path(folder) / FILE).is_file()
+def is_lora(place):
+    """Whether a folder or a file holds a LoRA, and not a transformer's weights. Raises UserError for a
+    .safetensors file that cannot be read."""
+    if not_a_path(place):
+        return False
+    if single_file.is_single_file(place):
+        return any("lora" in name for name in single_file.slices_of(place))
+    return (Path(place) / FILE).is_file()
 
 
 def export_adapters(transformer, folder, world, dtype=torch.float32):
@@ -109,12 +119,13 @@ def export(transformer, folder, world, dtype=torch.float32):
         checkpoint.export(transformer, folder, world, dtype)
 
 
-def read(folder):
-    """{layer: (A [R, in], B [out, R])} of a folder's LoRA, the layer as diffusers names it.
+def read(place):
+    """(path, {layer: (A [R, in], B [out, R])}) of the LoRA that a folder holds, or a file is; the layer as
+    diffusers names it.
 
     Raises UserError for what is none of a transformer's, such as another tool's names, or a text encoder's.
     """
-    path = Path(folder) / FILE
+    path = Path(place) / FILE if Path(place).is_dir() else Path(place)
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -142,34 +153,10 @@ def scale_of(metadata):
     return noted.get(f"{PREFIX}lora_alpha", 1) / noted.get(f"{PREFIX}r", 1)
 
 
-def load_into(transformer, folder):
-    """Read a LoRA into the adapters that a transformer has. A layer that the file leaves out stays as it is.
-
-    Raises UserError if it is of another architecture or rank; nothing has been changed then.
-    """
-    path, pairs = read(folder)
-    parameters = adapters(transformer)
-    values = {}
-    for layer, pair in pairs.items():
-        for side, tensor in zip("AB", pair, strict=True):
-            name = f"{PREFIX}{layer}.lora_{side}.weight"
-            if name not in parameters:
-                raise UserError(f"{path}: this transformer has no adapter beside {layer}")
-            if parameters[name].shape != tensor.shape:
-                raise UserError(f"{path}: {name} is {list(tensor.shape)}, and here "
-                                f"{list(parameters[name].shape)}: another rank, or another model's")
-            values[name] = tensor
-    for name, tensor in values.items():
-        parallel.fill(parameters[name], tensor)
-
-
-@torch.no_grad()
-def merge_into(transformer, folder):
-    """Add a folder's LoRA to the weights of a transformer without adapters, W + B A, sharded or not.
-
-    Raises UserError if it is of another architecture; nothing has been changed then.
-    """
-    path, pairs = read(folder)
+def fitting(transformer, place, rank=None):
+    """{layer: (A, B)} of the LoRA in a folder or file, which fits a transformer, perhaps one on the meta
+    device; and, if a rank is given, adapters of that rank, which are to go on with it. Raises UserError."""
+    path, pairs = read(place)
     parameters = parallel.own_parameters(transformer)
     for layer, (A, B) in pairs.items():
         weight = parameters.get(f"{layer}.weight")
@@ -178,6 +165,35 @@ def merge_into(transformer, folder):
         if weight.shape != (B.shape[0], A.shape[1]) or A.shape[0] != B.shape[1]:
             raise UserError(f"{path}: {layer} is {B.shape[0]} x {A.shape[1]}, and here "
                             f"{' x '.join(map(str, weight.shape))}: another model's")
+        if rank is not None and len(A) != rank:
+            raise UserError(f"{path}: of another rank than --lora {rank}; --lora {len(A)} goes on with it, "
+                            "and without --lora it is merged into the weights")
+        if rank is not None and not has_adapter(layer):
+            raise UserError(f"{path}: this transformer has no adapter beside {layer}")
+    return pairs
+
+
+def load_into(transformer, place):
+    """Read a LoRA into the adapters that a transformer has. A layer that the file leaves out stays as it is.
+
+    Raises UserError if it is of another architecture or rank; nothing has been changed then.
+    """
+    parameters = adapters(transformer)
+    rank = next(len(parameter) for name, parameter in parameters.items() if ".lora_A." in name)
+    for layer, pair in fitting(transformer, place, rank).items():
+        for side, tensor in zip("AB", pair, strict=True):
+            parallel.fill(parameters[f"{PREFIX}{layer}.lora_{side}.weight"], tensor)
+
+
+@torch.no_grad()
+def merge_into(transformer, place):
+    """Add the LoRA in a folder or file to the weights of a transformer without adapters, W + B A, sharded or
+    not.
+
+    Raises UserError if it is of another architecture; nothing has been changed then.
+    """
+    pairs = fitting(transformer, place)
+    parameters = parallel.own_parameters(transformer)
     for layer, (A, B) in pairs.items():
         weight = parameters[f"{layer}.weight"]
         first, last = parallel.my_rows(weight)

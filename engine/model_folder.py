@@ -12,6 +12,9 @@ PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "t
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 MOST_TOKENS = 512  # of a prompt: FluxPipeline's own limit
 FEWEST_TOKENS = 8  # fewer hold no prompt
+NO_LIMIT = int(1e30)  # what transformers writes for a tokenizer that knows none
+SCHNELL_TOKENS = 256  # of a prompt: FluxPipeline's limit for FLUX.1-schnell, which no config says
+SCRIPTS_OWN = 1024  # pixels a side that FLUX.1's VAE was made for: there --size has each script's own default
 
 # What the configs must say of what is computed with here; the rest is the libraries' affair.
 TRANSFORMER = {"_class_name": con.one_of("FluxTransformer2DModel"), "in_channels": con.WHOLE,
@@ -22,7 +25,8 @@ OF_TRANSFORMER = {"axes_dims_rope": con.WHOLES, "patch_size": con.one_of(1)}  # 
 VAE = {"_class_name": con.one_of("AutoencoderKL"), "block_out_channels": con.WHOLES,
        "layers_per_block": con.WHOLE, "norm_num_groups": con.WHOLE, "act_fn": con.TEXT,
        "latent_channels": con.WHOLE, "in_channels": con.one_of(3), "out_channels": con.one_of(3),
-       "scaling_factor": con.POSITIVE, "shift_factor": con.NUMBER}
+       "scaling_factor": con.POSITIVE}
+OF_VAE = {"shift_factor": con.NUMBER_OR_NULL}
 CLIP = {"model_type": con.one_of("clip_text_model"), "hidden_size": con.WHOLE, "vocab_size": con.WHOLE,
         "max_position_embeddings": con.WHOLE, "num_attention_heads": con.WHOLE,
         "num_hidden_layers": con.WHOLE, "intermediate_size": con.WHOLE, "hidden_act": con.TEXT}
@@ -53,7 +57,55 @@ class Configs(NamedTuple):
     """What a model's files say of it, before anything is loaded."""
     transformer: dict
     vae: dict
+    scheduler: dict
     text_tokens: int
+
+    @property
+    def few_steps(self):
+        """Whether it was distilled to few steps, as FLUX.1-schnell: it has no guidance to embed, and a time
+        shift that does not depend on the picture's size."""
+        static = not self.scheduler.get("use_dynamic_shifting", False)
+        return not self.transformer["guidance_embeds"] and static
+
+
+# -------------------------------------------------------------------------------------------- models by name
+# What the configs of hub ids say, so that nothing need be downloaded to plan. FluxTransformer2DModel's own
+# defaults are FLUX.1-dev's, but for the guidance embedding.
+FLUX_VAE = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+            "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": 1024,
+            "scaling_factor": 0.3611, "shift_factor": 0.1159}
+FLUX_DEV = Configs({"guidance_embeds": True}, FLUX_VAE, {"use_dynamic_shifting": True}, MOST_TOKENS)
+FLUX_SCHNELL = Configs({"guidance_embeds": False}, FLUX_VAE, {"shift": 1.0}, SCHNELL_TOKENS)
+KNOWN = {"black-forest-labs/FLUX.1-dev": FLUX_DEV,
+         "black-forest-labs/FLUX.1-Krea-dev": FLUX_DEV,
+         "black-forest-labs/FLUX.1-schnell": FLUX_SCHNELL}
+
+
+def suited(configs, unit):
+    """{flag: value} that suit a model by its configs, where they are not FLUX.1-dev's: the picture's side, a
+    multiple of `unit` pixels, that a VAE was made for; and few steps, with the model's own time shift."""
+    found = {}
+    side = configs.vae.get("sample_size")
+    if type(side) is int and unit <= side < SCRIPTS_OWN:
+        found["size"] = side // unit * unit
+    if configs.few_steps:
+        found |= {"rollout_steps": 4, "eval_steps": 4, "shift": None}
+    return found
+
+
+def notes(model, values, flags):
+    """What a model's configs decided of the flags (a dict), `values` being what suits it, or what had to be
+    guessed: a list of lines."""
+    lines = []
+    if not Path(model).exists() and model not in KNOWN:
+        lines.append(f"--model {model}: not a model known here; its defaults and its plan are FLUX.1-dev's")
+    _, own = own_flags(model)
+    for name, value in values.items():
+        if name not in own and name in flags and flags[name] == value:
+            shown = "off" if value is None else value
+            lines.append(f"--{name.replace('_', '-')} {shown}: what the configs of {model} say")
+    return lines
 
 
 # -------------------------------------------------------------------------------------------------- the parts
@@ -73,10 +125,10 @@ def read_configs(folder, patch):
     for part in PARTS:
         con.check_folder(folder / part)
     transformer = check_transformer(folder / "transformer")
-    vae = con.read_config(folder / "vae" / "config.json", VAE)
+    vae = con.read_config(folder / "vae" / "config.json", VAE, OF_VAE)
     clip = con.read_config(folder / "text_encoder" / "config.json", CLIP)
     t5 = con.read_config(folder / "text_encoder_2" / "config.json", T5)
-    check_scheduler(folder / "scheduler" / "scheduler_config.json")
+    scheduler = check_scheduler(folder / "scheduler" / "scheduler_config.json")
 
     file = folder / "transformer" / "config.json"
     latents = patch**2 * vae["latent_channels"]
@@ -86,7 +138,10 @@ def read_configs(folder, patch):
     if transformer.get("out_channels") is not None:
         must_fit(file, transformer, "out_channels", latents, "what the VAE's latents need")
     check_vocabulary(folder / "tokenizer", clip["max_position_embeddings"])
-    return Configs(transformer, vae, check_vocabulary(folder / "tokenizer_2", MOST_TOKENS))
+    found = Configs(transformer, vae, scheduler, check_vocabulary(folder / "tokenizer_2", MOST_TOKENS))
+    if found.few_steps:
+        found = found._replace(text_tokens=min(found.text_tokens, SCHNELL_TOKENS))
+    return found
 
 
 def check_transformer(folder):
@@ -108,7 +163,7 @@ def must_fit(file, config, key, wanted, why):
 
 
 def check_scheduler(file):
-    """Raise UserError if a scheduler's config is not of FLUX.1's steps."""
+    """A scheduler's config. Raises UserError if it is not of FLUX.1's steps."""
     steps = con.read_config(file, SCHEDULER, OF_SCHEDULER | DYNAMIC)
     if steps.get("use_dynamic_shifting"):
         con.read_config(file, DYNAMIC)
@@ -116,15 +171,18 @@ def check_scheduler(file):
             raise UserError(f"{file}: base_image_seq_len must be below max_image_seq_len")
         if not 0 <= steps["base_shift"] <= steps["max_shift"] <= 10:
             raise UserError(f"{file}: base_shift and max_shift must be from 0 to 10, the larger one last")
+    return steps
 
 
 def check_vocabulary(folder, most):
-    """How many tokens a tokenizer gives a text, at most. Raises UserError if that is more than its encoder
-    takes, or if it has no vocabulary."""
+    """How many tokens a tokenizer gives a text, at most; where it knows no limit, as many as its encoder
+    takes, `most`. Raises UserError if it says more than that, or if it has no vocabulary."""
     if not any((folder / name).exists() for name in VOCABULARIES):
         raise UserError(f"{folder}: has no vocabulary ({' or '.join(VOCABULARIES)})")
     file = folder / "tokenizer_config.json"
-    tokens = con.read_config(file, {"model_max_length": con.WHOLE})["model_max_length"]
+    tokens = con.read_config(file, {}, {"model_max_length": con.WHOLE}).get("model_max_length", NO_LIMIT)
+    if tokens == NO_LIMIT:
+        return most
     if not FEWEST_TOKENS <= tokens <= most:
         raise UserError(f"{file}: model_max_length {tokens} must be from {FEWEST_TOKENS} to {most}")
     return tokens

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from engine.configs import check_config, check_folder
 from engine.errors import UserError, printable
+from engine.single_file import tensors_of
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 ONE_FILE = "diffusion_pytorch_model.safetensors"
@@ -209,24 +210,27 @@ def own_parameters(network):
     return found
 
 
-def on_meta(kind, folder):
-    """(a diffusers model of class `kind`, without memory; {name: slice of a file} of its tensors). Raises
-    UserError if a tensor is missing, or not its own."""
+def on_meta(kind, folder, file=None):
+    """(a diffusers model of class `kind`, without memory; {name: slice of a file} of its tensors, which are
+    the folder's or, if one is given, a single file's). Raises UserError if a tensor is missing, or not its
+    own."""
     check_folder(folder)
     with torch.device("meta"):
         network = kind.from_config(kind.load_config(folder))
-    return network, must_be_whole(network, folder)
+    tensors = tensors_in(folder) if file is None else tensors_of(file)
+    must_be_whole(network, tensors, file or folder)
+    return network, tensors
 
 
-def load_sharded(kind, folder, device, dtype, world=None, layout=None):
-    """A diffusers model of class `kind` from its folder; with a world that has a mesh: sharded over it, in
-    float32, or as a `memory.Layout` says.
+def load_sharded(kind, folder, device, dtype, world=None, layout=None, file=None):
+    """A diffusers model of class `kind` from its folder, or of the folder's config with the tensors of a
+    single file; with a world that has a mesh: sharded over it, in float32, or as a `memory.Layout` says.
 
     Built on meta, and each rank reads only its own rows of each tensor, so no process ever holds a full copy.
     Raises UserError if names or shapes differ from the config's.
     """
     sharded = world is not None and world.mesh is not None
-    network, tensors = on_meta(kind, folder)
+    network, tensors = on_meta(kind, folder, file)
     if layout is not None:
         device = layout.prepare(network, world)
     else:
@@ -249,24 +253,26 @@ def fill(parameter, tensor):
     local.copy_(tensor[first:last].to(local.dtype))
 
 
-def must_be_whole(network, folder):
-    """{name: slice of a file} of a network's tensors, each there and of its shape, and no other: known before
-    the network takes any memory. Raises UserError."""
+def tensors_in(folder):
+    """{name: slice of a file} of the tensors of a diffusers transformer folder."""
     files = weight_files(folder)
-    shapes = {name: list(parameter.shape) for name, parameter in network.named_parameters()}
-    if files.keys() != shapes.keys():
-        odd = sorted(files.keys() ^ shapes.keys())
-        raise UserError(f"{folder}: {len(odd)} tensors are missing or not {type(network).__name__}'s, "
-                        f"such as {odd[0]}")
     opened = {file: safe_open(file, "pt") for file in set(files.values())}
-    tensors = {}
+    return {name: opened[file].get_slice(name) for name, file in files.items()}
+
+
+def must_be_whole(network, tensors, where):
+    """Raise UserError unless every tensor of a network is there, of its shape, and no other: known before the
+    network takes any memory."""
+    shapes = {name: list(parameter.shape) for name, parameter in network.named_parameters()}
+    if tensors.keys() != shapes.keys():
+        odd = sorted(tensors.keys() ^ shapes.keys())
+        raise UserError(f"{where}: {len(odd)} tensors are missing or not {type(network).__name__}'s, "
+                        f"such as {odd[0]}")
     for name, shape in shapes.items():
-        tensors[name] = opened[files[name]].get_slice(name)
         if list(tensors[name].get_shape()) != shape:
-            raise UserError(f"{folder}: {name} is {tensors[name].get_shape()}, the config says {shape}")
+            raise UserError(f"{where}: {name} is {tensors[name].get_shape()}, the config says {shape}")
         if tensors[name].get_dtype()[0] not in "FB":
-            raise UserError(f"{folder}: {name} holds {tensors[name].get_dtype()}, which are no weights")
-    return tensors
+            raise UserError(f"{where}: {name} holds {tensors[name].get_dtype()}, which are no weights")
 
 
 def clock(device):
