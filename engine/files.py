@@ -93,11 +93,38 @@ def not_a_path(text):
     return None
 
 
+def is_there(text):
+    """Whether a text is the path of a file or a folder that exists."""
+    return not_a_path(text) is None and Path(text).exists()
+
+
+def items_of(text, weighted=False):
+    """"A,B" -> ["A", "B"], where each may be NAME, PATH or NAME=PATH and, if `weighted`, with :WEIGHT behind
+    it. A comma in a path that exists divides nothing."""
+    pieces = text.split(",")
+    items = []
+    while pieces:
+        n = len(pieces)
+        while n > 1 and not leads_somewhere(",".join(pieces[:n]), weighted):
+            n -= 1
+        items.append(",".join(pieces[:n]).strip())
+        pieces = pieces[n:]
+    return items
+
+
+def leads_somewhere(item, weighted):
+    """Whether PATH or NAME=PATH, perhaps with :WEIGHT, is of a path that exists."""
+    texts = [item.strip()]
+    if weighted:
+        texts.append(texts[0].rpartition(":")[0])
+    return any(is_there(text) or is_there(text.partition("=")[2]) for text in texts)
+
+
 def named_path(text):
-    """"NAME=PATH" -> (NAME, PATH); "PATH" -> (None, PATH). What has a slash before its first "=" is a
-    path."""
+    """"NAME=PATH" -> (NAME, PATH); "PATH" -> (None, PATH). A path that exists is taken as it stands, and what
+    has a slash before its first "=" is a path."""
     name, sign, path = text.partition("=")
-    if not sign or "/" in name:
+    if not sign or "/" in name or is_there(text):
         name = None
         path = text
     elif not name or not path:

@@ -1,5 +1,5 @@
-"""--weights, a transformer's instead of the model's own, or a LoRA beside them: what was given, and whether it
-is of this model, known from names and shapes before anything takes memory.
+"""--weights, a transformer's instead of the model's own, or a LoRA beside them: what was given, and whether
+it is of this model, known from names and shapes before anything takes memory.
 
 `base` is everywhere the folder with the config of the model's own transformer.
 """

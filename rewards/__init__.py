@@ -27,7 +27,7 @@ from typing import NamedTuple
 from torch import nn
 
 from engine.errors import UserError, one_line
-from engine.files import named_path
+from engine.files import is_there, items_of, named_path
 from engine.finite import are_finite
 from srpo_reward import Rewards
 
@@ -112,7 +112,7 @@ def parse_rewards(spec):
     """"hpsv2.1:0.7,pickscore=PATH:0.3" -> a list of `Part`; a weight that is left out is 1. Raises
     UserError."""
     parts = []
-    for item in spec.split(","):
+    for item in items_of(spec, weighted=True):
         part = parse_part(item)
         if part.label in [other.label for other in parts]:
             raise UserError(f"--reward {item}: named twice")
@@ -123,10 +123,12 @@ def parse_rewards(spec):
 
 
 def parse_part(item):
-    """"NAME", "NAME=PATH", or either with ":WEIGHT" -> its `Part`. Raises UserError."""
-    label, colon, weight = item.strip().rpartition(":")
-    if not colon:
-        label = item.strip()
+    """"NAME", "NAME=PATH", or either with ":WEIGHT" -> its `Part`. A path that exists is taken as it stands.
+    Raises UserError."""
+    item = item.strip()
+    label, colon, weight = item.rpartition(":")
+    if not colon or is_there(item) or is_there(item.partition("=")[2]):
+        label = item
         weight = "1"
     try:
         weight = float(weight)

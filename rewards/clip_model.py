@@ -1,7 +1,8 @@
 """Rewards whose network is an open_clip model: HPSv2.1, CLIP ViT-H/14, the miniature's, or one of your own.
 
 Two layouts of weights are read: an open_clip folder (open_clip_config.json, open_clip_model.safetensors and,
-if the config names one, a tokenizer); and HPSv2.1's, a .pt with a "state_dict", or a folder with that file.
+unless it reads with OpenAI's, the files of a tokenizer); and HPSv2.1's, a .pt with a "state_dict", or what
+would stand under that word alone, or a folder with that file.
 """
 
 import logging
@@ -20,6 +21,7 @@ from rewards import base
 ARCH = "ViT-H-14"                         # HPSv2.1's, and the one that PickScore was made of
 CHECKPOINT = "HPS_v2.1_compressed.pt"
 CONFIG = "open_clip_config.json"
+OPENAI_WORDS = 49408                      # known to a text tower whose config says nothing else
 FITS = {"shortest": "crop", "squash": "stretch", "longest": "letterbox"}    # open_clip's resize_mode: our fit
 
 
@@ -65,7 +67,8 @@ def load(path, device, arch=ARCH):
         path = path / CHECKPOINT
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    state = state_of(path)
+    must_be(arch, state)
     with quiet():
         model = open_clip.create_model(arch, pretrained=None)
         tokenizer = open_clip.get_tokenizer(arch)
@@ -73,20 +76,69 @@ def load(path, device, arch=ARCH):
     return ClipReward(model.to(device), tokenizer, "letterbox")    # as HPSv2's evaluator prepares pictures
 
 
+def state_of(path):
+    """{name: tensor} of a .pt: what its "state_dict" holds, or itself. Raises UserError."""
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    state = found.get("state_dict", found) if isinstance(found, dict) else None
+    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+        raise UserError("no tensors by their names, nor any under the word state_dict")
+    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+
+
+def must_be(arch, state):
+    """Raise UserError if weights are not of a vision transformer that open_clip names, in words that say of
+    which they are. What is of no vision transformer is left to open_clip."""
+    vision = open_clip.get_model_config(arch)["vision_cfg"]
+    if "patch_size" not in vision:
+        return
+    wanted = tower(vision["width"], vision["layers"], vision["patch_size"])
+    patches = state.get("visual.conv1.weight")
+    if patches is None or patches.ndim != 4:
+        raise UserError(f"weights of open_clip's {arch} are expected, {wanted}; these have no "
+                        f"visual.conv1.weight, but {sorted(state)[0]}")
+    blocks = {name.split(".")[3] for name in state if name.startswith("visual.transformer.resblocks.")}
+    found = tower(patches.shape[0], len(blocks), patches.shape[-1])
+    if found != wanted:
+        raise UserError(f"weights of open_clip's {arch} are expected, {wanted}; these are of {found}, which "
+                        "need an open_clip folder to say so")
+
+
+def tower(width, layers, patch):
+    """A vision transformer in words."""
+    return f"a vision tower {width} wide with {layers} layers and patches of {patch} pixels"
+
+
 def load_folder(folder, device):
     """The `ClipReward` of an open_clip folder."""
     text_config = network_config(folder)["text_cfg"]
-    options = {}
-    if text_config.get("hf_tokenizer_name"):
-        # The tokenizer is transformers', which asks on the terminal whether to run code unless it is told.
-        options["trust_remote_code"] = False
     with quiet():
         model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}", **options)
+        tokenizer = tokenizer_of(folder, text_config)
     prepared = model.visual.preprocess_cfg
     if prepared["interpolation"] == "bilinear":
         raise UserError(f"{CONFIG} wants pictures resized bilinearly; they are resized bicubically here")
     return ClipReward(model.to(device), tokenizer, FITS[prepared["resize_mode"]])
+
+
+def tokenizer_of(folder, text_config):
+    """The tokenizer of an open_clip folder: its own if it has one, or OpenAI's. Raises UserError if that
+    knows more words than the text tower."""
+    if text_config.get("hf_tokenizer_name"):
+        # The tokenizer is transformers', which asks on the terminal whether to run code unless it is told.
+        return open_clip.get_tokenizer(f"local-dir:{folder}", trust_remote_code=False)
+    length = text_config.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
+    if (folder / "tokenizer.json").exists():
+        options = {"trust_remote_code": False} | text_config.get("tokenizer_kwargs", {})
+        tokenizer = open_clip.tokenizer.HFTokenizer(folder, length, **options)
+        last = max(tokenizer.tokenizer.get_vocab().values())
+    else:
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+        last = tokenizer.vocab_size - 1
+    words = text_config.get("vocab_size", OPENAI_WORDS)
+    if last >= words:
+        raise UserError(f"its tokenizer has {last + 1} words, and its text tower knows {words}, as {CONFIG} "
+                        "says; put the right tokenizer.json beside that")
+    return tokenizer
 
 
 def network_config(folder):

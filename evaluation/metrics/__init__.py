@@ -22,7 +22,7 @@ import pkgutil
 
 import rewards
 from engine.errors import UserError
-from engine.files import named_path
+from engine.files import items_of, named_path
 from evaluation.metrics.reward import RewardMetric
 
 
@@ -47,13 +47,13 @@ def parse_metrics(spec):
     """"hpsv2.1,pickscore=PATH" -> {name: where or None}. Raises UserError for what is no metric."""
     known = names()
     chosen = {}
-    for item in spec.split(","):
-        name, where = named_path(item.strip())
+    for item in items_of(spec):
+        name, where = named_path(item)
         if name is None:  # no "=": what stands there is a metric's name
             name, where = where, None
         if name not in known:
-            raise UserError(f"--metrics {item.strip()}: not a metric; there are {', '.join(known)}")
+            raise UserError(f"--metrics {item}: not a metric; there are {', '.join(known)}")
         if name in chosen:
-            raise UserError(f"--metrics {item.strip()}: named twice")
+            raise UserError(f"--metrics {item}: named twice")
         chosen[name] = where
     return chosen
