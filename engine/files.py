@@ -105,19 +105,24 @@ def items_of(text, weighted=False):
     items = []
     while pieces:
         n = len(pieces)
-        while n > 1 and not leads_somewhere(",".join(pieces[:n]), weighted):
+        while n > 1 and not is_item(",".join(pieces[:n]), weighted):
             n -= 1
         items.append(",".join(pieces[:n]).strip())
         pieces = pieces[n:]
     return items
 
 
-def leads_somewhere(item, weighted):
-    """Whether PATH or NAME=PATH, perhaps with :WEIGHT, is of a path that exists."""
-    texts = [item.strip()]
-    if weighted:
-        texts.append(texts[0].rpartition(":")[0])
-    return any(is_there(text) or is_there(text.partition("=")[2]) for text in texts)
+def is_item(text, weighted):
+    """Whether a text is PATH or NAME=PATH, perhaps with :WEIGHT, of a path that exists."""
+    start, _, weight = text.rpartition(":")
+    return leads_somewhere(text) or (weighted and "," not in weight and leads_somewhere(start))
+
+
+def leads_somewhere(text):
+    """Whether a text is PATH or NAME=PATH of a path that exists."""
+    name, _, path = text.strip().partition("=")
+    is_name = not set(name) & set(",:/")
+    return is_there(text.strip()) or (is_name and is_there(path))
 
 
 def named_path(text):

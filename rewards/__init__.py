@@ -27,7 +27,7 @@ from typing import NamedTuple
 from torch import nn
 
 from engine.errors import UserError, one_line
-from engine.files import is_there, items_of, named_path
+from engine.files import items_of, leads_somewhere, named_path
 from engine.finite import are_finite
 from srpo_reward import Rewards
 
@@ -127,7 +127,7 @@ def parse_part(item):
     Raises UserError."""
     item = item.strip()
     label, colon, weight = item.rpartition(":")
-    if not colon or is_there(item) or is_there(item.partition("=")[2]):
+    if not colon or leads_somewhere(item):
         label = item
         weight = "1"
     try:

@@ -89,7 +89,7 @@ def must_be(arch, state):
     """Raise UserError if weights are not of a vision transformer that open_clip names, in words that say of
     which they are. What is of no vision transformer is left to open_clip."""
     vision = open_clip.get_model_config(arch)["vision_cfg"]
-    if "patch_size" not in vision:
+    if not isinstance(vision["layers"], int):  # a ResNet
         return
     wanted = tower(vision["width"], vision["layers"], vision["patch_size"])
     patches = state.get("visual.conv1.weight")

@@ -60,6 +60,101 @@ def make_aesthetic(folder):
     return folder
 
 
+# ------------------------------------------------------------------------------------- models of other people
+PART = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def edit_json(file, **changed):
+    """Set keys of a JSON file; None takes one away."""
+    values = json.loads(file.read_text())
+    for key, value in changed.items():
+        if value is None:
+            values.pop(key, None)
+        else:
+            values[key] = value
+    file.write_text(json.dumps(values))
+
+
+def make_foreign_flux(folder):
+    """Fill a folder: a FLUX of 32 x 32 pixels that knows nothing of this project, with what the configs of
+    others leave out."""
+    shutil.copytree("miniature", folder, ignore=shutil.ignore_patterns(
+        "srpo.json", "*.py", "*.txt", "*.md", "reward*", "judge", ".build", "__pycache__"))
+    edit_json(folder / "vae" / "config.json", sample_size=32, shift_factor=None)
+    edit_json(folder / "tokenizer" / "tokenizer_config.json", model_max_length=int(1e30))
+    edit_json(folder / "tokenizer_2" / "tokenizer_config.json", model_max_length=None)
+    return folder
+
+
+def make_schnell(folder):
+    """Fill a folder: a FLUX with FLUX.1-schnell's configs, no guidance embedding and a static shift of 1."""
+    shutil.copytree("miniature", folder, ignore=shutil.ignore_patterns(
+        "srpo.json", "*.py", "judge", "__pycache__"))
+    edit_json(folder / "transformer" / "config.json", guidance_embeds=False)
+    edit_json(folder / "scheduler" / "scheduler_config.json", use_dynamic_shifting=False, shift=1.0)
+    edit_json(folder / "tokenizer_2" / "tokenizer_config.json", model_max_length=512)
+    state = {name: tensor for name, tensor in load_file(folder / PART).items() if "guidance" not in name}
+    save_file(state, folder / PART, {"format": "pt"})
+    return folder
+
+
+def make_foreign_reward(folder):
+    """Fill a folder: an open_clip model whose config does not name the tokenizer beside it."""
+    shutil.copytree("miniature/reward", folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    del config["model_cfg"]["text_cfg"]["hf_tokenizer_name"]
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def released_names(state):
+    """The tensors of a FluxTransformer2DModel under the names that black-forest-labs gave them, q, k and v in
+    one, and the last shift before its scale."""
+    state = dict(state)
+    out = {}
+
+    def take(theirs, *ours):
+        for kind in ("weight", "bias"):
+            if f"{ours[0]}.{kind}" in state:
+                out[f"{theirs}.{kind}"] = torch.cat([state.pop(f"{name}.{kind}") for name in ours])
+
+    def norms(theirs, query, key):
+        out[f"{theirs}.query_norm.scale"] = state.pop(f"{query}.weight")
+        out[f"{theirs}.key_norm.scale"] = state.pop(f"{key}.weight")
+
+    for theirs, ours in (("time", "timestep"), ("vector", "text"), ("guidance", "guidance")):
+        take(f"{theirs}_in.in_layer", f"time_text_embed.{ours}_embedder.linear_1")
+        take(f"{theirs}_in.out_layer", f"time_text_embed.{ours}_embedder.linear_2")
+    take("img_in", "x_embedder")
+    take("txt_in", "context_embedder")
+    take("final_layer.linear", "proj_out")
+    for kind in ("weight", "bias"):
+        scale, shift = state.pop(f"norm_out.linear.{kind}").chunk(2)
+        out[f"final_layer.adaLN_modulation.1.{kind}"] = torch.cat([shift, scale])
+    for i in range(100):
+        block, ours = f"double_blocks.{i}", f"transformer_blocks.{i}"
+        if f"{ours}.norm1.linear.weight" in state:
+            take(f"{block}.img_mod.lin", f"{ours}.norm1.linear")
+            take(f"{block}.txt_mod.lin", f"{ours}.norm1_context.linear")
+            take(f"{block}.img_attn.qkv", *(f"{ours}.attn.to_{x}" for x in "qkv"))
+            take(f"{block}.txt_attn.qkv", *(f"{ours}.attn.add_{x}_proj" for x in "qkv"))
+            take(f"{block}.img_attn.proj", f"{ours}.attn.to_out.0")
+            take(f"{block}.txt_attn.proj", f"{ours}.attn.to_add_out")
+            for side, mlp in (("img", "ff"), ("txt", "ff_context")):
+                take(f"{block}.{side}_mlp.0", f"{ours}.{mlp}.net.0.proj")
+                take(f"{block}.{side}_mlp.2", f"{ours}.{mlp}.net.2")
+            norms(f"{block}.img_attn.norm", f"{ours}.attn.norm_q", f"{ours}.attn.norm_k")
+            norms(f"{block}.txt_attn.norm", f"{ours}.attn.norm_added_q", f"{ours}.attn.norm_added_k")
+        block, ours = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
+        if f"{ours}.norm.linear.weight" in state:
+            take(f"{block}.linear1", *(f"{ours}.attn.to_{x}" for x in "qkv"), f"{ours}.proj_mlp")
+            take(f"{block}.linear2", f"{ours}.proj_out")
+            take(f"{block}.modulation.lin", f"{ours}.norm.linear")
+            norms(f"{block}.norm", f"{ours}.attn.norm_q", f"{ours}.attn.norm_k")
+    assert not state
+    return out
+
+
 # --------------------------------------------------------------------------------- scorers that are no reward
 DEQA = json.loads((Path(__file__).parent / "golden" / "deqa.json").read_text())
 

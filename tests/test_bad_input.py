@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from builders import make_foreign_reward
 from safetensors.torch import load_file, save_file
 from scripts import call
 
@@ -173,7 +174,11 @@ PROMPTS = {  # the content of a file, or {file: content} of a folder; what is sa
 WEIGHTS = {  # what --weights may be; what is said
     "no": "no transformer there", "": "no transformer there", "miniature": "no transformer there",
     "x" * 300: "no transformer there", "pipe": "no transformer there",
-    "cut": "cannot be loaded as FLUX.1",
+    "cut": "cannot be loaded as FLUX.1", "less": "--weights less: another architecture: num_layers 1, and",
+    "text.safetensors": "text.safetensors: cannot be read",
+    "other.safetensors": "tensors are missing or not FluxTransformer2DModel's",
+    "kohya.safetensors": "lora_unet_a.lora_down.weight is not known; a LoRA has transformer.LAYER.lora_A",
+    "lora": "pytorch_lora_weights.safetensors: this transformer has no layer transformer_blocks.9.attn.to_q",
     "miniature/vae": "_class_name 'AutoencoderKL' must be 'FluxTransformer2DModel'"}
 
 FILES = [
@@ -206,6 +211,10 @@ FILES = [
     *each(SAMPLES, "--out link", "is there, and not from"),
     # trained weights, pictures and metrics
     *(Mistake("sample.py", ["--weights", where], words) for where, words in WEIGHTS.items()),
+    *(Mistake("train.py", ["--weights", where], words) for where, words in WEIGHTS.items()
+      if where and len(where) < 300),
+    Mistake("train.py", ["--weights", ""], "--weights \"\": must be a path, and it is empty"),
+    Mistake("train.py", "--weights fits --lora 8", "another rank than --lora 8; --lora 2 goes on with it"),
     *(Mistake("evaluate.py", ["--weights", f"w={where}"], words) for where, words in WEIGHTS.items()
       if where and len(where) < 300),
     Mistake("evaluate.py", ["--weights", ""], "not a name for a folder"),
@@ -245,7 +254,11 @@ REWARDS = [
       if script == "train.py" or text not in ("a=b=c", "no.pt", "pipe", "x" * 5000)),
     *(Mistake("train.py", ["--reward", name], "not a reward model") for name in ("text.txt", "folder")),
     Mistake("train.py", "--reward pickle.pt", "not a reward model"),
-    Mistake("train.py", "--reward zeros.pt", "not a reward model"),
+    Mistake("train.py", "--reward zeros.pt", "weights of open_clip's ViT-H-14 are expected, a vision tower "
+            "1280 wide with 32 layers and patches of 14 pixels; these have no visual.conv1.weight, but "),
+    Mistake("train.py", "--reward large.pt", "these are of a vision tower 1024 wide with 24 layers"),
+    Mistake("train.py", "--reward numbers.pt", "no tensors by their names"),
+    Mistake("train.py", "--reward wordless", "49408 words, and its text tower knows 583"),
     Mistake("train.py", "--reward code", "asks for code to be run (trust_remote_code)"),
     Mistake("train.py", "--reward class", "asks for code to be run (auto_map)"),
     Mistake("train.py", "--reward elsewhere", "outside the folder (hf_model_name)"),
@@ -404,8 +417,7 @@ MODELS = [  # a change of the folder; what is said
     (gone("tokenizer_2/tokenizer.json"), "has no vocabulary"),
     *((config(f"{part}/tokenizer_config.json", model_max_length=length), words)
       for part in ("tokenizer", "tokenizer_2")
-      for length, words in ((10**30, "to "), (0, "above 0"), ("16", "a whole number"), (1, "from 8"))),
-    (config("tokenizer_2/tokenizer_config.json", model_max_length=None), "has no model_max_length"),
+      for length, words in ((10**6, "to "), (0, "above 0"), ("16", "a whole number"), (1, "from 8"))),
     (few_words, "20 words, but its encoder knows 109"),
     (replaced("tokenizer_2", "tokenizer"), "cannot be loaded as FLUX.1"),
     (config("tokenizer_2/tokenizer_config.json", pad_token="nothing"), "its encoder knows 109"),
@@ -498,6 +510,28 @@ def make_rewards(here):
     tensors("open_clip_model.safetensors", not_finite)(here / "notfinite")
     torch.save(Planted(), here / "pickle.pt")
     torch.save({"weights": torch.zeros(3)}, here / "zeros.pt")
+    torch.save([1, 2], here / "numbers.pt")
+    large = {f"visual.transformer.resblocks.{i}.ln_1.weight": torch.zeros(1) for i in range(24)}
+    torch.save(large | {"visual.conv1.weight": torch.zeros(1024, 3, 14, 14)}, here / "large.pt")
+    make_foreign_reward(here / "wordless")
+    (here / "wordless" / "tokenizer.json").unlink()
+
+
+def make_weights(here):
+    """What is given as --weights, and is none for the miniature."""
+    shutil.copytree(ROOT / "miniature" / "transformer", here / "cut")
+    whole = (here / "cut" / WEIGHTS_OF["transformer"]).read_bytes()
+    (here / "cut" / WEIGHTS_OF["transformer"]).write_bytes(whole[:-100])
+    shutil.copytree(ROOT / "miniature" / "transformer", here / "less")
+    config("config.json", num_layers=1)(here / "less")
+    (here / "text.safetensors").write_text("mine")
+    save_file({"a": torch.zeros(1)}, here / "other.safetensors")
+    save_file({"lora_unet_a.lora_down.weight": torch.zeros(1, 1)}, here / "kohya.safetensors")
+    for folder, block in (("fits", 0), ("lora", 9)):
+        (here / folder).mkdir()
+        layer = f"transformer.transformer_blocks.{block}.attn.to_q"
+        pair = {f"{layer}.lora_A.weight": torch.zeros(2, 128), f"{layer}.lora_B.weight": torch.zeros(128, 2)}
+        save_file(pair, here / folder / "pytorch_lora_weights.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -525,9 +559,7 @@ def place(tmp_path_factory):
                 (here / name / file).parent.mkdir(exist_ok=True)
                 (here / name / file).write_bytes(inside)
     make_rewards(here)
-    shutil.copytree(ROOT / "miniature" / "transformer", here / "cut")
-    whole = (here / "cut" / WEIGHTS_OF["transformer"]).read_bytes()
-    (here / "cut" / WEIGHTS_OF["transformer"]).write_bytes(whole[:-100])
+    make_weights(here)
     return here
 
 

@@ -1,0 +1,335 @@
+"""Claims about the models and weights that users bring: every FLUX.1 by its name or folder, trained weights
+in every form that they have, folders that know nothing of this project."""
+
+import gc
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builders import (
+    PART,
+    edit_json,
+    make_foreign_flux,
+    make_foreign_reward,
+    make_schnell,
+    released_names,
+)
+from diffusers import FluxPipeline
+from diffusers.loaders import single_file_utils
+from safetensors.torch import load_file, save_file
+
+import evaluate
+import flux
+import rewards
+import sample
+import train
+from engine import lora, single_file
+from engine.errors import UserError
+
+SCHNELL = "black-forest-labs/FLUX.1-schnell"
+SMALL = ["--model", "miniature", "--batch", "2", "--rollout-steps", "1", "--eval-steps", "1", "--watch", "2",
+         "--watch-every", "1", "--eval", "0"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(script, *flags) -> (exit status, what it said)."""
+    def one(script, *argv):
+        monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, argv)])
+        status = 0
+        try:
+            script.main()
+        except SystemExit as stop:
+            status = stop.code or 0
+        gc.collect()  # the folder of a run that ends badly is locked until nothing knows of it
+        said = capsys.readouterr()
+        return status, said.out + said.err
+    return one
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    """A machine without a network."""
+    monkeypatch.setattr(flux, "snapshot_download", lambda *_, **__: 1 / 0)
+
+
+# --------------------------------------------------------------------------------------------- models by name
+@pytest.mark.usefixtures("no_hub")
+def test_schnell_is_planned_by_its_name_without_a_network():
+    """No guidance embedding, 256 text tokens, 4 steps, its own time shift, which is none; flags go before."""
+    a = train.flags(["--model", SCHNELL])
+    job = train.job(a)
+    assert job.transformer == {"guidance_embeds": False} and job.text_tokens == 256
+    assert (a.rollout_steps, a.eval_steps, a.shift, a.size) == (4, 4, None, 720)
+    assert train.flags(["--model", SCHNELL, "--eval-steps", "8"]).eval_steps == 8
+    assert train.notes(a) == [f"--rollout-steps 4: what the configs of {SCHNELL} say",
+                              f"--eval-steps 4: what the configs of {SCHNELL} say",
+                              f"--shift off: what the configs of {SCHNELL} say"]
+
+
+@pytest.mark.usefixtures("no_hub")
+@pytest.mark.parametrize("name, notes", [
+    ("black-forest-labs/FLUX.1-dev", []), ("black-forest-labs/FLUX.1-Krea-dev", []),
+    ("someone/flux", ["--model someone/flux: not a model known here; its defaults and its plan are "
+                      "FLUX.1-dev's"])])
+def test_krea_is_planned_as_dev_and_so_is_what_is_not_known_which_is_said(name, notes):
+    a = train.flags(["--model", name])
+    job = train.job(a)
+    assert job.transformer == {"guidance_embeds": True} and job.text_tokens == 512
+    assert (a.rollout_steps, a.eval_steps, a.shift, a.size) == (25, 50, 3.0, 720)
+    assert train.notes(a) == notes
+
+
+def test_a_schnell_samples_as_fluxpipeline(tmp_path):
+    """4 steps without a shift, whatever the guidance, to 1e-3; 256 tokens, though its tokenizer says 512."""
+    model = make_schnell(tmp_path / "schnell")
+    pipe = FluxPipeline.from_pretrained(model)
+    pipe.set_progress_bar_config(disable=True)
+    net = flux.load(model)
+    grid = net.grid(32, 32)
+    assert net.shift(16) == 1.0
+    embeddings = flux.encode_prompts(model, ["a red circle"])
+    assert embeddings.txt.shape[1] == 256
+    eps = flux.noise(net, grid, [3])
+    ours = flux.sample(net, embeddings.txt, embeddings.pooled, eps, grid, steps=4, guidance=3.5)
+    theirs = pipe("a red circle", height=32, width=32, num_inference_steps=4, guidance_scale=0.0,
+                  latents=eps, output_type="pt", max_sequence_length=256).images
+    assert (ours - theirs).abs().max() < 1e-3
+
+
+def test_a_schnell_trains(tmp_path, run):
+    model = make_schnell(tmp_path / "schnell")
+    status, said = run(train, "--model", model, "--reward", "miniature/reward", "--size", "32", "--steps", 1,
+                       "--prompts", "miniature/prompts.txt", "--eval-prompts", "miniature/prompts_eval.txt",
+                       "--threshold", "off", "--watch", "1", "--out", tmp_path / "run")
+    assert status == 0 and "--rollout-steps 4: what the configs of" in said, said
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text())["grad_norm"] > 0
+
+
+# ---------------------------------------------------------------------------------------- one file of weights
+def test_a_release_is_read_row_by_row_as_diffusers_converts_it(tmp_path):
+    """All rows of a FLUX.1 with one block of each kind, one column: any part of any tensor is the library's,
+    to the bit."""
+    D = 3072
+    rows = {"img_in": D, "txt_in": D, "final_layer.linear": 64, "final_layer.adaLN_modulation.1": 2 * D,
+            "single_blocks.0.linear1": 7 * D, "single_blocks.0.linear2": D,
+            "single_blocks.0.modulation.lin": 3 * D}
+    for name in ("time_in", "vector_in", "guidance_in"):
+        rows |= {f"{name}.in_layer": D, f"{name}.out_layer": D}
+    norms = ["single_blocks.0.norm"]
+    for side in ("double_blocks.0.img", "double_blocks.0.txt"):
+        rows |= {f"{side}_mod.lin": 6 * D, f"{side}_attn.qkv": 3 * D, f"{side}_attn.proj": D,
+                 f"{side}_mlp.0": 4 * D, f"{side}_mlp.2": D}
+        norms.append(f"{side}_attn.norm")
+    state = {f"{name}.{kind}_norm.scale": torch.randn(128) for name in norms for kind in ("query", "key")}
+    for name, n in rows.items():
+        state |= {f"{name}.weight": torch.randn(n, 1), f"{name}.bias": torch.randn(n)}
+    save_file(state, tmp_path / "released.safetensors")
+    ours = single_file.tensors_of(tmp_path / "released.safetensors")
+    theirs = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers(state)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        third = len(tensor) // 3
+        assert ours[name].get_shape() == list(tensor.shape)
+        parts = [ours[name][0:third], ours[name][third:third + 1], ours[name][third + 1:len(tensor)]]
+        assert torch.equal(torch.cat(parts), tensor), name
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "released", "comfyui", "comfyui, all networks"])
+def test_one_file_is_the_same_network_as_the_folder(layout, tmp_path, miniature):
+    state = load_file(Path("miniature") / PART)
+    if layout != "diffusers":
+        state = released_names(state)
+    if "comfyui" in layout:
+        state = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
+    if "all" in layout:
+        state["vae.decoder.conv_in.weight"] = torch.zeros(3)
+    save_file(state, tmp_path / "one.safetensors")
+    found = flux.load("miniature", str(tmp_path / "one.safetensors")).transformer.state_dict()
+    for name, tensor in miniature.transformer.state_dict().items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_one_file_of_another_model_is_one_line(tmp_path):
+    state = released_names(load_file(Path("miniature") / PART))
+    file = tmp_path / "one.safetensors"
+
+    def said(state, rank=None):
+        save_file(state, file)
+        with pytest.raises(UserError) as error:
+            flux.check_weights("miniature", str(file), rank)
+        assert len(str(error.value).splitlines()) == 1
+        return str(error.value)
+
+    assert "1 tensors are not FLUX.1's, such as another" in said(state | {"another": torch.zeros(1)})
+    part = {name: tensor for name, tensor in state.items() if not name.startswith("time_in")}
+    assert "not FLUX.1's tensors: 'time_in" in said(part)
+    assert "the config says [128]" in said(state | {"img_in.bias": torch.zeros(6)})
+    assert "the config says" in said(state | {"img_in.bias": torch.tensor(1.0)})
+    assert "which are no weights" in said(state | {"img_in.bias": torch.zeros(128).long()})
+    without = {name: tensor for name, tensor in state.items() if "guidance" not in name}
+    assert "4 tensors are missing or not FluxTransformer2DModel's" in said(without)
+    less = {name: tensor for name, tensor in state.items() if "double_blocks.1" not in name}
+    assert "tensors are missing or not FluxTransformer2DModel's" in said(less)
+    assert "tensors are missing or not FluxTransformer2DModel's" in said({"a": torch.zeros(1)})
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    pair = {f"{layer}.lora_A.weight": torch.zeros(4, 128), f"{layer}.lora_B.weight": torch.zeros(128, 4)}
+    assert "is not known; a LoRA has" in said(pair | {"lora_unet_double_blocks_0.alpha": torch.zeros(1)})
+    assert "of another rank than --lora 8; --lora 4 goes on with it" in said(pair, 8)
+    assert "has no layer" in said({name.replace("_blocks.0", "_blocks.7"): t for name, t in pair.items()})
+    file.write_bytes(b"not what it should be")
+    with pytest.raises(UserError, match="one.safetensors: cannot be read"):
+        flux.check_weights("miniature", str(file))
+
+
+# ------------------------------------------------------------------------------------ training from --weights
+def last_picture(folder):
+    return (folder / "samples" / "step_00001.png").read_bytes()
+
+
+def first_picture(folder):
+    return (folder / "samples" / "step_00000.png").read_bytes()
+
+
+def test_a_run_starts_from_full_weights_and_resumes_with_the_same_alone(tmp_path, run):
+    """The pictures before are those of the weights that it starts from. --resume takes the same weights from
+    any place, and no others."""
+    one, two, moved = tmp_path / "one", tmp_path / "two", tmp_path / "moved"
+    assert run(train, *SMALL, "--steps", "1", "--lr", "1e-3", "--out", one)[0] == 0
+    flags = [*SMALL, "--lr", "1e-3", "--out", two]
+    status, said = run(train, *flags, "--steps", "1", "--weights", one / "weights")
+    assert status == 0, said
+    assert first_picture(two) == last_picture(one) != first_picture(one)
+    for weights in ([], ["--weights", "miniature/transformer"]):
+        status, said = run(train, *flags, "--steps", "2", "--resume", *weights)
+        assert status == 2 and said.splitlines()[-1].startswith("train.py: --resume: --"), said
+    shutil.move(one / "weights", moved)
+    status, said = run(train, *flags, "--steps", "2", "--resume", "--weights", moved)
+    assert status == 0, said
+
+
+def test_a_lora_goes_on_or_is_merged(tmp_path, run):
+    """--lora R --weights LORA trains its adapters on; without --lora it is merged into what is trained. A
+    file is as good as its folder, and both are where the run before ended."""
+    one, on, merged = tmp_path / "one", tmp_path / "on", tmp_path / "merged"
+    assert run(train, *SMALL, "--steps", "1", "--lora", "2", "--lr", "1e-2", "--out", one)[0] == 0
+    shutil.copy(one / "weights" / lora.FILE, tmp_path / "my.safetensors")
+    status, said = run(train, *SMALL, "--steps", "1", "--lora", "2", "--lr", "1e-2", "--out", on,
+                       "--weights", tmp_path / "my.safetensors")
+    assert status == 0, said
+    assert first_picture(on) == last_picture(one) != first_picture(one)
+    before = load_file(one / "weights" / lora.FILE)
+    after = load_file(on / "weights" / lora.FILE)
+    assert before.keys() == after.keys() and any(not torch.equal(before[k], after[k]) for k in before)
+
+    assert run(train, *SMALL, "--steps", "1", "--lr", "1e-9", "--out", merged, "--weights",
+               one / "weights")[0] == 0
+    ours = load_file(merged / "weights" / "diffusion_pytorch_model.safetensors")
+    theirs = flux.load("miniature", str(tmp_path / "my.safetensors")).transformer.state_dict()
+    for name, tensor in theirs.items():
+        assert (ours[name] - tensor).abs().max() < 1e-6, name
+
+
+def test_a_full_run_is_not_resumed_as_a_lora_nor_a_lora_as_full(tmp_path, run):
+    full, thin = tmp_path / "full", tmp_path / "thin"
+    assert run(train, *SMALL, "--steps", "1", "--out", full)[0] == 0
+    assert run(train, *SMALL, "--steps", "1", "--lora", "2", "--out", thin)[0] == 0
+    again = [*SMALL, "--steps", "2", "--resume", "--out"]
+    for folder, flags, words in ((full, ["--lora", "2"], "has --lora None, now 2"),
+                                 (thin, [], "has --lora 2, now None"),
+                                 (thin, ["--lora", "4"], "has --lora 2, now 4")):
+        before = sorted(path.stat().st_mtime_ns for path in folder.rglob("*"))
+        status, said = run(train, *again, folder, *flags)
+        assert status == 2 and len(said.splitlines()) == 1 and words in said
+        assert sorted(path.stat().st_mtime_ns for path in folder.rglob("*")) == before
+
+
+def test_the_other_scripts_take_one_file_too(tmp_path, run):
+    save_file(released_names(load_file(Path("miniature") / PART)), tmp_path / "flux.safetensors")
+    few = ["--model", "miniature", "--first", "2", "--eval-steps", "1"]
+    made = {}
+    for name, weights in (("own", []), ("file", ["--weights", tmp_path / "flux.safetensors"])):
+        assert run(sample, *few, "--out", tmp_path / name, *weights)[0] == 0
+        made[name] = (tmp_path / name / "grid.png").read_bytes()
+    assert made["own"] == made["file"]
+    status, said = run(evaluate, *few, "--metrics", "statistics", "--out", tmp_path / "e", "--weights",
+                       f"file={tmp_path}/flux.safetensors")
+    assert status == 0, said
+    assert (tmp_path / "e" / "base" / "00001.png").read_bytes() == (tmp_path / "e" / "file" /
+                                                                    "00001.png").read_bytes()
+
+
+# ---------------------------------------------------------------------------- folders that know nothing of us
+def test_a_foreign_folder_says_its_size_in_a_line(tmp_path):
+    """32 pixels, and not 720: what its VAE was made for; srpo.json and flags go before."""
+    model = make_foreign_flux(tmp_path / "theirs")
+    for parser in (sample.flags(), evaluate.flags(), train.parser()):
+        a = train.parse(parser, ["--model", str(model)], flux.defaults_of)
+        assert a.size == 32
+        assert flux.notes(str(model), vars(a)) == [f"--size 32: what the configs of {model} say"]
+    assert train.flags(["--model", str(model), "--size", "48"]).size == 48
+    edit_json(model / "vae" / "config.json", sample_size=1024)  # FLUX.1-dev's
+    assert train.flags(["--model", str(model)]).size == 720
+    edit_json(model / "vae" / "config.json", sample_size=None)
+    assert train.flags(["--model", str(model)]).size == 720
+    edit_json(model / "vae" / "config.json", sample_size=100)   # to whole tokens
+    assert train.flags(["--model", str(model)]).size == 96
+    (model / "srpo.json").write_text('{"size": 64}')
+    a = train.flags(["--model", str(model)])
+    assert a.size == 64 and train.notes(a) == []
+
+
+def test_what_a_foreign_folder_leaves_out_is_the_libraries_own(tmp_path, miniature):
+    """A VAE without a shift has none; a tokenizer without a limit has its encoder's: CLIP's positions, T5's
+    512."""
+    model = make_foreign_flux(tmp_path / "theirs")
+    embeddings = flux.encode_prompts(model, ["a red circle left of a blue square"])
+    assert embeddings.txt.shape[1] == flux.configs(model).text_tokens == 512
+    ours = flux.encode_prompts("miniature", ["a red circle left of a blue square"])
+    assert torch.allclose(embeddings.pooled, ours.pooled, atol=1e-5)
+    net = flux.load(model)
+    x = torch.randn(1, 4, 64)
+    z = flux.unpack(x, (2, 2)) / net.vae.config.scaling_factor
+    with torch.no_grad():
+        wanted = (net.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
+        assert torch.equal(net.decode(x, (2, 2)), wanted)
+
+
+def test_my_own_flux_and_my_own_reward(tmp_path, run, monkeypatch):
+    """The README's block, in folders whose names have all that is special to the flags; --resume included."""
+    model = make_foreign_flux(tmp_path / "a=b, c:0.5" / "my_flux")
+    reward = make_foreign_reward(tmp_path / "a=b, c:0.5" / "my,reward:1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_prompts.txt").write_text("a red circle\na blue square\n")
+    small = ["--eval-steps", "1"]
+    both = ["--model", model, "--reward", f"{reward}:0.7,{reward}/../my,reward:1:0"]
+    flags = [*both, "--prompts", "my_prompts.txt", "--eval-prompts", "my_prompts.txt", "--control",
+             "realistic photo", "--neg", "CG render", *small, "--rollout-steps", "1"]
+    status, said = run(train, *flags, "--steps", "1")
+    assert status == 0 and f"--size 32: what the configs of {model} say" in said, said
+    assert run(train, *flags, "--steps", "2", "--resume")[0] == 0
+    weights = Path("runs") / "my_flux" / "weights"
+    status, said = run(sample, "--model", model, "--weights", weights, *small, "a red circle")
+    assert status == 0, said
+    weights.rename("w=1")
+    status, said = run(evaluate, *both, "--weights", "w=1", "--prompts", "my_prompts.txt", "--metrics",
+                       "reward,statistics", *small)
+    assert status == 0, said
+    assert "w=1" in json.loads(Path("runs/evaluate_my_flux/results.json").read_text())["rows"]
+
+
+def test_an_open_clip_folder_reads_with_the_tokenizer_beside_it(tmp_path):
+    """Whether its config names it or not, and with tokenizer.json alone. Without it, OpenAI's 49408 words do
+    not fit this text tower, which is one line."""
+    folder = make_foreign_reward(tmp_path / "theirs")
+    texts = ["a red circle", "realistic photo. a blue square left of a white triangle"]
+    ours = rewards.load_reward("miniature/reward").text_features(texts)
+    assert torch.equal(rewards.load_reward(str(folder)).text_features(texts), ours)
+    (folder / "tokenizer_config.json").unlink()
+    assert torch.equal(rewards.load_reward(str(folder)).text_features(texts), ours)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="49408 words, and its text tower knows 583.*put the right"):
+        rewards.load_reward(str(folder))
