@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from builders import make_foreign_flux, make_foreign_reward
 from scripts import call
 
 import evaluate
@@ -94,16 +95,21 @@ FLAGS = {"train.py": train.flags, "evaluate.py": evaluate.flags().parse_args,
 
 def on_a_gpu(words):
     """Whether a command is for FLUX.1-dev."""
-    return "--images" not in words and "miniature" not in " ".join(words) and words[0] in FLAGS
+    runs_here = any(name in " ".join(words) for name in ("--images", "miniature", "my_flux"))
+    return not runs_here and words[0] in FLAGS
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder that looks like a fresh clone, and where runs leave nothing in the clone."""
+    """A folder that looks like a fresh clone, and where runs leave nothing in the clone; with what users
+    bring."""
     folder = tmp_path_factory.mktemp("clone")
     for path in Path(".").iterdir():
         if path.name not in ("runs", ".git"):
             (folder / path.name).symlink_to(path.resolve())
+    make_foreign_flux(folder / "my_flux")
+    make_foreign_reward(folder / "my_reward")
+    (folder / "my_prompts.txt").write_text("a red circle\na blue square\na white triangle\n")
     return folder
 
 
