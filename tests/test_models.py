@@ -17,7 +17,7 @@ from builders import (
     make_schnell,
     released_names,
 )
-from diffusers import FluxPipeline
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 
@@ -26,8 +26,9 @@ import flux
 import rewards
 import sample
 import train
-from engine import lora, single_file
+from engine import lora, merge, single_file
 from engine.errors import UserError
+from rewards import clip_model
 
 SCHNELL = "black-forest-labs/FLUX.1-schnell"
 SMALL = ["--model", "miniature", "--batch", "2", "--rollout-steps", "1", "--eval-steps", "1", "--watch", "2",
@@ -48,6 +49,11 @@ def run(monkeypatch, capsys):
         said = capsys.readouterr()
         return status, said.out + said.err
     return one
+
+
+def few_tokens(model):
+    """Prompts of 16 tokens, as the miniature's, which take less time than 512."""
+    edit_json(model / "tokenizer_2" / "tokenizer_config.json", model_max_length=16)
 
 
 @pytest.fixture
@@ -102,6 +108,7 @@ def test_a_schnell_samples_as_fluxpipeline(tmp_path):
 
 def test_a_schnell_trains(tmp_path, run):
     model = make_schnell(tmp_path / "schnell")
+    few_tokens(model)
     status, said = run(train, "--model", model, "--reward", "miniature/reward", "--size", "32", "--steps", 1,
                        "--prompts", "miniature/prompts.txt", "--eval-prompts", "miniature/prompts_eval.txt",
                        "--threshold", "off", "--watch", "1", "--out", tmp_path / "run")
@@ -186,6 +193,16 @@ def test_one_file_of_another_model_is_one_line(tmp_path):
 
 
 # ------------------------------------------------------------------------------------ training from --weights
+def is_refused(run, words, *argv):
+    """Whether train.py ends in one line with these words, and leaves the folder of its --out as it was."""
+    def stamps():
+        return sorted((path, path.stat().st_mtime_ns) for path in Path(argv[-1]).rglob("*"))
+
+    before = stamps()
+    status, said = run(train, *argv)
+    return status == 2 and len(said.splitlines()) == 1 and words in said and stamps() == before
+
+
 def last_picture(folder):
     return (folder / "samples" / "step_00001.png").read_bytes()
 
@@ -199,6 +216,8 @@ def test_a_run_starts_from_full_weights_and_resumes_with_the_same_alone(tmp_path
     any place, and no others."""
     one, two, moved = tmp_path / "one", tmp_path / "two", tmp_path / "moved"
     assert run(train, *SMALL, "--steps", "1", "--lr", "1e-3", "--out", one)[0] == 0
+    assert is_refused(run, "has --lora None, now 2", *SMALL, "--lr", "1e-3", "--resume", "--lora", "2",
+                      "--out", one)
     flags = [*SMALL, "--lr", "1e-3", "--out", two]
     status, said = run(train, *flags, "--steps", "1", "--weights", one / "weights")
     assert status == 0, said
@@ -216,6 +235,9 @@ def test_a_lora_goes_on_or_is_merged(tmp_path, run):
     file is as good as its folder, and both are where the run before ended."""
     one, on, merged = tmp_path / "one", tmp_path / "on", tmp_path / "merged"
     assert run(train, *SMALL, "--steps", "1", "--lora", "2", "--lr", "1e-2", "--out", one)[0] == 0
+    assert is_refused(run, "has --lora 2, now None", *SMALL, "--lr", "1e-2", "--resume", "--out", one)
+    assert is_refused(run, "has --lora 2, now 4", *SMALL, "--lr", "1e-2", "--resume", "--lora", "4",
+                      "--out", one)
     shutil.copy(one / "weights" / lora.FILE, tmp_path / "my.safetensors")
     status, said = run(train, *SMALL, "--steps", "1", "--lora", "2", "--lr", "1e-2", "--out", on,
                        "--weights", tmp_path / "my.safetensors")
@@ -233,20 +255,26 @@ def test_a_lora_goes_on_or_is_merged(tmp_path, run):
         assert (ours[name] - tensor).abs().max() < 1e-6, name
 
 
-def test_a_full_run_is_not_resumed_as_a_lora_nor_a_lora_as_full(tmp_path, run):
-    full, thin = tmp_path / "full", tmp_path / "thin"
-    assert run(train, *SMALL, "--steps", "1", "--out", full)[0] == 0
-    assert run(train, *SMALL, "--steps", "1", "--lora", "2", "--out", thin)[0] == 0
-    again = [*SMALL, "--steps", "2", "--resume", "--out"]
-    for folder, flags, words in ((full, ["--lora", "2"], "has --lora None, now 2"),
-                                 (thin, [], "has --lora 2, now None"),
-                                 (thin, ["--lora", "4"], "has --lora 2, now 4")):
-        before = sorted(path.stat().st_mtime_ns for path in folder.rglob("*"))
-        status, said = run(train, *again, folder, *flags)
-        assert status == 2 and len(said.splitlines()) == 1 and words in said
-        assert sorted(path.stat().st_mtime_ns for path in folder.rglob("*")) == before
+def test_a_lora_is_merged_into_full_weights_that_diffusers_loads(tmp_path, capsys):
+    """python -m engine.merge: the network that flux.load makes of the LoRA, to the bit; a single file too."""
+    layer = "single_transformer_blocks.1.attn.to_q"
+    pair = {f"transformer.{layer}.lora_A.weight": torch.randn(2, 128),
+            f"transformer.{layer}.lora_B.weight": torch.randn(128, 2)}
+    save_file(pair, tmp_path / "lora.safetensors")
+    save_file(released_names(load_file(Path("miniature") / PART)), tmp_path / "one.safetensors")
+    for name in ("lora", "one"):
+        flags = ["--model", "miniature", "--weights", f"{tmp_path}/{name}.safetensors", "--out",
+                 f"{tmp_path}/{name}"]
+        merge.main(flags)
+        theirs = FluxTransformer2DModel.from_pretrained(tmp_path / name).state_dict()
+        ours = flux.load("miniature", f"{tmp_path}/{name}.safetensors").transformer.state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+        with pytest.raises(SystemExit):
+            merge.main(flags)
+        assert "is there, and not an empty folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_other_scripts_take_one_file_too(tmp_path, run):
     save_file(released_names(load_file(Path("miniature") / PART)), tmp_path / "flux.safetensors")
     few = ["--model", "miniature", "--first", "2", "--eval-steps", "1"]
@@ -299,9 +327,10 @@ def test_what_a_foreign_folder_leaves_out_is_the_libraries_own(tmp_path, miniatu
 
 
 def test_my_own_flux_and_my_own_reward(tmp_path, run, monkeypatch):
-    """The README's block, in folders whose names have all that is special to the flags; --resume included."""
+    """The README's block, in folders whose names have all that is special to the flags."""
     model = make_foreign_flux(tmp_path / "a=b, c:0.5" / "my_flux")
     reward = make_foreign_reward(tmp_path / "a=b, c:0.5" / "my,reward:1")
+    few_tokens(model)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_prompts.txt").write_text("a red circle\na blue square\n")
     small = ["--eval-steps", "1"]
@@ -310,7 +339,6 @@ def test_my_own_flux_and_my_own_reward(tmp_path, run, monkeypatch):
              "realistic photo", "--neg", "CG render", *small, "--rollout-steps", "1"]
     status, said = run(train, *flags, "--steps", "1")
     assert status == 0 and f"--size 32: what the configs of {model} say" in said, said
-    assert run(train, *flags, "--steps", "2", "--resume")[0] == 0
     weights = Path("runs") / "my_flux" / "weights"
     status, said = run(sample, "--model", model, "--weights", weights, *small, "a red circle")
     assert status == 0, said
@@ -319,6 +347,16 @@ def test_my_own_flux_and_my_own_reward(tmp_path, run, monkeypatch):
                        "reward,statistics", *small)
     assert status == 0, said
     assert "w=1" in json.loads(Path("runs/evaluate_my_flux/results.json").read_text())["rows"]
+
+
+def test_a_pt_may_be_the_tensors_alone(tmp_path):
+    """As HPSv2.1's under the word state_dict, or without it, or with what a trainer on many GPUs puts
+    before."""
+    state = {"visual.conv1.weight": torch.ones(2, 3, 4, 4)}
+    for held in ({"state_dict": state, "epoch": 3}, state, {f"module.{k}": v for k, v in state.items()}):
+        torch.save(held, tmp_path / "it.pt")
+        found = clip_model.state_of(tmp_path / "it.pt")
+        assert found.keys() == state.keys() and torch.equal(*found.values(), *state.values())
 
 
 def test_an_open_clip_folder_reads_with_the_tokenizer_beside_it(tmp_path):

@@ -87,6 +87,7 @@ SMALLEST = {
     "experiments.bench": ["--repeats", "1", "--batch", "2", "--rollout-steps", "1"],
     "evaluation.study": [],
     "evaluation.report": [],
+    "engine.merge": [],
     "miniature.build": ["-h"]}
 # Only their flags are read: on a GPU, with a machine's own paths, they are real.
 FLAGS = {"train.py": train.flags, "evaluate.py": evaluate.flags().parse_args,
