@@ -138,7 +138,7 @@ FLAGS += [
     Mistake("bench", "--repeats 0", "--repeats 0: must be a whole number, at least 1"),
     Mistake("bench", f"--repeats {2**63}", "--repeats"),
     *(Mistake("bench", flag, f"{flag.split()[0]}: an update is timed here")
-      for flag in ("--plan", "--explain", "--resume", "--overwrite", "--out new")),
+      for flag in ("--plan", "--explain", "--resume", "--overwrite", "--out new", "--weights x")),
     Mistake("bench", "--lr nan", "--lr nan: must be"),
     Mistake("build", "--threads 0", "--threads 0: must be a whole number"),
     Mistake("build", f"--threads {2**31}", "--threads"),
