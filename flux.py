@@ -63,11 +63,11 @@ def configs(model):
     return read_configs(folder, PATCH) if folder.exists() else FLUX_DEV
 
 
-def defaults_of(model):
-    """A model folder may carry srpo.json, the flags' defaults that suit that model: (its path, {flag:
-    value}). Raises UserError for what it may not say."""
-    check_folder(model)
-    return own_flags(model)
+def defaults_of(flags):
+    """The folder of flags.model may carry srpo.json, the flags' defaults that suit that model: (its path,
+    {flag: value}). Raises UserError for what it may not say."""
+    check_folder(flags.model)
+    return own_flags(flags.model)
 
 
 def pixels_per_token(vae_config):

@@ -147,17 +147,19 @@ class Watch:
         return tables.summary(scores)
 
     def begin(self, folder):
-        """The first look, before any update: what the run remembers from now on, its state."""
+        """The first look, at the base model: what the run remembers from now on, its state."""
         if self.a.watch == 1:
             self.world.say("--watch 1: one picture has no standard error, so the gauge cannot see the reward "
                            "rise while the SGP gap falls")
-        images, scores = self.look(self.a.watch, "watch")
+        with lora.adapter_off(self.net.transformer):
+            images, scores = self.look(self.a.watch, "watch")
+            evaluated = self.evaluate("evaluate before")
         if self.world.main:
             save_grid(images, folder.out / "samples" / "step_00000.png")
         return {"run": folder.id, "images": folder.images, "step": 0, "unlogged": None,
                 "best": None, "best_step": None, "warned": False,
                 "before": {name: values.tolist() for name, values in scores.items()},
-                "evaluated": self.evaluate("evaluate before")}
+                "evaluated": evaluated}
 
     def log(self, folder, state):
         """Look at the held-out prompts, if this step is one of --watch-every, and log the step, whose line
