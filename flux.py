@@ -54,12 +54,12 @@ def configs(model):
     return model_folder.KNOWN.get(model, model_folder.FLUX_DEV)
 
 
-def defaults_of(model):
-    """The flags' defaults that suit a model: what its configs say, under srpo.json, which its folder may
+def defaults_of(flags):
+    """The flags' defaults that suit flags.model: what its configs say, under srpo.json, which its folder may
     carry: (the path of that, {flag: value}). Raises UserError for what it may not say."""
-    check_folder(model)
-    path, own = model_folder.own_flags(model)
-    return path, suited(model) | own
+    check_folder(flags.model)
+    path, own = model_folder.own_flags(flags.model)
+    return path, suited(flags.model) | own
 
 
 def suited(model):

@@ -31,8 +31,12 @@ from engine.stopping import Stopping
 from evaluation import watch
 from evaluation.explain import explain
 
-
 # ------------------------------------------------------------------------------------------------- the recipe
+# Of FLUX.1-dev's adapters: 20 times the released rate of full weights. Adam steps that move B A x as far as
+# W x need sqrt(3 d_in / R) times the rate, 17 at rank 32, and the miniature wanted somewhat more than that.
+LORA_LR = 1e-4
+
+
 def add_recipe(parser):
     """Every hyper-parameter: its default, its unit, and where the default comes from."""
     add = parser.add_argument_group("what is trained").add_argument
@@ -50,7 +54,8 @@ def add_recipe(parser):
     add("--batch", type=whole(1), default=1, help="images at a time, of a process [released code]")
     add("--accumulate", type=whole(1), default=1, help="batches whose gradients are averaged in an update: "
         "32 on one GPU are the released code's 32 images on 32 GPUs [ours]")
-    add("--lr", type=real(0, 1e3, open_low=True), default=5e-6, help="constant learning rate [released code]")
+    add("--lr", type=real(0, 1e3, open_low=True), default=5e-6, help="constant learning rate [released "
+        f"code]; with --lora {LORA_LR:g}, a guess, unless the model's srpo.json knows better [ours]")
     add("--weight-decay", type=real(0, 1e3), default=1e-4, help="AdamW's [released code]")
     add("--clip", type=real(0, open_low=True), default=0.1, help="largest gradient norm [released code]")
 
@@ -128,7 +133,7 @@ def parser():
 
 def flags(argv):
     """The flags of a command line, checked as far as no file is needed. Raises UserError."""
-    a = parse(parser(), argv, flux.defaults_of, RECIPES)
+    a = parse(parser(), argv, own_defaults, RECIPES)
     high, low = a.sigma_range
     if high - low < 1e-3:
         raise UserError(f"--sigma-range {high} {low}: give MAX then MIN, 0.001 apart at least")
@@ -145,6 +150,14 @@ def flags(argv):
     rewards.parse_rewards(a.reward)
     memory.check(a.lora, a.memory)
     return a
+
+
+def own_defaults(first):
+    """Defaults that suit the model, and what of it is trained: (where they stand, {flag: value})."""
+    where, values = flux.defaults_of(first)
+    if first.lora:
+        values["lr"] = values.get("lora_lr", LORA_LR)
+    return where, values
 
 
 def notes(a):
@@ -253,8 +266,7 @@ class Run:
         middles = []
         for _ in range(a.injections):
             middles.append(da.draw_middle(images, a.cells, chance.generator)[chance.mine])
-        control, neg = a.control[step % len(a.control)], a.neg[step % len(a.neg)]
-        C0, C1, C2 = self.reward.conditions(texts, control, neg)  # [B, D] each
+        C0, C1, C2 = self.reward.conditions(texts, *words_of(a, step))  # [B, D] each
         return Batch(texts, self.embeddings.condition(rows, self.grid, device), None, start.to(device),
                      eps.to(device), C0, C1, C2, middles)
 
@@ -296,13 +308,7 @@ def set_up(a, world, stopping=None):
     reward = rewards.load_rewards(a.reward, world.device)
     layout = memory.Layout(a.lora, a.memory, a.seed)
     net = flux.load(a.model, a.weights, world.device, world.dtype, world, layout)
-    if a.checkpointing and world.device.type == "cuda":
-        net.transformer.enable_gradient_checkpointing()
-    if a.compile:
-        for block in parallel.blocks_of(net.transformer):
-            block.compile()
-    optimizer = memory.optimizer_of(memory.trainable(net.transformer), a.lr, a.weight_decay, a.memory,
-                                    world.device)
+    optimizer = make_ready(a, net, reward, curriculum, held_out)
     theirs = embeddings.part(len(curriculum.prompts), len(both))
     watched = watch.Watch(a, world, net, reward, held_out, theirs, stopping)
     texts = {"--prompts": prompts, "--eval-prompts": held_out}
@@ -314,6 +320,33 @@ def set_up(a, world, stopping=None):
         places[f"reward {number}"] = [rewards.fetch(part.name, part.where)]
     return Run(world, net, reward, curriculum, embeddings, watched, optimizer, net.grid(a.size, a.size),
                Contents(texts, places))
+
+
+def make_ready(a, net, reward, curriculum, held_out):
+    """What the machine's flags ask for, on networks that are loaded. Returns the optimizer."""
+    if a.checkpointing and net.device.type == "cuda":
+        net.transformer.enable_gradient_checkpointing()
+    if a.compile:
+        for block in parallel.blocks_of(net.transformer):
+            block.compile()
+    if memory.is_lean(a.memory):
+        # A small card saves here too: the decoder is recomputed in the backward; every text is encoded now,
+        # so that the rewards' text sides can leave the card, and their image sides compute as the network.
+        net.vae.enable_gradient_checkpointing()
+        for step, rows in curriculum.rows.items():
+            reward.conditions([curriculum.prompts[row] for row in rows], *words_of(a, step))
+        for part, _ in reward.parts.values():
+            if held_out:
+                part.conditions(held_out, *words_of(a, 0))
+            part.keep_image_side(net.dtype)
+    parameters = memory.trainable(net.transformer)
+    return memory.optimizer_of(parameters, a.lr, a.weight_decay, a.memory, net.device)
+
+
+def words_of(a, step):
+    """The wanted and the unwanted words of an update; those of step 0 are what held-out pictures are scored
+    with."""
+    return a.control[step % len(a.control)], a.neg[step % len(a.neg)]
 
 
 # --------------------------------------------------------------------------------------------------- the loop

@@ -139,13 +139,13 @@ def parse(parser, argv, defaults_of=None, recipes=None):
     """The flags that a script runs with. Raises UserError.
 
     Who says it: the command line, before the recipe of `recipes` {name: a line of flags} that it names,
-    before the model's own defaults, defaults_of(model) -> (where they stand, {flag: value}), before the
+    before the model's own defaults, defaults_of(flags) -> (where they stand, {flag: value}), before the
     parser's own. All but the last are read as flags, so that all pass the same checks.
     """
     first, _ = parser.parse_known_args(argv)
     before = []
     if defaults_of is not None:
-        where, values = defaults_of(first.model)
+        where, values = defaults_of(first)
         known = {k: v for k, v in values.items() if hasattr(first, k)}
         try:
             own = as_arguments(known)
@@ -194,8 +194,7 @@ def add_machine_flags(parser):
         help="also write out/tensorboard (needs: pip install tensorboard)")
     add = parser.add_argument_group("the machine").add_argument
     add("--lora", type=or_off(whole(1, 4096)), default=None, metavar="R", help="train adapters of this rank "
-        "beside frozen weights; off: all weights. Its --lr is larger: 3e-4 on the miniature, where 3.75e-4 "
-        "breaks; 1e-4 for FLUX.1-dev is a guess")
+        "beside frozen weights; off: all weights")
     add("--memory", choices=memory.NAMES, default="auto", help="how it fits: engine/memory.py; "
         "auto: the first that the plan says fits this GPU")
     add("--replicas", type=whole(1), default=1, help="HSDP: parameters are sharded inside each of so many "

@@ -383,35 +383,6 @@ def divide(job, counts, world_size, compute_dtype):
 
 
 # ----------------------------------------------------------------------------------- what the scripts ask for
-def check_fits(job, world_size, memory):
-    """Raise UserError if the job does not fit GPUs with `memory` bytes, with the flags that would help."""
-    counts = count(job, torch.bfloat16)
-
-    def peak(processes):
-        return divide(job, counts, processes, torch.bfloat16).peak
-
-    if peak(world_size) <= memory:
-        return
-    helps = []
-    if not job.checkpointing:
-        helps.append("--checkpointing")
-    more = world_size
-    while peak(more) > memory and more <= MOST_PROCESSES:
-        more *= 2
-    if more <= MOST_PROCESSES:
-        helps.append(f"{more} GPUs (torchrun --nproc_per_node)")
-    helps.append("a smaller --batch" if job.batch > 1 else "a smaller --size")
-    raise UserError(f"--model {job.model}: predicted peak {peak(world_size) / GIB:.0f} GiB a GPU, "
-                    f"this one has {memory / GIB:.0f}; what helps: " + ", or ".join(helps))
-
-
-def must_fit(job, world):
-    """Before anything is loaded: raise UserError if the job does not fit this GPU. On a CPU nothing is
-    checked."""
-    if world.device.type == "cuda":
-        check_fits(job, world.size, torch.cuda.get_device_properties(world.device).total_memory)
-
-
 def achieved(flop, seconds, device):
     """{"tflop_per_second"} of an update that was measured; on a GPU also its "share_of_peak", None for a card
     whose peak is not known, and "peak_gib", the most memory held so far."""

@@ -1,6 +1,7 @@
 """Watching a run: held-out prompts sampled at fixed seeds, their scores, and a gauge that says when the
 reward is being hacked."""
 
+from contextlib import nullcontext
 from functools import partial
 from typing import NamedTuple
 
@@ -147,17 +148,21 @@ class Watch:
         return tables.summary(scores)
 
     def begin(self, folder):
-        """The first look, before any update: what the run remembers from now on, its state."""
+        """The first look, at the base model, or at --weights: what the run remembers from now on, its
+        state."""
         if self.a.watch == 1:
             self.world.say("--watch 1: one picture has no standard error, so the gauge cannot see the reward "
                            "rise while the SGP gap falls")
-        images, scores = self.look(self.a.watch, "watch")
+        # A LoRA that is gone on with is a part of what the run starts from; new adapters are none.
+        with nullcontext() if self.a.weights else lora.adapter_off(self.net.transformer):
+            images, scores = self.look(self.a.watch, "watch")
+            evaluated = self.evaluate("evaluate before")
         if self.world.main:
             save_grid(images, folder.out / "samples" / "step_00000.png")
         return {"run": folder.id, "images": folder.images, "step": 0, "unlogged": None,
                 "best": None, "best_step": None, "warned": False,
                 "before": {name: values.tolist() for name, values in scores.items()},
-                "evaluated": self.evaluate("evaluate before")}
+                "evaluated": evaluated}
 
     def log(self, folder, state):
         """Look at the held-out prompts, if this step is one of --watch-every, and log the step, whose line

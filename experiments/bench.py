@@ -17,7 +17,7 @@ import torch
 import flux
 import srpo_reward as sr
 import train
-from engine import data, parallel, plan
+from engine import data, memory, parallel, plan
 from engine.command_line import Parser, whole
 from engine.errors import UserError, frame
 from rewards import clip_model
@@ -42,20 +42,20 @@ def flags(argv):
 
 
 # --------------------------------------------------------------------------------------------- random weights
-def random_flux(model, world):
+def random_flux(model, world, layout):
     """A `flux.Flux` of a model's size. The transformer is sharded before it takes any memory, as when it is
     loaded."""
     configs = flux.configs(model)
     with torch.device("meta"):
         transformer = diffusers.FluxTransformer2DModel.from_config(configs.transformer)
-    if world.mesh is not None:
-        parallel.shard(transformer, world)
-    transformer.to_empty(device=world.device)
-    for name, parameter in transformer.named_parameters():
+    transformer.to_empty(device=layout.prepare(transformer, world))
+    for name, parameter in parallel.own_parameters(transformer).items():
         if "norm_" in name and parameter.ndim == 1:  # the gains of RMSNorm
-            torch.nn.init.ones_(parameter)
+            parallel.fill(parameter, torch.ones(parameter.shape))
         else:
-            torch.nn.init.normal_(parameter, std=0.02)
+            local = memory.local_part(parameter).data
+            local.copy_(0.02 * torch.randn(local.shape, device=local.device))
+    layout.start(transformer)
     with world.device:
         vae = plan.create(diffusers.AutoencoderKL, configs.vae, world.dtype).eval().requires_grad_(False)
     scheduler = {"use_dynamic_shifting": False, "shift": 3.0}
@@ -81,22 +81,15 @@ def random_embeddings(net, prompts, text_tokens):
 def random_run(a, world):
     """What train.set_up loads, with random weights."""
     flux.needs_gpu(a.model)
-    plan.must_fit(train.job(a), world)
     torch.manual_seed(0)
     mine = a.batch * a.accumulate  # images of an update that this process makes
     prompts = [f"prompt {i}" for i in range(mine * world.size)]
     curriculum = data.Curriculum(prompts, a.steps, len(prompts), world.rows(mine), a.seed)
-    net = random_flux(a.model, world)
+    net = random_flux(a.model, world, memory.Layout(a.lora, a.memory, a.seed))
     embeddings = random_embeddings(net, curriculum.prompts, flux.configs(a.model).text_tokens)
-    if a.checkpointing and world.device.type == "cuda":
-        net.transformer.enable_gradient_checkpointing()
-    if a.compile:
-        for block in parallel.blocks_of(net.transformer):
-            block.compile()
-    optimizer = torch.optim.AdamW(net.transformer.parameters(), a.lr, weight_decay=a.weight_decay,
-                                  fused=world.device.type == "cuda")
-    return train.Run(world, net, random_reward(world), curriculum, embeddings, None, optimizer,
-                     net.grid(a.size, a.size))
+    reward = random_reward(world)
+    optimizer = train.make_ready(a, net, reward, curriculum, [])
+    return train.Run(world, net, reward, curriculum, embeddings, None, optimizer, net.grid(a.size, a.size))
 
 
 # ------------------------------------------------------------------------------------------------- one update
@@ -135,7 +128,7 @@ def one_update(a, run, habits, step=1):
                 for loss, _ in train.srpo(a, net, run.reward, batch):
                     loss.backward()
     computed = parallel.clock(net.device)
-    torch.nn.utils.clip_grad_norm_(net.transformer.parameters(), a.clip)
+    torch.nn.utils.clip_grad_norm_(memory.trainable(net.transformer), a.clip)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     stepped = parallel.clock(net.device)
@@ -167,7 +160,7 @@ def main():
     with frame("bench"):
         own, a = flags(sys.argv[1:])
         a.steps = 1  # the same update again and again
-        world = parallel.World(a.replicas)
+        world = parallel.World(a.replicas, mesh=memory.needs_mesh(a.memory))
         train.settle(a, world)
         run = random_run(a, world) if own.random_init else train.set_up(a, world)
         rungs = [[]]

@@ -1,11 +1,13 @@
 """What every reward is made of: the class that all are, and what its file tells the table and the plan."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from engine.memory import keep_only_what_is_used
 from rewards.pictures import differentiable, exact
 from srpo_reward import with_words
 
@@ -65,6 +67,12 @@ class Reward:
         """f_img for evaluation: B PIL pictures, prepared as the scorer's authors do -> f [B, D] float32."""
         pixels = [exact(picture, self.size, self.mean, self.std, self.fit) for picture in pictures]
         return self.features(torch.stack(pixels).to(self.device))
+
+    def keep_image_side(self, dtype):
+        """Leave on the device what a picture passes through, in dtype; the rest goes to the host. From now on
+        only those texts are known that have been encoded already."""
+        pixels = torch.zeros(1, 3, self.size, self.size, device=self.device)
+        keep_only_what_is_used(self.model, partial(self.features, pixels), dtype)
 
     @torch.no_grad()
     def text_features(self, texts):

@@ -60,6 +60,12 @@ def as_a_gpu(tmp_path_factory):
     return run(tmp_path_factory.mktemp("memory") / "bf16", "bf16", ranks=1)
 
 
+@pytest.fixture(params=["one", pytest.param("two", marks=pytest.mark.slow)])
+def case(request):
+    """Either of them: that two ranks of a float8 base train is shown by default in test_one_card.py."""
+    return request.getfixturevalue(request.param)
+
+
 def distance(a, b):
     return ((a - b).norm() / b.norm()).item()
 
@@ -70,23 +76,22 @@ def same_as(name):
 
 
 @pytest.mark.parametrize("name", ["offload", "stream"])
-def test_offload_is_masters(one, two, name):
+def test_offload_is_masters(case, name):
     """Weights after two updates to 1e-8; and between updates parameters and moments lie on the host, where
     FSDP2's policy for the host has put them."""
-    for case in (one, two):
-        assert distance(case.flat(name, "weight"), case.flat("masters", "weight")) < 1e-8
-        assert case.facts[name]["offloaded"] and not case.facts["masters"]["offloaded"]
-        assert case.facts[name]["devices"] == ["cpu"] and case.facts[name]["resharded"]
+    assert distance(case.flat(name, "weight"), case.flat("masters", "weight")) < 1e-8
+    assert case.facts[name]["offloaded"] and not case.facts["masters"]["offloaded"]
+    assert case.facts[name]["devices"] == ["cpu"] and case.facts[name]["resharded"]
 
 
 @pytest.mark.parametrize("name, cosine", [("fp8", 0.999), ("fp8-offload", 0.999)])
-def test_a_base_in_fp8_gives_the_gradient_of_bf16(one, two, name, cosine):
-    for case in (one, two):
-        got = torch.cosine_similarity(case.flat(name, "gradient"), case.flat("bf16", "gradient"), dim=0)
-        assert got > cosine
-        assert case.facts[name]["dtypes"] == ["float32", "float8_e4m3fn"]
+def test_a_base_in_fp8_gives_the_gradient_of_bf16(case, name, cosine):
+    got = torch.cosine_similarity(case.flat(name, "gradient"), case.flat("bf16", "gradient"), dim=0)
+    assert got > cosine
+    assert case.facts[name]["dtypes"] == ["float32", "float8_e4m3fn"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODES)
 def test_two_ranks_train_as_one_process(one, two, name):
     """To 1e-6 in the gradient. The weights after two updates too; but Adam turns 1e-8 of a small gradient
@@ -98,9 +103,9 @@ def test_two_ranks_train_as_one_process(one, two, name):
 
 
 @pytest.mark.parametrize("name", ["split", "offload", "fp8"])
-def test_a_run_that_is_resumed_ends_as_one_that_was_not(one, two, name):
+def test_a_run_that_is_resumed_ends_as_one_that_was_not(case, name):
     """To the bit: two updates, a checkpoint, one more."""
-    assert one.facts[name]["resumed"] and two.facts[name]["resumed"]
+    assert case.facts[name]["resumed"]
 
 
 @pytest.mark.parametrize("name", MODES)

@@ -26,7 +26,7 @@ import flux
 import rewards
 import sample
 import train
-from engine import lora, merge, single_file
+from engine import command_line, lora, merge, single_file
 from engine.errors import UserError
 from rewards import clip_model
 
@@ -295,7 +295,7 @@ def test_a_foreign_folder_says_its_size_in_a_line(tmp_path):
     """32 pixels, and not 720: what its VAE was made for; srpo.json and flags go before."""
     model = make_foreign_flux(tmp_path / "theirs")
     for parser in (sample.flags(), evaluate.flags(), train.parser()):
-        a = train.parse(parser, ["--model", str(model)], flux.defaults_of)
+        a = command_line.parse(parser, ["--model", str(model)], flux.defaults_of)
         assert a.size == 32
         assert flux.notes(str(model), vars(a)) == [f"--size 32: what the configs of {model} say"]
     assert train.flags(["--model", str(model), "--size", "48"]).size == 48

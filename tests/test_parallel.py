@@ -38,7 +38,8 @@ def flat(gradient):
     return torch.cat([gradient[k].flatten() for k in sorted(gradient) if k != "gathers"])
 
 
-@pytest.mark.parametrize("n, replicas", [(2, 1), (4, 2)], ids=["2 ranks", "HSDP 2 x 2"])
+@pytest.mark.parametrize("n, replicas", [
+    pytest.param(2, 1, id="2 ranks"), pytest.param(4, 2, id="HSDP 2 x 2", marks=pytest.mark.slow)])
 def test_ranks_compute_the_gradient_of_one_process(one_process, tmp_path, n, replicas):
     """Within 1e-6, relative, in fp32 (one process takes the ranks' shares in turn, so that the matrices have
     the same shapes); and the rollout of 5 steps gathers every unit once: 6 blocks and the root."""
@@ -74,6 +75,7 @@ def test_32_accumulated_batches_in_bf16(tmp_path):
     assert off["32 batches"] < 1.5 * off["one batch"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_all_and_its_error_is_shown_once(tmp_path):
     """A prompt whose reward is NaN on rank 1 alone would be the polite case; here rank 1 raises in the middle
     of a step."""

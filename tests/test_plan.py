@@ -24,14 +24,21 @@ def miniature_job(*argv):
 
 
 @pytest.fixture(scope="module")
-def predicted():
+def counted():
+    """FLUX.1-dev's job and counts."""
+    its_job = job()
+    return its_job, plan.count(its_job, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def predicted(counted):
     """{(processes, activation checkpointing): the prediction for FLUX.1-dev in bf16}."""
-    predictions = {}
-    for flag, processes in (("--checkpointing", [1, 8, 32]), ("--no-checkpointing", [1, 8])):
-        its_job = job(flag)
-        counts = plan.count(its_job, torch.bfloat16)
-        for n in processes:
-            predictions[n, its_job.checkpointing] = plan.divide(its_job, counts, n, torch.bfloat16)
+    its_job, counts = counted
+    kept = replace(its_job, checkpointing=False)
+    counts_of_kept = plan.count(kept, torch.bfloat16)
+    predictions = {(n, True): plan.divide(its_job, counts, n, torch.bfloat16) for n in (1, 8, 32)}
+    for n in (1, 8):
+        predictions[n, False] = plan.divide(kept, counts_of_kept, n, torch.bfloat16)
     return predictions
 
 
@@ -59,10 +66,11 @@ def test_recomputing_activations_saves_what_it_says(predicted):
     assert 15 < saved < 25
 
 
-def test_state_is_16_bytes_a_parameter_over_the_shards(predicted):
+def test_state_is_16_bytes_a_parameter_over_the_shards(counted, predicted):
     for (n, _), p in predicted.items():
         assert p.parameters + p.gradients + p.optimizer == pytest.approx(16 * p.all_parameters / n)
-    replicated = plan.predict(job("--replicas", "4", "--size", "64"), 32, torch.bfloat16)
+    its_job, counts = counted
+    replicated = plan.divide(replace(its_job, replicas=4), counts, 32, torch.bfloat16)
     assert replicated.parameters == pytest.approx(predicted[8, True].parameters)
 
 
@@ -94,28 +102,15 @@ def test_a_size_that_the_model_cannot_have():
         job("--size", "100")
 
 
-def test_what_does_not_fit_says_which_flag_helps(predicted):
-    its_job = job("--no-checkpointing")
-    assert predicted[8, False].peak < 80 * GIB < predicted[1, False].peak
-    plan.check_fits(its_job, 8, 80 * GIB)
-    with pytest.raises(UserError, match="predicted peak 212 GiB a GPU, this one has 80; "
-                                        "what helps: --checkpointing, or 4 GPUs"):
-        plan.check_fits(its_job, 1, 80 * GIB)
-
-
 def test_no_number_of_gpus_is_advised_that_would_not_do():
-    with pytest.raises(UserError, match="what helps: a smaller --batch$"):
-        plan.check_fits(replace(miniature_job(), batch=10**6), 1, 80 * GIB)
+    """Without recomputed activations the first advice is to recompute them; and a batch that fits no card is
+    to be smaller."""
+    huge = replace(miniature_job("--no-checkpointing"), batch=10**6, memory="auto")
+    with pytest.raises(UserError, match="what helps: --checkpointing, or a smaller --batch$"):
+        cards.choose(huge, 1, cards.Machine(80 * GIB))
 
 
 # ----------------------------------------------------------------------------------- every --memory, one card
-@pytest.fixture(scope="module")
-def counted():
-    """FLUX.1-dev's job and counts."""
-    its_job = job()
-    return its_job, plan.count(its_job, torch.bfloat16)
-
-
 def on_one_card(counted, rank=None):
     """{--memory: its prediction} for one process."""
     its_job, counts = counted

@@ -549,6 +549,7 @@ def test_a_reward_that_is_none_is_one_line(spec, words):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_the_plan_counts_every_reward():
     """ViT-H/14 is 986 M parameters, SigLIP's vision side 428 M, both float32; a held-out one is only held."""
     def of(spec):

@@ -55,13 +55,19 @@ TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {
 RELATIONS = ("left of", "right of", "above", "below")
 GREY = "#999"                                       # around a thing whose colour is asked
 
-CONFIDENCE, CONFIDENCE_COUNTING = 0.3, 0.9          # an instance counts above it; counting is stricter
+CONFIDENCE = 0.3                                    # an instance counts above it
+CONFIDENCE_COUNTING = 0.9                           # and above this where things are counted
 MOST = 16                                           # instances of a class, the surest; no suppression
 POSITION = 0.1                                      # of both things' sizes: an offset below it is no offset
 
 # mmdetection's test pipeline: sides in pixels, mean, std and padding in grey levels of 256.
-SHORT, LONG, MULTIPLE, PADDING, CANDIDATES = 800, 1333, 32, 128, 100
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+SHORT = 800
+LONG = 1333
+MULTIPLE = 32
+PADDING = 128
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+CANDIDATES = 100                                    # instances that the network gives
 
 
 class Thing(NamedTuple):
