@@ -160,6 +160,24 @@ def test_one_file_is_the_same_network_as_the_folder(layout, tmp_path, miniature)
         assert torch.equal(found[name], tensor), name
 
 
+def test_with_full_weights_the_hubs_transformer_is_not_fetched(tmp_path, monkeypatch):
+    """But for its config; a LoRA needs it."""
+    asked = []
+
+    def give(model, allow_patterns):
+        asked.extend(allow_patterns)
+        return "miniature"
+
+    monkeypatch.setattr(flux, "snapshot_download", give)
+    shutil.copy(Path("miniature") / PART, tmp_path / "one.safetensors")
+    flux.load("someone/flux", str(tmp_path / "one.safetensors"))
+    read = flux.files_of("someone/flux", str(tmp_path / "one.safetensors"))
+    assert "transformer/config.json" in asked and "transformer/*" not in asked
+    assert Path("miniature/transformer") not in read and Path("miniature/vae") in read
+    flux.load("someone/flux")
+    assert "transformer/*" in asked
+
+
 def test_one_file_of_another_model_is_one_line(tmp_path):
     state = released_names(load_file(Path("miniature") / PART))
     file = tmp_path / "one.safetensors"
