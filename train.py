@@ -21,7 +21,8 @@ import direct_align as da
 import flux
 import rewards
 import srpo_reward as sr
-from engine import cards, checkpoint, command_line, data, lora, memory, parallel, plan
+from engine import cache, cards, checkpoint, command_line, data, lora, memory, parallel, plan
+from engine.cache import Cache
 from engine.command_line import Parser, add_machine_flags, as_line, or_off, parse, real, whole, words
 from engine.contents import Contents
 from engine.errors import Stopped, UserError, frame
@@ -39,7 +40,7 @@ def add_recipe(parser):
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id; "
         "its srpo.json, if there is one, holds defaults that suit it")
     add("--prompts", default="hpdv2",
-        help="text file, one training prompt a line; hpdv2: fetched from the hub [paper 4.1]")
+        help="text file, one training prompt a line; .json, .jsonl or .csv; hpdv2: from the hub [paper 4.1]")
     add("--size", type=whole(1), default=720, help="side of the pictures, pixels [released code]")
     add("--seed", type=whole(0, 2**31 - 1), default=0, help="of noise, noise levels and prompt order [ours]")
 
@@ -286,7 +287,8 @@ def set_up(a, world, stopping=None):
     mine = a.batch * a.accumulate  # images of an update that this process makes
     curriculum = data.Curriculum(prompts, a.steps, mine * world.size, world.rows(mine), a.seed)
     both = curriculum.prompts + held_out
-    embeddings = flux.encode_prompts(a.model, both, world.device, world.dtype)
+    kept = Cache(cache.folder_of(a.cache, flux.is_full_size(a.model)))
+    embeddings = flux.encode_prompts(a.model, both, world.device, world.dtype, kept)
     if embeddings.truncated:
         world.say(f"{embeddings.truncated} of {len(both)} prompts are longer than the text encoder takes, "
                   "and are truncated")
