@@ -242,6 +242,16 @@ class Flux:
         return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
+    @torch.no_grad()
+    def encode(self, images):
+        """Images [B, 3, H, W] in [0, 1] -> packed latents [B, N, C] float32, without gradient: the mean of
+        what the VAE's encoder gives, scaled as the transformer knows it. The inverse of `decode`."""
+        config = self.vae.config
+        images = (2 * images - 1).to(self.device, self.vae.dtype)
+        z = self.vae.encode(images).latent_dist.mode().float()  # [B, c, h, w]
+        return pack((z - config.shift_factor) * config.scaling_factor)
+
+
 def image_ids(grid, device):
     """FLUX's position of every image token: [N, 3] float32, (0, row, column)."""
     rows, columns = grid
@@ -347,6 +357,12 @@ def keys_of_prompts(model, prompts, device, dtype, cache):
     encoders = known_digest([folder / part for part in TEXT_PARTS], cache)
     computed = [encoders, str(dtype), torch.device(device).type]
     return {text: cache.key("embedding", text, *computed) for text in prompts}
+
+
+def of_vae(model, device, dtype, cache):
+    """What latents depend on beside their picture: a list."""
+    digest = known_digest([here(model, "vae") / "vae"], cache)
+    return [digest, str(dtype), torch.device(device).type]
 
 
 @torch.no_grad()

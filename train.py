@@ -21,12 +21,13 @@ import direct_align as da
 import flux
 import rewards
 import srpo_reward as sr
-from engine import cache, cards, checkpoint, command_line, data, lora, memory, parallel, plan
+from engine import cache, cards, checkpoint, command_line, data, lora, memory, parallel, photographs, plan
 from engine.cache import Cache
 from engine.command_line import Parser, add_machine_flags, as_line, or_off, parse, real, whole, words
 from engine.contents import Contents
 from engine.errors import Stopped, UserError, frame
 from engine.finite import first_not_finite, stop_after_the_step, stop_before_the_step
+from engine.photographs import Album
 from engine.run_folder import RunFolder
 from engine.stopping import Stopping
 from evaluation import watch
@@ -41,7 +42,10 @@ def add_recipe(parser):
         "its srpo.json, if there is one, holds defaults that suit it")
     add("--prompts", default="hpdv2",
         help="text file, one training prompt a line; .json, .jsonl or .csv; hpdv2: from the hub [paper 4.1]")
-    add("--size", type=whole(1), default=720, help="side of the pictures, pixels [released code]")
+    add("--images", metavar="DIR", help="offline: photographs to inject noise into, in place "
+        "of a rollout; their captions, in .txt files beside them or a metadata.jsonl, are the prompts [ours]")
+    add("--size", type=whole(1), default=720, help="side of the pictures, pixels; of --images, the root of "
+        "their area [released code]")
     add("--seed", type=whole(0, 2**31 - 1), default=0, help="of noise, noise levels and prompt order [ours]")
 
     add = parser.add_argument_group("the optimizer: AdamW, betas 0.9 and 0.999").add_argument
@@ -133,6 +137,9 @@ def flags(argv):
         raise UserError(f"--sigma-range {high} {low}: give MAX then MIN, 0.001 apart at least")
     if a.lam == [0, 0]:
         raise UserError("--lam 0 0: every loss would be 0, and there is nothing to learn")
+    if a.images is not None and a.noise == "fresh":
+        raise UserError("--images --noise fresh: there is no rollout whose noise could be another; every "
+                        "photograph gets noise of its own")
     if not a.branches or len(set(a.branches)) < len(a.branches) or set(a.branches) - {"denoise", "invert"}:
         raise UserError(f"--branches {','.join(a.branches)}: must be denoise, invert or denoise,invert")
     command_line.must_differ(a.control, a.neg)
@@ -153,6 +160,10 @@ def notes(a):
         lines.append(f"--form {a.form} --threshold {a.threshold}: the reward of the inverting branch is that "
                      "of the denoising one with its sign turned, so the threshold stops one of the two at "
                      "most; --threshold off stops neither")
+    if a.images is not None:
+        lines.append(f"--images {a.images}: captions are the prompts, nothing is rolled out, and every "
+                     "photograph gets noise of its own in every update; --prompts, --noise and --rollout-* "
+                     "are not read")
     return lines
 
 
@@ -246,15 +257,19 @@ class Run:
         chance = data.Chance(a.seed, step, images, slice(first, first + a.batch))
         rows = self.curriculum.rows[step][part * a.batch:(part + 1) * a.batch]
         texts = [self.curriculum.prompts[row] for row in rows]
-        shape = (self.grid[0] * self.grid[1], self.net.transformer.config.in_channels)
-        start = chance.normal(*shape) if a.noise == "independent" else chance.normal_shared(*shape)
+        grid = self.curriculum.grid(step) or self.grid
+        x0 = self.curriculum.latents(rows)
+        shape = (grid[0] * grid[1], self.net.transformer.config.in_channels)
+        of_its_own = a.noise == "independent" or x0 is not None
+        start = chance.normal(*shape) if of_its_own else chance.normal_shared(*shape)
         eps = chance.normal_shared(*shape) if a.noise == "fresh" else start
         middles = []
         for _ in range(a.injections):
             middles.append(da.draw_middle(images, a.cells, chance.generator)[chance.mine])
         control, neg = a.control[step % len(a.control)], a.neg[step % len(a.neg)]
         C0, C1, C2 = self.reward.conditions(texts, control, neg)  # [B, D] each
-        return Batch(texts, self.embeddings.condition(rows, self.grid, device), None, start.to(device),
+        x0 = None if x0 is None else x0.to(device)
+        return Batch(texts, self.embeddings.condition(rows, grid, device), x0, start.to(device),
                      eps.to(device), C0, C1, C2, middles)
 
 
@@ -265,7 +280,8 @@ def job(a):
     return plan.Job(
         model=a.model, transformer=configs.transformer, vae=configs.vae, text_tokens=configs.text_tokens,
         size=a.size, image_tokens=rows * columns, batch=a.batch,
-        accumulate=a.accumulate, rollout_steps=a.rollout_steps, calls=a.injections * len(a.branches),
+        accumulate=a.accumulate, rollout_steps=a.rollout_steps if a.images is None else 0,
+        calls=a.injections * len(a.branches),
         checkpointing=a.checkpointing, replicas=a.replicas,
         reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora,
         memory=a.memory)
@@ -282,10 +298,14 @@ def settle(a, world):
 def set_up(a, world, stopping=None):
     """Read, encode and load everything: a `Run`. Nothing is written. Raises UserError."""
     flux.needs_gpu(a.model)
-    prompts = data.read_prompts(a.prompts)
-    held_out = data.read_prompts(a.eval_prompts, "--eval-prompts")[:max(a.eval, a.watch)]
     mine = a.batch * a.accumulate  # images of an update that this process makes
-    curriculum = data.Curriculum(prompts, a.steps, mine * world.size, world.rows(mine), a.seed)
+    unit = flux.pixels_per_token(flux.configs(a.model).vae)
+    if a.images is not None:
+        learnt, curriculum_of = photographs.read(a.images, a.size, unit, world), Album
+    else:
+        learnt, curriculum_of = data.read_prompts(a.prompts), data.Curriculum
+    curriculum = curriculum_of(learnt, a.steps, mine * world.size, world.rows(mine), a.seed)
+    held_out = data.read_prompts(a.eval_prompts, "--eval-prompts")[:max(a.eval, a.watch)]
     both = curriculum.prompts + held_out
     kept = Cache(cache.folder_of(a.cache, flux.is_full_size(a.model)))
     embeddings = flux.encode_prompts(a.model, both, world.device, world.dtype, kept)
@@ -295,6 +315,9 @@ def set_up(a, world, stopping=None):
     reward = rewards.load_rewards(a.reward, world.device)
     layout = memory.Layout(a.lora, a.memory, a.seed)
     net = flux.load(a.model, None, world.device, world.dtype, world, layout)
+    if a.images is not None:
+        made_by = flux.of_vae(a.model, world.device, world.dtype, kept)
+        curriculum.encode(net.encode, made_by, unit, kept, world)
     if a.checkpointing and world.device.type == "cuda":
         net.transformer.enable_gradient_checkpointing()
     if a.compile:
@@ -304,8 +327,8 @@ def set_up(a, world, stopping=None):
                                     world.device)
     theirs = embeddings.part(len(curriculum.prompts), len(both))
     watched = watch.Watch(a, world, net, reward, held_out, theirs, stopping)
-    texts = {"--prompts": prompts, "--eval-prompts": held_out}
-    places = {"--model": flux.files_of(a.model)}
+    texts = curriculum.texts | {"--eval-prompts": held_out}
+    places = curriculum.places | {"--model": flux.files_of(a.model)}
     for number, part in enumerate(rewards.parse_rewards(a.reward), 1):
         texts[f"the weight of reward {number}"] = [str(part.weight)]
         places[f"reward {number}"] = [rewards.fetch(part.name, part.where)]

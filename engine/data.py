@@ -233,6 +233,13 @@ def prompt_order(n, count, seed):
     return order[:count]
 
 
+def check_count(steps, images):
+    """Raise UserError if a run would draw more than can be put in order."""
+    if steps * images > MOST_IMAGES:
+        raise UserError(f"--steps {steps}: with {images} images an update (--batch x --accumulate x "
+                        f"processes) a run would see more than {MOST_IMAGES}")
+
+
 class Curriculum:
     """Which prompts a process meets in which update. `prompts` are those that it meets at all, each once, so
     that no other need be encoded; `rows[step]` are the numbers among them, for step 1, 2, ..."""
@@ -240,15 +247,26 @@ class Curriculum:
     def __init__(self, texts, steps, images, mine, seed):
         """texts: all prompts; images: how many an update of all processes draws; mine: the slice of those
         that this process makes. Raises UserError if they are too many to be put in order."""
-        if steps * images > MOST_IMAGES:
-            raise UserError(f"--steps {steps}: with {images} images an update (--batch x --accumulate x "
-                            f"processes) a run would see more than {MOST_IMAGES}")
+        check_count(steps, images)
         order = prompt_order(len(texts), steps * images, seed)
-        drawn = {step: order[(step - 1) * images:step * images][mine] for step in range(1, steps + 1)}
-        met = sorted({number for numbers in drawn.values() for number in numbers})
-        place = {number: row for row, number in enumerate(met)}
-        self.prompts = [texts[number] for number in met]
+        self.meet({step: order[(step - 1) * images:step * images][mine] for step in range(1, steps + 1)})
+        self.prompts = [texts[number] for number in self.met]
+        self.texts = {"--prompts": texts}  # what --resume compares: texts and files
+        self.places = {}
+
+    def meet(self, drawn):
+        """drawn: {step: numbers among all}."""
+        self.met = sorted({number for numbers in drawn.values() for number in numbers})
+        place = {number: row for row, number in enumerate(self.met)}
         self.rows = {step: [place[number] for number in numbers] for step, numbers in drawn.items()}
+
+    def grid(self, step):
+        """(rows, columns) of tokens of an update's pictures; None: --size says it."""
+        return None
+
+    def latents(self, rows):
+        """Clean latents [B, N, C] of what some rows show; None: the model makes its own."""
+        return None
 
 
 class Chance:

@@ -33,7 +33,7 @@ FOLDERS = ("samples", "weights", "weights_best", "checkpoints", "tensorboard")
 FREE = ("steps", "resume", "overwrite", "explain", "plan", "out", "save_every", "keep", "replicas", "batch",
         "accumulate", "checkpointing", "compile", "tensorboard", "world_size", "card", "share",
         "model", "prompts", "eval_prompts", "reward",
-        "cache")
+        "images", "cache")
 
 
 def run_in(out):

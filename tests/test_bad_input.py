@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from builders import photo
 from safetensors.torch import load_file, save_file
 from scripts import call
 
@@ -182,6 +183,19 @@ PROMPTS = {  # the content of a file, or {file: content} of a folder; what is sa
     "x" * 300: (None, "is too long"),
     "": (None, "is empty")}
 
+METADATA = "metadata.jsonl"
+PHOTOGRAPHS = {  # {file: content} of a folder, None a picture of 64 x 64 pixels; what is said
+    "no captions": ({"a.png": None, "b/c.png": None}, "no caption for any of its 2 pictures; write"),
+    "blank captions": ({"a.png": None, "a.txt": b" \n"}, "no caption for any of its 1 pictures"),
+    "no pictures": ({"a.txt": b"a fox", ".a.png": None}, "no picture in it (.jpg"),
+    "corrupt": ({"a.png": b"\x89PNG", "a.txt": b"a fox", "b.png": None},
+                "none of its 2 pictures can be trained on, such as a.png: cannot be read as a picture"),
+    "bad line": ({"a.png": None, METADATA: b'{"file_name": "a.png", "text": "a fox"}\n{"file'},
+                 "metadata.jsonl: line 2 is not JSON; mend it, or take it out"),
+    "no name": ({"a.png": None, METADATA: b'{"text": "a fox"}'}, "line 1 must be an object with a"),
+    "pipe": (None, "no such folder"), "text.txt": (None, "no such folder"), "": (None, "no such folder"),
+    "x" * 300: (None, "no such folder")}
+
 WEIGHTS = {  # what --weights may be; what is said
     "no": "no transformer there", "": "no transformer there", "miniature": "no transformer there",
     "x" * 300: "no transformer there", "pipe": "no transformer there",
@@ -204,6 +218,11 @@ FILES = [
     *each(ALL, ["--model", "a\0b"], "holds a NUL"),
     *each(ALL, ["--model", "x" * 300], "is too long"),
     *each(ALL, "--model pipe", "not a FLUX.1 folder"),
+    # photographs
+    *(Mistake("train.py", ["--images", name], words) for name, (_, words) in PHOTOGRAPHS.items()),
+    Mistake("train.py", ["--images", "a\0b"], "no such folder"),
+    Mistake("train.py", "--images pictures --noise fresh", "there is no rollout whose noise could"),
+    Mistake("bench", "--images pictures", "--images: an update is timed here"),
     # what is kept
     Mistake("train.py", ["--cache", ""], "is empty"),
     Mistake("train.py", "--cache text.txt", "--cache text.txt: cannot be written"),
@@ -542,6 +561,13 @@ def place(tmp_path_factory):
             if inside is not None:
                 (here / name / file).parent.mkdir(exist_ok=True)
                 (here / name / file).write_bytes(inside)
+    for name, (files, _) in PHOTOGRAPHS.items():
+        for file, content in (files or {}).items():
+            (here / name / file).parent.mkdir(parents=True, exist_ok=True)
+            if content is None:
+                photo(64, 64).save(here / name / file)
+            else:
+                (here / name / file).write_bytes(content)
     make_rewards(here)
     shutil.copytree(ROOT / "miniature" / "transformer", here / "cut")
     whole = (here / "cut" / WEIGHTS_OF["transformer"]).read_bytes()
