@@ -296,7 +296,7 @@ def settle(a, world):
 
 
 def set_up(a, world, stopping=None):
-    """Read, encode and load everything: a `Run`. Nothing is written. Raises UserError."""
+    """Read, encode and load everything: a `Run`. Nothing is written but to the cache. Raises UserError."""
     flux.needs_gpu(a.model)
     mine = a.batch * a.accumulate  # images of an update that this process makes
     unit = flux.pixels_per_token(flux.configs(a.model).vae)

@@ -22,7 +22,7 @@ from engine.errors import UserError, one_line, printable
 from engine.files import write_whole
 
 GIB = 2**30
-MOST = 32 * GIB    # of all entries, or what they take and half of what is free on their disk, if that is less
+MOST = 32 * GIB    # of all entries; half of what they take and what is free on their disk, if that is less
 ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")             # no other file of the folder is ever removed,
 HALF = re.compile(r"\.[0-9a-f]{64}\.safetensors\.[0-9]+")    # but what a kill left of one
 LEFTOVER = 86_400  # seconds after which what a kill left half written may go: nobody writes it any more
@@ -135,7 +135,7 @@ class Cache:
             except FileNotFoundError:  # another run has removed it meanwhile
                 pass
         total = sum(size for _, size, _ in entries)
-        room = min(self.most, total + shutil.disk_usage(self.folder).free / 2)
+        room = min(self.most, (total + shutil.disk_usage(self.folder).free) / 2)
         for _, size, path in sorted(entries):
             if total <= room:
                 return

@@ -196,15 +196,20 @@ def upright(file):
 
 
 def pixels(photograph, unit):
-    """A photograph [1, 3, H, W] in [0, 1], resized and cut, around its middle, to its shape."""
+    """A photograph [1, 3, H, W] in [0, 1], resized and cut, around its middle, to its shape. Raises UserError
+    for one that can only be read coarsely, as `size_of` did, or was changed since."""
     rows, columns = photograph.grid
     size = (columns * unit, rows * unit)
-    picture = ImageOps.fit(upright(photograph.file), size, Image.Resampling.LANCZOS)
+    try:
+        picture = ImageOps.fit(upright(photograph.file), size, Image.Resampling.LANCZOS)
+    except Exception as error:  # a decoder may raise anything for a damaged file
+        raise UserError(f"--images: {photograph.file} cannot be read as a picture: {one_line(error)}; take "
+                        "it out") from error
     image = torch.from_numpy(np.array(picture)).float() / 255  # [H, W, 3]
     return image.permute(2, 0, 1)[None]
 
 
-# ----------------------------------------------------------------------------------------------- their order
+# ------------------------------------------------------------------------------------------------ their order
 class Album(data.Curriculum):
     """Which photographs a process meets in which update. All of an update are of one shape, on all processes:
     so a batch is one tensor however it is divided, and no process waits for one with larger pictures.
@@ -247,7 +252,7 @@ class Album(data.Curriculum):
             key = cache.key("latents", content, photograph.grid, unit, made_by)
             kept = cache.get(key)
             if kept is None:
-                kept = {"latents": encode(pixels(photograph, unit))[0].cpu()}  # [N, C]
+                kept = {"latents": encode(pixels(photograph, unit))[0].cpu().contiguous()}  # [N, C]
                 cache.put(key, kept)
             self.encoded.append(kept["latents"])
 

@@ -77,6 +77,17 @@ def test_what_was_not_used_for_longest_goes_first_and_nothing_of_others(tmp_path
     assert (tmp_path / "weights.safetensors").exists() and not half.exists()
 
 
+def test_half_of_the_disk_is_left_to_others(tmp_path, monkeypatch):
+    kept = Cache(tmp_path)
+    for n in range(4):
+        kept.put(kept.key(n), {"a": torch.zeros(1000)})
+        os.utime(kept.path(kept.key(n)), (100 + n, 100 + n))
+    size = kept.path(kept.key(0)).stat().st_size
+    monkeypatch.setattr(caching.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, size))
+    kept.trim()
+    assert entries(tmp_path) == sorted(kept.path(kept.key(n)) for n in (2, 3))  # of five, all that there is
+
+
 def test_a_full_disk_is_told_once_and_ends_nothing(kept, monkeypatch, capsys):
     def full(path, content):
         raise OSError(28, "No space left on device")

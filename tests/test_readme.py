@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from builders import make_photographs
 from scripts import call
 
 import evaluate
@@ -84,6 +85,7 @@ SMALLEST = {
     "sample.py": ["--eval-steps", "1"],
     "evaluate.py": ["--first", "3", "--eval-steps", "1"],
     "experiments.bench": ["--repeats", "1", "--batch", "2", "--rollout-steps", "1"],
+    "experiments.offline": ["--photos", "20", "--pictures", "8", "--steps", "1", "--batch", "2"],
     "evaluation.study": [],
     "evaluation.report": [],
     "miniature.build": ["-h"]}
@@ -94,7 +96,8 @@ FLAGS = {"train.py": train.flags, "evaluate.py": evaluate.flags().parse_args,
 
 def on_a_gpu(words):
     """Whether a command is for FLUX.1-dev."""
-    return "--images" not in words and "miniature" not in " ".join(words) and words[0] in FLAGS
+    needs_model = words[0] != "evaluate.py" or "--images" not in words
+    return needs_model and "miniature" not in " ".join(words) and words[0] in FLAGS
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,7 @@ def place(tmp_path_factory):
     for path in Path(".").iterdir():
         if path.name not in ("runs", ".git"):
             (folder / path.name).symlink_to(path.resolve())
+    make_photographs(folder / "photographs")
     return folder
 
 
@@ -134,13 +138,14 @@ def run(command, place):
         FLAGS[script](words[1:])
         return
     argv = [found for word in words[1:] for found in sorted(glob.glob(word, root_dir=place)) or [word]]
-    argv = [re.sub(r"\bDIR\b", "runs/evaluate_miniature/base", word) for word in argv]
+    folder = "photographs" if script == "train.py" else "runs/evaluate_miniature/base"
+    argv = [re.sub(r"\bDIR\b", folder, word) for word in argv]
     if "tally" in argv:
         vote(place)
         argv[argv.index("votes/*.json")] = "votes/ada.json"
     if not {"-h", "--plan"} & set(argv):
         argv += SMALLEST[script]
-    if "--images" in argv:
+    if "--images" in argv and script == "evaluate.py":
         argv += ["--metrics", "statistics"]  # the others' weights come from the hub
     module = [] if script.endswith(".py") else ["-m"]
     call(place / "printed", *module, script, *argv, ranks=ranks, folder=str(place))
