@@ -18,7 +18,7 @@ from engine import data
 from engine.errors import UserError, one_line
 from engine.files import not_a_path
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic")
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
 METADATA = "metadata.jsonl"
 RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2)  # width : height of the shapes
 MOST_ENLARGED = 2  # a picture that had to grow by more is too small: it would teach blur
@@ -67,9 +67,8 @@ def read(folder, side, unit, world):
         file, why = next(iter(skipped.items()))
         raise UserError(f"--images {folder}: none of its {len(files)} pictures can be trained on, such as "
                         f"{file.relative_to(folder)}: {why}")
-    for name in captions:
-        if Path(name) not in found:
-            skipped[Path(name)] = f"named in {METADATA}, and not there"
+    for name in sorted(captions.keys() - {os.path.normpath(file) for file in files}):
+        skipped[name] = f"named in {METADATA}, and there is no such picture"
     tell(skipped, folder, world)
     return photographs
 

@@ -86,7 +86,7 @@ def test_what_cannot_be_trained_on_is_skipped_and_named_once(folder, tmp_path, c
     assert told["small.png"] == "31 x 31 pixels: too small, it would be enlarged 2.1 times; 2 are the most"
     assert told["long.png"] == "500 x 100 pixels: too long, only 40% of it would be left in 96 x 48"
     assert "no caption" in told["silent.png"] and "not UTF-8" in told["odd.png"]
-    assert told["gone.png"] == "named in metadata.jsonl, and not there"
+    assert told["gone.png"] == "named in metadata.jsonl, and there is no such picture"
 
 
 def test_of_many_that_are_skipped_ten_are_named(tmp_path, capsys):
