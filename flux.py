@@ -21,12 +21,15 @@ from huggingface_hub import snapshot_download
 from direct_align import sigma_steps
 from engine import configs as con
 from engine import lora, model_folder, parallel, trained
+from engine.cache import OFF
+from engine.contents import known_digest
 from engine.errors import NotFinite, UserError, one_line
 from engine.files import not_a_path, quiet
 from engine.finite import are_finite, weights_are_finite
 
 PATCH = 2  # a token is 2 x 2 latents: fixed by the FLUX pipeline, stored in no config
 MOST_PIXELS = 2**14  # a side: what a slip of the hand could ask for beyond that fits no machine
+TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 PADDING = 0.01  # the share of an embedding's rows that may stand for no word
 
 
@@ -98,11 +101,15 @@ def check_size(model, side):
     token_grid(configs(model).vae, side, side)
 
 
+def is_full_size(model):
+    """Whether a model is one of billions of parameters, as all are that are not on this machine yet."""
+    size = sum(f.stat().st_size for f in Path(model).glob("transformer/*.safetensors"))
+    return not Path(model).exists() or size > 4e9
+
+
 def needs_gpu(model):
     """Raise UserError for a full-size model on a machine without a GPU."""
-    size = sum(f.stat().st_size for f in Path(model).glob("transformer/*.safetensors"))
-    full_size = not Path(model).exists() or size > 4e9
-    if full_size and not torch.cuda.is_available():
+    if is_full_size(model) and not torch.cuda.is_available():
         raise UserError(f"--model {model} needs a GPU and there is none; what works here: --model miniature")
 
 
@@ -244,6 +251,16 @@ class Flux:
         return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
+    @torch.no_grad()
+    def encode(self, images):
+        """Images [B, 3, H, W] in [0, 1] -> packed latents [B, N, C] float32, without gradient: the mean of
+        what the VAE's encoder gives, scaled as the transformer knows it. The inverse of `decode`."""
+        config = self.vae.config
+        images = (2 * images - 1).to(self.device, self.vae.dtype)
+        z = self.vae.encode(images).latent_dist.mode().float()  # [B, c, h, w]
+        return pack((z - config.shift_factor) * config.scaling_factor)
+
+
 def image_ids(grid, device):
     """FLUX's position of every image token: [N, 3] float32, (0, row, column)."""
     rows, columns = grid
@@ -322,7 +339,7 @@ class Embeddings(NamedTuple):
 
 def text_encoders(model, dtype):
     """A FluxPipeline of nothing but the two text encoders and their tokenizers. Raises UserError."""
-    folder = here(model, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    folder = here(model, *TEXT_PARTS)
     clip = con.strict(transformers.CLIPTextModel, folder / "text_encoder", dtype, use_safetensors=True,
                       unread=("text_model.embeddings.position_ids",))
     t5 = con.strict(transformers.T5EncoderModel, folder / "text_encoder_2", dtype, use_safetensors=True,
@@ -347,31 +364,62 @@ def tokenizer_of(kind, folder, encoder):
     return tokenizer
 
 
+def keys_of_prompts(model, prompts, device, dtype, cache):
+    """{prompt: its key in a `Cache`}: of the text, and of what of the model makes an embedding of it."""
+    folder = here(model, *TEXT_PARTS)
+    encoders = known_digest([folder / part for part in TEXT_PARTS], cache)
+    computed = [encoders, configs(model).text_tokens, str(dtype), torch.device(device).type]
+    return {text: cache.key("embedding", text, *computed) for text in prompts}
+
+
+def of_vae(model, device, dtype, cache):
+    """What latents depend on beside their picture: a list."""
+    digest = known_digest([here(model, "vae") / "vae"], cache)
+    return [digest, str(dtype), torch.device(device).type]
+
+
 @torch.no_grad()
-def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, batch=64):
-    """The `Embeddings` of all prompts, through both text encoders once; the encoders are freed on return.
+def encode_prompt(pipe, text, most):
+    """One prompt through both text encoders of a FluxPipeline: {"txt" [L, D], "pooled" [D'], "truncated"},
+    on the CPU; L is what T5's tokenizer says, and `most` at most. Alone, for what it is encoded with would
+    change its last bits, and another run meets it with others."""
+    length = min(pipe.tokenizer_2.model_max_length, most)
+    txt, pooled, _ = pipe.encode_prompt([text], max_sequence_length=length)
+    truncated = len(pipe.tokenizer_2(text).input_ids) > length
+    return {"txt": txt[0].cpu(), "pooled": pooled[0].cpu(), "truncated": torch.tensor(truncated)}
+
+
+def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, cache=OFF):
+    """The `Embeddings` of all prompts. Those that a `Cache` lacks go through both text encoders, which are
+    loaded if there is one, and freed on return.
 
     Raises UserError if an encoder or its tokenizer cannot be loaded whole, or makes what is not finite.
     """
     quiet()
     check_folder(model)
+    keys = {}
+    found = dict.fromkeys(prompts)
     try:
-        pipe = text_encoders(model, dtype).to(device)
-        length = min(pipe.tokenizer_2.model_max_length, configs(model).text_tokens)
-        pipe.encode_prompt(prompts[:1], max_sequence_length=length)  # whether the parts fit each other
+        most = configs(model).text_tokens
+        if cache.folder is not None:
+            keys = keys_of_prompts(model, found, device, dtype, cache)
+            found = {text: cache.get(key) for text, key in keys.items()}
+        missing = [text for text, embedding in found.items() if embedding is None]
+        if missing:
+            pipe = text_encoders(model, dtype).to(device)
+            encode_prompt(pipe, missing[0], most)  # whether the parts fit each other
     except Exception as error:
         raise cannot_load(model, error) from error
-    truncated = sum(len(ids) > length for ids in pipe.tokenizer_2(prompts).input_ids)
-    txt = []
-    pooled = []
-    for i in range(0, len(prompts), batch):
-        t, p, _ = pipe.encode_prompt(prompts[i:i + batch], max_sequence_length=length)
-        if not are_finite([t, p]):
+    for text in missing:
+        found[text] = encode_prompt(pipe, text, most)
+        if not are_finite([found[text]["txt"], found[text]["pooled"]]):
             raise UserError(f"--model {model}: its text encoders make numbers that are not finite: their "
                             "weights are broken")
-        txt.append(t.cpu())
-        pooled.append(p.cpu())
-    return Embeddings(torch.cat(txt), torch.cat(pooled), truncated)
+        if cache.folder is not None:
+            cache.put(keys[text], found[text])
+    each = [found[text] for text in prompts]
+    return Embeddings(torch.stack([one["txt"] for one in each]), torch.stack([one["pooled"] for one in each]),
+                      sum(bool(one["truncated"]) for one in each))
 
 
 # --------------------------------------------------------------------------------------------------- sampling

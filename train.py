@@ -21,7 +21,20 @@ import direct_align as da
 import flux
 import rewards
 import srpo_reward as sr
-from engine import cards, checkpoint, command_line, data, lora, memory, parallel, plan, trained
+from engine import (
+    cache,
+    cards,
+    checkpoint,
+    command_line,
+    data,
+    lora,
+    memory,
+    parallel,
+    photographs,
+    plan,
+    trained,
+)
+from engine.cache import Cache
 from engine.command_line import Parser, add_machine_flags, as_line, or_off, parse, real, whole, words
 from engine.contents import Contents
 from engine.errors import Stopped, UserError, frame
@@ -45,8 +58,11 @@ def add_recipe(parser):
     add("--weights", type=command_line.some_path, help=f"{trained.HELP}, which --lora of its rank goes on "
         "with, and a run without --lora merges")
     add("--prompts", default="hpdv2",
-        help="text file, one training prompt a line; hpdv2: fetched from the hub [paper 4.1]")
-    add("--size", type=whole(1), default=720, help="side of the pictures, pixels [released code]")
+        help="text file, one training prompt a line; .json, .jsonl or .csv; hpdv2: from the hub [paper 4.1]")
+    add("--images", metavar="DIR", help="offline: photographs to inject noise into, in place "
+        "of a rollout; their captions, in .txt files beside them or a metadata.jsonl, are the prompts [ours]")
+    add("--size", type=whole(1), default=720, help="side of the pictures, pixels; of --images, the root of "
+        "their area [released code]")
     add("--seed", type=whole(0, 2**31 - 1), default=0, help="of noise, noise levels and prompt order [ours]")
 
     add = parser.add_argument_group("the optimizer: AdamW, betas 0.9 and 0.999").add_argument
@@ -139,6 +155,9 @@ def flags(argv):
         raise UserError(f"--sigma-range {high} {low}: give MAX then MIN, 0.001 apart at least")
     if a.lam == [0, 0]:
         raise UserError("--lam 0 0: every loss would be 0, and there is nothing to learn")
+    if a.images is not None and a.noise == "fresh":
+        raise UserError("--images --noise fresh: there is no rollout whose noise could be another; every "
+                        "photograph gets noise of its own")
     if not a.branches or len(set(a.branches)) < len(a.branches) or set(a.branches) - {"denoise", "invert"}:
         raise UserError(f"--branches {','.join(a.branches)}: must be denoise, invert or denoise,invert")
     command_line.must_differ(a.control, a.neg)
@@ -167,6 +186,10 @@ def notes(a):
         lines.append(f"--form {a.form} --threshold {a.threshold}: the reward of the inverting branch is that "
                      "of the denoising one with its sign turned, so the threshold stops one of the two at "
                      "most; --threshold off stops neither")
+    if a.images is not None:
+        lines.append(f"--images {a.images}: captions are the prompts, nothing is rolled out, and every "
+                     "photograph gets noise of its own in every update; --prompts, --noise and --rollout-* "
+                     "are not read")
     return lines
 
 
@@ -260,14 +283,18 @@ class Run:
         chance = data.Chance(a.seed, step, images, slice(first, first + a.batch))
         rows = self.curriculum.rows[step][part * a.batch:(part + 1) * a.batch]
         texts = [self.curriculum.prompts[row] for row in rows]
-        shape = (self.grid[0] * self.grid[1], self.net.transformer.config.in_channels)
-        start = chance.normal(*shape) if a.noise == "independent" else chance.normal_shared(*shape)
+        grid = self.curriculum.grid(step) or self.grid
+        x0 = self.curriculum.latents(rows)
+        shape = (grid[0] * grid[1], self.net.transformer.config.in_channels)
+        of_its_own = a.noise == "independent" or x0 is not None
+        start = chance.normal(*shape) if of_its_own else chance.normal_shared(*shape)
         eps = chance.normal_shared(*shape) if a.noise == "fresh" else start
         middles = []
         for _ in range(a.injections):
             middles.append(da.draw_middle(images, a.cells, chance.generator)[chance.mine])
+        x0 = None if x0 is None else x0.to(device)
         C0, C1, C2 = self.reward.conditions(texts, *words_of(a, step))  # [B, D] each
-        return Batch(texts, self.embeddings.condition(rows, self.grid, device), None, start.to(device),
+        return Batch(texts, self.embeddings.condition(rows, grid, device), x0, start.to(device),
                      eps.to(device), C0, C1, C2, middles)
 
 
@@ -278,7 +305,8 @@ def job(a):
     return plan.Job(
         model=a.model, transformer=configs.transformer, vae=configs.vae, text_tokens=configs.text_tokens,
         size=a.size, image_tokens=rows * columns, batch=a.batch,
-        accumulate=a.accumulate, rollout_steps=a.rollout_steps, calls=a.injections * len(a.branches),
+        accumulate=a.accumulate, rollout_steps=a.rollout_steps if a.images is None else 0,
+        calls=a.injections * len(a.branches),
         checkpointing=a.checkpointing, replicas=a.replicas,
         reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora,
         memory=a.memory)
@@ -293,26 +321,28 @@ def settle(a, world):
 
 
 def set_up(a, world, stopping=None):
-    """Read, encode and load everything: a `Run`. Nothing is written. Raises UserError."""
+    """Read, encode and load everything: a `Run`. Nothing is written but to the cache. Raises UserError."""
     flux.needs_gpu(a.model)
     flux.check_weights(a.model, a.weights, a.lora)
-    prompts = data.read_prompts(a.prompts)
+    curriculum = curriculum_of(a, world)
     held_out = data.read_prompts(a.eval_prompts, "--eval-prompts")[:max(a.eval, a.watch)]
-    mine = a.batch * a.accumulate  # images of an update that this process makes
-    curriculum = data.Curriculum(prompts, a.steps, mine * world.size, world.rows(mine), a.seed)
     both = curriculum.prompts + held_out
-    embeddings = flux.encode_prompts(a.model, both, world.device, world.dtype)
+    kept = Cache(cache.folder_of(a.cache, flux.is_full_size(a.model)))
+    embeddings = flux.encode_prompts(a.model, both, world.device, world.dtype, kept)
     if embeddings.truncated:
         world.say(f"{embeddings.truncated} of {len(both)} prompts are longer than the text encoder takes, "
                   "and are truncated")
     reward = rewards.load_rewards(a.reward, world.device)
     layout = memory.Layout(a.lora, a.memory, a.seed)
     net = flux.load(a.model, a.weights, world.device, world.dtype, world, layout)
+    if a.images is not None:
+        made_by = flux.of_vae(a.model, world.device, world.dtype, kept)
+        curriculum.encode(net.encode, made_by, kept, world)
     optimizer = make_ready(a, net, reward, curriculum, held_out)
     theirs = embeddings.part(len(curriculum.prompts), len(both))
     watched = watch.Watch(a, world, net, reward, held_out, theirs, stopping)
-    texts = {"--prompts": prompts, "--eval-prompts": held_out}
-    places = {"--model": flux.files_of(a.model, a.weights)}
+    texts = curriculum.texts | {"--eval-prompts": held_out}
+    places = curriculum.places | {"--model": flux.files_of(a.model, a.weights)}
     if a.weights:
         places["--weights"] = [a.weights]
     for number, part in enumerate(rewards.parse_rewards(a.reward), 1):
@@ -320,6 +350,17 @@ def set_up(a, world, stopping=None):
         places[f"reward {number}"] = [rewards.fetch(part.name, part.where)]
     return Run(world, net, reward, curriculum, embeddings, watched, optimizer, net.grid(a.size, a.size),
                Contents(texts, places))
+
+
+def curriculum_of(a, world):
+    """What this process learns from, in its order: prompts or, with --images, photographs. Raises
+    UserError."""
+    mine = a.batch * a.accumulate  # images of an update that this process makes
+    order = (a.steps, mine * world.size, world.rows(mine), a.seed)
+    if a.images is None:
+        return data.Curriculum(data.read_prompts(a.prompts), *order)
+    unit = flux.pixels_per_token(flux.configs(a.model).vae)
+    return photographs.Album(photographs.read(a.images, a.size, unit, world), unit, *order)
 
 
 def make_ready(a, net, reward, curriculum, held_out):

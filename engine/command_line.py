@@ -197,6 +197,9 @@ def add_machine_flags(parser):
         "beside frozen weights; off: all weights")
     add("--memory", choices=memory.NAMES, default="auto", help="how it fits: engine/memory.py; "
         "auto: the first that the plan says fits this GPU")
+    add("--cache", type=or_off(some_path), default="auto", metavar="DIR", help="folder where embeddings of "
+        "prompts and latents of --images are kept for other runs, 32 GiB at most; auto: ~/.cache/srpo, and "
+        "none for a miniature; off")
     add("--replicas", type=whole(1), default=1, help="HSDP: parameters are sharded inside each of so many "
         "groups and copied between them; the number of nodes")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True,

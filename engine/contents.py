@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from threading import Thread
 
+import torch
+
 from engine.errors import UserError
 from engine.files import files_under, stamp
 
@@ -23,6 +25,24 @@ def digest_of_files(places):
                 while chunk := stream.read(CHUNK):
                     digest.update(chunk)
     return digest.hexdigest()
+
+
+def known_digest(places, cache):
+    """`digest_of_files`, but files that a `Cache` has met are not read again as long as their paths, names,
+    sizes and times of writing stay as they were."""
+    seen = [[str(Path(place).resolve()), *stamp(place)] for place in places]
+    key = cache.key("digest of files", seen)
+    kept = cache.get(key)
+    if kept is not None:
+        return bytes(kept["sha256"].tolist()).hex()
+    found = digest_of_files(places)
+    cache.put(key, {"sha256": torch.tensor(list(bytes.fromhex(found)), dtype=torch.uint8)})
+    return found
+
+
+def digest_in(found, name):
+    """The digest of what is called so in the result of a `Contents`; None if nothing is."""
+    return found[name]["sha256"] if name in found else None
 
 
 class Contents:
@@ -55,8 +75,7 @@ class Contents:
             else:
                 self.hash([name])
         for name in self.found | then:
-            was = then.get(name, {}).get("sha256")
-            if was is None or self.found.get(name, {}).get("sha256") != was:
+            if digest_in(then, name) != digest_in(self.found, name):
                 raise UserError(f"--resume: {name} is not what it was when the run began; give the same, or "
                                 "another --out")
 

@@ -1,7 +1,9 @@
 """What a run learns from: prompts out of files or from the hub, the order in which they come, and all the
 chance of an update."""
 
+import csv
 import hashlib
+import io
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +14,7 @@ from huggingface_hub import hf_hub_download
 from engine.errors import UserError
 from engine.files import not_a_path, quiet
 
+KEYS = ("prompt", "text", "caption")  # what data sets call a prompt, the first that is there
 LONGEST_PROMPT = 20_000  # characters; a text encoder reads some hundred words
 MOST_IMAGES = 10**7      # of a run: their order is drawn before it begins
 
@@ -96,10 +99,92 @@ def prompts_of_json(file, flag):
     return [text for text in found if text.strip()]
 
 
+def lines_of_jsonl(file, flag):
+    """[(number, value)] of the lines of a .jsonl file, blank ones left out. Raises UserError for a line that
+    is not JSON."""
+    found = []
+    # Not splitlines: JSON leaves a line break of Unicode, which it knows, as it is in a text.
+    for number, line in enumerate(text_of(file, flag).split("\n"), 1):
+        if line.strip():
+            try:
+                found.append((number, json.loads(line)))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{flag} {file}: line {number} is not JSON; mend it, or take it "
+                                "out") from error
+    return found
+
+
+def prompt_in(value):
+    """The prompt of an object, under the first of KEYS that it has; None without one that is a text."""
+    for key in KEYS:
+        if isinstance(value.get(key), str):
+            return value[key]
+    return None
+
+
+def prompts_of_jsonl(file, flag):
+    """The prompts of a .jsonl file: a line is a text, or an object with one of KEYS. Raises UserError."""
+    prompts = []
+    for number, value in lines_of_jsonl(file, flag):
+        text = prompt_in(value) if isinstance(value, dict) else value
+        if not isinstance(text, str):
+            raise UserError(f'{flag} {file}: line {number} is no prompt; it must be a text, or an object '
+                            'with a "prompt", "text" or "caption"')
+        prompts.append(text)
+    return prompts
+
+
+def separator_of(header):
+    """What separates the columns of a .csv file, from its first line: the one that yields a column called as
+    one of KEYS; a comma if none does."""
+    for separator in (",", ";", "\t"):
+        if set(KEYS) & {name.strip(' "').lower() for name in header.split(separator)}:
+            return separator
+    return ","
+
+
+def prompts_of_csv(file, flag):
+    """The prompts of a .csv file: the column that its first row calls one of KEYS, in upper or lower case; or
+    every row of a file of one column. Raises UserError."""
+    text = text_of(file, flag)
+    reader = csv.reader(io.StringIO(text), strict=True, delimiter=separator_of(text.split("\n")[0]))
+    rows = []
+    try:
+        for row in reader:
+            if row:
+                rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise UserError(f"{flag} {file}: line {reader.line_num} is no row of a .csv file ({error}); mend it, "
+                        "or take it out") from error
+    if not rows:
+        return []
+    _, header = rows[0]
+    names = [name.strip().lower() for name in header]
+    known = [names.index(key) for key in KEYS if key in names]
+    if not known and len(header) > 1:
+        raise UserError(f"{flag} {file}: line 1 names no column prompt, text or caption; add such a header "
+                        "(a prompt with a comma in it stands in quotes)")
+    for number, row in rows:
+        if len(row) != len(header):
+            raise UserError(f"{flag} {file}: line {number} has {len(row)} columns, and the first one "
+                            f"{len(header)}; a prompt with a comma in it stands in quotes")
+    if known:
+        return [row[known[0]] for _, row in rows[1:]]
+    return [row[0] for _, row in rows]
+
+
+def prompts_of_text(file, flag):
+    """The lines of a text file. Raises UserError."""
+    return text_of(file, flag).splitlines()
+
+
+READERS = {".json": prompts_of_json, ".jsonl": prompts_of_jsonl, ".csv": prompts_of_csv}
+
+
 def read_prompts_by_category(source, flag="--prompts"):
-    """[`Prompt`] of a UTF-8 text file, one a line, blank lines left out, or of a .json file
-    (`prompts_of_json`), all of category ""; of a folder of .json files, a category each; or of a named set of
-    PROMPTS, fetched from the hub.
+    """[`Prompt`] of a file, all of category "": a .json, .jsonl or .csv file, or UTF-8 text, one a line;
+    blank ones are left out. Of a folder of .json files, a category each; or of a named set of PROMPTS,
+    fetched from the hub.
 
     Raises UserError.
     """
@@ -123,15 +208,13 @@ def prompts_in(source, flag):
             raise UserError(f"{flag} {source}: no prompt in it (a folder of .json files, lists of prompts)")
         return prompts
     if not path.is_file():
-        raise UserError(f"{flag} {path}: no such file (a text file, one prompt a line), and not one of "
-                        f"{', '.join(PROMPTS)}")
-    if path.suffix == ".json":
-        lines = prompts_of_json(path, flag)
-    else:
-        lines = [line.strip() for line in text_of(path, flag).splitlines()]
-    if not any(lines):
+        raise UserError(f"{flag} {path}: no such file (a text file, one prompt a line, a .json, .jsonl or "
+                        f".csv), and not one of {', '.join(PROMPTS)}")
+    read = READERS.get(path.suffix.lower(), prompts_of_text)
+    texts = [text.strip() for text in read(path, flag)]
+    if not any(texts):
         raise UserError(f"{flag} {path}: no prompt in it, every line is blank")
-    return [Prompt(line, "") for line in lines if line]
+    return [Prompt(text, "") for text in texts if text]
 
 
 def read_prompts(source, flag="--prompts"):
@@ -150,6 +233,13 @@ def prompt_order(n, count, seed):
     return order[:count]
 
 
+def check_count(steps, images):
+    """Raise UserError if a run would draw more than can be put in order."""
+    if steps * images > MOST_IMAGES:
+        raise UserError(f"--steps {steps}: with {images} images an update (--batch x --accumulate x "
+                        f"processes) a run would see more than {MOST_IMAGES}")
+
+
 class Curriculum:
     """Which prompts a process meets in which update. `prompts` are those that it meets at all, each once, so
     that no other need be encoded; `rows[step]` are the numbers among them, for step 1, 2, ..."""
@@ -157,15 +247,26 @@ class Curriculum:
     def __init__(self, texts, steps, images, mine, seed):
         """texts: all prompts; images: how many an update of all processes draws; mine: the slice of those
         that this process makes. Raises UserError if they are too many to be put in order."""
-        if steps * images > MOST_IMAGES:
-            raise UserError(f"--steps {steps}: with {images} images an update (--batch x --accumulate x "
-                            f"processes) a run would see more than {MOST_IMAGES}")
+        check_count(steps, images)
         order = prompt_order(len(texts), steps * images, seed)
-        drawn = {step: order[(step - 1) * images:step * images][mine] for step in range(1, steps + 1)}
-        met = sorted({number for numbers in drawn.values() for number in numbers})
-        place = {number: row for row, number in enumerate(met)}
-        self.prompts = [texts[number] for number in met]
+        self.meet({step: order[(step - 1) * images:step * images][mine] for step in range(1, steps + 1)})
+        self.prompts = [texts[number] for number in self.met]
+        self.texts = {"--prompts": texts}  # what --resume compares: texts and files
+        self.places = {}
+
+    def meet(self, drawn):
+        """drawn: {step: numbers among all}."""
+        self.met = sorted({number for numbers in drawn.values() for number in numbers})
+        place = {number: row for row, number in enumerate(self.met)}
         self.rows = {step: [place[number] for number in numbers] for step, numbers in drawn.items()}
+
+    def grid(self, step):
+        """(rows, columns) of tokens of an update's pictures; None: --size says it."""
+        return None
+
+    def latents(self, rows):
+        """Clean latents [B, N, C] of what some rows show; None: the model makes its own."""
+        return None
 
 
 class Chance:

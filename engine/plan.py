@@ -38,7 +38,7 @@ class Job:
     image_tokens: int    # of a picture
     batch: int           # images of a process at a time
     accumulate: int      # batches of an update, one after the other
-    rollout_steps: int   # calls of the transformer without a gradient, per image
+    rollout_steps: int   # calls of the transformer without a gradient, per image; 0 for photographs
     calls: int           # calls with one, per image: branches x injections
     checkpointing: bool  # activation checkpointing: the backward computes each block's activations again
     replicas: int        # HSDP: groups of processes that each hold all parameters
@@ -348,6 +348,7 @@ def divide(job, counts, world_size, compute_dtype):
     activations = job.batch * counts.activations
     reward_path = job.batch * (counts.lean_path if is_lean(job.memory) else counts.reward_path)
     frozen = counts.lean_frozen if is_lean(job.memory) else counts.frozen
+    # Where nothing is rolled out to learn from, the watched pictures still are.
     # The rollout saves no activations, and the first one of an update finds no gradients. So either may be
     # the peak.
     peak_in_update = (has.parameters + has.gradients + has.optimizer + activations + has.gathered
@@ -359,7 +360,7 @@ def divide(job, counts, world_size, compute_dtype):
     # What is sharded is gathered for the rollout, once or at every step, and twice a call, in forward and
     # backward. After each call the float32 gradients are averaged in the group, where one share of all is
     # this process's own, and then each share between the groups.
-    steps = 1 if job.memory in HELD_ON_THE_GPU else job.rollout_steps
+    steps = min(1, job.rollout_steps) if job.memory in HELD_ON_THE_GPU else job.rollout_steps
     passes = steps + 2 * job.calls
     sharded = trained if job.memory == "bf16" else counts.parameters
     received = (shards - 1) / shards * (sharded * passes * compute_dtype.itemsize + trained * job.calls * 4)

@@ -63,7 +63,10 @@ class Explanation:
         """One term of Eq. 6's sum, after its backward."""
         a = self.a
         if not self.rolled_out:
-            tell(flux.Flux.rollout, start=self.batch.start, guidance=a.rollout_guidance, x0=term.x0)
+            if self.batch.x0 is None:
+                tell(flux.Flux.rollout, start=self.batch.start, guidance=a.rollout_guidance, x0=term.x0)
+            else:
+                tell(flux.Flux.encode, x0=term.x0)
             tell(da.training_grid, sigma_max=a.sigma_range[0], sigma_min=a.sigma_range[1], cells=a.cells)
             self.rolled_out = True
         print(f"\n{'-' * 30} the branch: {term.branch} {'-' * 30}")

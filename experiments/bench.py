@@ -35,7 +35,7 @@ def flags(argv):
     parser.add_argument("--repeats", type=whole(1), default=5, help="timed updates, after one that is not")
     own, others = parser.parse_known_args(argv)
     a = train.flags(others)
-    for name in ("plan", "explain", "resume", "overwrite", "tensorboard", "out", "weights"):
+    for name in ("plan", "explain", "resume", "overwrite", "tensorboard", "out", "weights", "images"):
         if getattr(a, name):
             raise UserError(f"--{name}: an update is timed here, and nothing else; it is train.py's")
     return own, a

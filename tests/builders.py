@@ -24,6 +24,16 @@ def photo(width, height, seed=0):
     return Image.fromarray((np.asarray(small) + noise).clip(0, 255).astype(np.uint8))
 
 
+def make_photographs(folder, sizes=((64, 64), (96, 64), (64, 100), (70, 70), (130, 90), (64, 64))):
+    """Fill a folder with pictures of these widths and heights, each with its caption beside it."""
+    folder.mkdir()
+    colours = ("red", "green", "blue", "yellow", "white")
+    for n, (width, height) in enumerate(sizes):
+        photo(width, height, seed=n).save(folder / f"{n}.png")
+        (folder / f"{n}.txt").write_text(f"a {colours[n % 5]} circle\n")
+    return folder
+
+
 def make_pickscore(folder):
     """Fill a folder in PickScore v1's layout, with the tokenizer of its processor."""
     shutil.copytree("miniature/tokenizer", folder, dirs_exist_ok=True)

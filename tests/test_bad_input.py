@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from builders import make_foreign_reward
+from builders import make_foreign_reward, photo
 from safetensors.torch import load_file, save_file
 from scripts import call
 
@@ -162,6 +162,18 @@ PROMPTS = {  # the content of a file, or {file: content} of a folder; what is sa
     "deep.json": (b"[" * 100_000, "not a JSON list of prompts"),
     "nul.json": (b'["a\\u0000b"]', "not a JSON list of prompts"),
     "none.json": (b'["", " "]', "no prompt in it"),
+    "cut.jsonl": (b'"a fox"\n{"prompt": "a d', "cut.jsonl: line 2 is not JSON; mend it, or take it out"),
+    "other.jsonl": (b'\n{"words": "a fox"}\n', "line 2 is no prompt; it must be a text, or an object with"),
+    "number.jsonl": (b'{"prompt": 3}', "line 1 is no prompt"),
+    "deep.jsonl": (b"[" * 100_000, "line 1 is not JSON"),
+    "half.jsonl": (b'"\\ud800"', "is no text"),
+    "none.jsonl": (b'""\n{"text": " "}\n', "no prompt in it"),
+    "header.csv": (b"id,words\n1,a fox\n", "line 1 names no column prompt, text or caption"),
+    "comma.csv": (b"prompt\na fox\na dog, asleep\n", "line 3 has 2 columns, and the first one 1"),
+    "quote.csv": (b'id,prompt\n1,"a fox\n', "line 2 is no row of a .csv file (unexpected end of data)"),
+    "large.csv": (b"prompt\n" + b"x" * 200_000, "line 2 is no row of a .csv file (field larger than"),
+    "none.csv": (b"id,prompt\n1, \n", "no prompt in it"),
+    "empty.csv": (b"", "no prompt in it"),
     "sets": ({"a.json": b"[]"}, "no prompt in it"),
     "others": ({"a.json": b'{"prompt": "a fox"}'}, "not a JSON list of prompts"),
     "pipes": (None, "a.json: not a file"),
@@ -170,6 +182,19 @@ PROMPTS = {  # the content of a file, or {file: content} of a folder; what is sa
     "no.txt": (None, "--prompts no.txt: no such file"),
     "x" * 300: (None, "is too long"),
     "": (None, "is empty")}
+
+METADATA = "metadata.jsonl"
+PHOTOGRAPHS = {  # {file: content} of a folder, None a picture of 64 x 64 pixels; what is said
+    "no captions": ({"a.png": None, "b/c.png": None}, "no caption for any of its 2 pictures; write"),
+    "blank captions": ({"a.png": None, "a.txt": b" \n"}, "no caption for any of its 1 pictures"),
+    "no pictures": ({"a.txt": b"a fox", ".a.png": None}, "no picture in it (.jpg"),
+    "corrupt": ({"a.png": b"\x89PNG", "a.txt": b"a fox", "b.png": None},
+                "none of its 2 pictures can be trained on, such as a.png: cannot be read as a picture"),
+    "bad line": ({"a.png": None, METADATA: b'{"file_name": "a.png", "text": "a fox"}\n{"file'},
+                 "metadata.jsonl: line 2 is not JSON; mend it, or take it out"),
+    "no name": ({"a.png": None, METADATA: b'{"text": "a fox"}'}, "line 1 must be an object with a"),
+    "pipe": (None, "no such folder"), "text.txt": (None, "no such folder"), "": (None, "no such folder"),
+    "x" * 300: (None, "no such folder")}
 
 WEIGHTS = {  # what --weights may be; what is said
     "no": "no transformer there", "": "no transformer there", "miniature": "no transformer there",
@@ -197,6 +222,17 @@ FILES = [
     *each(ALL, ["--model", "a\0b"], "holds a NUL"),
     *each(ALL, ["--model", "x" * 300], "is too long"),
     *each(ALL, "--model pipe", "not a FLUX.1 folder"),
+    # photographs
+    *(Mistake("train.py", ["--images", name], words) for name, (_, words) in PHOTOGRAPHS.items()),
+    Mistake("train.py", ["--images", "a\0b"], "no such folder"),
+    Mistake("train.py", "--images pictures --noise fresh", "there is no rollout whose noise could"),
+    Mistake("bench", "--images pictures", "--images: an update is timed here"),
+    # what is kept
+    Mistake("train.py", ["--cache", ""], "is empty"),
+    Mistake("train.py", "--cache text.txt", "--cache text.txt: cannot be written"),
+    Mistake("train.py", "--cache text.txt/new", "text.txt is not a folder; give another, or off"),
+    Mistake("train.py", "--cache pipe/new", "pipe is not a folder"),
+    Mistake("train.py", "--cache /proc/1/new", "--cache /proc/1/new: cannot be written"),
     # where it is written
     *(Mistake(script, ["--out", out], words) for script in ("train.py", *SAMPLES) for out, words in
       (("", "is empty"), ("a\0b", "holds a NUL"), ("x" * 300, "is too long"))),
@@ -558,6 +594,13 @@ def place(tmp_path_factory):
             if inside is not None:
                 (here / name / file).parent.mkdir(exist_ok=True)
                 (here / name / file).write_bytes(inside)
+    for name, (files, _) in PHOTOGRAPHS.items():
+        for file, content in (files or {}).items():
+            (here / name / file).parent.mkdir(parents=True, exist_ok=True)
+            if content is None:
+                photo(64, 64).save(here / name / file)
+            else:
+                (here / name / file).write_bytes(content)
     make_rewards(here)
     make_weights(here)
     return here

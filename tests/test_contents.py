@@ -45,6 +45,12 @@ def test_what_has_changed_is_named(begun, what):
         of(folder, prompts).compare(then)
 
 
+def test_what_was_learnt_from_and_is_gone_is_named(begun):
+    folder, then = begun
+    with pytest.raises(UserError, match="--model is not"):
+        contents.Contents({"--prompts": ["a fox"]}, {}).compare(then)
+
+
 def test_files_that_look_as_they_did_are_not_hashed_again(begun, monkeypatch):
     folder, then = begun
     monkeypatch.setattr(contents, "digest_of_files", lambda places: 1 / 0)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import make_foreign_flux, make_foreign_reward
+from builders import make_foreign_flux, make_foreign_reward, make_photographs
 from scripts import call
 
 import evaluate
@@ -85,6 +85,7 @@ SMALLEST = {
     "sample.py": ["--eval-steps", "1"],
     "evaluate.py": ["--first", "3", "--eval-steps", "1"],
     "experiments.bench": ["--repeats", "1", "--batch", "2", "--rollout-steps", "1"],
+    "experiments.offline": ["--photos", "20", "--pictures", "8", "--steps", "1", "--batch", "2"],
     "evaluation.study": [],
     "evaluation.report": [],
     "engine.merge": [],
@@ -96,8 +97,9 @@ FLAGS = {"train.py": train.flags, "evaluate.py": evaluate.flags().parse_args,
 
 def on_a_gpu(words):
     """Whether a command is for FLUX.1-dev."""
-    runs_here = any(name in " ".join(words) for name in ("--images", "miniature", "my_flux"))
-    return not runs_here and words[0] in FLAGS
+    runs_here = any(name in " ".join(words) for name in ("miniature", "my_flux"))
+    of_pictures = words[0] == "evaluate.py" and "--images" in words
+    return not runs_here and not of_pictures and words[0] in FLAGS
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +113,7 @@ def place(tmp_path_factory):
     make_foreign_flux(folder / "my_flux")
     make_foreign_reward(folder / "my_reward")
     (folder / "my_prompts.txt").write_text("a red circle\na blue square\na white triangle\n")
+    make_photographs(folder / "photographs")
     return folder
 
 
@@ -141,13 +144,14 @@ def run(command, place):
         FLAGS[script](words[1:])
         return
     argv = [found for word in words[1:] for found in sorted(glob.glob(word, root_dir=place)) or [word]]
-    argv = [re.sub(r"\bDIR\b", "runs/evaluate_miniature/base", word) for word in argv]
+    folder = "photographs" if script == "train.py" else "runs/evaluate_miniature/base"
+    argv = [re.sub(r"\bDIR\b", folder, word) for word in argv]
     if "tally" in argv:
         vote(place)
         argv[argv.index("votes/*.json")] = "votes/ada.json"
     if not {"-h", "--plan"} & set(argv):
         argv += SMALLEST[script]
-    if "--images" in argv:
+    if "--images" in argv and script == "evaluate.py":
         argv += ["--metrics", "statistics"]  # the others' weights come from the hub
     module = [] if script.endswith(".py") else ["-m"]
     call(place / "printed", *module, script, *argv, ranks=ranks, folder=str(place))

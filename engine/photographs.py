@@ -1,0 +1,264 @@
+"""Photographs to learn from: a folder of pictures and their captions. They are cut to a few shapes of about
+the same area, encoded once, and come in an order that no number of processes changes."""
+
+import hashlib
+import math
+import os
+import warnings
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from engine import data
+from engine.errors import UserError, one_line
+from engine.files import not_a_path
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
+METADATA = "metadata.jsonl"
+RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2)  # width : height of the shapes
+MOST_ENLARGED = 2  # a picture that had to grow by more is too small: it would teach blur
+LEAST_KEPT = 0.5   # a picture of which less than this share would be left in its shape is too long
+MOST_TOLD = 10     # pictures that are skipped and named, each in a line
+ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height change places
+
+
+class Photograph(NamedTuple):
+    """A picture that can be trained on."""
+    file: Path
+    caption: str
+    grid: tuple  # (rows, columns) of tokens that it is cut to
+
+
+class Skipped(Exception):
+    """Why a picture cannot be trained on."""
+
+
+# ---------------------------------------------------------------------------------------- a folder's pictures
+def read(folder, side, unit, world):
+    """The `Photograph`s of a folder and the folders in it, in order, for pictures of about side x side pixels
+    and tokens of unit x unit. Those that cannot be trained on are named, once for all processes of a
+    `parallel.World`, which share the looking. Raises UserError if none is left."""
+    if not_a_path(folder) or not Path(folder).is_dir():
+        raise UserError(f"--images {folder[:80]!r}: no such folder (pictures, each with its caption in a "
+                        f".txt beside it, or all in a {METADATA})")
+    folder = Path(folder)
+    captions = captions_of_metadata(folder)
+    files = pictures_in(folder)
+    if not files:
+        raise UserError(f"--images {folder}: no picture in it ({', '.join(PICTURES)})")
+    found = {}
+    mine = files[world.rank::world.size]
+    for file in tqdm(mine, "look at --images", leave=False, disable=not world.main or len(mine) < 100):
+        found[file] = look(file, captions, shapes_of(side // unit), unit)
+    for theirs in world.gather(found):
+        found |= theirs
+
+    photographs = [found[file] for file in files if isinstance(found[file], Photograph)]
+    skipped = {file: found[file] for file in files if not isinstance(found[file], Photograph)}
+    if set(skipped.values()) == {NO_CAPTION} and not photographs:
+        raise UserError(f"--images {folder}: no caption for any of its {len(files)} pictures; write one "
+                        f'beside each (fox.jpg: fox.txt), or a {METADATA} with "file_name" and "text"')
+    if not photographs:
+        file, why = next(iter(skipped.items()))
+        raise UserError(f"--images {folder}: none of its {len(files)} pictures can be trained on, such as "
+                        f"{file.relative_to(folder)}: {why}")
+    for name in sorted(captions.keys() - {os.path.normpath(file) for file in files}):
+        skipped[name] = f"named in {METADATA}, and there is no such picture"
+    tell(skipped, folder, world)
+    return photographs
+
+
+def tell(skipped, folder, world):
+    """Say which pictures are skipped, {file: why}: the first of them each in a line."""
+    for file, why in list(skipped.items())[:MOST_TOLD]:
+        world.say(f"--images: {os.path.relpath(file, folder)} is skipped: {why}")
+    if len(skipped) > MOST_TOLD:
+        world.say(f"--images: {len(skipped) - MOST_TOLD} more are skipped")
+
+
+def pictures_in(folder):
+    """The files in a folder, and in those in it, that are called as pictures are; hidden ones are not."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in PICTURES and not is_hidden and not path.is_dir():
+            found.append(path)
+    return found
+
+
+def captions_of_metadata(folder):
+    """{path: caption} of what every metadata.jsonl in a folder names, as the imagefolder data sets have it: a
+    line is an object with a "file_name", relative to the file's own folder, and one of `data.KEYS`. Raises
+    UserError."""
+    captions = {}
+    for file in sorted(folder.rglob(METADATA)):
+        for number, line in data.lines_of_jsonl(file, "--images"):
+            if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
+                raise UserError(f'--images {file}: line {number} must be an object with a "file_name" and a '
+                                '"text"; mend it, or take it out')
+            captions[os.path.normpath(file.parent / line["file_name"])] = data.prompt_in(line)
+    return captions
+
+
+NO_CAPTION = f"no caption, in a .txt beside it or in {METADATA}"
+
+
+def caption_of(file, captions):
+    """The caption of a picture: of the .txt beside it, or else of `captions_of_metadata`. Raises Skipped."""
+    beside = file.with_suffix(".txt")
+    try:
+        text = captions.get(os.path.normpath(file))
+        if beside.exists():
+            text = data.text_of(beside, "its caption")
+        caption = " ".join((text or "").split())
+        data.check_prompts([caption], "its caption")
+    except UserError as error:
+        raise Skipped(str(error)) from error
+    if not caption:
+        raise Skipped(NO_CAPTION)
+    return caption
+
+
+# -------------------------------------------------------------------------------------- a picture, and shapes
+def look(file, captions, shapes, unit):
+    """The `Photograph` of a file, or why it is skipped, a text."""
+    try:
+        caption = caption_of(file, captions)
+        width, height = size_of(file)
+        grid = nearest(width / height, shapes)
+        rows, columns = grid
+        longer = width / height / (columns / rows)
+        kept = min(longer, 1 / longer)
+        if kept < LEAST_KEPT:
+            raise Skipped(f"{width} x {height} pixels: too long, only {kept:.0%} of it would be left in "
+                          f"{columns * unit} x {rows * unit}")
+        larger = max(columns * unit / width, rows * unit / height)
+        if larger > MOST_ENLARGED:
+            raise Skipped(f"{width} x {height} pixels: too small, it would be enlarged {larger:.1f} times; "
+                          f"{MOST_ENLARGED} are the most")
+    except Skipped as why:
+        return str(why)
+    return Photograph(file, caption, grid)
+
+
+def size_of(file):
+    """(width, height) of a picture that stands upright, in pixels. It is decoded to its end, a JPEG coarsely,
+    so that one that was cut short is found now. Raises Skipped."""
+    if not file.is_file():  # reading from a pipe would wait for ever
+        raise Skipped("not a file")
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as picture:
+            width, height = picture.size
+            turned = picture.getexif().get(ORIENTATION, 1) >= 5
+            picture.draft("RGB", (width // 8, height // 8))
+            picture.load()
+    except Exception as error:  # a decoder may raise anything for a damaged file
+        why = one_line(error).split(" '")[0]  # PIL names the file once more, in quotes
+        raise Skipped(f"cannot be read as a picture: {why}") from error
+    return (height, width) if turned else (width, height)
+
+
+def shapes_of(tokens):
+    """The shapes, (rows, columns) of tokens, of RATIOS and of about tokens x tokens."""
+    shapes = []
+    for ratio in RATIOS:
+        rows = max(1, round(tokens / ratio**0.5))
+        columns = max(1, round(tokens * ratio**0.5))
+        shapes.append((rows, columns))
+    return list(dict.fromkeys(shapes))
+
+
+def nearest(ratio, shapes):
+    """The shape that is the nearest to a width : height."""
+    def distance(shape):
+        rows, columns = shape
+        return abs(math.log(columns / rows) - math.log(ratio))
+    return min(shapes, key=distance)
+
+
+def upright(file):
+    """The picture of a file as PIL RGB, as its camera was held; what shines through lies on white, and greys
+    of 16 bits become those of 8."""
+    with warnings.catch_warnings(action="ignore"), Image.open(file) as opened:
+        picture = ImageOps.exif_transpose(opened)
+        if picture.mode.startswith("I"):
+            picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = picture.convert("RGBA")
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        return picture.convert("RGB")
+
+
+def pixels(photograph, unit):
+    """A photograph [1, 3, H, W] in [0, 1], resized and cut, around its middle, to its shape. Raises UserError
+    for one that can only be read coarsely, as `size_of` did, or was changed since."""
+    rows, columns = photograph.grid
+    size = (columns * unit, rows * unit)
+    try:
+        picture = ImageOps.fit(upright(photograph.file), size, Image.Resampling.LANCZOS)
+    except Exception as error:  # a decoder may raise anything for a damaged file
+        raise UserError(f"--images: {photograph.file} cannot be read as a picture: {one_line(error)}; take "
+                        "it out") from error
+    image = torch.from_numpy(np.array(picture)).float() / 255  # [H, W, 3]
+    return image.permute(2, 0, 1)[None]
+
+
+# ------------------------------------------------------------------------------------------------ their order
+class Album(data.Curriculum):
+    """Which photographs a process meets in which update. All of an update are of one shape, on all processes:
+    so a batch is one tensor however it is divided, and no process waits for one with larger pictures.
+
+    The shape is that of a photograph out of a seeded permutation of all, so each shape comes as often as its
+    photographs are many; those of a shape come in permutations of their own, each beginning where the update
+    before ended. A shape of fewer photographs than an update repeats them there, with other noise.
+    """
+
+    def __init__(self, photographs, unit, steps, images, mine, seed):
+        """photographs: all of them; unit: pixels a side of a token; the rest is as for `data.Curriculum`.
+        Raises UserError."""
+        self.unit = unit
+        data.check_count(steps, images)
+        shapes = [photographs[n].grid for n in data.prompt_order(len(photographs), steps, seed)]
+        coming = {}
+        for shape in dict.fromkeys(shapes):
+            numbers = [n for n, photograph in enumerate(photographs) if photograph.grid == shape]
+            order = data.prompt_order(len(numbers), shapes.count(shape) * images, seed)
+            coming[shape] = iter([numbers[i] for i in order])
+        drawn = {}
+        for step, shape in enumerate(shapes, 1):
+            drawn[step] = list(islice(coming[shape], images))[mine]
+        self.meet(drawn)
+        self.grids = dict(enumerate(shapes, 1))
+        self.photographs = [photographs[n] for n in self.met]
+        self.prompts = [photograph.caption for photograph in self.photographs]
+        self.texts = {"the captions of --images": [photograph.caption for photograph in photographs]}
+        self.places = {"--images": [photograph.file for photograph in photographs]}
+        self.encoded = []
+
+    def encode(self, encode, made_by, cache, world):
+        """Encode the photographs that this process meets, or take what a `Cache` has of them.
+
+        encode: images [1, 3, H, W] in [0, 1] -> latents [1, N, C]; made_by: all that they depend on beside
+        the picture, values that JSON can hold.
+        """
+        for photograph in tqdm(self.photographs, "encode --images", leave=False,
+                               disable=not world.main or len(self.photographs) < 100):
+            with open(photograph.file, "rb") as file:
+                content = hashlib.file_digest(file, "sha256").hexdigest()
+            key = cache.key("latents", content, photograph.grid, self.unit, made_by)
+            kept = cache.get(key)
+            if kept is None:
+                kept = {"latents": encode(pixels(photograph, self.unit))[0].cpu().contiguous()}  # [N, C]
+                cache.put(key, kept)
+            self.encoded.append(kept["latents"])
+
+    def grid(self, step):
+        return self.grids[step]
+
+    def latents(self, rows):
+        return torch.stack([self.encoded[row] for row in rows])

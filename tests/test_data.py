@@ -1,0 +1,33 @@
+"""Claims about engine/data.py: the files that prompts come in."""
+
+import pytest
+
+from engine import data
+
+FOX, DOG = "a fox, asleep", 'a "dog"'
+FILES = {
+    "lines.txt": f"{FOX}\n\n  {DOG}  \n",
+    "unknown.prompts": f"{FOX}\n{DOG}\n",
+    "list.json": '["a fox, asleep", {"prompt": "a \\"dog\\""}]',
+    "texts.jsonl": '"a fox, asleep"\n\n"a \\"dog\\""\n',
+    "objects.jsonl": '{"id": 1, "prompt": "a fox, asleep"}\r\n{"id": 2, "caption": "a \\"dog\\""}',
+    "both.jsonl": '{"text": "no", "prompt": "a fox, asleep"}\n{"prompt": null, "text": "a \\"dog\\""}',
+    "UPPER.JSONL": '{"text": "a fox, asleep"}\n{"text": " "}\n{"text": "a \\"dog\\""}',
+    "header.csv": 'id,Prompt\n1,"a fox, asleep"\n2,"a ""dog"""\n',
+    "caption.csv": '\ufeffCAPTION,file\r\n"a fox, asleep",a.png\r\n\r\n"a ""dog""",b.png\r\n',
+    "one_column.csv": '"a fox, asleep"\n"a ""dog"""\n',
+    "semicolons.csv": 'id;text\n1;a fox, asleep\n2;"a ""dog"""\n',
+    "tabs.csv": '"id"\t"text"\n1\ta fox, asleep\n2\t"a ""dog"""\n'}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_prompts_come_in_any_of_these_files(tmp_path, name):
+    (tmp_path / name).write_bytes(FILES[name].encode())
+    assert data.read_prompts(tmp_path / name) == [FOX, DOG]
+
+
+def test_a_prompt_may_run_over_lines_and_hold_a_line_break_of_unicode(tmp_path):
+    (tmp_path / "p.csv").write_text('prompt,id\n"a fox\nasleep",1\na dog,2\n')
+    assert data.read_prompts(tmp_path / "p.csv") == ["a fox\nasleep", "a dog"]
+    (tmp_path / "p.jsonl").write_text('"a fox\u2028asleep"\n"a dog"\n')
+    assert data.read_prompts(tmp_path / "p.jsonl") == ["a fox\u2028asleep", "a dog"]
