@@ -187,6 +187,14 @@ class Chance:
         """Standard normal numbers [B, *shape], one draw for each image."""
         return torch.randn(self.images, *shape, generator=self.generator)[self.mine]
 
+    def whole(self, low, high):
+        """One whole number from low to high, both included, for all images."""
+        return torch.randint(low, high + 1, (), generator=self.generator).item()
+
+    def some(self, n, count):
+        """`count` of the numbers 0 ... n - 1, for all images."""
+        return torch.randperm(n, generator=self.generator)[:count].tolist()
+
     def normal_shared(self, *shape):
         """Standard normal numbers [B, *shape], one draw for all images."""
         batch = len(range(self.images)[self.mine])
