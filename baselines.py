@@ -25,12 +25,33 @@ OPTIMIZER_STEPS = 3  # of a rollout; only the first is on-policy
 
 class Term(NamedTuple):
     """What the loop logs and checks of a loss term."""
+    prompts: list
     branch: str             # the method's name
     x0: torch.Tensor        # [B, N, C] where the network was called, before
     v_theta: torch.Tensor   # [B, N, C], with gradient
     image: torch.Tensor     # [B, 3, H, W]
     reward: torch.Tensor    # [B]
     sgp: torch.Tensor       # [B] f.(C1 - C2), the SGP gap; watched, not trained on
+
+
+class Calls(NamedTuple):
+    """How often a method calls the network for an image."""
+    without: float  # gradient, in the mean
+    with_gradient: int
+
+
+def calls(a):
+    """The `Calls` of --method in one update, for the plan."""
+    if a.method == "refl":
+        return Calls(a.rollout_steps - (1 + min(a.refl_steps, a.rollout_steps)) / 2, 1)
+    if a.method == "draft-lv":
+        return Calls(a.rollout_steps - 1, 1 + DRAFT_EXTRA)
+    return Calls(a.rollout_steps, transitions_kept(a.rollout_steps))  # dancegrpo
+
+
+def transitions_kept(rollout_steps):
+    """How many of a stochastic rollout's transitions are trained on: of all but the last."""
+    return max(1, int(KEPT * (rollout_steps - 1)))
 
 
 def sampling_levels(a, net, batch):
@@ -72,7 +93,7 @@ def refl(a, net, reward, batch):
     s = levels[-1 - k].item()
     x0_hat, v_theta = one_step(net, x, s, batch.c, a.guidance)
     image, r, sgp = rewarded(net, reward, batch, x0_hat)
-    yield sr.loss(r, a.threshold).mean(), Term("refl", x, v_theta, image, r, sgp)
+    yield sr.loss(r, a.threshold).mean(), Term(batch.prompts, "refl", x, v_theta, image, r, sgp)
 
 
 # ------------------------------------------------------------------------------------------ Eq. 1: DRaFT-LV
@@ -98,7 +119,7 @@ def draft_lv(a, net, reward, batch):
             x0 = x0_hat.detach()
         image, r, sgp = rewarded(net, reward, batch, x0_hat)
         loss = sr.loss(r, a.threshold).mean() / (1 + DRAFT_EXTRA)
-        yield loss, Term("draft-lv", x, v_theta, image, r, sgp)
+        yield loss, Term(batch.prompts, "draft-lv", x, v_theta, image, r, sgp)
 
 
 # ------------------------------------------------------------------------------------------------ DanceGRPO
@@ -175,7 +196,7 @@ def dancegrpo(a, net, reward, batch):
     with torch.no_grad():
         image, r, sgp = rewarded(net, reward, batch, x0)
     A = advantages(r, a.group).to(x0.device)
-    kept = batch.chance.some(len(path), max(1, int(KEPT * len(path))))
+    kept = batch.chance.some(len(path), transitions_kept(a.rollout_steps))
     parts = torch.arange(len(r)).chunk(OPTIMIZER_STEPS)
     for number, rows in enumerate(parts):
         c = batch.c.rows(rows)
@@ -186,6 +207,7 @@ def dancegrpo(a, net, reward, batch):
             logp = log_probability(was.x_next[rows], mean, was.s, was.s_next)  # [B / 3]
             ratio = torch.exp(logp - was.logp[rows])
             loss = clipped_loss(ratio, A[rows]).mean() / len(kept)
-            yield loss, Term("dancegrpo", was.x[rows], v_theta, image[rows], r[rows], sgp[rows])
+            prompts = [batch.prompts[row] for row in rows]
+            yield loss, Term(prompts, "dancegrpo", was.x[rows], v_theta, image[rows], r[rows], sgp[rows])
         if number < len(parts) - 1:
             yield STEP, None

@@ -154,13 +154,16 @@ class Curriculum:
     """Which prompts a process meets in which update. `prompts` are those that it meets at all, each once, so
     that no other need be encoded; `rows[step]` are the numbers among them, for step 1, 2, ..."""
 
-    def __init__(self, texts, steps, images, mine, seed):
-        """texts: all prompts; images: how many an update of all processes draws; mine: the slice of those
-        that this process makes. Raises UserError if they are too many to be put in order."""
+    def __init__(self, texts, steps, images, mine, seed, group=1):
+        """texts: all prompts; images: how many an update of all processes makes, `group` of each prompt it
+        draws; mine: the slice of those that this process makes. Raises UserError if they are too many to be
+        put in order."""
         if steps * images > MOST_IMAGES:
             raise UserError(f"--steps {steps}: with {images} images an update (--batch x --accumulate x "
                             f"processes) a run would see more than {MOST_IMAGES}")
-        order = prompt_order(len(texts), steps * images, seed)
+        order = []
+        for number in prompt_order(len(texts), steps * images // group, seed):
+            order += [number] * group
         drawn = {step: order[(step - 1) * images:step * images][mine] for step in range(1, steps + 1)}
         met = sorted({number for numbers in drawn.values() for number in numbers})
         place = {number: row for row, number in enumerate(met)}

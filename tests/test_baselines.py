@@ -59,8 +59,9 @@ def a_batch(seed=0):
         return torch.randn(*shape, generator=generator)
 
     c = flux.Condition(normal(B, 3, C), normal(B, 2), (2, 2))
-    return SimpleNamespace(c=c, start=normal(B, N, C), C0=normal(B, D), C1=normal(B, D), C2=normal(B, D),
-                           chance=Chance(seed, 1, B, slice(0, B)))
+    prompts = [f"prompt {i}" for i in range(B)]
+    return SimpleNamespace(prompts=prompts, c=c, start=normal(B, N, C), C0=normal(B, D), C1=normal(B, D),
+                           C2=normal(B, D), chance=Chance(seed, 1, B, slice(0, B)))
 
 
 def flags(**changes):
