@@ -106,6 +106,8 @@ def flags():
     add("--prompts", "--eval-prompts", dest="eval_prompts", default="hpdv2-benchmark",
         help="text file, one prompt a line, a folder of .json lists, or hpdv2-benchmark")
     add("--first", type=whole(1), help="how many prompts of each category, from the first (None: all)")
+    add("--per-prompt", type=int, choices=[1, 2, 4, 8, 16], default=1, help="pictures of a prompt, from as "
+        "many noise seeds, for the column diversity; 1: without it [as others measure: 4]")
     add("--metrics", default="aesthetic,pickscore,imagereward,hpsv2.1,geneval,deqa",
         help=f"of {', '.join(metrics.names())}; NAME=PATH takes a scorer's files from there [paper 4.2]")
     add("--reward", default="hpsv2.1", help="for the metric `reward`: as train.py's")
@@ -126,6 +128,8 @@ def flags():
 
 def rows(args):
     """(the table's rows, `Method`s; their prompts). Raises UserError for flags that do not fit."""
+    if args.per_prompt > 1 and "diversity" not in metrics.parse_metrics(args.metrics):
+        args.metrics += ",diversity"
     args.out = args.out or "runs/evaluate_" + ("images" if args.images else Path(args.model).name)
     metrics.parse_metrics(args.metrics)
     rewards.parse_rewards(args.reward)
@@ -156,7 +160,7 @@ def available(args, methods, benchmark, world):
             if has_own and args.images:
                 must_be_shown(name, methods)
             files = metric.fetch(where, args)
-            pictures = metric.pictures(files, args.seed, args.first) if has_own else benchmark
+            pictures = metric.pictures(files, args, benchmark) if has_own else benchmark
             tasks.append(Task(name, metric, files, pictures))
         except (UserError, OSError) as error:
             missing[name] = reason(name, error)

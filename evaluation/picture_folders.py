@@ -22,6 +22,7 @@ from rewards.pictures import fitted, pixels, read_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last bytes of every PNG
+OWN = ("geneval", "diversity")  # metrics with pictures of their own, in subfolders of these names
 TAKEN = ["base", "scores", "results.json", "table.md", "sheet.png"]  # what evaluate.py puts in --out itself
 
 
@@ -98,8 +99,9 @@ def picture_files(folder):
 
 
 def files_of(folder):
-    """{name: file} of a folder's pictures: 12.png or 00012.JPG is "00012", and GenEval's geneval/00012_3.png
-    is "geneval/00012_3". Raises UserError if there are none, or two of one name."""
+    """{name: file} of a folder's pictures: 12.png or 00012.JPG is "00012", and geneval/00012_3.png, of a
+    metric that has pictures of its own, "geneval/00012_3". Raises UserError if there are none, or two of one
+    name."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -111,10 +113,11 @@ def files_of(folder):
                 raise UserError(f"{file}: a second picture of prompt {number}")
     if not found:
         raise UserError(f"{folder}: no pictures 00000.png, 00001.png, ... (or .jpg, .jpeg, .webp) in it")
-    for file in picture_files(folder / "geneval"):
-        if re.fullmatch("[0-9]{5}_[0-9]", file.stem):
-            if found.setdefault(f"geneval/{file.stem}", file) != file:
-                raise UserError(f"{file}: a second picture {file.stem}")
+    for name in OWN:
+        for file in picture_files(folder / name):
+            if re.fullmatch("[0-9]{5}_[0-9]+", file.stem):
+                if found.setdefault(f"{name}/{file.stem}", file) != file:
+                    raise UserError(f"{file}: a second picture {file.stem}")
     return found
 
 
@@ -218,7 +221,8 @@ def planned(args, prompts):
                        "weights": stamp(method.weights) if method.weights else [], "prompts": digest}
         check_made(method, args.out)
         picture_files(method.folder)
-        picture_files(method.folder / "geneval")
+        for name in OWN:
+            picture_files(method.folder / name)
     return methods
 
 
