@@ -100,6 +100,8 @@ def flags():
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
     add("--weights", nargs="+", default=[], metavar="[NAME=]PATH",
         help="folders of trained transformer weights, each compared with the base")
+    add("--prefix", type=phrase, help="words that a further row has before its prompts, sampled from the "
+        "base: what a prompt alone can do [paper, Fig. 9 b]")
     add("--images", nargs="+", default=[], metavar="[NAME=]PATH",
         help="score folders of pictures named by their prompt's number, and sample nothing; the first one is "
              "what the others are compared with")
@@ -134,6 +136,8 @@ def rows(args):
     metrics.parse_metrics(args.metrics)
     rewards.parse_rewards(args.reward)
     must_differ([args.control], [args.neg])
+    if args.images and args.prefix:
+        raise UserError("--images and --prefix: pictures that exist, or a prompt to sample from; give one")
     if args.images and args.weights:
         raise UserError("--images and --weights: pictures that exist, or weights to sample from; give one")
     picture_folders.check_out(args.out)
@@ -212,7 +216,10 @@ def generate(args, methods, pictures, benchmark, world):
     for method in methods:
         chunks = share(pictures, args.batch, world)
         lacking[method.name] = [chunk for chunk in chunks if lacks(method, chunk)]
-    prompts = list(dict.fromkeys(p.prompt for chunks in lacking.values() for chunk in chunks for p in chunk))
+    prompts = []
+    for method in methods:
+        prompts += [method.asks(picture) for chunk in lacking[method.name] for picture in chunk]
+    prompts = list(dict.fromkeys(prompts))
     if not prompts:
         return
     embeddings = flux.encode_prompts(args.model, prompts, world.device, world.dtype)
@@ -227,7 +234,7 @@ def generate(args, methods, pictures, benchmark, world):
         grid = model.grid(args.size, args.size)
         picture_folders.begin(method, benchmark)
         for chunk in tqdm(lacking[method.name], f"sample {method.name}", leave=False, disable=not world.main):
-            numbers = [number[p.prompt] for p in chunk]
+            numbers = [number[method.asks(p)] for p in chunk]
             noise = flux.noise(model, grid, [p.seed for p in chunk])
             images = flux.sample(model, embeddings.txt[numbers], embeddings.pooled[numbers], noise, grid,
                                  args.eval_steps, args.guidance, len(chunk))  # [B, 3, H, W]

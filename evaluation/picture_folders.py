@@ -19,11 +19,14 @@ from engine import data
 from engine.errors import UserError, printable
 from engine.files import named_path, read_json, stamp, write_json, write_whole
 from rewards.pictures import fitted, pixels, read_picture
+from srpo_reward import with_words
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last bytes of every PNG
 OWN = ("geneval", "diversity")  # metrics with pictures of their own, in subfolders of these names
-TAKEN = ["base", "scores", "results.json", "table.md", "sheet.png"]  # what evaluate.py puts in --out itself
+PREFIXED = "base with the words"
+# What evaluate.py puts in --out itself.
+TAKEN = ["base", "base_with_the_words", "scores", "results.json", "table.md", "sheet.png"]
 
 
 @dataclass
@@ -39,13 +42,18 @@ class Picture:
 
 @dataclass
 class Method:
-    """A row of the table: its name, the folder of its pictures, its weights (None: the model's own), and of
-    pictures that exist {name: file}."""
+    """A row of the table: its name, the folder of its pictures, its weights (None: the model's own), words
+    before its prompts, and of pictures that exist {name: file}."""
     name: str
     folder: Path
     weights: str = None
     files: dict = field(default_factory=dict)
     made: dict = None  # of pictures to sample: how they are made
+    words: str = None
+
+    def asks(self, picture):
+        """The text that a picture is sampled from. It is scored for its own prompt."""
+        return with_words(self.words, [picture.prompt])[0] if self.words else picture.prompt
 
     def path(self, picture):
         """The file of a picture, which need not be there yet."""
@@ -212,13 +220,16 @@ def planned(args, prompts):
     """The rows to sample: the base and each of --weights, in folders of --out that will say what they hold.
     Raises UserError if one holds pictures made otherwise; nothing is written yet."""
     methods = [Method("base", Path(args.out) / "base")]
+    if args.prefix:
+        methods.append(Method(PREFIXED, Path(args.out) / folder_name(PREFIXED), words=args.prefix))
     for name, path in named("--weights", args.weights).items():
         methods.append(Method(name, Path(args.out) / folder_name(name), path))
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     for method in methods:
         method.made = {"model": args.model, "size": args.size, "eval_steps": args.eval_steps,
                        "guidance": args.guidance, "seed": args.seed,
-                       "weights": stamp(method.weights) if method.weights else [], "prompts": digest}
+                       "weights": stamp(method.weights) if method.weights else [], "prompts": digest,
+                       "words": method.words}
         check_made(method, args.out)
         picture_files(method.folder)
         for name in OWN:

@@ -436,3 +436,21 @@ def test_per_prompt_samples_pictures_for_diversity_alone(tmp_path, monkeypatch):
     args = evaluate.flags().parse_args(["--per-prompt", "4"])
     pictures = diversity.pictures(None, args, picture_folders.benchmark([("a", ""), ("b", "")], 0, None))
     assert len({picture.seed for picture in pictures}) == 8
+
+
+def test_a_prefixed_base_is_sampled_with_the_words_and_scored_without(tmp_path):
+    """Its pictures are those of the longer prompts; its alignment is asked of the bare ones."""
+    out = tmp_path / "out"
+    common = ["--model", "miniature", "--first", "4", "--metrics", "judge", "--eval-steps", "4"]
+    assert evaluate.run([*common, "--prefix", "realistic photo", "--out", str(out)]) == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert list(rows) == ["base", picture_folders.PREFIXED] and rows[picture_folders.PREFIXED]["overall"]
+    lines = [f"realistic photo. {prompt.text}" for prompt in data.read_prompts_by_category(
+        "miniature/prompts_eval.txt")[:4]]
+    (tmp_path / "longer.txt").write_text("\n".join(lines))
+    argv = [*common, "--prompts", str(tmp_path / "longer.txt"), "--out", str(tmp_path / "longer")]
+    assert evaluate.run(argv) == 0
+    for i in range(4):
+        prefixed = out / "base_with_the_words" / f"{i:05d}.png"
+        assert prefixed.read_bytes() == (tmp_path / "longer" / "base" / f"{i:05d}.png").read_bytes()
+        assert prefixed.read_bytes() != (out / "base" / f"{i:05d}.png").read_bytes()
