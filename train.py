@@ -443,11 +443,11 @@ def save(a, run, folder, state):
         folder.saved = state["step"]
 
 
-def main():
-    """Plan, explain, or train: from the command line to the run's folder."""
+def main(argv=None):
+    """Plan, explain, or train: from the command line (None: the script's own) to the run's folder."""
     with frame("train.py"):
         stopping = Stopping("stopped before the first update: there is nothing to save")
-        a = flags(sys.argv[1:])
+        a = flags(sys.argv[1:] if argv is None else argv)
         out = Path(a.out or f"runs/{Path(a.model).name}")
         if a.plan:
             if a.memory == "auto":
