@@ -57,9 +57,9 @@ def main(argv=None):
         rows = {name: rows[name] for name in order}
         figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
         draw(axes, rows)
-        told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between them. "
-                "Common mode per unit of difference, predicted from the weights of the two texts; the plain "
-                "reward has nothing else.")
+        told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "
+                "them. Common mode per unit of difference, predicted from the weights of the two texts; the "
+                "plain reward has nothing else.")
         runs.write(own, "common_mode", "Common mode: what inversion cancels", told,
                    [runs.table(rows, COLUMNS)], runs.as_json(rows), figure)
 

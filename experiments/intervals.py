@@ -46,8 +46,8 @@ def main(argv=None):
         runs.bars(axes[0], rows, "realism", "realism, %", 100)
         runs.bars(axes[1], rows, "redness", "redness")
         runs.bars(axes[2], rows, "broken", "broken, %", 100)
-        told = (f"The watched pictures, {own.seeds} seeds, mean ± standard deviation between them. Equal SGP is "
-                f"a gap of {SGP}; - where a run never reaches it. In sigma: {RANGES}.")
+        told = (f"The watched pictures, {own.seeds} seeds, mean ± standard deviation between them. Equal "
+                f"SGP is a gap of {SGP}; - where a run never reaches it. In sigma: {RANGES}.")
         runs.write(own, "intervals", "Which part of the trajectory (Fig. 7)", told,
                    [runs.table(rows, COLUMNS)], runs.as_json(rows), figure)
 

@@ -93,8 +93,8 @@ def main(argv=None, name="table1", title="Table 1"):
         own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv)
         found = measure(own, ROWS, name)
         lines = curves(own, ROWS)
-        told = (f"{own.pictures} held-out prompts; mean ± standard deviation between {own.seeds} seeds; every "
-                "row has as many updates, of as many images, at the same learning rate. TFLOP: the "
+        told = (f"{own.pictures} held-out prompts; mean ± standard deviation between {own.seeds} seeds; "
+                "every row has as many updates, of as many images, at the same learning rate. TFLOP: the "
                 "transformer's; seconds: one CPU thread.")
         runs.write(own, name, f"{title} on the miniature", told, [runs.table(found, COLUMNS)],
                    {"rows": runs.as_json(found), "curves": lines}, draw(found, lines))
