@@ -138,8 +138,10 @@ def place(branch, m, grid, reach, meet="landing"):
 
 
 def draw_middle(n, cells, generator):
-    """n middles m ~ U{5, ..., cells - 5} (released code), long [n]."""
-    return torch.randint(5, cells - 4, (n,), generator=generator)
+    """n middles m ~ U{5, ..., cells - 5} of 1000 cells (released code), U{2, ..., 98} of 100 (the authors'
+    second recipe), long [n]."""
+    margin = max(2, cells // 200)
+    return torch.randint(margin, cells - margin + 1, (n,), generator=generator)
 
 
 # ------------------------------------------------------------------------------------------------------ Eq. 6
@@ -151,13 +153,15 @@ def discount(cell, first, last, cells):
     return torch.linspace(first, last, cells)[cell]
 
 
-def lam(sigma, sigma_max, sigma_min, early, late):
-    """Eq. 6's lambda(t): from `early` at sigma_max down to `late` at sigma_min, linear, [B]. t is where the
-    network is called.
+def lam(sigma, sigma_max, sigma_min, early, late, a=1.0):
+    """Eq. 6's lambda(t): from `early` at sigma_max down to `late` at sigma_min, [B]. t is where the network
+    is called. On the way it follows shift(u, a), a straight line for a = 1.
 
-    The paper asks for a decaying factor and gives no numbers; late = early switches the discount off.
+    The paper asks for a decaying factor and gives no numbers; late = early switches the discount off. The
+    authors' second recipe (Qwen-Image) has a = 3, early 1, late 0.
     """
-    return late + (early - late) * (sigma - sigma_min) / (sigma_max - sigma_min)
+    u = (sigma - sigma_min) / (sigma_max - sigma_min)
+    return late + (early - late) * shift(u, a)
 
 
 def aggregate(r, weight, n):

@@ -102,12 +102,16 @@ def flags():
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
     add("--weights", nargs="+", default=[], metavar="[NAME=]PATH",
         help="several, each compared with the base: " + trained.HELP)
+    add("--prefix", type=phrase, help="words that a further row has before its prompts, sampled from the "
+        "base: what a prompt alone can do [paper, Fig. 9 b]")
     add("--images", nargs="+", default=[], metavar="[NAME=]PATH",
         help="score folders of pictures named by their prompt's number, and sample nothing; the first one is "
              "what the others are compared with")
     add("--prompts", "--eval-prompts", dest="eval_prompts", default="hpdv2-benchmark",
         help="text file, one prompt a line, a folder of .json lists, or hpdv2-benchmark")
     add("--first", type=whole(1), help="how many prompts of each category, from the first (None: all)")
+    add("--per-prompt", type=int, choices=[1, 2, 4, 8, 16], default=1, help="pictures of a prompt, from as "
+        "many noise seeds, for the column diversity; 1: without it [as others measure: 4]")
     add("--metrics", default="aesthetic,pickscore,imagereward,hpsv2.1,geneval,deqa",
         help=f"of {', '.join(metrics.names())}; NAME=PATH takes a scorer's files from there [paper 4.2]")
     add("--reward", default="hpsv2.1", help="for the metric `reward`: as train.py's")
@@ -128,10 +132,14 @@ def flags():
 
 def rows(args):
     """(the table's rows, `Method`s; their prompts). Raises UserError for flags that do not fit."""
+    if args.per_prompt > 1 and "diversity" not in metrics.parse_metrics(args.metrics):
+        args.metrics += ",diversity"
     args.out = args.out or "runs/evaluate_" + ("images" if args.images else Path(args.model).name)
     metrics.parse_metrics(args.metrics)
     rewards.parse_rewards(args.reward)
     must_differ([args.control], [args.neg])
+    if args.images and args.prefix:
+        raise UserError("--images and --prefix: pictures that exist, or a prompt to sample from; give one")
     if args.images and args.weights:
         raise UserError("--images and --weights: pictures that exist, or weights to sample from; give one")
     picture_folders.check_out(args.out)
@@ -158,7 +166,7 @@ def available(args, methods, benchmark, world):
             if has_own and args.images:
                 must_be_shown(name, methods)
             files = metric.fetch(where, args)
-            pictures = metric.pictures(files, args.seed, args.first) if has_own else benchmark
+            pictures = metric.pictures(files, args, benchmark) if has_own else benchmark
             tasks.append(Task(name, metric, files, pictures))
         except (UserError, OSError) as error:
             missing[name] = reason(name, error)
@@ -210,7 +218,10 @@ def generate(args, methods, pictures, benchmark, world):
     for method in methods:
         chunks = share(pictures, args.batch, world)
         lacking[method.name] = [chunk for chunk in chunks if lacks(method, chunk)]
-    prompts = list(dict.fromkeys(p.prompt for chunks in lacking.values() for chunk in chunks for p in chunk))
+    prompts = []
+    for method in methods:
+        prompts += [method.asks(picture) for chunk in lacking[method.name] for picture in chunk]
+    prompts = list(dict.fromkeys(prompts))
     if not prompts:
         return
     embeddings = flux.encode_prompts(args.model, prompts, world.device, world.dtype)
@@ -225,7 +236,7 @@ def generate(args, methods, pictures, benchmark, world):
         grid = model.grid(args.size, args.size)
         picture_folders.begin(method, benchmark)
         for chunk in tqdm(lacking[method.name], f"sample {method.name}", leave=False, disable=not world.main):
-            numbers = [number[p.prompt] for p in chunk]
+            numbers = [number[method.asks(p)] for p in chunk]
             noise = flux.noise(model, grid, [p.seed for p in chunk])
             images = flux.sample(model, embeddings.txt[numbers], embeddings.pooled[numbers], noise, grid,
                                  args.eval_steps, args.guidance, len(chunk))  # [B, 3, H, W]

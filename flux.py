@@ -161,6 +161,15 @@ class Condition(NamedTuple):
     pooled: torch.Tensor
     grid: tuple
 
+    def rows(self, rows):
+        """The same for some of the prompts."""
+        return Condition(self.txt[rows], self.pooled[rows], self.grid)
+
+
+def euler(x, v, s, s_next):
+    """An Euler step of x [B, N, C] along its velocity v, from the noise level s to s_next."""
+    return x + (s_next - s) * v
+
 
 class ExactTimes:
     """Hands the time embedding 1000 sigma and 1000 guidance in float32.
@@ -230,17 +239,18 @@ class Flux:
             return_dict=False)[0].float()
 
     @torch.no_grad()
-    def rollout(self, start, c, sigmas, guidance):
-        """Noise to clean latents by Euler steps, x <- x + (s_next - s) v(x, s), without gradient.
+    def rollout(self, start, c, sigmas, guidance, step=euler):
+        """Noise to clean latents by Euler steps, x <- x + (s_next - s) v(x, s), without gradient; or by
+        another `step`(x, v, s, s_next).
 
-        start [B, N, C] standard normal; sigmas [S + 1] from 1 to 0. Returns x0 [B, N, C] float32. On many
-        GPUs the parameters are gathered once, not at every step.
+        start [B, N, C] standard normal; sigmas [S + 1] from 1 to 0, or to where it is to stop. Returns x
+        [B, N, C] float32. On many GPUs the parameters are gathered once, not at every step.
         """
         began = parallel.clock(self.device)
         x = start.to(self.device)
         with parallel.gathered(self.transformer):
             for s, s_next in pairwise(sigmas.tolist()):
-                x = x + (s_next - s) * self.velocity(x, s, c, guidance)
+                x = step(x, self.velocity(x, s, c, guidance), s, s_next)
         self.seconds_in_rollout += parallel.clock(self.device) - began
         return x
 

@@ -5,7 +5,7 @@
 
 From top to bottom: the recipe, which is the released one unless a flag or --recipe says otherwise; `srpo`,
 the loss of one update; the set-up; the loop. The mathematics is in direct_align.py (Eqs. 3-6) and
-srpo_reward.py (Eqs. 7-13).
+srpo_reward.py (Eqs. 7-13); what the paper compares with, --method, in baselines.py (Eqs. 1-2).
 """
 
 import sys
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+import baselines
 import direct_align as da
 import flux
 import rewards
@@ -57,6 +58,9 @@ def add_recipe(parser):
         "its srpo.json, if there is one, holds defaults that suit it")
     add("--weights", type=command_line.some_path, help=f"{trained.HELP}, which --lora of its rank goes on "
         "with, and a run without --lora merges")
+    add("--method", choices=METHODS, default="srpo", help="what makes the loss: srpo, or one of the paper's "
+        "baselines, which climb the reward of the bare prompt (Eq. 7): refl (Eq. 2), draft-lv (Eq. 1), "
+        "dancegrpo")
     add("--prompts", default="hpdv2",
         help="text file, one training prompt a line; .json, .jsonl or .csv; hpdv2: from the hub [paper 4.1]")
     add("--images", metavar="DIR", help="offline: photographs to inject noise into, in place "
@@ -101,6 +105,8 @@ def add_recipe(parser):
         help="Eq. 5 for a velocity [released code], or as printed")
     add("--lam", type=real(0), nargs=2, default=[1.0, 1.0], metavar=("EARLY", "LATE"),
         help="lambda(t) of Eq. 6 at both ends of --sigma-range [released code: none]")
+    add("--lam-shift", type=real(1e-3), default=1.0, help="between them lambda(t) follows the time shift of "
+        "this strength; 1: a straight line [the authors' second recipe: 3]")
 
     add = parser.add_argument_group("the reward (Eqs. 7-13)").add_argument
     add("--reward", default="hpsv2.1", help=f"{', '.join(rewards.names())} (NAME=PATH: weights from there), "
@@ -120,17 +126,27 @@ def add_recipe(parser):
     add("--threshold", type=or_off(real()), default=0.7,
         help="relu(threshold - r) instead of -r, or off [released code]")
 
+    add = parser.add_argument_group("the baselines").add_argument
+    add("--refl-steps", type=whole(1), default=6, help="refl: a rollout stops 1 to so many steps before its "
+        "end [as ReFL, the last quarter]")
+    add("--group", type=whole(2), default=12, help="dancegrpo: images of a prompt, which are compared; "
+        "--batch is a multiple of it [DanceGRPO]")
+
 
 # Named sets of flags, for --recipe. "fast" needs no good rollout, since any x0 can be recovered from known
 # noise, and one branch, since its form leaves nothing that the other would cancel. "paper" takes the printed
 # form of Eqs. 5, 6, 12 and 13, of the noise and of the guidance. It leaves out Eq. 11 (--form cfg; the
 # branches are printed with one text each), the whole trajectory (--sigma-range 0.99 0.01) and the words of
-# the evaluation.
+# the evaluation. "direct-align" is section 3.1 alone, a row of Table 1; the paper does not print its 2 and
+# 0.4. "2026" is the authors' recipe for Qwen-Image, with words, reward and learning rate left to the flags.
 RECIPES = {
     "released": "",
     "fast": "--form srp --branches denoise --rollout-steps 4",
     "paper": "--form branches --recover epsilon --meet call --lam 1 0.4 --injections 2 --threshold off "
-             "--noise independent --rollout-guidance 3.5 --shift off"}
+             "--noise independent --rollout-guidance 3.5 --shift off",
+    "direct-align": "--form plain --branches denoise --injections 2 --lam 1 0.4 --threshold off",
+    "2026": "--form srp --branches denoise --injections 2 --lam 1 0 --lam-shift 3 --sigma-range 0.9 0.2 "
+            "--cells 100 --groundtruth-ratio 0.6 --threshold off"}
 
 
 def parser():
@@ -139,7 +155,9 @@ def parser():
     add_recipe(p)
     p.add_argument("--recipe", choices=RECIPES, default="released",
                    help=f"fast: {RECIPES['fast']}, a quarter of FLUX.1-dev's work [ours]; paper: "
-                        f"{RECIPES['paper']} [ours where the paper gives no number]")
+                        f"{RECIPES['paper']} [ours where the paper gives no number]; direct-align, Table 1's "
+                        f"row: {RECIPES['direct-align']} [2 and 0.4 are ours]; 2026, the authors' second "
+                        f"recipe: {RECIPES['2026']}")
     watch.add_flags(p)
     add_machine_flags(p)
     p.add_argument("--explain", action="store_true", help="tell one update call by call, with equations and "
@@ -155,12 +173,18 @@ def flags(argv):
         raise UserError(f"--sigma-range {high} {low}: give MAX then MIN, 0.001 apart at least")
     if a.lam == [0, 0]:
         raise UserError("--lam 0 0: every loss would be 0, and there is nothing to learn")
+    if a.images is not None and a.method != "srpo":
+        raise UserError(f"--images --method {a.method}: learns from its own rollouts; only srpo takes photographs")
     if a.images is not None and a.noise == "fresh":
         raise UserError("--images --noise fresh: there is no rollout whose noise could be another; every "
                         "photograph gets noise of its own")
     if not a.branches or len(set(a.branches)) < len(a.branches) or set(a.branches) - {"denoise", "invert"}:
         raise UserError(f"--branches {','.join(a.branches)}: must be denoise, invert or denoise,invert")
     command_line.must_differ(a.control, a.neg)
+    if a.method == "dancegrpo" and (a.batch % a.group or a.accumulate > 1 or a.rollout_steps < 2):
+        raise UserError(f"--batch {a.batch} --accumulate {a.accumulate} --rollout-steps {a.rollout_steps}: "
+                        f"for --method dancegrpo the batch must be a multiple of --group {a.group}, the "
+                        "others 1 and at least 2")
     if a.resume and a.overwrite:
         raise UserError("--resume --overwrite: go on with the run in --out, or start again; give one")
     plan.check_card(a.card)
@@ -205,10 +229,12 @@ class Batch(NamedTuple):
     C1: torch.Tensor       # [B, D] the same, of "<control>. <prompt>"
     C2: torch.Tensor       # [B, D] the same, of "<neg>. <prompt>"
     middles: list          # --injections draws m [B] of where in the training grid the branches meet
+    chance: data.Chance = None  # for what else a method draws
 
 
 class Term(NamedTuple):
     """One term of Eq. 6's sum, all of it: for the log, and for --explain."""
+    prompts: list
     branch: str            # "denoise" or "invert"
     sigma: torch.Tensor    # [B] where the network is called
     sigma_to: torch.Tensor  # [B] where it lands
@@ -250,10 +276,15 @@ def srpo(a, net, reward, batch):
             f = reward.image_features(image)                                     # [B, D]
             d = da.discount(at.cell, *discount_of(a, branch), a.cells)           # [B]
             r = sr.branch_reward(a.form, branch, f, batch.C0, batch.C1, batch.C2, d, a.cfg_k)  # Eqs. 12, 13
-            weight = da.lam(at.sigma, *a.sigma_range, *a.lam)                    # [B]
+            weight = da.lam(at.sigma, *a.sigma_range, *a.lam, a.lam_shift)       # [B]
             loss = da.aggregate(sr.loss(r, a.threshold), weight, n).mean()       # Eq. 6
             sgp = sr.relative(f.detach(), batch.C1, batch.C2)
-            yield loss, Term(branch, at.sigma, at.sigma_to, x0, x_t, v_theta, x0_hat, image, f, d, r, sgp)
+            yield loss, Term(batch.prompts, branch, at.sigma, at.sigma_to, x0, x_t, v_theta, x0_hat, image,
+                             f, d, r, sgp)
+
+
+METHODS = {"srpo": srpo, "refl": baselines.refl, "draft-lv": baselines.draft_lv,
+           "dancegrpo": baselines.dancegrpo}
 
 
 def discount_of(a, branch):
@@ -295,21 +326,28 @@ class Run:
         x0 = None if x0 is None else x0.to(device)
         C0, C1, C2 = self.reward.conditions(texts, *words_of(a, step))  # [B, D] each
         return Batch(texts, self.embeddings.condition(rows, grid, device), x0, start.to(device),
-                     eps.to(device), C0, C1, C2, middles)
+                     eps.to(device), C0, C1, C2, middles, chance)
 
 
 def job(a):
     """What the plan needs to know of a run."""
     configs = flux.configs(a.model)
     rows, columns = flux.token_grid(configs.vae, a.size, a.size)
+    calls = calls_of(a)
     return plan.Job(
         model=a.model, transformer=configs.transformer, vae=configs.vae, text_tokens=configs.text_tokens,
         size=a.size, image_tokens=rows * columns, batch=a.batch,
-        accumulate=a.accumulate, rollout_steps=a.rollout_steps if a.images is None else 0,
-        calls=a.injections * len(a.branches),
+        accumulate=a.accumulate, rollout_steps=calls.without, calls=calls.with_gradient,
         checkpointing=a.checkpointing, replicas=a.replicas,
         reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora,
         memory=a.memory)
+
+
+def calls_of(a):
+    """How often an update calls the network for an image."""
+    if a.method != "srpo":
+        return baselines.calls(a)
+    return baselines.Calls(a.rollout_steps if a.images is None else 0, a.injections * len(a.branches))
 
 
 def settle(a, world):
@@ -358,7 +396,8 @@ def curriculum_of(a, world):
     mine = a.batch * a.accumulate  # images of an update that this process makes
     order = (a.steps, mine * world.size, world.rows(mine), a.seed)
     if a.images is None:
-        return data.Curriculum(data.read_prompts(a.prompts), *order)
+        group = a.group if a.method == "dancegrpo" else 1
+        return data.Curriculum(data.read_prompts(a.prompts), *order, group)
     unit = flux.pixels_per_token(flux.configs(a.model).vae)
     return photographs.Album(photographs.read(a.images, a.size, unit, world), unit, *order)
 
@@ -396,7 +435,6 @@ def train(a, run, folder, state, stopping):
     checkpoint remembers beside the weights, of the last update that was finished."""
     world = run.world
     net = run.net
-    parameters = memory.trainable(net.transformer)
     flop = plan.update_flop(job(a))  # of this process
     bar = tqdm(range(state["step"] + 1, a.steps + 1), initial=state["step"], total=a.steps, desc="train",
                disable=not world.main)
@@ -408,23 +446,18 @@ def train(a, run, folder, state, stopping):
         for part in range(a.accumulate):
             stopping.check(world)
             batch = run.batch(a, step, part)
-            for loss, term in srpo(a, net, run.reward, batch):
-                trouble = trouble or first_not_finite(batch.prompts, x0=term.x0, v_theta=term.v_theta,
+            for loss, term in METHODS[a.method](a, net, run.reward, batch):
+                if loss is baselines.STEP:
+                    optimizer_step(a, run, folder, step, trouble)
+                    continue
+                trouble = trouble or first_not_finite(term.prompts, x0=term.x0, v_theta=term.v_theta,
                                                       image=term.image, reward=term.reward)
                 (loss / a.accumulate).backward()
                 numbers.append({f"reward_{term.branch}": term.reward.mean().item(),
                                 "sgp": term.sgp.mean().item()})
-        norm = parallel.full(torch.nn.utils.clip_grad_norm_(parameters, a.clip))
-        if norm == 0:
-            world.say(f"step {step}: the gradient is 0: " + ("nothing is left to learn" if a.threshold is None
-                      else f"every reward is above --threshold {a.threshold}; --threshold off"))
-        trouble = trouble or first_not_finite([batch.prompts], gradient=norm.view(1))
-        stop_before_the_step(trouble, step, world, net.transformer, folder.out / "weights", net.dtype)
-        run.optimizer.step()
-        run.optimizer.zero_grad(set_to_none=True)
-        stop_after_the_step(parameters, step, folder.out, folder.id, world)
+        norm = optimizer_step(a, run, folder, step, trouble)
         seconds = parallel.clock(net.device) - started
-        line = {"step": step, **world.mean(numbers), "grad_norm": norm.item(),
+        line = {"step": step, **world.mean(numbers), "grad_norm": norm,
                 "seconds_rollout": round(net.seconds_in_rollout, 3),
                 "seconds_update": round(seconds - net.seconds_in_rollout, 3),
                 **plan.achieved(flop, seconds, net.device)}
@@ -438,6 +471,23 @@ def train(a, run, folder, state, stopping):
             save(a, run, folder, state)
 
 
+def optimizer_step(a, run, folder, step, trouble):
+    """Clip, look for what is not finite, step: the gradient's norm before it was clipped."""
+    world = run.world
+    transformer = run.net.transformer
+    parameters = memory.trainable(transformer)
+    norm = parallel.full(torch.nn.utils.clip_grad_norm_(parameters, a.clip))
+    if norm == 0:
+        world.say(f"step {step}: the gradient is 0: " + ("nothing is left to learn" if a.threshold is None
+                  else f"every reward is above --threshold {a.threshold}; --threshold off"))
+    trouble = trouble or first_not_finite([f"update {step}"], gradient=norm.view(1))
+    stop_before_the_step(trouble, step, world, transformer, folder.out / "weights", run.net.dtype)
+    run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    stop_after_the_step(parameters, step, folder.out, folder.id, world)
+    return norm.item()
+
+
 def save(a, run, folder, state):
     """Write a checkpoint of the last update that was finished, if there is none yet."""
     if folder.saved != state["step"]:
@@ -446,11 +496,11 @@ def save(a, run, folder, state):
         folder.saved = state["step"]
 
 
-def main():
-    """Plan, explain, or train: from the command line to the run's folder."""
+def main(argv=None):
+    """Plan, explain, or train: from the command line (None: the script's own) to the run's folder."""
     with frame("train.py"):
         stopping = Stopping("stopped before the first update: there is nothing to save")
-        a = flags(sys.argv[1:])
+        a = flags(sys.argv[1:] if argv is None else argv)
         out = Path(a.out or f"runs/{Path(a.model).name}")
         if a.plan:
             for note in flux.notes(a.model, vars(a)):

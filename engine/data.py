@@ -244,11 +244,14 @@ class Curriculum:
     """Which prompts a process meets in which update. `prompts` are those that it meets at all, each once, so
     that no other need be encoded; `rows[step]` are the numbers among them, for step 1, 2, ..."""
 
-    def __init__(self, texts, steps, images, mine, seed):
-        """texts: all prompts; images: how many an update of all processes draws; mine: the slice of those
-        that this process makes. Raises UserError if they are too many to be put in order."""
+    def __init__(self, texts, steps, images, mine, seed, group=1):
+        """texts: all prompts; images: how many an update of all processes makes, `group` of each prompt it
+        draws; mine: the slice of those that this process makes. Raises UserError if they are too many to be
+        put in order."""
         check_count(steps, images)
-        order = prompt_order(len(texts), steps * images, seed)
+        order = []
+        for number in prompt_order(len(texts), steps * images // group, seed):
+            order += [number] * group
         self.meet({step: order[(step - 1) * images:step * images][mine] for step in range(1, steps + 1)})
         self.prompts = [texts[number] for number in self.met]
         self.texts = {"--prompts": texts}  # what --resume compares: texts and files
@@ -287,6 +290,14 @@ class Chance:
     def normal(self, *shape):
         """Standard normal numbers [B, *shape], one draw for each image."""
         return torch.randn(self.images, *shape, generator=self.generator)[self.mine]
+
+    def whole(self, low, high):
+        """One whole number from low to high, both included, for all images."""
+        return torch.randint(low, high + 1, (), generator=self.generator).item()
+
+    def some(self, n, count):
+        """`count` of the numbers 0 ... n - 1, for all images."""
+        return torch.randperm(n, generator=self.generator)[:count].tolist()
 
     def normal_shared(self, *shape):
         """Standard normal numbers [B, *shape], one draw for all images."""

@@ -45,7 +45,7 @@ OF_SCHEDULER = {"use_dynamic_shifting": con.FLAG, "shift": con.POSITIVE, "shift_
 # What a model's srpo.json may set: a recipe that suits it. Never where a run is written, or what is deleted.
 TEXTS = "prompts eval_prompts reward control neg form branches meet recover noise metrics"
 NUMBERS = ("size cfg_k cells groundtruth_ratio injections rollout_steps rollout_guidance guidance steps "
-           "batch accumulate lr lora_lr weight_decay clip eval_steps watch watch_every eval")
+           "batch accumulate group refl_steps lr lora_lr weight_decay clip eval_steps watch watch_every eval")
 SEVERAL = "sigma_range lam discount_denoise discount_invert drift_band"
 OR_OFF = "threshold shift"  # null is off
 MAY_SET = {**dict.fromkeys(TEXTS.split(), con.TEXT), **dict.fromkeys(NUMBERS.split(), con.NUMBER),

@@ -19,10 +19,14 @@ from engine import data
 from engine.errors import UserError, printable
 from engine.files import named_path, read_json, stamp, write_json, write_whole
 from rewards.pictures import fitted, pixels, read_picture
+from srpo_reward import with_words
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last bytes of every PNG
-TAKEN = ["base", "scores", "results.json", "table.md", "sheet.png"]  # what evaluate.py puts in --out itself
+OWN = ("geneval", "diversity")  # metrics with pictures of their own, in subfolders of these names
+PREFIXED = "base with the words"
+# What evaluate.py puts in --out itself.
+TAKEN = ["base", "base_with_the_words", "scores", "results.json", "table.md", "sheet.png"]
 
 
 @dataclass
@@ -38,13 +42,18 @@ class Picture:
 
 @dataclass
 class Method:
-    """A row of the table: its name, the folder of its pictures, its weights (None: the model's own), and of
-    pictures that exist {name: file}."""
+    """A row of the table: its name, the folder of its pictures, its weights (None: the model's own), words
+    before its prompts, and of pictures that exist {name: file}."""
     name: str
     folder: Path
     weights: str = None
     files: dict = field(default_factory=dict)
     made: dict = None  # of pictures to sample: how they are made
+    words: str = None
+
+    def asks(self, picture):
+        """The text that a picture is sampled from. It is scored for its own prompt."""
+        return with_words(self.words, [picture.prompt])[0] if self.words else picture.prompt
 
     def path(self, picture):
         """The file of a picture, which need not be there yet."""
@@ -98,8 +107,9 @@ def picture_files(folder):
 
 
 def files_of(folder):
-    """{name: file} of a folder's pictures: 12.png or 00012.JPG is "00012", and GenEval's geneval/00012_3.png
-    is "geneval/00012_3". Raises UserError if there are none, or two of one name."""
+    """{name: file} of a folder's pictures: 12.png or 00012.JPG is "00012", and geneval/00012_3.png, of a
+    metric that has pictures of its own, "geneval/00012_3". Raises UserError if there are none, or two of one
+    name."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -111,10 +121,11 @@ def files_of(folder):
                 raise UserError(f"{file}: a second picture of prompt {number}")
     if not found:
         raise UserError(f"{folder}: no pictures 00000.png, 00001.png, ... (or .jpg, .jpeg, .webp) in it")
-    for file in picture_files(folder / "geneval"):
-        if re.fullmatch("[0-9]{5}_[0-9]", file.stem):
-            if found.setdefault(f"geneval/{file.stem}", file) != file:
-                raise UserError(f"{file}: a second picture {file.stem}")
+    for name in OWN:
+        for file in picture_files(folder / name):
+            if re.fullmatch("[0-9]{5}_[0-9]+", file.stem):
+                if found.setdefault(f"{name}/{file.stem}", file) != file:
+                    raise UserError(f"{file}: a second picture {file.stem}")
     return found
 
 
@@ -209,16 +220,20 @@ def planned(args, prompts):
     """The rows to sample: the base and each of --weights, in folders of --out that will say what they hold.
     Raises UserError if one holds pictures made otherwise; nothing is written yet."""
     methods = [Method("base", Path(args.out) / "base")]
+    if args.prefix:
+        methods.append(Method(PREFIXED, Path(args.out) / folder_name(PREFIXED), words=args.prefix))
     for name, path in named("--weights", args.weights).items():
         methods.append(Method(name, Path(args.out) / folder_name(name), path))
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     for method in methods:
         method.made = {"model": args.model, "size": args.size, "eval_steps": args.eval_steps,
                        "guidance": args.guidance, "seed": args.seed,
-                       "weights": stamp(method.weights) if method.weights else [], "prompts": digest}
+                       "weights": stamp(method.weights) if method.weights else [], "prompts": digest,
+                       "words": method.words}
         check_made(method, args.out)
         picture_files(method.folder)
-        picture_files(method.folder / "geneval")
+        for name in OWN:
+            picture_files(method.folder / name)
     return methods
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 from builders import (
     geneval_metadata,
     make_aesthetic,
@@ -27,7 +28,7 @@ import evaluate
 import flux
 from engine import data
 from evaluation import metrics, picture_folders, tables
-from evaluation.metrics import geneval
+from evaluation.metrics import diversity, geneval
 
 SMALL = ["--model", "miniature", "--first", "40", "--eval-steps", "2", "--batch", "8"]
 
@@ -406,3 +407,50 @@ def test_every_column_of_table_1_from_a_benchmark_in_four_categories(monkeypatch
     assert re.search(r"deqa: - \(.*cannot be loaded as DeQA-Score", said)
     base = next(line for line in said.splitlines() if line.startswith("| base"))
     assert base.split("|")[-2].strip() == "-" and "deqa" not in rows(tmp_path / "out")["base"]["overall"]
+
+
+# ------------------------------------------------------------------------------------------------- diversity
+def test_diversity_is_the_distance_of_a_prompts_pictures(monkeypatch):
+    """1 - cosine, the mean over all others of the prompt; of copies 0, of a picture that is alone NaN."""
+    class Network:
+        def picture_features(self, images):
+            return torch.tensor(images)
+
+    score = diversity.Scorer(Network())
+    pictures = [[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [1.0, 0.0], [5.0, 0.0], [1.0, 1.0]]
+    told = score(pictures, ["a", "a", "a", "b", "b", "c"])["diversity"]
+    half = 1 - 0.5**0.5
+    assert told[:5].tolist() == pytest.approx([(1 + half) / 2, (1 + half) / 2, half, 0, 0], abs=1e-6)
+    assert told[5].isnan()
+
+
+def test_per_prompt_samples_pictures_for_diversity_alone(tmp_path, monkeypatch):
+    """In a subfolder, four of each prompt, from seeds that no other picture has; the table has the column."""
+    out = tmp_path / "out"
+    argv = ["--model", "miniature", "--first", "8", "--metrics", "statistics", "--per-prompt", "4",
+            "--eval-steps", "2", "--out", str(out)]
+    assert evaluate.run(argv) == 0
+    row = json.loads((out / "results.json").read_text())["rows"]["base"]["overall"]
+    assert row["diversity"]["n"] == 32 and 0 < row["diversity"]["mean"] < 1 and row["redness"]["n"] == 8
+    assert len(list((out / "base" / "diversity").glob("*.png"))) == 32
+    args = evaluate.flags().parse_args(["--per-prompt", "4"])
+    pictures = diversity.pictures(None, args, picture_folders.benchmark([("a", ""), ("b", "")], 0, None))
+    assert len({picture.seed for picture in pictures}) == 8
+
+
+def test_a_prefixed_base_is_sampled_with_the_words_and_scored_without(tmp_path):
+    """Its pictures are those of the longer prompts; its alignment is asked of the bare ones."""
+    out = tmp_path / "out"
+    common = ["--model", "miniature", "--first", "4", "--metrics", "judge", "--eval-steps", "4"]
+    assert evaluate.run([*common, "--prefix", "realistic photo", "--out", str(out)]) == 0
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    assert list(rows) == ["base", picture_folders.PREFIXED] and rows[picture_folders.PREFIXED]["overall"]
+    lines = [f"realistic photo. {prompt.text}" for prompt in data.read_prompts_by_category(
+        "miniature/prompts_eval.txt")[:4]]
+    (tmp_path / "longer.txt").write_text("\n".join(lines))
+    argv = [*common, "--prompts", str(tmp_path / "longer.txt"), "--out", str(tmp_path / "longer")]
+    assert evaluate.run(argv) == 0
+    for i in range(4):
+        prefixed = out / "base_with_the_words" / f"{i:05d}.png"
+        assert prefixed.read_bytes() == (tmp_path / "longer" / "base" / f"{i:05d}.png").read_bytes()
+        assert prefixed.read_bytes() != (out / "base" / f"{i:05d}.png").read_bytes()

@@ -199,7 +199,8 @@ def captions(album, step):
 
 def test_an_update_is_of_one_shape_and_the_same_however_it_is_divided():
     everyone = photographs.Album(made_up([7, 20, 1]), 16, 30, 6, slice(0, 6), 3)
-    halves = [photographs.Album(made_up([7, 20, 1]), 16, 30, 6, part, 3) for part in (slice(0, 3), slice(3, 6))]
+    halves = [photographs.Album(made_up([7, 20, 1]), 16, 30, 6, part, 3)
+              for part in (slice(0, 3), slice(3, 6))]
     longer = photographs.Album(made_up([7, 20, 1]), 16, 40, 6, slice(0, 6), 3)
     for step in range(1, 31):
         assert captions(everyone, step) == [c for half in halves for c in captions(half, step)]

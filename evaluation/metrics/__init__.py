@@ -13,7 +13,8 @@ scorer(pictures, prompts)  B PIL pictures (RGB, any size) and their B prompts ->
 
 and, if it has prompts of its own, or if some prompts have no score:
 
-pictures(files, seed, first)  the `Picture`s of its prompts; the scorer gets their entries in place of prompts
+pictures(files, args, benchmark)  the `Picture`s that it scores in place of the benchmark's, in a subfolder of
+                           its name; the scorer gets their entries, if they have one, in place of prompts
 UNDEFINED                     the columns that are NaN, and rightly so, for some prompts
 """
 

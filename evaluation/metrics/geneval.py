@@ -129,15 +129,15 @@ def read_metadata(where=None):
     return entries
 
 
-def pictures(files, seed, first=None):
-    """GenEval's own `Picture`s: PICTURES of each prompt, of the first prompts of each task or of all (None).
-    The tasks are their categories; each has a noise seed of its own, whatever `first` is."""
+def pictures(files, args, benchmark):
+    """GenEval's own `Picture`s: PICTURES of each prompt, of the --first prompts of each task or of all
+    (None). The tasks are their categories; each has a noise seed of its own, whatever --first is."""
     entries = read_metadata(files.metadata)
     found = []
-    for i in first_of_each([entry["tag"] for entry in entries], first):
+    for i in first_of_each([entry["tag"] for entry in entries], args.first):
         for k in range(PICTURES):
             number = PICTURES * i + k
-            found.append(Picture(f"geneval/{i:05d}_{k}", entries[i]["prompt"], seed + number,
+            found.append(Picture(f"geneval/{i:05d}_{k}", entries[i]["prompt"], args.seed + number,
                                  entries[i]["tag"], entries[i]))
     return found
 

@@ -1,0 +1,213 @@
+"""What the paper compares SRPO with: ReFL (Eq. 2), DRaFT-LV (Eq. 1) and DanceGRPO, each a generator of loss
+terms like `train.srpo`, driven by the same loop.
+
+All three climb the plain reward of the bare prompt, r = f.C0 (Eq. 7). Symbols as in direct_align.py; a step
+goes from the noise level s to s_next < s, and d = s - s_next. B images, N tokens, C channels. Table 1's row
+"Direct-Align" needs no code of its own: it is `train.srpo` with --recipe direct-align.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+import direct_align as da
+import srpo_reward as sr
+
+STEP = "step"  # yielded in place of a loss: the optimizer steps now, and not at the end of the update alone
+
+DRAFT_EXTRA = 2    # n of DRaFT-LV: fresh noises, beside the rollout's own last step
+ETA = 0.3          # DanceGRPO: noise of its SDE
+KEPT = 0.6         # the share of the transitions that are trained on
+RATIO_BAND = 1e-4  # the probability ratio is clipped to 1 +- this
+LARGEST_ADVANTAGE = 5.0
+OPTIMIZER_STEPS = 3  # of a rollout; only the first is on-policy
+
+
+class Term(NamedTuple):
+    """What the loop logs and checks of a loss term."""
+    prompts: list
+    branch: str             # the method's name
+    x0: torch.Tensor        # [B, N, C] where the network was called, before
+    v_theta: torch.Tensor   # [B, N, C], with gradient
+    image: torch.Tensor     # [B, 3, H, W]
+    reward: torch.Tensor    # [B]
+    sgp: torch.Tensor       # [B] f.(C1 - C2), the SGP gap; watched, not trained on
+
+
+class Calls(NamedTuple):
+    """How often a method calls the network for an image."""
+    without: float  # gradient, in the mean
+    with_gradient: int
+
+
+def calls(a):
+    """The `Calls` of --method in one update, for the plan."""
+    if a.method == "refl":
+        return Calls(a.rollout_steps - (1 + min(a.refl_steps, a.rollout_steps)) / 2, 1)
+    if a.method == "draft-lv":
+        return Calls(a.rollout_steps - 1, 1 + DRAFT_EXTRA)
+    return Calls(a.rollout_steps, transitions_kept(a.rollout_steps))  # dancegrpo
+
+
+def transitions_kept(rollout_steps):
+    """How many of a stochastic rollout's transitions are trained on: of all but the last."""
+    return max(1, int(KEPT * (rollout_steps - 1)))
+
+
+def sampling_levels(a, net, batch):
+    """The rollout's noise levels, from 1 to 0: [S + 1]."""
+    return da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1]))
+
+
+def one_step(net, x, s, c, guidance):
+    """Eq. 2's prediction for a velocity:  x0_hat = x - s v_theta(x, s).
+
+    x [B, N, C], held fixed: no gradient passes into it; s a number in [0, 1]. Returns (x0_hat, v_theta), both
+    [B, N, C] with gradient. As in the paper, whose (x - sigma eps_theta) / alpha it is for eps_theta = x +
+    alpha v_theta.
+    """
+    v_theta = net.velocity(x.detach(), s, c, guidance)
+    return x.detach() - s * v_theta, v_theta
+
+
+def rewarded(net, reward, batch, x0_hat):
+    """(image [B, 3, H, W], r [B], SGP gap [B]) of recovered latents [B, N, C], with gradient but for the
+    gap."""
+    image = net.decode(x0_hat, batch.c.grid)
+    f = reward.image_features(image)
+    return image, sr.preference(f, batch.C0), sr.relative(f.detach(), batch.C1, batch.C2)
+
+
+# ---------------------------------------------------------------------------------------------- Eq. 2: ReFL
+def refl(a, net, reward, batch):
+    """ReFL (Eq. 2, arXiv 2304.05977):  r = R(x_k - s_k v_theta(x_k, s_k)), at one of the last steps k.
+
+    Yields one (loss, `Term`): mean of -r, or of relu(threshold - r). k ~ U{1, ..., --refl-steps} steps are
+    left when the rollout stops; the last call alone has a gradient. Differs from the original (Stable
+    Diffusion, the last 10 of 40 steps): a velocity, FLUX's levels, and no factor of 1e-3, which under AdamW
+    changes nothing.
+    """
+    levels = sampling_levels(a, net, batch)
+    k = batch.chance.whole(1, min(a.refl_steps, a.rollout_steps))
+    x = net.rollout(batch.start, batch.c, levels[:len(levels) - k], a.rollout_guidance)  # at levels[-1 - k]
+    s = levels[-1 - k].item()
+    x0_hat, v_theta = one_step(net, x, s, batch.c, a.guidance)
+    image, r, sgp = rewarded(net, reward, batch, x0_hat)
+    yield sr.loss(r, a.threshold).mean(), Term(batch.prompts, "refl", x, v_theta, image, r, sgp)
+
+
+# ------------------------------------------------------------------------------------------ Eq. 1: DRaFT-LV
+def draft_lv(a, net, reward, batch):
+    """DRaFT-LV (Eq. 1, arXiv 2309.17400): the last step with a gradient, and again from n fresh noises.
+
+        x0_hat = x - s v_theta(x, s),  s the last level before 0
+        x_i = (1 - s) x0_hat + s eps_i,  x0_hat_i = x_i - s v_theta(x_i, s),  i = 1 ... n, x_i held fixed
+
+    Yields 1 + n times (loss, `Term`), each a (1 + n)-th of the mean of -r; n is 2, as published. With one
+    step, sample() of Eq. 1 is Eq. 2 at k = 1: so with n = 0 this is `refl` there, to the bit.
+    """
+    levels = sampling_levels(a, net, batch)
+    s = levels[-2].item()
+    x = net.rollout(batch.start, batch.c, levels[:-1], a.rollout_guidance)
+    x0 = None
+    for _ in range(1 + DRAFT_EXTRA):
+        if x0 is not None:
+            eps = batch.chance.normal(*x0.shape[1:]).to(x0.device)
+            x = da.inject(x0, eps, s)
+        x0_hat, v_theta = one_step(net, x, s, batch.c, a.guidance)
+        if x0 is None:
+            x0 = x0_hat.detach()
+        image, r, sgp = rewarded(net, reward, batch, x0_hat)
+        loss = sr.loss(r, a.threshold).mean() / (1 + DRAFT_EXTRA)
+        yield loss, Term(batch.prompts, "draft-lv", x, v_theta, image, r, sgp)
+
+
+# ------------------------------------------------------------------------------------------------ DanceGRPO
+class Transition(NamedTuple):
+    """One step of a stochastic rollout, for B images."""
+    s: float
+    s_next: float
+    x: torch.Tensor        # [B, N, C]
+    x_next: torch.Tensor   # [B, N, C]
+    logp: torch.Tensor     # [B] under the policy that made it
+
+
+def sde_mean(x, v, s, s_next):
+    """Where DanceGRPO's SDE goes in the mean:  mu = x - d v - (eta^2 d / 2s) eps_hat,  eps_hat = x + (1-s) v.
+
+    x, v [B, N, C]; 0 < s <= 1. The score -eps_hat / s turns the ODE into an SDE with the same marginals,
+    however large eta is.
+    """
+    d = s - s_next
+    return x - d * v - ETA**2 * d / (2 * s) * da.epsilon(x, v, s)
+
+
+def log_probability(x_next, mean, s, s_next):
+    """log p(x_next | x) but for a constant, [B]: the mean over all numbers, not their sum (released code of
+    DanceGRPO), of -(x_next - mean)^2 / (2 eta^2 d)."""
+    return -((x_next - mean) ** 2).mean((1, 2)) / (2 * ETA**2 * (s - s_next))
+
+
+def advantages(r, group):
+    """How much better an image is than its group: (r - mean) / std of each `group` images in turn, within
+    +-5. r [B], B a multiple of group. Returns [B]."""
+    groups = r.view(-1, group)
+    spread = groups.std(1, keepdim=True) + 1e-8
+    return ((groups - groups.mean(1, keepdim=True)) / spread).view(-1).clamp(-LARGEST_ADVANTAGE,
+                                                                             LARGEST_ADVANTAGE)
+
+
+def clipped_loss(ratio, advantage):
+    """PPO's loss, [B]:  max(-A rho, -A clip(rho, 1 +- 1e-4))."""
+    clipped = ratio.clamp(1 - RATIO_BAND, 1 + RATIO_BAND)
+    return torch.maximum(-advantage * ratio, -advantage * clipped)
+
+
+def stochastic_rollout(a, net, batch):
+    """Noise to clean latents by the SDE, without gradient: (x0 [B, N, C], a `Transition` for every step but
+    the last). That one is deterministic: its noise would be seen in the picture."""
+    levels = sampling_levels(a, net, batch).tolist()
+    path = []
+
+    def step(x, v, s, s_next):
+        if s_next == 0:
+            return x - s * v
+        mean = sde_mean(x, v, s, s_next)
+        noise = batch.chance.normal(*x.shape[1:]).to(x.device)
+        x_next = mean + ETA * (s - s_next) ** 0.5 * noise
+        path.append(Transition(s, s_next, x, x_next, log_probability(x_next, mean, s, s_next)))
+        return x_next
+
+    start = batch.start[::a.group].repeat_interleave(a.group, 0)  # one initial noise for a group
+    x0 = net.rollout(start, batch.c, torch.tensor(levels), a.rollout_guidance, step)
+    return x0, path
+
+
+def dancegrpo(a, net, reward, batch):
+    """DanceGRPO (arXiv 2505.07818): no gradient of the reward, but the probability of what did well in its
+    group of --group images of one prompt.
+
+    Yields (loss, `Term`) for the images' parts and the trained transitions, and `STEP` between the parts:
+    three optimizer steps a rollout, as released. rho = exp(logp - logp_old), the loss is PPO's clipped one;
+    no KL. Differs from the release: a part is trained on all at once, not image by image, which is the same
+    sum.
+    """
+    x0, path = stochastic_rollout(a, net, batch)
+    with torch.no_grad():
+        image, r, sgp = rewarded(net, reward, batch, x0)
+    A = advantages(r, a.group).to(x0.device)
+    kept = batch.chance.some(len(path), transitions_kept(a.rollout_steps))
+    parts = torch.arange(len(r)).chunk(OPTIMIZER_STEPS)
+    for number, rows in enumerate(parts):
+        c = batch.c.rows(rows)
+        for each in kept:
+            was = path[each]
+            v_theta = net.velocity(was.x[rows], was.s, c, a.rollout_guidance)
+            mean = sde_mean(was.x[rows], v_theta, was.s, was.s_next)
+            logp = log_probability(was.x_next[rows], mean, was.s, was.s_next)  # [B / 3]
+            ratio = torch.exp(logp - was.logp[rows])
+            loss = clipped_loss(ratio, A[rows]).mean() / len(kept)
+            prompts = [batch.prompts[row] for row in rows]
+            yield loss, Term(prompts, "dancegrpo", was.x[rows], v_theta, image[rows], r[rows], sgp[rows])
+        if number < len(parts) - 1:
+            yield STEP, None

@@ -1,0 +1,81 @@
+"""Section 3.2 and Fig. 9 d: what inversion is for. Every form of the reward, with one branch and with
+both.
+
+    python -m experiments.common_mode
+
+In an update f moves along a C1 - b C2, summed over the branches, whose network terms have opposite signs:
+that is (a - b)/2 (C1 + C2) + (a + b)/2 (C1 - C2). The first part is common mode: what both texts share, and
+with it every bias of the image side. The second is what the words say. So the hacked statistic, redness,
+should follow (a - b) / (a + b).
+"""
+
+import sys
+
+from matplotlib import pyplot
+
+from engine.errors import frame
+from experiments import runs
+from experiments.runs import Setting
+
+# a and b of a branch, by form; the released discounts at the middle of their ranges.
+DENOISE = {"plain": None, "sgp": (1, 0), "cfg": (1.5, 0.5), "branches": (1, 0), "released": (1.175, 1),
+           "srp": (1, 1)}
+BOTH = {"plain": None, "sgp": (2, 0), "cfg": (2, 2), "branches": (1, 1), "released": (2.175, 2.155),
+        "srp": (2, 2)}
+COLUMNS = {"predicted": ("common mode, predicted", ".2f"), "redness": ("redness", "+.3f"),
+           "realism": ("realism", ".1%"), "broken": ("broken", ".1%"), "sgp": ("SGP", "+.3f")}
+
+
+def settings():
+    """{`Setting`: predicted common mode per unit of difference, None where it is all there is}."""
+    found = {}
+    for form in DENOISE:
+        for branches, weights in (("denoise", DENOISE), ("denoise,invert", BOTH)):
+            name = f"{form}, {'both' if ',' in branches else 'denoise only'}"
+            mode = None
+            if weights[form] is not None:
+                a, b = weights[form]
+                mode = (a - b) / (a + b)
+            found[Setting(name, f"--form {form} --branches {branches} --threshold off")] = mode
+    return found
+
+
+def main(argv=None):
+    with frame("common_mode"):
+        own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv)
+        rows = {}
+        per_seed = {setting.name: [] for setting in settings()}
+        for seed in range(own.seeds):
+            weights = {setting.name: runs.trained(own, setting.flags, seed) for setting in settings()}
+            found = runs.evaluated(own, weights, f"common_mode_{seed}")
+            rows["base"] = runs.over_seeds([found["base"]])
+            for name in weights:
+                per_seed[name].append(found[name])
+        for setting, mode in settings().items():
+            rows[setting.name] = runs.over_seeds(per_seed[setting.name]) | {"predicted": runs.spread([mode])}
+        order = sorted(rows, key=lambda name: rows[name]["redness"].mean, reverse=True)
+        rows = {name: rows[name] for name in order}
+        figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+        draw(axes, rows)
+        told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "
+                "them. Common mode per unit of difference, predicted from the weights of the two texts; the "
+                "plain reward has nothing else.")
+        runs.write(own, "common_mode", "Common mode: what inversion cancels", told,
+                   [runs.table(rows, COLUMNS)], runs.as_json(rows), figure)
+
+
+def draw(axes, rows):
+    """Redness against the predicted common mode, and as bars."""
+    for name, row in rows.items():
+        if row.get("predicted"):
+            axes[0].errorbar(row["predicted"].mean, row["redness"].mean, yerr=row["redness"].std, fmt="o",
+                             color=runs.COLOURS[5])
+            axes[0].annotate(name, (row["predicted"].mean, row["redness"].mean), fontsize=7,
+                             xytext=(4, 4), textcoords="offset points")
+    axes[0].set_xlabel("common mode per unit of difference, predicted: (a - b) / (a + b)")
+    axes[0].set_ylabel("redness, measured")
+    runs.bars(axes[1], rows, "redness", "redness")
+
+
+if __name__ == "__main__":
+    main()

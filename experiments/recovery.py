@@ -1,0 +1,86 @@
+"""Fig. 3: the picture that is recovered from a noisy one, by the network alone in one step, and by
+Direct-Align, which takes the known noise back out.
+
+    python -m experiments.recovery
+"""
+
+import sys
+
+import torch
+from matplotlib import pyplot
+
+import direct_align as da
+import flux
+import train
+from engine.data import read_prompts
+from engine.errors import frame
+from experiments import runs
+
+SIGMAS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # 5 to 50 % of the way from noise
+WEIGHTS = (0.075, 0.025)  # of the network's term in Eq. 5: the step from sigma to sigma_to
+SHOWN = 2  # prompts in the strip
+
+
+@torch.no_grad()
+def recovered(net, x0, eps, c, guidance):
+    """{row: pictures [sigmas, B, 3, H, W]}: what each way makes of x_t at every noise level."""
+    ways = {"one step of the network": None} | {f"Direct-Align, weight {w}": w for w in WEIGHTS}
+    found = {"x_t": [], **{name: [] for name in ways}}
+    for sigma in SIGMAS:
+        x_t = da.inject(x0, eps, sigma)
+        v = net.velocity(x_t, sigma, c, guidance)
+        found["x_t"].append(net.decode(x_t, c.grid))
+        for name, weight in ways.items():
+            sigma_to = 0.0 if weight is None else sigma - weight
+            found[name].append(net.decode(da.recover(x_t, v, eps, sigma, sigma_to), c.grid))
+    return {name: torch.stack(pictures) for name, pictures in found.items()}
+
+
+def main(argv=None):
+    with frame("recovery"):
+        own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv, seeds=1)
+        a = train.flags(["--model", own.model])
+        prompts = read_prompts(a.eval_prompts)[:min(own.pictures, 64)]
+        net = flux.load(own.model)
+        grid = net.grid(a.size, a.size)
+        embeddings = flux.encode_prompts(own.model, prompts)
+        c = embeddings.condition(slice(None), grid, "cpu")
+        start = flux.noise(net, grid, range(len(prompts)))
+        x0 = net.rollout(start, c, da.sigma_steps(a.eval_steps, net.shift(start.shape[1])), a.guidance)
+        eps = flux.noise(net, grid, range(10**6, 10**6 + len(prompts)))
+        with torch.no_grad():
+            truth = net.decode(x0, grid)
+        pictures = recovered(net, x0, eps, c, a.guidance)
+        errors = {}
+        for name, found in pictures.items():
+            if name != "x_t":
+                error = (found - truth).square().mean((2, 3, 4)).sqrt()  # [sigmas, B]
+                errors[name] = {}
+                for sigma, row in zip(SIGMAS, error, strict=True):
+                    errors[name][str(sigma)] = runs.spread(row.tolist())
+        columns = {str(s): (f"sigma {s}", ".3f") for s in SIGMAS}
+        told = (f"Root mean square error of the pictures (0 to 1) against the clean ones, {len(prompts)} "
+                "held-out prompts, mean ± standard deviation between the pictures.")
+        runs.write(own, "recovery", "What is recovered (Fig. 3)", told, [runs.table(errors, columns)],
+                   runs.as_json(errors), strip(pictures, truth))
+
+
+def strip(pictures, truth):
+    """The pictures of the first prompts: a row a way, a column a noise level, and the clean one last."""
+    rows = list(pictures)
+    figure, axes = pyplot.subplots(len(rows), len(SIGMAS) + 1, figsize=(13, 3.4), layout="constrained")
+    for y, name in enumerate(rows):
+        shown = [*pictures[name], truth]
+        for x, images in enumerate(shown):
+            side_by_side = torch.cat(list(images[:SHOWN]), -1)  # [3, H, SHOWN W]
+            axes[y, x].imshow(side_by_side.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axes[y, x].set_xticks([])
+            axes[y, x].set_yticks([])
+            if y == 0:
+                axes[y, x].set_title(f"sigma {SIGMAS[x]}" if x < len(SIGMAS) else "clean", fontsize=9)
+        axes[y, 0].set_ylabel(name.replace(", ", ",\n").replace(" of ", "\nof "), fontsize=8)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

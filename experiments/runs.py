@@ -1,0 +1,206 @@
+"""What the experiments here are made of: runs of train.py, each made once and kept; evaluate.py's numbers of
+what they trained; and results as Markdown, JSON and a picture.
+
+A run lies in a folder that is named by its flags, so experiments share runs, and go on where they were
+stopped.
+"""
+
+import hashlib
+import re
+import shlex
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import matplotlib
+from matplotlib import pyplot
+
+import evaluate
+import train
+from engine.command_line import Parser, whole
+from engine.errors import UserError
+from engine.files import read_json, write_json, write_whole
+from evaluation.curves import read_log
+
+matplotlib.use("Agg")
+RESULTS = Path(__file__).resolve().parent / "results"
+HELD_OUT = "miniature/reward_unbiased"  # a reward that no run is trained on
+# Colours that people with any kind of colour vision tell apart (Okabe and Ito).
+COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999"]
+
+
+class Setting(NamedTuple):
+    """A row of an experiment: its name, and the flags of train.py that make it."""
+    name: str
+    flags: str
+
+
+def parse(doc, argv, seeds=5):
+    """The flags that every experiment has. Raises UserError."""
+    parser = Parser(doc)
+    add = parser.add_argument
+    add("--model", default="miniature", help="a model folder with a judge")
+    add("--seeds", type=whole(1, 100), default=seeds, help="runs of each row, seeds 0, 1, ...")
+    add("--home", default="runs/experiments", help="where the runs are kept, and shared between experiments")
+    add("--results", default=str(RESULTS), help="folder of the Markdown, the JSON and the picture")
+    add("--pictures", type=whole(4), default=256, help="held-out prompts that are evaluated")
+    add("--flags", default="", help="of train.py, for every run; --steps 2 tries whether all works")
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------------- runs
+def trained(own, flags, seed):
+    """The folder of the finished run of train.py with these flags (one line) and a seed, made now if it is
+    not there."""
+    argv = ["--model", own.model, *shlex.split(own.flags), *shlex.split(flags), "--seed", str(seed)]
+    name = re.sub(r"[^\w.]+", "_", flags).strip("_")[:60] or "main"
+    digest = hashlib.sha256(shlex.join(argv).encode()).hexdigest()[:8]
+    out = Path(own.home) / f"{name}_{digest}"
+    if not (out / "summary.json").exists():
+        print(f"train.py {shlex.join(argv)} --out {out}", flush=True)
+        train.main([*argv, "--eval", "0", "--out", str(out), "--resume"])
+    return out
+
+
+def watched(own, flags, seed, pictures=64, every=2):
+    """A run's log: a list of dicts, of which those of every so many steps have the means over the watched
+    pictures under "watch"."""
+    out = trained(own, f"{flags} --watch {min(pictures, own.pictures)} --watch-every {every}", seed)
+    return read_log(out / "log.jsonl")
+
+
+def evaluated(own, weights, name, prefix=None, per_prompt=1):
+    """{row: {column: mean over the pictures}} by evaluate.py, of the base, of the base with the words
+    `prefix` in its prompts, and of {row: folder of a run}."""
+    out = Path(own.home) / f"evaluate_{name}"
+    argv = ["--model", own.model, "--out", str(out), "--first", str(own.pictures), "--batch", "16",
+            "--metrics", f"reward,statistics,judge,clip={HELD_OUT}", "--per-prompt", str(per_prompt)]
+    if prefix:
+        argv += ["--prefix", prefix]
+    if weights:
+        argv += ["--weights", *(f"{row}={folder}/weights" for row, folder in weights.items())]
+    if evaluate.run(argv):
+        raise UserError(f"{out}: some pictures could not be read; delete the folder")
+    rows = {}
+    for row, found in read_json(out / "results.json")["rows"].items():
+        rows[row] = {column: cell["mean"] for column, cell in found["overall"].items() if cell}
+    return rows
+
+
+def seconds_of(log):
+    """Of an update, the mean."""
+    return mean(line["seconds_rollout"] + line["seconds_update"] for line in log)
+
+
+# ------------------------------------------------------------------------------------------ mean and spread
+class Spread(NamedTuple):
+    """A number over seeds: mean and standard deviation between them (None for one seed)."""
+    mean: float
+    std: float | None
+    n: int
+
+
+def spread(values):
+    """The `Spread` of a list of numbers; None of an empty one."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return None
+    return Spread(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+
+def over_seeds(rows):
+    """[{column: number}] of the seeds -> {column: `Spread`}."""
+    return {column: spread([row.get(column) for row in rows]) for column in rows[0]}
+
+
+def first_step(log, column, reached):
+    """The first update at which the watched mean of a column is `reached`(value); None if it never is."""
+    for line in log:
+        if "watch" in line and reached(line["watch"][column]):
+            return line["step"]
+    return None
+
+
+def at_sgp(log, column, sgp):
+    """A watched column where the SGP gap first passes a value, interpolated between two looks; None if it
+    never does."""
+    before = None
+    for line in log:
+        if "watch" not in line:
+            continue
+        now = line["watch"]
+        if now["sgp"] >= sgp:
+            if before is None or now["sgp"] == before["sgp"]:
+                return now[column]
+            part = (sgp - before["sgp"]) / (now["sgp"] - before["sgp"])
+            return before[column] + part * (now[column] - before[column])
+        before = now
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- results
+def shown(value, form):
+    """A `Spread` as text: mean ± standard deviation between the seeds."""
+    if value is None:
+        return "-"
+    text = format(value.mean, form)
+    if value.std is not None:
+        text += f" ± {format(value.std, form.lstrip('+'))}"
+    return text.replace("%", "") + (" %" if "%" in text else "")
+
+
+def table(rows, columns):
+    """A Markdown table of {row: {column: `Spread`}}; columns {column: (title, format)}."""
+    lines = ["| | " + " | ".join(title for title, _ in columns.values()) + " |",
+             "|---" * (len(columns) + 1) + "|"]
+    for name, row in rows.items():
+        cells = [shown(row.get(column), form) for column, (_, form) in columns.items()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write(own, name, title, told, parts, numbers, figure):
+    """Write NAME.md (a title, the command, what the numbers are, and parts such as tables), NAME.json and, of
+    a matplotlib figure, NAME.png; print the Markdown."""
+    folder = Path(own.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
+    command = f"```\npython -m experiments.{name} --seeds {own.seeds}\n```"
+    text = "\n\n".join([f"# {title}", command, told, *parts, f"![{title}]({name}.png)"]) + "\n"
+    write_whole(folder / f"{name}.md", text)
+    write_json(folder / f"{name}.json", numbers)
+    print(text)
+
+
+def bars(axis, rows, column, title, scale=1):
+    """Draw a column of {row: {column: `Spread`}}: a bar a row, with the deviation between the seeds."""
+    for place, row in enumerate(rows.values()):
+        value = row[column]
+        if value is not None:
+            axis.barh(place, scale * value.mean, xerr=scale * (value.std or 0),
+                      color=COLOURS[place % len(COLOURS)])
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", linewidth=0.5)
+    axis.set_title(title, fontsize=10)
+
+
+def lines(axis, rows, title, scale=1):
+    """Draw {row: [(update, number)]} as curves over the updates."""
+    for place, (name, points) in enumerate(rows.items()):
+        axis.plot([step for step, _ in points], [scale * value for _, value in points], label=name,
+                  color=COLOURS[place % len(COLOURS)])
+    axis.set_xlabel("updates")
+    axis.set_title(title, fontsize=10)
+
+
+def points(log, column):
+    """[(update, mean of the watched pictures)] of a run."""
+    return [(line["step"], line["watch"][column]) for line in log if "watch" in line]
+
+
+def as_json(rows):
+    """{row: {column: `Spread`}} for a JSON file."""
+    return {name: {column: value and value._asdict() for column, value in row.items()}
+            for name, row in rows.items()}

@@ -1,0 +1,104 @@
+"""Table 1 of the paper on the miniature: SRPO, its parts and the baselines, at equal updates and over FLOP.
+
+    python -m experiments.table1                 five seeds
+    python -m experiments.table1 --seeds 1       under ten minutes on 2 cores
+
+experiments/unbiased.py calls it with a reward into which no bias was built.
+"""
+
+import sys
+
+from matplotlib import pyplot
+
+import baselines
+import train
+from engine import plan
+from engine.errors import frame
+from experiments import runs
+from experiments.runs import Setting
+
+BASELINE = "--threshold off"
+ROWS = [Setting("ReFL", f"--method refl {BASELINE}"),
+        Setting("DRaFT-LV", f"--method draft-lv {BASELINE}"),
+        Setting("DanceGRPO", f"--method dancegrpo {BASELINE}"),
+        Setting("Direct-Align", "--recipe direct-align"),
+        Setting("SRPO", ""),
+        Setting("SRPO fast", "--recipe fast")]
+WORDS = "realistic photo"
+COLUMNS = {"reward": ("reward", ".3f"), "clip": ("held-out reward", ".3f"), "sgp": ("SGP", "+.3f"),
+           "realism": ("realism", ".1%"), "broken": ("broken", ".1%"), "alignment": ("alignment", ".1%"),
+           "redness": ("redness", "+.3f"), "saturation": ("saturation", ".3f"),
+           "diversity": ("diversity", ".4f"), "optimizer_steps": ("optimizer steps", ".0f"),
+           "tflop": ("TFLOP", ".2f"), "seconds": ("seconds", ".1f")}
+
+
+def cost(own, flags, log):
+    """{column: number} of what a run took: TFLOP of the transformer, seconds, optimizer steps."""
+    a = train.flags(["--model", own.model, *own.flags.split(), *flags.split()])
+    each = baselines.OPTIMIZER_STEPS if a.method == "dancegrpo" else 1
+    return {"tflop": a.steps * plan.update_flop(train.job(a)) / plan.TERA,
+            "seconds": a.steps * runs.seconds_of(log), "optimizer_steps": a.steps * each}
+
+
+def measure(own, rows, name):
+    """{row: {column: `Spread`}} of the base, of the base with the words, and of every setting."""
+    found = {}
+    for setting in rows:
+        found[setting.name] = []
+    for seed in range(own.seeds):
+        weights = {setting.name: runs.trained(own, setting.flags, seed) for setting in rows}
+        evaluated = runs.evaluated(own, weights, f"{name}_{seed}", WORDS, per_prompt=4)
+        for setting in rows:
+            log = runs.read_log(weights[setting.name] / "log.jsonl")
+            found[setting.name].append(evaluated[setting.name] | cost(own, setting.flags, log))
+        if seed == 0:
+            bases = {row: [evaluated[row]] for row in evaluated if row not in weights}
+    return {row: runs.over_seeds(each) for row, each in (bases | found).items()}
+
+
+def curves(own, rows):
+    """{row: {"tflop", "realism"}} of every look at the watched pictures, of seed 0."""
+    found = {}
+    for setting in rows:
+        log = runs.watched(own, setting.flags, 0)
+        flop = cost(own, setting.flags, log)["tflop"] / log[-1]["step"]  # of an update
+        looks = [line for line in log if "watch" in line]
+        found[setting.name] = {"tflop": [flop * line["step"] for line in looks],
+                               "realism": [line["watch"]["realism"] for line in looks]}
+    return found
+
+
+def draw(found, lines):
+    """Bars of realism, redness and broken for every row; and realism over FLOP."""
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 4.2), width_ratios=[1, 1, 1, 1.5])
+    names = list(found)
+    runs.bars(axes[0], found, "realism", "realism, %", 100)
+    runs.bars(axes[1], found, "redness", "redness, which the reward is biased to")
+    runs.bars(axes[2], found, "broken", "broken, %", 100)
+    for axis in axes[1:3]:
+        axis.set_yticklabels([])
+    for name, line in lines.items():
+        axes[3].plot(line["tflop"], [100 * value for value in line["realism"]], label=name,
+                     color=runs.COLOURS[names.index(name) % len(runs.COLOURS)])
+    axes[3].set_xlabel("TFLOP of the transformer")
+    axes[3].set_ylabel("realism of the watched pictures, %")
+    axes[3].set_xscale("log")
+    axes[3].legend(fontsize=8)
+    figure.tight_layout()
+    return figure
+
+
+def main(argv=None, name="table1", title="Table 1"):
+    with frame(name):
+        own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv)
+        found = measure(own, ROWS, name)
+        lines = curves(own, ROWS)
+        told = (f"{own.pictures} held-out prompts; mean ± standard deviation between {own.seeds} seeds; "
+                "every row has as many updates, of as many images, at the same learning rate. TFLOP: the "
+                "transformer's; seconds: one CPU thread.")
+        runs.write(own, name, f"{title} on the miniature", told, [runs.table(found, COLUMNS)],
+                   {"rows": runs.as_json(found), "curves": lines}, draw(found, lines))
+
+
+if __name__ == "__main__":
+    main()
