@@ -4,13 +4,11 @@
     torchrun --nproc_per_node=8 train.py --control "realistic photo" --neg "CG render"             FLUX.1-dev
 
 From top to bottom: the recipe, which is the released one unless a flag or --recipe says otherwise; `srpo`,
-the loss of one update; the set-up; the loop. The mathematics is in direct_align.py (Eqs. 3-6) and
-srpo_reward.py (Eqs. 7-13); what the paper compares with, --method, in baselines.py (Eqs. 1-2).
+the loss of one update; the loop. The mathematics is in direct_align.py (Eqs. 3-6) and srpo_reward.py (Eqs.
+7-13); what the paper compares with, --method, in baselines.py (Eqs. 1-2); the set-up in prepare.py.
 """
 
 import sys
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,24 +18,20 @@ from tqdm import tqdm
 import baselines
 import direct_align as da
 import flux
+import prepare
 import rewards
 import srpo_reward as sr
 from engine import (
-    cache,
     cards,
     checkpoint,
     command_line,
-    data,
     lora,
     memory,
     parallel,
-    photographs,
     plan,
     trained,
 )
-from engine.cache import Cache
 from engine.command_line import Parser, add_machine_flags, as_line, or_off, parse, real, whole, words
-from engine.contents import Contents
 from engine.errors import Stopped, UserError, frame
 from engine.finite import first_not_finite, stop_after_the_step, stop_before_the_step
 from engine.run_folder import RunFolder
@@ -174,7 +168,8 @@ def flags(argv):
     if a.lam == [0, 0]:
         raise UserError("--lam 0 0: every loss would be 0, and there is nothing to learn")
     if a.images is not None and a.method != "srpo":
-        raise UserError(f"--images --method {a.method}: learns from its own rollouts; only srpo takes photographs")
+        raise UserError(f"--images --method {a.method}: it learns from its own rollouts; only srpo takes "
+                        "photographs")
     if a.images is not None and a.noise == "fresh":
         raise UserError("--images --noise fresh: there is no rollout whose noise could be another; every "
                         "photograph gets noise of its own")
@@ -218,20 +213,6 @@ def notes(a):
 
 
 # ------------------------------------------------------------------------------ one update: Eqs. 3-6 and 9-13
-class Batch(NamedTuple):
-    """What an update begins with, for B images."""
-    prompts: list          # B texts
-    c: flux.Condition      # the same, as the network reads them
-    x0: torch.Tensor       # clean latents [B, N, C], or None: the model's own, to be rolled out
-    start: torch.Tensor    # [B, N, C] the noise that a rollout begins with
-    eps: torch.Tensor      # [B, N, C] the noise prior that is injected
-    C0: torch.Tensor       # [B, D] text features of the prompts
-    C1: torch.Tensor       # [B, D] the same, of "<control>. <prompt>"
-    C2: torch.Tensor       # [B, D] the same, of "<neg>. <prompt>"
-    middles: list          # --injections draws m [B] of where in the training grid the branches meet
-    chance: data.Chance = None  # for what else a method draws
-
-
 class Term(NamedTuple):
     """One term of Eq. 6's sum, all of it: for the log, and for --explain."""
     prompts: list
@@ -292,150 +273,13 @@ def discount_of(a, branch):
     return a.discount_denoise if branch == "denoise" else a.discount_invert
 
 
-# ------------------------------------------------------------------------------------------------- the set-up
-@dataclass
-class Run:
-    """All that the loop needs beside the flags."""
-    world: parallel.World
-    net: flux.Flux
-    reward: sr.Rewards
-    curriculum: data.Curriculum
-    embeddings: flux.Embeddings
-    watched: watch.Watch
-    optimizer: torch.optim.Optimizer
-    grid: tuple            # (rows, columns) of tokens of a picture
-    contents: Contents = None  # of what was read, to be compared when the run is resumed
-
-    def batch(self, a, step, part):
-        """The part-th of the --accumulate batches of an update, a `Batch`."""
-        device = self.net.device
-        first = (self.world.rank * a.accumulate + part) * a.batch
-        images = a.batch * a.accumulate * self.world.size
-        chance = data.Chance(a.seed, step, images, slice(first, first + a.batch))
-        rows = self.curriculum.rows[step][part * a.batch:(part + 1) * a.batch]
-        texts = [self.curriculum.prompts[row] for row in rows]
-        grid = self.curriculum.grid(step) or self.grid
-        x0 = self.curriculum.latents(rows)
-        shape = (grid[0] * grid[1], self.net.transformer.config.in_channels)
-        of_its_own = a.noise == "independent" or x0 is not None
-        start = chance.normal(*shape) if of_its_own else chance.normal_shared(*shape)
-        eps = chance.normal_shared(*shape) if a.noise == "fresh" else start
-        middles = []
-        for _ in range(a.injections):
-            middles.append(da.draw_middle(images, a.cells, chance.generator)[chance.mine])
-        x0 = None if x0 is None else x0.to(device)
-        C0, C1, C2 = self.reward.conditions(texts, *words_of(a, step))  # [B, D] each
-        return Batch(texts, self.embeddings.condition(rows, grid, device), x0, start.to(device),
-                     eps.to(device), C0, C1, C2, middles, chance)
-
-
-def job(a):
-    """What the plan needs to know of a run."""
-    configs = flux.configs(a.model)
-    rows, columns = flux.token_grid(configs.vae, a.size, a.size)
-    calls = calls_of(a)
-    return plan.Job(
-        model=a.model, transformer=configs.transformer, vae=configs.vae, text_tokens=configs.text_tokens,
-        size=a.size, image_tokens=rows * columns, batch=a.batch,
-        accumulate=a.accumulate, rollout_steps=calls.without, calls=calls.with_gradient,
-        checkpointing=a.checkpointing, replicas=a.replicas,
-        reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora,
-        memory=a.memory)
-
-
-def calls_of(a):
-    """How often an update calls the network for an image."""
-    if a.method != "srpo":
-        return baselines.calls(a)
-    return baselines.Calls(a.rollout_steps if a.images is None else 0, a.injections * len(a.branches))
-
-
-def settle(a, world):
-    """Decide --memory auto, and say why. Raises UserError, with the command that would do, if nothing
-    fits."""
-    a.memory, why = world.decide(cards.settle, job(a), world)
-    if why:
-        world.say(why)
-
-
-def set_up(a, world, stopping=None):
-    """Read, encode and load everything: a `Run`. Nothing is written but to the cache. Raises UserError."""
-    flux.needs_gpu(a.model)
-    flux.check_weights(a.model, a.weights, a.lora)
-    curriculum = curriculum_of(a, world)
-    held_out = data.read_prompts(a.eval_prompts, "--eval-prompts")[:max(a.eval, a.watch)]
-    both = curriculum.prompts + held_out
-    kept = Cache(cache.folder_of(a.cache, flux.is_full_size(a.model)))
-    embeddings = flux.encode_prompts(a.model, both, world.device, world.dtype, kept)
-    if embeddings.truncated:
-        world.say(f"{embeddings.truncated} of {len(both)} prompts are longer than the text encoder takes, "
-                  "and are truncated")
-    reward = rewards.load_rewards(a.reward, world.device)
-    layout = memory.Layout(a.lora, a.memory, a.seed)
-    net = flux.load(a.model, a.weights, world.device, world.dtype, world, layout)
-    if a.images is not None:
-        made_by = flux.of_vae(a.model, world.device, world.dtype, kept)
-        curriculum.encode(net.encode, made_by, kept, world)
-    optimizer = make_ready(a, net, reward, curriculum, held_out)
-    theirs = embeddings.part(len(curriculum.prompts), len(both))
-    watched = watch.Watch(a, world, net, reward, held_out, theirs, stopping)
-    texts = curriculum.texts | {"--eval-prompts": held_out}
-    places = curriculum.places | {"--model": flux.files_of(a.model, a.weights)}
-    if a.weights:
-        places["--weights"] = [a.weights]
-    for number, part in enumerate(rewards.parse_rewards(a.reward), 1):
-        texts[f"the weight of reward {number}"] = [str(part.weight)]
-        places[f"reward {number}"] = [rewards.fetch(part.name, part.where)]
-    return Run(world, net, reward, curriculum, embeddings, watched, optimizer, net.grid(a.size, a.size),
-               Contents(texts, places))
-
-
-def curriculum_of(a, world):
-    """What this process learns from, in its order: prompts or, with --images, photographs. Raises
-    UserError."""
-    mine = a.batch * a.accumulate  # images of an update that this process makes
-    order = (a.steps, mine * world.size, world.rows(mine), a.seed)
-    if a.images is None:
-        group = a.group if a.method == "dancegrpo" else 1
-        return data.Curriculum(data.read_prompts(a.prompts), *order, group)
-    unit = flux.pixels_per_token(flux.configs(a.model).vae)
-    return photographs.Album(photographs.read(a.images, a.size, unit, world), unit, *order)
-
-
-def make_ready(a, net, reward, curriculum, held_out):
-    """What the machine's flags ask for, on networks that are loaded. Returns the optimizer."""
-    if a.checkpointing and net.device.type == "cuda":
-        net.transformer.enable_gradient_checkpointing()
-    if a.compile:
-        for block in parallel.blocks_of(net.transformer):
-            block.compile()
-    if memory.is_lean(a.memory):
-        # A small card saves here too: the decoder is recomputed in the backward; every text is encoded now,
-        # so that the rewards' text sides can leave the card, and their image sides compute as the network.
-        net.vae.enable_gradient_checkpointing()
-        for step, rows in curriculum.rows.items():
-            reward.conditions([curriculum.prompts[row] for row in rows], *words_of(a, step))
-        for part, _ in reward.parts.values():
-            if held_out:
-                part.conditions(held_out, *words_of(a, 0))
-            part.keep_image_side(net.dtype)
-    parameters = memory.trainable(net.transformer)
-    return memory.optimizer_of(parameters, a.lr, a.weight_decay, a.memory, net.device)
-
-
-def words_of(a, step):
-    """The wanted and the unwanted words of an update; those of step 0 are what held-out pictures are scored
-    with."""
-    return a.control[step % len(a.control)], a.neg[step % len(a.neg)]
-
-
 # --------------------------------------------------------------------------------------------------- the loop
 def train(a, run, folder, state, stopping):
     """Updates until --steps, with checkpoints; raises Stopped if it is asked to stop. `state` is what a
     checkpoint remembers beside the weights, of the last update that was finished."""
     world = run.world
     net = run.net
-    flop = plan.update_flop(job(a))  # of this process
+    flop = plan.update_flop(prepare.job(a))  # of this process
     bar = tqdm(range(state["step"] + 1, a.steps + 1), initial=state["step"], total=a.steps, desc="train",
                disable=not world.main)
     for step in bar:
@@ -507,22 +351,22 @@ def main(argv=None):
                 print(note)
             if a.memory == "auto":
                 a.memory = memory.on_a_cpu(a.lora)
-            plan.show(job(a), a.world_size, a.card, a.share)
-            return cards.show_cards(job(a), a.share)
+            plan.show(prepare.job(a), a.world_size, a.card, a.share)
+            return cards.show_cards(prepare.job(a), a.share)
         if a.explain:  # two images are told and drawn
             a.steps = 1
             a.batch = min(a.batch, 2)
             a.accumulate = 2 // a.batch
             world = parallel.World(mesh=memory.needs_mesh(a.memory))
-            settle(a, world)
-            return explain(a, set_up(a, world), srpo, out)
+            prepare.settle(a, world)
+            return explain(a, prepare.set_up(a, world), srpo, out)
         world = parallel.World(a.replicas, mesh=memory.needs_mesh(a.memory))
-        settle(a, world)
+        prepare.settle(a, world)
         folder = world.decide(RunFolder, out, vars(a), a.batch * a.accumulate * world.size)
         if folder.checkpoints:
             newest = folder.checkpoints[-1].name
             stopping.words = f"stopped before another update; {newest} is there, and --resume continues"
-        run = set_up(a, world, stopping)
+        run = prepare.set_up(a, world, stopping)
         stopping.later(stopping.words)
         world.decide(folder.open)
         run.watched.flags = as_line(parser(), vars(a))

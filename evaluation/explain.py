@@ -131,7 +131,7 @@ class Explanation:
 def explain(a, run, method, out):
     """Tell and draw one update of `method` (train.srpo); out/explain.png is all that is written.
 
-    run: what train.set_up gives, of one process.
+    run: what prepare.set_up gives, of one process.
     """
     explanation = Explanation(a, run.net)
     for part in range(a.accumulate):

@@ -15,6 +15,7 @@ import open_clip
 import torch
 
 import flux
+import prepare
 import srpo_reward as sr
 import train
 from engine import data, memory, parallel, plan
@@ -79,7 +80,7 @@ def random_embeddings(net, prompts, text_tokens):
 
 
 def random_run(a, world):
-    """What train.set_up loads, with random weights."""
+    """What prepare.set_up loads, with random weights."""
     flux.needs_gpu(a.model)
     torch.manual_seed(0)
     mine = a.batch * a.accumulate  # images of an update that this process makes
@@ -88,13 +89,13 @@ def random_run(a, world):
     net = random_flux(a.model, world, memory.Layout(a.lora, a.memory, a.seed))
     embeddings = random_embeddings(net, curriculum.prompts, flux.configs(a.model).text_tokens)
     reward = random_reward(world)
-    optimizer = train.make_ready(a, net, reward, curriculum, [])
-    return train.Run(world, net, reward, curriculum, embeddings, None, optimizer, net.grid(a.size, a.size))
+    optimizer = prepare.make_ready(a, net, reward, curriculum, [])
+    return prepare.Run(world, net, reward, curriculum, embeddings, None, optimizer, net.grid(a.size, a.size))
 
 
 # ------------------------------------------------------------------------------------------------- one update
 def one_by_one(batch):
-    """A `train.Batch` of B images as B batches of one."""
+    """A `prepare.Batch` of B images as B batches of one."""
     for row in range(len(batch.prompts)):
         own = slice(row, row + 1)
         c = flux.Condition(batch.c.txt[own], batch.c.pooled[own], batch.c.grid)
@@ -152,7 +153,7 @@ def report(a, run, rungs, measured):
         for phase in PHASES:
             line += f"{median(update[phase] for update in updates):>9.3f} "
         print(line + f"{totals[-1]:>8.3f} {totals[-1] / totals[0]:>6.2f}")
-    reached = plan.achieved(plan.update_flop(train.job(a)), totals[0], device)
+    reached = plan.achieved(plan.update_flop(prepare.job(a)), totals[0], device)
     print("\n" + ", ".join(f"{name} {value}" for name, value in reached.items()))
 
 
@@ -161,8 +162,8 @@ def main():
         own, a = flags(sys.argv[1:])
         a.steps = 1  # the same update again and again
         world = parallel.World(a.replicas, mesh=memory.needs_mesh(a.memory))
-        train.settle(a, world)
-        run = random_run(a, world) if own.random_init else train.set_up(a, world)
+        prepare.settle(a, world)
+        run = random_run(a, world) if own.random_init else prepare.set_up(a, world)
         rungs = [[]]
         if own.released:
             rungs = [HABITS[:n] for n in range(len(HABITS) + 1)]

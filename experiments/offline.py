@@ -25,6 +25,7 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 import direct_align as da
+import prepare
 import train
 from engine import data, memory, parallel
 from engine.command_line import Parser, some_path, whole
@@ -42,7 +43,7 @@ class Arm(NamedTuple):
     """A way to train: flags of train.py, and how an update is made."""
     name: str
     flags: list
-    update: Callable  # of the flags, the `train.Run` and the step
+    update: Callable  # of the flags, the `prepare.Run` and the step
 
 
 def flags(argv):
@@ -113,8 +114,8 @@ def look(own, run, name):
 def trained(arm, own, others, world):
     """Train an arm: (scores before, scores after, seconds of an update)."""
     a = train.flags([*others, *arm.flags])
-    train.settle(a, world)
-    run = train.set_up(a, world)
+    prepare.settle(a, world)
+    run = prepare.set_up(a, world)
     if run.watched.judge is None:
         raise UserError(f"--model {a.model}: it has no judge, and nothing else knows what a photo is")
     before = look(own, run, arm.name)

@@ -10,6 +10,7 @@ import sys
 from statistics import median
 from typing import NamedTuple
 
+import prepare
 import train
 from engine import parallel, plan
 from engine.command_line import Parser, real, whole
@@ -40,8 +41,8 @@ def race(name, others, own, world):
     """Train with a recipe until the goal; its `Lap`. Raises UserError for a model that has no judge."""
     a = train.flags([*others, "--recipe", name, "--watch", str(own.pictures)])
     a.steps = LIMIT
-    train.settle(a, world)
-    run = train.set_up(a, world)
+    prepare.settle(a, world)
+    run = prepare.set_up(a, world)
     if run.watched.judge is None:
         raise UserError(f"--model {a.model}: it has no judge, and nothing else knows what a photo is")
     seconds = []
@@ -53,14 +54,14 @@ def race(name, others, own, world):
             break
     else:
         raise UserError(f"--recipe {name}: {LIMIT} updates did not reach a realism of {own.goal:.0%}")
-    return Lap(len(seconds), median(seconds), sum(seconds), plan.update_flop(train.job(a)))
+    return Lap(len(seconds), median(seconds), sum(seconds), plan.update_flop(prepare.job(a)))
 
 
 def with_habits(others, world, repeats=3):
     """Median seconds of one released update made with the released loop's habits."""
     a = train.flags([*others, "--recipe", "released"])
-    train.settle(a, world)
-    run = train.set_up(a, world)
+    prepare.settle(a, world)
+    run = prepare.set_up(a, world)
     times = [sum(bench.one_update(a, run, bench.HABITS).values()) for _ in range(repeats)]
     return median(times)
 

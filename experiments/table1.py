@@ -11,6 +11,7 @@ import sys
 from matplotlib import pyplot
 
 import baselines
+import prepare
 import train
 from engine import plan
 from engine.errors import frame
@@ -36,7 +37,7 @@ def cost(own, flags, log):
     """{column: number} of what a run took: TFLOP of the transformer, seconds, optimizer steps."""
     a = train.flags(["--model", own.model, *own.flags.split(), *flags.split()])
     each = baselines.OPTIMIZER_STEPS if a.method == "dancegrpo" else 1
-    return {"tflop": a.steps * plan.update_flop(train.job(a)) / plan.TERA,
+    return {"tflop": a.steps * plan.update_flop(prepare.job(a)) / plan.TERA,
             "seconds": a.steps * runs.seconds_of(log), "optimizer_steps": a.steps * each}
 
 

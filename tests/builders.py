@@ -11,6 +11,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import prepare
 import train
 from evaluation.metrics import geneval, imagereward
 
@@ -290,8 +291,8 @@ def make_imagereward(folder):
 # ------------------------------------------------------------------------------------------ one update of
 # SRPO
 def a_batch(prompts, c, x0, eps, C0, C1, C2, middles, start=None):
-    """A `train.Batch`; middles is a list of n lists of B whole numbers, or of tensors."""
-    return train.Batch(prompts, c, x0, start, eps, C0, C1, C2, [torch.as_tensor(m) for m in middles])
+    """A `prepare.Batch`; middles is a list of n lists of B whole numbers, or of tensors."""
+    return prepare.Batch(prompts, c, x0, start, eps, C0, C1, C2, [torch.as_tensor(m) for m in middles])
 
 
 def backward(a, net, reward, batch, times=1):

@@ -5,6 +5,7 @@ import sys
 import open_clip
 import pytest
 
+import prepare
 import train
 from engine import parallel
 from experiments import bench
@@ -64,7 +65,7 @@ def test_the_released_habits_are_compared_on_the_same_work(monkeypatch, capsys):
 def test_image_by_image_is_the_same_work(monkeypatch):
     """The gradient of a batch is the mean of its images' gradients."""
     a = train.flags([*SMALL, "--noise", "independent"])
-    made = train.set_up(a, parallel.World())
+    made = prepare.set_up(a, parallel.World())
     batch = made.batch(a, 1, 0)
     for loss, _ in train.srpo(a, made.net, made.reward, batch):
         loss.backward()

@@ -152,7 +152,12 @@ def test_only_what_is_missing_is_encoded(kept, monkeypatch):
     flux.encode_prompts("miniature", PROMPTS[:1], cache=kept)
     encoded = []
     encode = flux.encode_prompt
-    monkeypatch.setattr(flux, "encode_prompt", lambda pipe, text: encoded.append(text) or encode(pipe, text))
+
+    def noted(pipe, text, most):
+        encoded.append(text)
+        return encode(pipe, text, most)
+
+    monkeypatch.setattr(flux, "encode_prompt", noted)
     flux.encode_prompts("miniature", PROMPTS, cache=kept)
     assert set(encoded) == {PROMPTS[1]}
 

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 import evaluate
 import flux
+import prepare
 import rewards
 import sample
 import train
@@ -67,7 +68,7 @@ def no_hub(monkeypatch):
 def test_schnell_is_planned_by_its_name_without_a_network():
     """No guidance embedding, 256 text tokens, 4 steps, its own time shift, which is none; flags go before."""
     a = train.flags(["--model", SCHNELL])
-    job = train.job(a)
+    job = prepare.job(a)
     assert job.transformer == {"guidance_embeds": False} and job.text_tokens == 256
     assert (a.rollout_steps, a.eval_steps, a.shift, a.size) == (4, 4, None, 720)
     assert train.flags(["--model", SCHNELL, "--eval-steps", "8"]).eval_steps == 8
@@ -83,7 +84,7 @@ def test_schnell_is_planned_by_its_name_without_a_network():
                       "FLUX.1-dev's"])])
 def test_krea_is_planned_as_dev_and_so_is_what_is_not_known_which_is_said(name, notes):
     a = train.flags(["--model", name])
-    job = train.job(a)
+    job = prepare.job(a)
     assert job.transformer == {"guidance_embeds": True} and job.text_tokens == 512
     assert (a.rollout_steps, a.eval_steps, a.shift, a.size) == (25, 50, 3.0, 720)
     assert train.notes(a) == notes

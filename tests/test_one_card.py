@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 from scripts import call, start
 
+import prepare
 import train
 from engine import lora, memory, parallel, run_folder
 
@@ -80,7 +81,7 @@ def test_a_small_card_saves_on_the_reward_path():
     for layout in ("bf16", "fp8"):
         a = train.flags([*SMALL[1:], "--lora", "4", "--memory", layout, "--batch", "2", "--steps", "2"])
         world = parallel.World(mesh=memory.needs_mesh(layout))
-        run = train.set_up(a, world)
+        run = prepare.set_up(a, world)
         known = set(run.reward.trained[0][0].cache)
         terms = list(train.srpo(a, run.net, run.reward, run.batch(a, 2, 0)))
         losses.append(torch.stack([loss for loss, _ in terms]).detach())

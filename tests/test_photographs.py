@@ -12,6 +12,7 @@ from scripts import call
 
 import direct_align as da
 import flux
+import prepare
 import train
 from engine import parallel, photographs, plan
 from engine.cache import Cache
@@ -223,7 +224,7 @@ def test_every_shape_comes_as_often_as_its_photographs_are_many():
 def run_of(folder, *argv):
     a = train.flags(["--model", "miniature", "--watch", "1", "--eval", "0", "--steps", "3", "--batch", "2",
                      "--images", str(folder), *argv])
-    return a, train.set_up(a, parallel.World())
+    return a, prepare.set_up(a, parallel.World())
 
 
 def test_an_update_is_srpo_with_x0_given_and_fresh_noise_two_calls_an_image(folder, monkeypatch):
@@ -243,8 +244,8 @@ def test_an_update_is_srpo_with_x0_given_and_fresh_noise_two_calls_an_image(fold
 
 
 def test_the_plan_counts_no_rollout(folder):
-    plain = train.job(train.flags(["--model", "miniature"]))
-    offline = train.job(train.flags(["--model", "miniature", "--images", str(folder)]))
+    plain = prepare.job(train.flags(["--model", "miniature"]))
+    offline = prepare.job(train.flags(["--model", "miniature", "--images", str(folder)]))
     counts = plan.count(plain, torch.bfloat16)
     both, without = (plan.divide(job, counts, 2, torch.bfloat16) for job in (plain, offline))
     assert without.rollout == 0 < both.rollout

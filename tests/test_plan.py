@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import flux
+import prepare
 import train
 from engine import cards, lora, memory, parallel, plan
 from engine.errors import UserError
@@ -16,7 +17,7 @@ GIB, TERA = 2**30, 1e12
 
 def job(*argv):
     """What train.py plans with these flags."""
-    return train.job(train.flags(["--memory", "masters", *argv]))
+    return prepare.job(train.flags(["--memory", "masters", *argv]))
 
 
 def miniature_job(*argv):

@@ -21,6 +21,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import evaluate
+import prepare
 import rewards
 import srpo_reward as sr
 import train
@@ -554,7 +555,7 @@ def test_the_plan_counts_every_reward():
     """ViT-H/14 is 986 M parameters, SigLIP's vision side 428 M, both float32; a held-out one is only held."""
     def of(spec):
         a = train.flags(["--model", "miniature", "--size", "64", "--memory", "masters", "--reward", spec])
-        return plan.count(train.job(a), torch.bfloat16)
+        return plan.count(prepare.job(a), torch.bfloat16)
 
     one, two, held, aesthetic, own = map(of, ("hpsv2.1", "hpsv2.1,pickscore:0.3", "hpsv2.1,pickscore:0",
                                               "aesthetic", "miniature/reward"))
