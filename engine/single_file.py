@@ -50,7 +50,7 @@ def tensors_of(file):
 
 
 def library():
-    """diffusers' conversions. They are imported when one is needed, since they import much of transformers."""
+    """diffusers' conversions, imported when one is needed: they import much of transformers."""
     return importlib.import_module("diffusers.loaders.single_file_utils")
 
 
