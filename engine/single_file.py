@@ -6,10 +6,10 @@ process. So it is given marks in place of tensors, as many for every one as it t
 they come out is known which rows of which tensor diffusers means, and each process reads its own rows.
 """
 
+import importlib
 from pathlib import Path
 
 import torch
-from diffusers.loaders import single_file_utils
 from safetensors import safe_open
 
 from engine.errors import UserError, one_line
@@ -49,6 +49,11 @@ def tensors_of(file):
     return renamed(slices, file)
 
 
+def library():
+    """diffusers' conversions, imported when one is needed: they import much of transformers."""
+    return importlib.import_module("diffusers.loaders.single_file_utils")
+
+
 def renamed(slices, file):
     """The slices of a file with black-forest-labs' names, as diffusers names and splits them: {name: `Rows`}.
     Raises UserError if they are not FLUX.1's."""
@@ -58,7 +63,7 @@ def renamed(slices, file):
         marks[name] = number * MOST_MARKS + torch.arange(marks_of(name))
     try:
         # It takes out of the dictionary what it knows.
-        converted = single_file_utils.convert_flux_transformer_checkpoint_to_diffusers(marks)
+        converted = library().convert_flux_transformer_checkpoint_to_diffusers(marks)
     except Exception as error:
         raise UserError(f"{file}: not FLUX.1's tensors: {one_line(error)}") from error
     if marks:
