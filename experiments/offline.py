@@ -16,8 +16,8 @@ ones. All flags of train.py work.
 import shlex
 import sys
 import tempfile
-import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ from torchvision.transforms.functional import to_pil_image
 import direct_align as da
 import prepare
 import train
-from engine import data, memory, parallel
+from engine import data, memory, parallel, plan
 from engine.command_line import Parser, some_path, whole
 from engine.errors import UserError, frame
 from engine.files import write_json, write_whole
@@ -112,21 +112,25 @@ def look(own, run, name):
 
 
 def trained(arm, own, others, world):
-    """Train an arm: (scores before, scores after, seconds of an update)."""
+    """Train an arm: its scores before and after."""
     a = train.flags([*others, *arm.flags])
     prepare.settle(a, world)
     run = prepare.set_up(a, world)
     if run.watched.judge is None:
         raise UserError(f"--model {a.model}: it has no judge, and nothing else knows what a photo is")
     before = look(own, run, arm.name)
-    began = time.perf_counter()
     for step in range(1, a.steps + 1):
         arm.update(a, run, step)
-    seconds = (time.perf_counter() - began) / a.steps
-    return before, look(own, run, arm.name), seconds
+    return before, look(own, run, arm.name)
 
 
-def report(a, own, rows, columns, seconds):
+def flop_of(arm, others):
+    """FLOP of the transformer in one update."""
+    job = train.job(train.flags([*others, *arm.flags]))
+    return plan.update_flop(replace(job, calls=1) if arm.update is supervised else job)
+
+
+def report(a, own, rows, columns, flop):
     """Print the table, and write it to --results with the command that made it."""
     table = tables.table(rows, columns)
     print(f"\n{table}")
@@ -136,12 +140,12 @@ def report(a, own, rows, columns, seconds):
             f"{a.steps} updates of {a.batch * a.accumulate} images, lr {a.lr}, seed {a.seed}; {own.pictures} "
             "held-out prompts, mean ± standard error over the pictures:", "",
             table, "",
-            "| an update | seconds |", "|---|---|"]
-    text += [f"| {name} | {each:.3f} |" for name, each in seconds.items()]
+            "| an update | GFLOP of the transformer |", "|---|---|"]
+    text += [f"| {name} | {each / 1e9:.2f} |" for name, each in flop.items()]
     folder = Path(own.results)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "offline.md", "\n".join(text) + "\n")
-    write_json(folder / "offline.json", {"command": command, "rows": rows, "seconds": seconds})
+    write_json(folder / "offline.json", {"command": command, "rows": rows, "flop": flop})
 
 
 def main():
@@ -152,14 +156,15 @@ def main():
         world = parallel.World()
         held_out = set(data.read_prompts(a.eval_prompts))
         rows = {}
-        seconds = {}
+        flop = {}
         with tempfile.TemporaryDirectory() as folder:
             draw(Path(folder), own.photos, held_out, a.seed)
             for arm in arms(a, folder):
-                before, after, seconds[arm.name] = trained(arm, own, others, world)
+                before, after = trained(arm, own, others, world)
+                flop[arm.name] = flop_of(arm, others)
                 rows["base"] = tables.summary(before)
                 rows[arm.name] = tables.summary(after)
-        report(a, own, rows, watch.columns_of(after), seconds)
+        report(a, own, rows, watch.columns_of(after), flop)
         world.close()
 
 

@@ -528,8 +528,8 @@ def test_many_processes_say_a_mistake_once(tmp_path):
     said = call(tmp_path / "printed", "train.py", *SMALL, "--prompts", "no.txt", "--out", tmp_path / "run",
                 ranks=2, status=2)
     assert [line for line in said.splitlines() if "no.txt" in line] == [
-        "train.py: --prompts no.txt: no such file (a text file, one prompt a line), and not one of hpdv2, "
-        "hpdv2-benchmark"]
+        "train.py: --prompts no.txt: no such file (a text file, one prompt a line, a .json, .jsonl or .csv), "
+        "and not one of hpdv2, hpdv2-benchmark"]
 
 
 # ------------------------------------------------------------------------------------------- the long forms
