@@ -169,8 +169,8 @@ def test_latents_are_encoded_once_for_all_runs(folder, miniature, tmp_path):
         return miniature.encode(image)
 
     def encoded(made_by):
-        album = photographs.Album(read(folder), 16, 4, 3, slice(0, 3), 0)
-        album.encode(encode, made_by, UNIT, kept, parallel.World())
+        album = photographs.Album(read(folder), UNIT, 4, 3, slice(0, 3), 0)
+        album.encode(encode, made_by, kept, parallel.World())
         return album
 
     first = encoded("vae")
