@@ -86,6 +86,7 @@ SMALLEST = {
     "evaluate.py": ["--first", "3", "--eval-steps", "1"],
     "experiments.bench": ["--repeats", "1", "--batch", "2", "--rollout-steps", "1"],
     "experiments.offline": ["--photos", "20", "--pictures", "8", "--steps", "1", "--batch", "2"],
+    "experiments.race": ["--goal", "0", "--pictures", "8", "--batch", "2", "--rollout-steps", "1"],
     "evaluation.study": [],
     "evaluation.report": [],
     "engine.merge": [],

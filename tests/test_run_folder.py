@@ -22,6 +22,7 @@ from test_train import SMALL, log_of
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 import flux
+import prepare
 import train
 from engine import checkpoint, parallel, run_folder, stopping
 from engine.errors import Stopped, UserError
@@ -437,7 +438,8 @@ PHASES = [
     Phase(flux, "load", 1, "before the first update: there is nothing to save"),
     Phase(flux, "sample", 1, "before the first update: there is nothing to save"),
     Phase(watch.Watch, "evaluate", 1, "before the first update: there is nothing to save"),
-    Phase(train, "srpo", 1, "after step 1, saved; --resume continues"),  # the watch of step 1 is cut short
+    # Asked in the first update, so that the watch of step 1 is cut short.
+    Phase(prepare.Run, "batch", 1, "after step 1, saved; --resume continues"),
     Phase(flux, "encode_prompts", 1, "before another update; step_00001 is there, and --resume continues"),
     Phase(watch.Watch, "look", 1, "before another update; step_00001 is there, and --resume continues"),
     Phase(watch.Watch, "look", 2, "after step 2, saved; --resume continues"),

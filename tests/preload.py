@@ -1,0 +1,16 @@
+"""Imported once by the server that the scripts of the tests are forked from: the project, and what libraries
+import only when it is first used."""
+
+import diffusers
+import open_clip
+import peft
+import transformers
+
+import evaluate
+import rewards.clip_model
+import train
+
+USED = (diffusers.AutoencoderKL, diffusers.FluxPipeline, diffusers.FluxTransformer2DModel,
+        diffusers.FlowMatchEulerDiscreteScheduler, transformers.CLIPTextModel, transformers.CLIPTokenizerFast,
+        transformers.T5EncoderModel, transformers.T5TokenizerFast, open_clip, peft, evaluate, train,
+        rewards.clip_model)
