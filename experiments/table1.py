@@ -89,9 +89,11 @@ def draw(found, lines):
     return figure
 
 
-def main(argv=None, name="table1", title="Table 1"):
+def main(argv=None, name="table1", title="Table 1", reward=None):
     with frame(name):
         own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv)
+        if reward:
+            own.flags = f"--reward {reward} {own.flags}"
         found = measure(own, ROWS, name)
         lines = curves(own, ROWS)
         told = (f"{own.pictures} held-out prompts; mean ± standard deviation between {own.seeds} seeds; "

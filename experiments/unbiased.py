@@ -3,15 +3,11 @@
     python -m experiments.unbiased
 """
 
-import sys
-
 from experiments import table1
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    table1.main([*argv, "--flags", "--reward miniature/reward_unbiased"], "unbiased",
-                "Table 1 with the unbiased reward")
+    table1.main(argv, "unbiased", "Table 1 with the unbiased reward", "miniature/reward_unbiased")
 
 
 if __name__ == "__main__":

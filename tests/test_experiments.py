@@ -1,0 +1,80 @@
+"""Claims about experiments/: how runs become numbers, and that every experiment runs from end to end."""
+
+import importlib
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from experiments import common_mode, runs
+
+SMALLEST = "--steps 2 --watch 4 --watch-every 1 --rollout-steps 2 --refl-steps 1 --eval-steps 2 --batch 8"
+
+
+def log_of(**columns):
+    """A log of a look at every update: {column: its values}."""
+    steps = zip(*columns.values(), strict=True)
+    return [{"step": step, "watch": dict(zip(columns, values, strict=True))}
+            for step, values in enumerate(steps, 1)]
+
+
+def test_a_column_is_compared_where_the_gap_is_equal():
+    """Between two looks it is interpolated; a run that never gets there has none."""
+    log = log_of(sgp=[-0.2, 0.0, 0.2], redness=[0.0, 0.1, 0.3])
+    assert runs.at_sgp(log, "redness", 0.1) == pytest.approx(0.2)
+    assert runs.at_sgp(log, "redness", -0.3) == 0.0
+    assert runs.at_sgp(log, "redness", 0.5) is None
+    assert runs.first_step(log, "redness", lambda value: value > 0.05) == 2
+    assert runs.first_step(log, "redness", lambda value: value > 1) is None
+
+
+def test_seeds_become_a_mean_and_a_deviation():
+    """What a seed does not reach is left out, and n says so; one seed has no deviation."""
+    rows = runs.over_seeds([{"a": 1.0, "b": None}, {"a": 3.0, "b": 5.0}])
+    assert rows["a"] == runs.Spread(2.0, pytest.approx(2**0.5), 2)
+    assert rows["b"] == runs.Spread(5.0, None, 1)
+    assert runs.spread([None]) is None
+    shown = runs.table({"row": rows}, {"a": ("A", ".1%"), "b": ("B", "+.2f"), "c": ("C", ".1f")})
+    assert shown.splitlines()[-1] == "| row | 200.0 ± 141.4 % | +5.00 | - |"
+
+
+def test_a_run_is_made_once_and_named_by_its_flags(monkeypatch, tmp_path):
+    made = []
+
+    def train_main(argv):
+        made.append(argv)
+        out = argv[argv.index("--out") + 1]
+        (tmp_path / "home").mkdir(exist_ok=True)
+        folder = runs.Path(out)
+        folder.mkdir()
+        (folder / "summary.json").write_text("{}")
+
+    monkeypatch.setattr(runs.train, "main", train_main)
+    own = SimpleNamespace(model="miniature", flags="--steps 2", home=str(tmp_path / "home"))
+    first = runs.trained(own, "--form plain", 0)
+    assert runs.trained(own, "--form plain", 0) == first and len(made) == 1
+    assert runs.trained(own, "--form plain", 1) != first and runs.trained(own, "--form sgp", 0) != first
+    assert "--resume" in made[0] and made[0][:4] == ["--model", "miniature", "--steps", "2"]
+
+
+def test_the_common_mode_of_a_form_is_that_of_its_weights():
+    """None where the two texts are taken in equal parts; half where the wanted one has three times the
+    weight."""
+    found = {setting.name: mode for setting, mode in common_mode.settings().items()}
+    assert found["srp, both"] == found["cfg, both"] == found["branches, both"] == 0
+    assert found["cfg, denoise only"] == 0.5 and found["sgp, both"] == 1
+    assert found["plain, denoise only"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["table1", "unbiased", "recovery", "common_mode", "intervals", "ablation",
+                                  "second_recipe", "when_to_stop"])
+def test_every_experiment_runs_to_its_page(tmp_path, name):
+    """Two updates, few pictures, one seed: a page with a table, a JSON and a picture."""
+    module = importlib.import_module(f"experiments.{name}")
+    module.main(["--seeds", "1", "--pictures", "8", "--home", str(tmp_path / "home"), "--results",
+                 str(tmp_path / "results"), "--flags", SMALLEST])
+    text = (tmp_path / "results" / f"{name}.md").read_text()
+    assert text.startswith("# ") and f"python -m experiments.{name} --seeds 1" in text and "|---|" in text
+    assert json.loads((tmp_path / "results" / f"{name}.json").read_text())
+    assert (tmp_path / "results" / f"{name}.png").stat().st_size > 10_000
