@@ -127,6 +127,15 @@ def vote(folder):
     (folder / "votes" / "ada.json").write_text(json.dumps(saved))
 
 
+def words_of(command):
+    """A command without torchrun or python before it."""
+    words = shlex.split(command)
+    if words.pop(0) == "torchrun":
+        while words[0].startswith("--"):
+            words.pop(0)
+    return words[1:] if words[0] == "-m" else words
+
+
 def run(command, place):
     """A command as it stands, at its smallest size; for a GPU, as far as its flags are read."""
     words = shlex.split(command)
@@ -158,8 +167,16 @@ def run(command, place):
     call(place / "printed", *module, script, *argv, ranks=ranks, folder=str(place))
 
 
-@pytest.mark.parametrize("path", [READMES[0], *[pytest.param(path, marks=pytest.mark.slow, id=str(path))
-                                                for path in READMES[1:]]], ids=str)
+def test_the_first_commands_of_the_readme_run(place):
+    """The main job, samples and the table of it; of the others those for a GPU, as far as flags are read. The
+    rest is in the slow test below."""
+    for number, command in enumerate(commands(READMES[0])):
+        if not command.startswith("pytest") and (number < 4 or on_a_gpu(words_of(command))):
+            run(command, place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", READMES, ids=str)
 def test_every_command_of_a_readme_runs(path, place):
     """In order, in what looks like a fresh clone. The folders' READMEs go on from the main README's run."""
     if path != READMES[0] and not (place / "runs" / "miniature").exists():
