@@ -33,7 +33,7 @@ from engine import (
 )
 from engine.command_line import Parser, add_machine_flags, as_line, or_off, parse, real, whole, words
 from engine.errors import Stopped, UserError, frame
-from engine.finite import first_not_finite, stop_after_the_step, stop_before_the_step
+from engine.finite import Trouble, first_not_finite, stop_after_the_step, stop_before_the_step
 from engine.run_folder import RunFolder
 from engine.stopping import Stopping
 from evaluation import watch
@@ -167,6 +167,8 @@ def flags(argv):
         raise UserError(f"--sigma-range {high} {low}: give MAX then MIN, 0.001 apart at least")
     if a.lam == [0, 0]:
         raise UserError("--lam 0 0: every loss would be 0, and there is nothing to learn")
+    if a.explain and a.method != "srpo":
+        raise UserError(f"--explain --method {a.method}: only srpo is told")
     if a.images is not None and a.method != "srpo":
         raise UserError(f"--images --method {a.method}: it learns from its own rollouts; only srpo takes "
                         "photographs")
@@ -324,7 +326,8 @@ def optimizer_step(a, run, folder, step, trouble):
     if norm == 0:
         world.say(f"step {step}: the gradient is 0: " + ("nothing is left to learn" if a.threshold is None
                   else f"every reward is above --threshold {a.threshold}; --threshold off"))
-    trouble = trouble or first_not_finite([f"update {step}"], gradient=norm.view(1))
+    if trouble is None and not norm.isfinite():
+        trouble = Trouble("the gradient", "no single prompt")
     stop_before_the_step(trouble, step, world, transformer, folder.out / "weights", run.net.dtype)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -340,6 +343,26 @@ def save(a, run, folder, state):
         folder.saved = state["step"]
 
 
+def show_plan(a):
+    """--plan: what an update would cost, and what fits which card."""
+    for note in flux.notes(a.model, vars(a)):
+        print(note)
+    if a.memory == "auto":
+        a.memory = memory.on_a_cpu(a.lora)
+    plan.show(prepare.job(a), a.world_size, a.card, a.share)
+    cards.show_cards(prepare.job(a), a.share)
+
+
+def explain_an_update(a, out):
+    """--explain: one update of two images, told and drawn."""
+    a.steps = 1
+    a.batch = min(a.batch, 2)
+    a.accumulate = 2 // a.batch
+    world = parallel.World(mesh=memory.needs_mesh(a.memory))
+    prepare.settle(a, world)
+    explain(a, prepare.set_up(a, world), srpo, out)
+
+
 def main(argv=None):
     """Plan, explain, or train: from the command line (None: the script's own) to the run's folder."""
     with frame("train.py"):
@@ -347,19 +370,9 @@ def main(argv=None):
         a = flags(sys.argv[1:] if argv is None else argv)
         out = Path(a.out or f"runs/{Path(a.model).name}")
         if a.plan:
-            for note in flux.notes(a.model, vars(a)):
-                print(note)
-            if a.memory == "auto":
-                a.memory = memory.on_a_cpu(a.lora)
-            plan.show(prepare.job(a), a.world_size, a.card, a.share)
-            return cards.show_cards(prepare.job(a), a.share)
-        if a.explain:  # two images are told and drawn
-            a.steps = 1
-            a.batch = min(a.batch, 2)
-            a.accumulate = 2 // a.batch
-            world = parallel.World(mesh=memory.needs_mesh(a.memory))
-            prepare.settle(a, world)
-            return explain(a, prepare.set_up(a, world), srpo, out)
+            return show_plan(a)
+        if a.explain:
+            return explain_an_update(a, out)
         world = parallel.World(a.replicas, mesh=memory.needs_mesh(a.memory))
         prepare.settle(a, world)
         folder = world.decide(RunFolder, out, vars(a), a.batch * a.accumulate * world.size)
