@@ -13,11 +13,12 @@ import torch
 from engine import checkpoint, lora, model_folder, parallel, trained
 from engine.command_line import Parser, some_path
 from engine.errors import UserError, frame, printable
-from engine.files import fetched
+from engine.files import fetched, quiet
 
 
 def main(argv=None):
     """From the command line to the folder. It takes as much memory as the weights, 24 GB in bf16."""
+    quiet()
     parser = Parser(__doc__, prog="python -m engine.merge")
     add = parser.add_argument
     add("--model", required=True, help="folder in FLUX.1-dev's layout, or hub id: the base")

@@ -126,7 +126,7 @@ def trained(arm, own, others, world):
 
 def flop_of(arm, others):
     """FLOP of the transformer in one update."""
-    job = train.job(train.flags([*others, *arm.flags]))
+    job = prepare.job(train.flags([*others, *arm.flags]))
     return plan.update_flop(replace(job, calls=1) if arm.update is supervised else job)
 
 
