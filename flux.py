@@ -15,12 +15,11 @@ from typing import NamedTuple
 
 import diffusers
 import torch
-import transformers
 from huggingface_hub import snapshot_download
 
 from direct_align import sigma_steps
 from engine import configs as con
-from engine import lora, model_folder, parallel, trained
+from engine import lora, model_folder, parallel, text, trained
 from engine.cache import OFF
 from engine.contents import known_digest
 from engine.errors import NotFinite, UserError, one_line
@@ -29,8 +28,6 @@ from engine.finite import are_finite, weights_are_finite
 
 PATCH = 2  # a token is 2 x 2 latents: fixed by the FLUX pipeline, stored in no config
 MOST_PIXELS = 2**14  # a side: what a slip of the hand could ask for beyond that fits no machine
-TEXT_PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-PADDING = 0.01  # the share of an embedding's rows that may stand for no word
 
 
 # ------------------------------------------------------------------------------------------- a model's folder
@@ -347,87 +344,25 @@ class Embeddings(NamedTuple):
         return Condition(self.txt[rows].to(device), self.pooled[rows].to(device), grid)
 
 
-def text_encoders(model, dtype):
-    """A FluxPipeline of nothing but the two text encoders and their tokenizers. Raises UserError."""
-    folder = here(model, *TEXT_PARTS)
-    clip = con.strict(transformers.CLIPTextModel, folder / "text_encoder", dtype, use_safetensors=True,
-                      unread=("text_model.embeddings.position_ids",))
-    t5 = con.strict(transformers.T5EncoderModel, folder / "text_encoder_2", dtype, use_safetensors=True,
-                    unread=("encoder.embed_tokens.weight",))
-    return diffusers.FluxPipeline(
-        scheduler=None, vae=None, transformer=None, text_encoder=clip, text_encoder_2=t5,
-        tokenizer=tokenizer_of(transformers.CLIPTokenizerFast, folder / "tokenizer", clip),
-        tokenizer_2=tokenizer_of(transformers.T5TokenizerFast, folder / "tokenizer_2", t5))
-
-
-def tokenizer_of(kind, folder, encoder):
-    """The tokenizer of an encoder, which gives a text no more tokens than that takes. Raises UserError if its
-    vocabulary is not the encoder's, which may be padded."""
-    con.check_folder(folder)
-    tokenizer = kind.from_pretrained(folder)
-    most = getattr(encoder.config, "max_position_embeddings", model_folder.MOST_TOKENS)  # T5 has no limit
-    tokenizer.model_max_length = min(tokenizer.model_max_length, most)
-    words = encoder.config.vocab_size
-    known = len(tokenizer)
-    if not (1 - PADDING) * words <= known <= words or max(tokenizer.get_vocab().values()) >= words:
-        raise UserError(f"{folder}: {known} words, but its encoder knows {words}")
-    return tokenizer
-
-
-def keys_of_prompts(model, prompts, device, dtype, cache):
-    """{prompt: its key in a `Cache`}: of the text, and of what of the model makes an embedding of it."""
-    folder = here(model, *TEXT_PARTS)
-    encoders = known_digest([folder / part for part in TEXT_PARTS], cache)
-    computed = [encoders, configs(model).text_tokens, str(dtype), torch.device(device).type]
-    return {text: cache.key("embedding", text, *computed) for text in prompts}
-
-
 def of_vae(model, device, dtype, cache):
     """What latents depend on beside their picture: a list."""
     digest = known_digest([here(model, "vae") / "vae"], cache)
     return [digest, str(dtype), torch.device(device).type]
 
 
-@torch.no_grad()
-def encode_prompt(pipe, text, most):
-    """One prompt through both text encoders of a FluxPipeline: {"txt" [L, D], "pooled" [D'], "truncated"},
-    on the CPU; L is what T5's tokenizer says, and `most` at most. Alone, for what it is encoded with would
-    change its last bits, and another run meets it with others."""
-    length = min(pipe.tokenizer_2.model_max_length, most)
-    txt, pooled, _ = pipe.encode_prompt([text], max_sequence_length=length)
-    truncated = len(pipe.tokenizer_2(text).input_ids) > length
-    return {"txt": txt[0].cpu(), "pooled": pooled[0].cpu(), "truncated": torch.tensor(truncated)}
-
-
 def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, cache=OFF):
-    """The `Embeddings` of all prompts. Those that a `Cache` lacks go through both text encoders, which are
-    loaded if there is one, and freed on return.
+    """The `Embeddings` of all prompts, through both text encoders or out of a `Cache`.
 
     Raises UserError if an encoder or its tokenizer cannot be loaded whole, or makes what is not finite.
     """
     quiet()
     check_folder(model)
-    keys = {}
-    found = dict.fromkeys(prompts)
     try:
-        most = configs(model).text_tokens
-        if cache.folder is not None:
-            keys = keys_of_prompts(model, found, device, dtype, cache)
-            found = {text: cache.get(key) for text, key in keys.items()}
-        missing = [text for text, embedding in found.items() if embedding is None]
-        if missing:
-            pipe = text_encoders(model, dtype).to(device)
-            encode_prompt(pipe, missing[0], most)  # whether the parts fit each other
+        folder = here(model, *text.PARTS)
+        found = text.embeddings(folder, prompts, configs(model).text_tokens, device, dtype, cache)
     except Exception as error:
         raise cannot_load(model, error) from error
-    for text in missing:
-        found[text] = encode_prompt(pipe, text, most)
-        if not are_finite([found[text]["txt"], found[text]["pooled"]]):
-            raise UserError(f"--model {model}: its text encoders make numbers that are not finite: their "
-                            "weights are broken")
-        if cache.folder is not None:
-            cache.put(keys[text], found[text])
-    each = [found[text] for text in prompts]
+    each = [found[prompt] for prompt in prompts]
     return Embeddings(torch.stack([one["txt"] for one in each]), torch.stack([one["pooled"] for one in each]),
                       sum(bool(one["truncated"]) for one in each))
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import flux
 from engine import cache as caching
-from engine import contents
+from engine import contents, text
 from engine.cache import Cache
 
 PROMPTS = ["a red circle", "a blue square above a white circle", "a red circle"]
@@ -143,7 +143,7 @@ def test_embeddings_are_the_same_from_the_cache_which_spares_the_encoders(kept, 
     assert plain.truncated == 1
     first = flux.encode_prompts("miniature", [*PROMPTS, long], cache=kept)
     assert len(of_prompts(kept.folder)) == 3  # a text is there once
-    monkeypatch.setattr(flux, "text_encoders", lambda model, dtype: 1 / 0)
+    monkeypatch.setattr(text, "load", lambda folder, dtype: 1 / 0)
     again = flux.encode_prompts("miniature", [*PROMPTS, long], cache=kept)
     assert equal(first, plain) and equal(again, plain)
 
@@ -151,13 +151,13 @@ def test_embeddings_are_the_same_from_the_cache_which_spares_the_encoders(kept, 
 def test_only_what_is_missing_is_encoded(kept, monkeypatch):
     flux.encode_prompts("miniature", PROMPTS[:1], cache=kept)
     encoded = []
-    encode = flux.encode_prompt
+    encode = text.encode
 
-    def noted(pipe, text, most):
-        encoded.append(text)
-        return encode(pipe, text, most)
+    def noted(pipe, prompt, most):
+        encoded.append(prompt)
+        return encode(pipe, prompt, most)
 
-    monkeypatch.setattr(flux, "encode_prompt", noted)
+    monkeypatch.setattr(text, "encode", noted)
     flux.encode_prompts("miniature", PROMPTS, cache=kept)
     assert set(encoded) == {PROMPTS[1]}
 
