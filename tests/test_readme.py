@@ -91,6 +91,11 @@ SMALLEST = {
     "evaluation.report": [],
     "engine.merge": [],
     "miniature.build": ["-h"]}
+for name in ("table1", "unbiased", "recovery", "common_mode", "intervals", "ablation", "second_recipe",
+             "when_to_stop"):
+    SMALLEST[f"experiments.{name}"] = [
+        "--seeds", "1", "--pictures", "8", "--results", "runs/results", "--flags",
+        "--steps 1 --watch 4 --watch-every 1 --rollout-steps 2 --eval-steps 1 --batch 8"]
 # Only their flags are read: on a GPU, with a machine's own paths, they are real.
 FLAGS = {"train.py": train.flags, "evaluate.py": evaluate.flags().parse_args,
          "experiments.bench": bench.flags}
