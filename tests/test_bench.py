@@ -54,6 +54,7 @@ def test_it_is_train_pys_update_that_is_timed(monkeypatch, capsys):
     assert "median of 1" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_released_habits_are_compared_on_the_same_work(monkeypatch, capsys):
     run(monkeypatch, "--released")
     told = capsys.readouterr().out

@@ -221,6 +221,7 @@ def score(pictures, prompts):
     assert cells[4:6] == ["64.0 ± 0.0", "0 ± 0 %"]
 
 
+@pytest.mark.slow
 def test_a_metrics_libraries_are_imported_when_it_is_asked_for():
     """So `evaluate.py -h`, and a flag that is refused, need no more than torch and diffusers."""
     look = ("import sys, evaluate; evaluate.flags(); "
@@ -369,6 +370,7 @@ def test_with_no_path_given_every_scorer_is_asked_of_the_hub_by_its_authors_name
                      "zhiyuanyou/DeQA-Score-Mix3"]
 
 
+@pytest.mark.slow
 def test_every_column_of_table_1_from_a_benchmark_in_four_categories(monkeypatch, capsys, tmp_path):
     """Each scorer from a folder in its real layout, tiny and random; GenEval on pictures of its own; a scorer
     whose files are damaged is a dash with its reason, never a number."""

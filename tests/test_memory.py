@@ -108,6 +108,7 @@ def test_a_run_that_is_resumed_ends_as_one_that_was_not(case, name):
     assert case.facts[name]["resumed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODES)
 def test_every_path_computes_in_bf16_as_on_a_gpu(as_a_gpu, one, name):
     """Its gradient is float32's to a few per cent, as bf16 is; all stays finite."""
@@ -122,6 +123,7 @@ def test_every_path_computes_in_bf16_as_on_a_gpu(as_a_gpu, one, name):
     assert torch.cosine_similarity(got, exact, dim=0) > 0.97
 
 
+@pytest.mark.slow
 def test_state_takes_the_bytes_that_the_names_promise(one, as_a_gpu):
     """Beside the gradients, 12 bytes a parameter with float32 masters and 8 with split ones; a LoRA has 12 a
     parameter of the adapters, beside 2 of the base in bf16 or about 1 in fp8."""

@@ -51,7 +51,8 @@ def test_every_path_trains_as_the_plain_one(tmp_path, flags):
 
 
 @pytest.mark.parametrize("flags, ranks", [
-    (["--lora", "4", "--memory", "fp8"], 2), (["--memory", "offload"], 0)], ids=str)
+    (["--lora", "4", "--memory", "fp8"], 2),
+    pytest.param(["--memory", "offload"], 0, marks=pytest.mark.slow)], ids=str)
 def test_killed_it_goes_on_to_the_same_end(tmp_path, flags, ranks):
     """kill -9 of every process, some time after the first checkpoint; bit-identical with a run that nobody
     killed."""

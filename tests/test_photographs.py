@@ -263,6 +263,7 @@ def trained(monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_two_ranks_and_four_batches_train_as_one_process(folder, tmp_path, trained):
     """Two ranks x batch 2 = one process x batch 4 = four batches of one. A picture that is skipped is named
     by one rank."""

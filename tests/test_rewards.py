@@ -219,6 +219,7 @@ def test_the_head_is_read_strictly(aesthetic, tmp_path):
         rewards.load_reward("aesthetic", where=str(tmp_path / "a"))
 
 
+@pytest.mark.slow
 def test_an_hpsv2_checkpoint_loads_strictly_and_scores_as_open_clip(tmp_path):
     """The file layout of HPS_v2.1_compressed.pt, {"state_dict": ...}, with random weights of a small
     architecture."""
@@ -489,6 +490,7 @@ def test_every_reward_offers_what_the_registry_says():
         assert callable(reward.fetch) and callable(reward.load) and callable(reward.image_network)
 
 
+@pytest.mark.slow
 def test_a_reward_is_imported_only_when_it_is_named():
     """`train.py -h` waits for torch and diffusers, not for models; the mathematics imports torch alone."""
     code = """if True:
