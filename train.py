@@ -282,10 +282,13 @@ def set_up(a, world, stopping=None):
     """Read, encode and load everything: a `Run`. Nothing is written. Raises UserError."""
     flux.needs_gpu(a.model)
     prompts = data.read_prompts(a.prompts)
-    held_out = data.read_prompts(a.eval_prompts, "--eval-prompts")[:max(a.eval, a.watch)]
+    evaluated = data.read_prompts(a.eval_prompts, "--eval-prompts")
+    held_out = evaluated[:a.eval]
+    chosen_by = data.read_prompts(a.watch_prompts, "--watch-prompts") if a.watch_prompts else evaluated
+    chosen_by = chosen_by[:a.watch]
     mine = a.batch * a.accumulate  # images of an update that this process makes
     curriculum = data.Curriculum(prompts, a.steps, mine * world.size, world.rows(mine), a.seed)
-    both = curriculum.prompts + held_out
+    both = curriculum.prompts + chosen_by + held_out
     embeddings = flux.encode_prompts(a.model, both, world.device, world.dtype)
     if embeddings.truncated:
         world.say(f"{embeddings.truncated} of {len(both)} prompts are longer than the text encoder takes, "
@@ -300,9 +303,11 @@ def set_up(a, world, stopping=None):
             block.compile()
     optimizer = memory.optimizer_of(memory.trainable(net.transformer), a.lr, a.weight_decay, a.memory,
                                     world.device)
-    theirs = embeddings.part(len(curriculum.prompts), len(both))
-    watched = watch.Watch(a, world, net, reward, held_out, theirs, stopping)
-    texts = {"--prompts": prompts, "--eval-prompts": held_out}
+    first = len(curriculum.prompts)
+    last = first + len(chosen_by)
+    watched = watch.Watch(a, world, net, reward, watch.Prompts(chosen_by, embeddings.part(first, last)),
+                          watch.Prompts(held_out, embeddings.part(last, len(both))), stopping)
+    texts = {"--prompts": prompts, "--watch-prompts": chosen_by, "--eval-prompts": held_out}
     places = {"--model": flux.files_of(a.model)}
     for number, part in enumerate(rewards.parse_rewards(a.reward), 1):
         texts[f"the weight of reward {number}"] = [str(part.weight)]
