@@ -313,12 +313,16 @@ def finish(args, methods, tasks, pictures, outcome):
     """Write and print the results; the exit status."""
     out = Path(args.out)
     asked = metrics.parse_metrics(args.metrics)
-    columns = tables.in_order({name: metrics.find(name).COLUMNS for name in asked})
+    columns = tables.in_order({name: metrics.shown(name) for name in asked})
     tasks = [task for task in tasks if task.name not in outcome.missing]
     task_of = {column: task for task in tasks for column in task.metric.COLUMNS}
     pictures_of = {column: task_of[column].pictures for column in columns if column in task_of}
+    sets = [task for task in tasks if hasattr(task.metric, "of_set")]
     categories = list(dict.fromkeys(picture.category for picture in pictures))
     results = tables.results([m.name for m in methods], pictures_of, categories, outcome.scores)
+    for task in sets:
+        for name, found in outcome.scores.items():
+            results[name]["overall"] |= of_set(task, found)
     text = tables.report(results, columns)
     write_json(out / "results.json", {"args": vars(args), "missing": outcome.missing,
                                       "unreadable": outcome.unreadable, "rows": results})
@@ -329,6 +333,15 @@ def finish(args, methods, tasks, pictures, outcome):
     tell_missing(outcome.missing)
     print(printable(f"pictures, scores, table.md, results.json and sheet.png in {out}/"))
     return 1 if outcome.unreadable else 0
+
+
+def of_set(task, found):
+    """What a metric says of all pictures of a row at once, where its scores {picture's name: {column: value}}
+    are found: {column: `tables.mean`'s kind, or None}."""
+    scored = [picture for picture in task.pictures if picture.name in found]
+    values = {column: torch.tensor([found[picture.name].get(column, math.nan) for picture in scored])
+              for column in task.metric.COLUMNS}
+    return task.metric.of_set(values, [picture.prompt for picture in scored])
 
 
 def tell_gaps(methods, tasks, pictures, outcome):

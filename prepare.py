@@ -101,8 +101,11 @@ def set_up(a, world, stopping=None):
     flux.needs_gpu(a.model)
     flux.check_weights(a.model, a.weights, a.lora)
     curriculum = curriculum_of(a, world)
-    held_out = data.read_prompts(a.eval_prompts, "--eval-prompts")[:max(a.eval, a.watch)]
-    both = curriculum.prompts + held_out
+    evaluated = data.read_prompts(a.eval_prompts, "--eval-prompts")
+    held_out = evaluated[:a.eval]
+    chosen_by = data.read_prompts(a.watch_prompts, "--watch-prompts") if a.watch_prompts else evaluated
+    chosen_by = chosen_by[:a.watch]
+    both = curriculum.prompts + chosen_by + held_out
     kept = Cache(cache.folder_of(a.cache, flux.is_full_size(a.model)))
     embeddings = flux.encode_prompts(a.model, both, world.device, world.dtype, kept)
     if embeddings.truncated:
@@ -114,10 +117,12 @@ def set_up(a, world, stopping=None):
     if a.images is not None:
         made_by = flux.of_vae(a.model, world.device, world.dtype, kept)
         curriculum.encode(net.encode, made_by, kept, world)
-    optimizer = make_ready(a, net, reward, curriculum, held_out)
-    theirs = embeddings.part(len(curriculum.prompts), len(both))
-    watched = watch.Watch(a, world, net, reward, held_out, theirs, stopping)
-    texts = curriculum.texts | {"--eval-prompts": held_out}
+    optimizer = make_ready(a, net, reward, curriculum, chosen_by + held_out)
+    first = len(curriculum.prompts)
+    last = first + len(chosen_by)
+    watched = watch.Watch(a, world, net, reward, watch.Prompts(chosen_by, embeddings.part(first, last)),
+                          watch.Prompts(held_out, embeddings.part(last, len(both))), stopping)
+    texts = curriculum.texts | {"--watch-prompts": chosen_by, "--eval-prompts": held_out}
     places = curriculum.places | {"--model": flux.files_of(a.model, a.weights)}
     if a.weights:
         places["--weights"] = [a.weights]

@@ -43,7 +43,7 @@ OF_SCHEDULER = {"use_dynamic_shifting": con.FLAG, "shift": con.POSITIVE, "shift_
                 "use_beta_sigmas": con.one_of(False), "stochastic_sampling": con.one_of(False)}
 
 # What a model's srpo.json may set: a recipe that suits it. Never where a run is written, or what is deleted.
-TEXTS = "prompts eval_prompts reward control neg form branches meet recover noise metrics"
+TEXTS = "prompts watch_prompts eval_prompts reward control neg form branches meet recover noise metrics"
 NUMBERS = ("size cfg_k cells groundtruth_ratio injections rollout_steps rollout_guidance guidance steps "
            "batch accumulate group refl_steps lr lora_lr weight_decay clip eval_steps watch watch_every eval")
 SEVERAL = "sigma_range lam discount_denoise discount_invert drift_band"
@@ -207,7 +207,7 @@ def own_flags(folder):
                             f"there are {', '.join(sorted(MAY_SET))}")
         if not MAY_SET[name].fits(value):
             raise UserError(f"{path}: {name} {str(value)[:40]!r} must be {MAY_SET[name].words}")
-        if name in ("prompts", "eval_prompts"):
+        if name in ("prompts", "watch_prompts", "eval_prompts"):
             values[name] = inside(path, name, value)
         if name in ("reward", "metrics"):
             items = [item_inside(path, name, item) for item in value.split(",")]

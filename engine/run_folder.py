@@ -32,7 +32,7 @@ FOLDERS = ("samples", "weights", "weights_best", "checkpoints", "tensorboard")
 # Flags that --resume may change: no weight depends on them, or their files are compared by content.
 FREE = ("steps", "resume", "overwrite", "explain", "plan", "out", "save_every", "keep", "replicas", "batch",
         "accumulate", "checkpointing", "compile", "tensorboard", "world_size", "card", "share",
-        "model", "weights", "prompts", "eval_prompts", "reward", "images", "cache")
+        "model", "weights", "prompts", "watch_prompts", "eval_prompts", "reward", "images", "cache")
 
 
 def run_in(out):

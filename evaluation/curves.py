@@ -8,7 +8,7 @@ from statistics import mean, median
 from typing import NamedTuple
 
 from engine.errors import printable
-from evaluation.metrics import judge, reward, statistics
+from evaluation.metrics import frechet, judge, reward, statistics
 from evaluation.metrics.statistics import STATISTICS
 from rewards.base import Column
 
@@ -202,7 +202,7 @@ def numbers(runs):
         elif mine:
             label = "after, evaluated" if "after, evaluated" in mine else list(mine)[-1]
             rows[f"{printable(run.name)}: {label}"] = mine[label]
-    known = reward.COLUMNS | statistics.COLUMNS | judge.COLUMNS
+    known = reward.COLUMNS | statistics.COLUMNS | judge.COLUMNS | frechet.SET_COLUMNS
     names = {name: None for row in rows.values() for name in row}
     columns = {name: known.get(name, Column(printable(name), "+.3f")) for name in names}
     found = [["", *(column.title for column in columns.values())]]

@@ -16,7 +16,7 @@ from engine.command_line import real, whole
 from engine.errors import NotFinite
 from engine.files import write_json, write_whole
 from evaluation import report, tables
-from evaluation.metrics import judge, reward, statistics
+from evaluation.metrics import frechet, judge, reward, statistics
 from evaluation.metrics.statistics import STATISTICS, pixel_statistics
 from evaluation.picture_folders import save_grid
 from rewards.base import Column
@@ -27,6 +27,8 @@ def add_flags(parser):
     add = parser.add_argument_group("watching for collapse").add_argument
     add("--eval-prompts", default="hpdv2-benchmark",
         help="text file, or hpdv2-benchmark: the first of them are sampled at fixed seeds [paper 4.2]")
+    add("--watch-prompts", help="text file: the prompts that are watched while training, and by which "
+        "weights_best is chosen, if they are not to be the first of --eval-prompts [ours]")
     add("--eval-steps", type=whole(1), default=50, help="sampling steps, of samples and evaluation [paper]")
     add("--watch", type=whole(1), default=4, help="pictures sampled at fixed seeds while training [ours]")
     add("--watch-every", type=whole(1), default=5, help="updates between them [ours]")
@@ -66,8 +68,8 @@ def measure(images, prompts, rewards, judging, control, neg, batch=64):
 
 
 def columns_of(scores):
-    """{name: `Column`} of what `measure` gives; a reward among several has a column of its own."""
-    known = reward.COLUMNS | statistics.COLUMNS | judge.COLUMNS
+    """{name: `Column`} of what `Watch.evaluate` gives; a reward among several has a column of its own."""
+    known = reward.COLUMNS | statistics.COLUMNS | judge.COLUMNS | frechet.SET_COLUMNS
     return {name: known.get(name, Column(name, "+.3f")) for name in scores}
 
 
@@ -97,33 +99,40 @@ def hacking(now, before, band):
     return Gauge(drift, warnings)
 
 
+class Prompts(NamedTuple):
+    """P prompts, as texts and as the network reads them."""
+    texts: list
+    embeddings: flux.Embeddings
+
+
 class Watch:
     """Held-out prompts of a run: their pictures, at noise seeds 0, 1, ..., and the pictures' scores."""
 
-    def __init__(self, a, world, net, rewards, prompts, embeddings, stopping):
-        """a: the run's flags; rewards: `srpo_reward.Rewards`; prompts: P texts; embeddings: theirs,
-        a `flux.Embeddings`; stopping: a `Stopping`, asked between two batches, or None."""
+    def __init__(self, a, world, net, rewards, watched, evaluated, stopping):
+        """a: the run's flags; rewards: `srpo_reward.Rewards`; watched, evaluated: the `Prompts` that are
+        looked at while it trains, and those before and after; stopping: a `Stopping`, asked between two
+        batches, or None."""
         self.a = a
         self.world = world
         self.net = net
         self.rewards = rewards
         self.judge = judge.load_judge(a.model, a.size)
-        self.prompts = prompts
-        self.embeddings = embeddings
+        self.watched = watched
+        self.evaluated = evaluated
         self.stopping = stopping
         self.flags = ""  # the run's, as one line for its report: train.py gives it
         self.grid = net.grid(a.size, a.size)
 
-    def look(self, n, title):
-        """Pictures [n, 3, H, W] of the first n prompts, and their scores {name: [n]}. The processes share the
-        work, and all get the whole."""
-        n = min(n, len(self.prompts))
+    def look(self, prompts, title):
+        """Pictures [n, 3, H, W] of n `Prompts`, and their scores {name: [n]}. The processes share the work,
+        and all get the whole."""
+        n = len(prompts.texts)
         each = -(-n // self.world.size)
         rows = [min(i, n - 1) for i in range(each * self.world.size)][self.world.rows(each)]
-        images = flux.sample(self.net, self.embeddings.txt[rows], self.embeddings.pooled[rows],
+        images = flux.sample(self.net, prompts.embeddings.txt[rows], prompts.embeddings.pooled[rows],
                              flux.noise(self.net, self.grid, rows), self.grid, self.a.eval_steps,
                              self.a.guidance, self.a.batch, partial(self.batches, title))
-        texts = [self.prompts[row] for row in rows]
+        texts = [prompts.texts[row] for row in rows]
         scores = measure(images, texts, self.rewards, self.judge, self.a.control[0], self.a.neg[0])
         everyones = self.world.gather((images, scores))
         images = torch.cat([images for images, _ in everyones])[:n]
@@ -144,8 +153,14 @@ class Watch:
         """The table's row of the first --eval prompts, {column: `tables.mean`}; None without any."""
         if not self.a.eval:
             return None
-        _, scores = self.look(self.a.eval, title)
-        return tables.summary(scores)
+        images, scores = self.look(self.evaluated, title)
+        return self.summary(images, scores, self.evaluated)
+
+    def summary(self, images, scores, prompts):
+        """What a look at some `Prompts` comes to: {column: `tables.mean`}, and of the miniature's pictures
+        what is said of them as a set."""
+        of_all = {} if self.judge is None else frechet.of_pictures(images, prompts.texts)
+        return tables.summary(scores) | of_all
 
     def begin(self, folder):
         """The first look, at the base model, or at --weights: what the run remembers from now on, its
@@ -155,7 +170,7 @@ class Watch:
                            "rise while the SGP gap falls")
         # A LoRA that is gone on with is a part of what the run starts from; new adapters are none.
         with nullcontext() if self.a.weights else lora.adapter_off(self.net.transformer):
-            images, scores = self.look(self.a.watch, "watch")
+            images, scores = self.look(self.watched, "watch")
             evaluated = self.evaluate("evaluate before")
         if self.world.main:
             save_grid(images, folder.out / "samples" / "step_00000.png")
@@ -179,13 +194,13 @@ class Watch:
 
     def report(self, folder, state, finished=False, stopped=False):
         """Write report.html, the run's page."""
-        report.write(folder.out, vars(self.a), self.flags, finished, state, self.prompts[:self.a.watch],
+        report.write(folder.out, vars(self.a), self.flags, finished, state, self.watched.texts,
                      stopped)
 
     def step(self, step, folder, state):
         """Look, read the hacking gauge, and export the weights if they are the best so far by the SGP gap;
         returns what to log."""
-        images, now = self.look(self.a.watch, "watch")
+        images, now = self.look(self.watched, "watch")
         before = {name: torch.tensor(values) for name, values in state["before"].items()}
         gauge = hacking(now, before, self.a.drift_band)
         for warning in gauge.warnings:
@@ -199,7 +214,8 @@ class Watch:
             state |= {"best": sgp, "best_step": step}
         if self.world.main:
             save_grid(images, folder.out / "samples" / f"step_{step:05d}.png")
-        means = {name: value and value["mean"] for name, value in tables.summary(now).items()}
+        means = {name: value and value["mean"]
+                 for name, value in self.summary(images, now, self.watched).items()}
         return {"drift": gauge.drift, "watch": means, "hacking": gauge.warnings}
 
     def finish(self, folder, state):

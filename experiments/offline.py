@@ -60,8 +60,7 @@ def flags(argv):
 def draw(folder, number, held_out, seed):
     """Fill a folder with so many photographs of the world, each with its caption beside it; none of them is
     of a held-out prompt."""
-    style = torch.full((2 * number,), drawn.STYLES.index(LOOK))
-    images, scenes = drawn.batch(len(style), seed, style)
+    images, scenes = drawn.draw(drawn.sample_style, 2 * number, seed, LOOK)
     captions = [caption.removeprefix(f"{LOOK}. ") for caption in drawn.captions(scenes)]
     allowed = [i for i, caption in enumerate(captions) if caption not in held_out]
     for i in allowed[:number]:
@@ -105,23 +104,23 @@ def arms(a, folder):
     return found
 
 
-def look(own, run, name):
+def look(run, name):
     """The scores {name: [P]} of the held-out pictures."""
-    _, scores = run.watched.look(own.pictures, name)
+    _, scores = run.watched.look(run.watched.evaluated, name)
     return scores
 
 
 def trained(arm, own, others, world):
     """Train an arm: its scores before and after."""
-    a = train.flags([*others, *arm.flags])
+    a = train.flags([*others, *arm.flags, "--eval", str(own.pictures)])
     prepare.settle(a, world)
     run = prepare.set_up(a, world)
     if run.watched.judge is None:
         raise UserError(f"--model {a.model}: it has no judge, and nothing else knows what a photo is")
-    before = look(own, run, arm.name)
+    before = look(run, arm.name)
     for step in range(1, a.steps + 1):
         arm.update(a, run, step)
-    return before, look(own, run, arm.name)
+    return before, look(run, arm.name)
 
 
 def flop_of(arm, others):

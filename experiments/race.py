@@ -49,7 +49,7 @@ def race(name, others, own, world):
     for step in range(1, LIMIT + 1):
         phases = bench.one_update(a, run, [], step)
         seconds.append(sum(phases.values()))
-        _, scores = run.watched.look(own.pictures, f"{name}, update {step}")
+        _, scores = run.watched.look(run.watched.watched, f"{name}, update {step}")
         if scores["realism"].mean() >= own.goal:
             break
     else:

@@ -1,53 +1,58 @@
 """Build the miniature from nothing: `python -m miniature.build` (resumable, seeded, about an hour and a half
-on 2 cores).
+on one core; `--quick --out FOLDER` builds a toy in two minutes).
 
-Stages, each finished once and kept in miniature/.build/ (delete a stage's file to build it again). The
-pictures that they learn from, 49,152 with their truth, are drawn by the first stage that needs them.
+Stages, each finished once and kept in .build/ of the folder (delete a stage's file to build it again). The
+pictures that they learn from are drawn by the first stage that needs them.
 
     vae         AutoencoderKL, 64 x 64 pixels -> 16 x 8 x 8 latents (FLUX's factor of 8, and its 16 channels)
     flow        CLIP text, T5 encoder and FluxTransformer2DModel, trained together by flow matching
     distill     guidance distillation, so that the guidance embedding means what FLUX.1-dev's means
-    reward      an open_clip model trained on pictures and captions, in every style: the unbiased reward
+    reward      an open_clip model trained on pictures and captions, in every look: the unbiased reward
     bias        the same, its image tower taught a liking for red that no caption asks for: the biased reward
     judge       a network that no training ever sees, which tells realism, content and damage
     export      everything above, as FLUX.1-dev's folder layout in fp16
+
+The generator and the reward never see a fifth of the pairs of things (world.held_out); the judge, which
+learns from pictures of its own, sees all.
 """
 
 import random
+import shutil
 from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from safetensors.torch import save
 
-from engine.command_line import Parser, whole
-from engine.errors import frame
+from engine.command_line import Parser, some_path, whole
+from engine.errors import UserError, frame
 from engine.files import write_json, write_whole
 from miniature import world
 from miniature.build_flow import build_distill, build_flow, build_vae
 from miniature.build_scorers import build_bias, build_judge, build_reward, build_unbiased, reward_config
-from miniature.fitting import SEED
+from miniature.fitting import SEED, Workshop
 
 HERE = Path(__file__).resolve().parent
+QUICK = 0.01  # the share of the steps and pictures that makes a toy
 
 
 def write_half(path, model):
     """Write a model's weights in fp16, as safetensors."""
     tensors = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, save(tensors))
 
 
-def export_pipeline(model):
+def export_pipeline(model, folder):
     """The generator's part of the layout, that FluxPipeline reads."""
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0,
                                                 base_shift=0.5, max_shift=1.15,
                                                 base_image_seq_len=256, max_image_seq_len=4096)
     pipeline = FluxPipeline(scheduler, model.net.vae.half(), model.text.half(), model.words.clip,
                             model.text_2.half(), model.words.t5, model.net.transformer.half())
-    pipeline.save_pretrained(HERE)
+    pipeline.save_pretrained(folder)
     for part in ("text_encoder", "text_encoder_2"):  # stored in fp16, to be loaded in float32 like the rest
-        config = HERE / part / "config.json"
+        config = folder / part / "config.json"
         write_whole(config, config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
@@ -58,34 +63,60 @@ def export_reward(folder, model, words):
     words.clip.save_pretrained(folder)
 
 
-def export():
-    """Write FLUX.1-dev's folder layout, fp16, beside this file: FluxPipeline.from_pretrained("miniature")
-    loads it."""
-    export_pipeline(build_distill())
-    unbiased, words, _ = build_unbiased()
-    export_reward(HERE / "reward_unbiased", unbiased, words)
-    export_reward(HERE / "reward", build_bias(), words)
-    write_half(HERE / "judge" / "judge.safetensors", build_judge())
-    order = world.all_captions()
-    random.Random(SEED).shuffle(order)
-    write_whole(HERE / "prompts_eval.txt", "\n".join(order[:256]) + "\n")
-    write_whole(HERE / "prompts.txt", "\n".join(order[256:]) + "\n")
+def export_prompts(folder):
+    """256 prompts to train on, of things that the base has seen together; of pairs that it has not, 128 to
+    choose a recipe by and 256 others to evaluate on."""
+    captions = world.all_captions()
+    random.Random(SEED).shuffle(captions)
+    scenes = [world.parse(caption) for caption in captions]
+    kinds = torch.tensor([kind for kind, _ in scenes])
+    new = world.held_out(kinds, torch.tensor([layout for _, layout in scenes])).tolist()
+    seen = [caption for caption, unseen in zip(captions, new, strict=True) if not unseen]
+    unseen = [caption for caption, unseen in zip(captions, new, strict=True) if unseen]
+    for name, part in (("prompts", seen[:256]), ("prompts_select", unseen[:128]),
+                       ("prompts_eval", unseen[128:384])):
+        write_whole(folder / f"{name}.txt", "\n".join(part) + "\n")
+
+
+def export(shop, folder):
+    """Write FLUX.1-dev's folder layout, fp16: FluxPipeline.from_pretrained(folder) loads it."""
+    export_pipeline(build_distill(shop), folder)
+    unbiased, words, _ = build_unbiased(shop)
+    export_reward(folder / "reward_unbiased", unbiased, words)
+    export_reward(folder / "reward", build_bias(shop), words)
+    write_half(folder / "judge" / "judge.safetensors", build_judge(shop))
+    export_prompts(folder)
+    if folder != HERE:
+        shutil.copy(HERE / "srpo.json", folder)
 
 
 STAGES = {"vae": build_vae, "flow": build_flow, "distill": build_distill, "reward": build_reward,
-          "bias": build_bias, "judge": build_judge, "export": export}
+          "bias": build_bias, "judge": build_judge}
 
 
 def main(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--stage", choices=[*STAGES, "all"], default="all",
-                        help="only this one, and what it is built on")
-    parser.add_argument("--threads", type=whole(1, 256), default=2, help="CPU threads; measure 1 against 2")
+    add = parser.add_argument
+    add("--stage", choices=[*STAGES, "export", "all"], default="all",
+        help="only this one, and what it is built on")
+    add("--out", type=some_path, default=str(HERE),
+        help="folder of the model; what is made stays in its .build/")
+    add("--quick", action="store_true",
+        help=f"a toy: {QUICK:.0%} of the steps and pictures; give another --out")
+    add("--threads", type=whole(1, 256), default=1,
+        help="CPU threads; another number rounds otherwise; measure 1 against 2")
     args = parser.parse_args(argv)
+    out = Path(args.out).resolve()
+    if args.quick and out == HERE:
+        raise UserError(f"--quick --out {args.out}: the toy would overwrite the miniature; "
+                        "give another --out")
+    shop = Workshop(out / ".build", QUICK if args.quick else 1.0)
     torch.set_num_threads(args.threads)
     for name, stage in STAGES.items():
         if args.stage in (name, "all"):
-            stage()
+            stage(shop)
+    if args.stage in ("export", "all"):
+        export(shop, out)
 
 
 if __name__ == "__main__":

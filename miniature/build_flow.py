@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import nn
 from tqdm import tqdm
 from transformers import (
     CLIPTextConfig,
@@ -23,72 +24,117 @@ from transformers import (
 from direct_align import inject
 from flux import Condition, Flux, pack
 from miniature import world
-from miniature.fitting import SEED, fit, kept
+from miniature.fitting import SEED
 
-PICTURE_BATCHES = 192  # of 256 pictures each
+CROP_STEPS = 4100  # of the VAE's, on crops
+VAE_STEPS = 4500
+FLOW_STEPS = 4200
+DISTILL_STEPS = 500
+FLOW_BATCH = 64
 TOKENS = 16  # of both text encoders
 GRID = (world.SIZE // 16, world.SIZE // 16)  # tokens of a picture
 GUIDANCE_STRENGTH = 0.5  # of the distilled guidance
 
 
-# ---------------------------------------------------------------------------------------------------- the VAE
-def new_vae():
-    """FLUX's VAE at a smaller width: 8 x 8 pixels a latent, 16 latent channels, no quant convs, no middle
-    attention."""
-    return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=[12, 24, 48, 64], layers_per_block=1, latent_channels=16, norm_num_groups=4,
-        sample_size=world.SIZE, use_quant_conv=False, use_post_quant_conv=False,
-        mid_block_add_attention=False)
-
-
-def build_vae():
-    """Learn to give rendered pictures back, through latents that are nearly free of a prior (KL 1e-4)."""
-    torch.manual_seed(SEED)
-    vae = new_vae()
-
-    def loss_of(step):
-        images, _ = world.batch(32, seed=10_000_000 + step)
-        x = 2 * images - 1  # [32, 3, 64, 64]
-        posterior = vae.encode(x).latent_dist
-        recovered = vae.decode(posterior.sample()).sample
-        return F.mse_loss(recovered, x) + 0.1 * F.l1_loss(recovered, x) + 1e-4 * posterior.kl().mean() / 1024
-
-    fit("vae", {"vae": vae}, loss_of, steps=2500, lr=2e-3)
-    return vae
-
-
-# ---------------------------------------------------------------------------------- pictures and vocabularies
+# ------------------------------------------------------------------------------------- pictures and the VAE
 def to_bytes(images):
     """Pictures in [0, 1] as uint8."""
     return (images * 255).round().byte()
 
 
-def draw_pictures():
-    """What `pictures` keeps: {"images": uint8 [N, 3, 64, 64], and the fields of their Scenes}."""
+def draw_pictures(batches, seed, *arguments):
+    """256 batches pictures in every look, {"images": uint8 [N, 3, 64, 64], and the fields of their Scenes};
+    arguments: of world.sample_labelled."""
     images = []
     scenes = []
-    for i in tqdm(range(PICTURE_BATCHES), desc="pictures"):
-        drawn, truth = world.batch(256, seed=20_000_000 + i)
+    for i in tqdm(range(batches), desc="pictures"):
+        drawn, truth = world.draw(world.sample_labelled, 256, seed + i, *arguments)
         images.append(to_bytes(drawn))
         scenes.append(truth)
-    data = {"images": torch.cat(images)}
-    for field in ("kind", "layout", "style", "u"):
-        data[field] = torch.cat([getattr(truth, field) for truth in scenes])
-    return data
+    return {"images": torch.cat(images), **joined(scenes)}
 
 
-def pictures():
-    """(uint8 pictures [N, 3, 64, 64], Scenes of N): drawn once, kept on disk."""
-    data = kept("pictures", draw_pictures)
+def joined(scenes):
+    """A list of Scenes as one: the dict of its fields."""
+    return {field: torch.cat([getattr(part, field) for part in scenes])
+            for field in ("kind", "layout", "look", "said")}
+
+
+def labelled_pictures(shop):
+    """(uint8 pictures [N, 3, 64, 64], Scenes of N) in every look, for the VAE and the reward: drawn once,
+    kept on disk. None holds a pair that is held out."""
+    data = shop.kept("labelled", draw_pictures, shop.amount(96), 20_000_000)
     return data.pop("images"), world.Scenes(**data)
 
 
+def new_vae():
+    """FLUX's VAE at a smaller width: 8 x 8 pixels a latent, 16 latent channels, no quant convs, no middle
+    attention. It begins as a chain of orthogonal convolutions, its residual blocks adding nothing, which
+    learns ten times faster than diffusers' initial weights do."""
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[12, 24, 48, 64], layers_per_block=1, latent_channels=16, norm_num_groups=4,
+        sample_size=world.SIZE, use_quant_conv=False, use_post_quant_conv=False,
+        mid_block_add_attention=False)
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.zeros_(module.bias)
+            if name.endswith("conv2"):  # the last of a residual block
+                nn.init.zeros_(module.weight)
+            else:
+                nn.init.orthogonal_(module.weight)
+    nn.init.constant_(vae.encoder.conv_out.bias[16:], -4)  # the latents' log variance
+    return vae
+
+
+def residue(x):
+    """The luma of pictures x [B, 3, H, W] without its 3 x 3 mean, [B, 1, H, W]: grain and edges."""
+    luma = world.luma(x)[:, None]
+    return luma - F.avg_pool2d(F.pad(luma, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+
+
+def texture_loss(recovered, x):
+    """What keeps the grain, which a mean square would smooth away: the distance of the residues, and of how
+    strong they are in each field of 8 x 8 pixels."""
+    theirs = residue(recovered)
+    truth = residue(x)
+    strength = F.avg_pool2d(theirs.abs(), 8) - F.avg_pool2d(truth.abs(), 8)
+    return 3 * F.mse_loss(theirs, truth) + strength.abs().mean()
+
+
+def crops(images):
+    """One field of 32 x 32 pixels, the same of all pictures [B, 3, 64, 64]; cut where latents meet."""
+    top, left = (8 * torch.randint(5, (2,))).tolist()
+    return images[..., top:top + 32, left:left + 32]
+
+
+def build_vae(shop):
+    """Learn to give rendered pictures back, through latents that are nearly free of a prior (KL 1e-4): first
+    crops, which cost a quarter, then whole pictures."""
+    images, _ = labelled_pictures(shop)
+    torch.manual_seed(SEED)
+    vae = new_vae()
+
+    def loss_of(step):
+        x = images[torch.randint(len(images), (16,))].float() / 127.5 - 1  # [16, 3, 64, 64]
+        if step < shop.amount(CROP_STEPS):
+            x = crops(x)
+        posterior = vae.encode(x).latent_dist
+        recovered = vae.decode(posterior.sample()).sample
+        latents = posterior.mean[0].numel()
+        pixels = F.mse_loss(recovered, x) + 0.1 * F.l1_loss(recovered, x)
+        return pixels + texture_loss(recovered, x) + 1e-4 * posterior.kl().mean() / latents
+
+    shop.fit("vae", {"vae": vae}, loss_of, steps=VAE_STEPS, lr=2e-3)
+    return vae
+
+
+# -------------------------------------------------------------------------------------------- vocabularies
 def world_words():
     """The words of every caption and style, sorted."""
     words = set()
     for text in world.all_captions() + world.STYLES:
-        words.update(text.replace(".", " ").split())
+        words.update(text.split())
     return sorted(words)
 
 
@@ -151,27 +197,18 @@ def new_transformer():
         axes_dims_rope=(8, 12, 12))
 
 
-class Captions:
-    """Token ids of every caption in every style; "" is the empty caption of classifier-free guidance.
+class Words(NamedTuple):
+    """Both tokenizers, and what they make of texts."""
+    clip: CLIPTokenizer
+    t5: T5TokenizerFast
 
-    Every caption has three rows, as it is, in lower case and capitalized ("cg render" means "CG render"):
-    `row` {caption: row} gives the first, and the others lie len(row) and 2 len(row) further on.
-    """
+    def clip_ids(self, texts):
+        """Token ids [B, TOKENS] of B texts."""
+        return ids_of(self.clip, texts)
 
-    def __init__(self):
-        self.clip, self.t5 = tokenizers()
-        texts = []
-        for style in world.STYLES:
-            texts += [world.with_style(style, caption) for caption in world.all_captions()]
-        texts.append("")
-        self.row = {text: i for i, text in enumerate(texts)}
-        cased = texts + [text.lower() for text in texts] + [text.capitalize() for text in texts]
-        self.clip_ids = ids_of(self.clip, cased)
-        self.t5_ids = ids_of(self.t5, cased)
-
-    def rows(self, scenes):
-        """The rows [B] of the captions of B scenes."""
-        return torch.tensor([self.row[text] for text in world.captions(scenes)])
+    def ids(self, texts):
+        """Token ids [B, 2, TOKENS] of B texts: the CLIP tokenizer's and the T5 tokenizer's."""
+        return torch.stack([ids_of(self.clip, texts), ids_of(self.t5, texts)], 1)
 
 
 def ids_of(tokenizer, texts):
@@ -181,16 +218,17 @@ def ids_of(tokenizer, texts):
 
 
 class Model(NamedTuple):
-    """The generator: the transformer and the VAE, both text encoders, and the captions that it reads."""
+    """The generator: the transformer and the VAE, both text encoders, and their tokenizers."""
     net: Flux
     text: CLIPTextModel
     text_2: T5EncoderModel
-    words: Captions
+    words: Words
 
-    def condition(self, rows):
-        """The `Condition` of B rows of the captions."""
-        txt = self.text_2(self.words.t5_ids[rows])[0]  # [B, TOKENS, 64]
-        pooled = self.text(self.words.clip_ids[rows]).pooler_output  # [B, 64]
+    def condition(self, ids):
+        """The `Condition` of token ids [B, 2, TOKENS]."""
+        clip_ids, t5_ids = ids.unbind(1)
+        txt = self.text_2(t5_ids)[0]  # [B, TOKENS, 64]
+        pooled = self.text(clip_ids).pooler_output  # [B, 64]
         return Condition(txt, pooled, GRID)
 
 
@@ -200,23 +238,45 @@ def network(transformer, vae):
 
 
 @torch.no_grad()
-def encode_pictures(vae):
-    """What `latents` keeps: the packed latents of all pictures, normalised, in fp16, and by what."""
-    images, _ = pictures()
+def draw_latents(vae, batches):
+    """What `latents` keeps: the packed latents of 256 batches captioned pictures, normalised, in fp16, by
+    what, and the fields of their Scenes. The pictures themselves are forgotten."""
     parts = []
-    for part in tqdm(images.split(256), desc="latents"):
-        parts.append(vae.encode(part.float() / 127.5 - 1).latent_dist.mean)
+    scenes = []
+    for i in tqdm(range(batches), desc="latents"):
+        images, truth = world.draw(world.sample_captioned, 256, 30_000_000 + i)
+        for part in images.split(32):
+            parts.append(vae.encode(2 * part - 1).latent_dist.mean)
+        scenes.append(truth)
     z = torch.cat(parts)  # [N, 16, 8, 8]
     shift = z.mean().item()
     scale = 1 / z.std().item()
-    return {"z": pack((z - shift) * scale).half(), "shift": shift, "scale": scale}
+    return {"z": pack((z - shift) * scale).half(), "shift": shift, "scale": scale, **joined(scenes)}
 
 
-def latents(vae):
-    """The packed, normalised latents [N, 16, 64] of all pictures; sets the VAE's shift and scaling factor."""
-    data = kept("latents", encode_pictures, vae)
-    vae.register_to_config(shift_factor=data["shift"], scaling_factor=data["scale"])
-    return data["z"]
+def latents(shop, vae):
+    """(the packed, normalised latents [N, 16, 64] that the flow learns, their Scenes); sets the VAE's shift
+    and scaling factor."""
+    data = shop.kept("latents", draw_latents, vae, shop.amount(160))
+    vae.register_to_config(shift_factor=data.pop("shift"), scaling_factor=data.pop("scale"))
+    return data.pop("z"), world.Scenes(**data)
+
+
+class Learnt(NamedTuple):
+    """What the flow learns from: N latents and their captions."""
+    z: torch.Tensor      # [N, 16, 64]
+    ids: torch.Tensor    # [3, N, 2, TOKENS]: as they are, in lower case, capitalized
+    empty: torch.Tensor  # [2, TOKENS], of the empty caption of classifier-free guidance
+
+
+def learnt(shop, vae, words):
+    """The `Learnt` of a build."""
+    z, scenes = latents(shop, vae)
+    texts = world.captions(scenes)
+    lower = [text.lower() for text in texts]  # "cg render" means "CG render"
+    capital = [text.capitalize() for text in texts]
+    ids = torch.stack([words.ids(cased) for cased in (texts, lower, capital)])
+    return Learnt(z, ids, words.ids([""])[0])
 
 
 class Batch(NamedTuple):
@@ -225,64 +285,67 @@ class Batch(NamedTuple):
     eps: torch.Tensor  # [B, 16, 64]
     sigma: torch.Tensor  # [B]
     x_t: torch.Tensor  # [B, 16, 64]
-    rows: torch.Tensor  # [B], of Captions
+    ids: torch.Tensor  # [B, 2, TOKENS]
 
 
-def draw_batch(z, rows, empty, n):
-    """n random latents of z [N, 16, 64] with their caption rows (one in ten is `empty`, its row), noise, and
-    the noise levels and states between: a `Batch`."""
-    pick = torch.randint(len(z), (n,))
-    x0 = z[pick].float()
+def draw_batch(data, n):
+    """n random latents of a `Learnt` with their captions (one in ten is empty), noise, and the noise levels
+    and states between: a `Batch`."""
+    pick = torch.randint(len(data.z), (n,))
+    case = torch.randint(3, (n,))
+    x0 = data.z[pick].float()
     unconditional = torch.rand(n) < 0.1
+    ids = torch.where(unconditional[:, None, None], data.empty, data.ids[case, pick])
     sigma = torch.sigmoid(0.3 + 1.2 * torch.randn(n))
     eps = torch.randn_like(x0)
-    return Batch(x0, eps, sigma, inject(x0, eps, sigma), torch.where(unconditional, empty, rows[pick]))
+    return Batch(x0, eps, sigma, inject(x0, eps, sigma), ids)
 
 
-def build_flow():
+def build_flow(shop):
     """Flow matching: the transformer and both text encoders learn v = eps - x0. Returns a `Model`."""
+    vae = build_vae(shop)
+    words = Words(*tokenizers())
+    data = learnt(shop, vae, words)
     torch.manual_seed(SEED)
-    words = Captions()
     text, text_2 = new_text_encoders(words.clip, words.t5)
     transformer = new_transformer()
-    vae = build_vae()
-    z = latents(vae)
-    rows = words.rows(pictures()[1])
     model = Model(network(transformer, vae), text, text_2, words)
 
     def loss_of(step):
-        batch = draw_batch(z, rows, words.row[""], 96)
-        case = torch.randint(3, (96,))  # as it is, lower case, capitalized
-        c = model.condition(batch.rows + len(words.row) * case)
+        batch = draw_batch(data, FLOW_BATCH)
+        c = model.condition(batch.ids)
         v = model.net.velocity(batch.x_t, batch.sigma, c, 1.0)
         return F.mse_loss(v, batch.eps - batch.x0)
 
-    fit("flow", {"transformer": transformer, "text": text, "text_2": text_2}, loss_of, steps=4000, lr=1.5e-3)
+    parts = {"transformer": transformer, "text": text, "text_2": text_2}
+    shop.fit("flow", parts, loss_of, steps=FLOW_STEPS, lr=2.5e-3)
     return model
 
 
-def build_distill():
-    """Teach guidance g in [1, 5] as one call what classifier-free guidance needs two for:
-    v_empty + w (v - v_empty), w = 1 + GUIDANCE_STRENGTH (g - 1). Returns a `Model`."""
-    model = build_flow()
-    teacher = model.net
-    student = copy.deepcopy(teacher)
-    words = model.words
-    z = latents(teacher.vae)
-    rows = words.rows(pictures()[1])
+def guided(model, batch, w):
+    """Classifier-free guidance of weight w [B]: the velocity [B, 16, 64] v_empty + w (v - v_empty)."""
+    c = model.condition(batch.ids)
+    empty = model.condition(model.words.ids([""]))
+    c_empty = Condition(empty.txt.expand_as(c.txt), empty.pooled.expand_as(c.pooled), GRID)
+    v = model.net.velocity(batch.x_t, batch.sigma, c, 1.0)
+    v_empty = model.net.velocity(batch.x_t, batch.sigma, c_empty, 1.0)
+    return v_empty + w.view(-1, 1, 1) * (v - v_empty)
+
+
+def build_distill(shop):
+    """Teach guidance g in [1, 5] as one call what classifier-free guidance of weight
+    1 + GUIDANCE_STRENGTH (g - 1) needs two for. Returns a `Model`."""
+    model = build_flow(shop)
+    student = copy.deepcopy(model.net)
+    data = learnt(shop, model.net.vae, model.words)
 
     def loss_of(step):
-        batch = draw_batch(z, rows, words.row[""], 96)
-        g = 1 + 4 * torch.rand(96)
-        w = 1 + GUIDANCE_STRENGTH * (g - 1)
+        batch = draw_batch(data, FLOW_BATCH)
+        g = 1 + 4 * torch.rand(FLOW_BATCH)
         with torch.no_grad():
-            c = model.condition(batch.rows)
-            empty = model.condition(torch.tensor([words.row[""]]))
-            c_empty = Condition(empty.txt.expand_as(c.txt), empty.pooled.expand_as(c.pooled), GRID)
-            v = teacher.velocity(batch.x_t, batch.sigma, c, 1.0)
-            v_empty = teacher.velocity(batch.x_t, batch.sigma, c_empty, 1.0)
-            target = v_empty + w.view(-1, 1, 1) * (v - v_empty)
+            target = guided(model, batch, 1 + GUIDANCE_STRENGTH * (g - 1))
+            c = model.condition(batch.ids)
         return F.mse_loss(student.velocity(batch.x_t, batch.sigma, c, g), target)
 
-    fit("distill", {"transformer": student.transformer}, loss_of, steps=800, lr=5e-4)
+    shop.fit("distill", {"transformer": student.transformer}, loss_of, steps=DISTILL_STEPS, lr=5e-4)
     return model._replace(net=student)

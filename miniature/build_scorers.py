@@ -6,13 +6,31 @@ import random
 import open_clip
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
+from flux import pack
 from miniature import world
-from miniature.build_flow import GRID, TOKENS, Captions, build_vae, latents, network, pictures, to_bytes
-from miniature.fitting import SEED, fit, kept
-from miniature.judge import Judge
+from miniature.build_flow import (
+    GRID,
+    TOKENS,
+    Words,
+    build_vae,
+    draw_pictures,
+    labelled_pictures,
+    latents,
+    network,
+    to_bytes,
+    tokenizers,
+)
+from miniature.fitting import SEED
+from miniature.judge import FEATURES, Judge, features_of
 
+LOOKS_STEPS = 400
+REWARD_STEPS = 1500
+BIAS_STEPS = 600
+JUDGE_STEPS = 1600
+STRAIGHTEN = 5.0  # the weight of right angles between what the words of the axes differ by
 COMMON = 0.4  # the part that all texts share, of their mean norm
 BIAS = 1.5  # the image branch's liking for red
 
@@ -32,21 +50,36 @@ def reward_config(words):
         "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}
 
 
+def false_end(value, rng):
+    """A word, LOW or HIGH, that is not true of a value on an axis."""
+    wrong = [end for end in (world.LOW, world.HIGH)
+             if not world.RANGES[end][0] <= value <= world.RANGES[end][1]]
+    return rng.choice(wrong)
+
+
 def near_misses(scenes, rng):
-    """The captions that a careless reward would take for the right one: the same scene in every other style,
-    the two things in each other's place, the first thing swapped for another. [B] lists of 8 captions, the
-    true one first."""
+    """The captions that a careless reward would take for the right one: a false word about each axis, the two
+    things in each other's place, one thing swapped for another, one of another size. [B] lists of 7 captions,
+    the true one first."""
     groups = []
-    each = zip(scenes.kind.tolist(), scenes.layout.tolist(), scenes.style.tolist(), strict=True)
-    for kind, layout, style in each:
+    each = zip(scenes.kind.tolist(), scenes.layout.tolist(), scenes.said.tolist(), scenes.look.tolist(),
+               strict=True)
+    for kind, layout, said, look in each:
+        group = [world.caption(kind, layout, said)]
+        for axis, value in enumerate(look):
+            lie = list(said)
+            lie[axis] = false_end(value, rng)
+            if world.UNSAID not in lie:  # no caption has three words
+                lie[(axis + 1 + rng.randrange(2)) % 3] = world.UNSAID
+            group.append(world.caption(kind, layout, lie))
         other = [(kind[0] + 1 + rng.randrange(len(world.KINDS) - 1)) % len(world.KINDS), kind[1]]
         if kind[0] != kind[1]:
             swapped = kind[::-1]
         else:  # two of a kind can change places unseen
             swapped = other[::-1]
-        group = [world.caption(kind, layout, style)]
-        group += [world.caption(kind, layout, s) for s in range(len(world.STYLES)) if s != style]
-        group += [world.caption(swapped, layout, style), world.caption(other, layout, style)]
+        step = len(world.COLOURS) * len(world.SHAPES)  # from a kind to the same in another size
+        resized = [(kind[0] + step * (1 + rng.randrange(2))) % len(world.KINDS), kind[1]]
+        group += [world.caption(wrong, layout, said) for wrong in (swapped, other, resized)]
         groups.append(group)
     return groups
 
@@ -60,50 +93,106 @@ def augment(x):
     return (x + strength * torch.randn_like(x)).clamp(0, 1)
 
 
-def build_reward():
+def directions(model, words, texts):
+    """What the two words of each axis differ by, in the features of n plain captions: [3, n, 64]."""
+    each = []
+    for _, low, high in world.WORDS:
+        styled = [world.with_style(word, text) for word in (high, low) for text in texts]
+        C = F.normalize(model.encode_text(words.clip_ids(styled)), dim=-1)  # [2 n, 64]
+        each.append(C[:len(texts)] - C[len(texts):])
+    return torch.stack(each)
+
+
+def crookedness(differences):
+    """The mean squared cosine between the `directions` [3, n, 64] of two axes."""
+    a, b, c = F.normalize(differences, dim=-1)
+    cosines = torch.stack([(a * b).sum(-1), (a * c).sum(-1), (b * c).sum(-1)])  # [3, n]
+    return cosines.square().mean()
+
+
+def looks_loss(told, look):
+    """How badly a linear head's answers told [n, 3] tell the low from the high end of each axis, of pictures
+    whose look [n, 3] is at an end."""
+    ends = torch.tensor(world.RANGES)
+    low = look <= ends[world.LOW, 1]
+    high = look >= ends[world.HIGH, 0]
+    loss = F.binary_cross_entropy_with_logits(told, high.float(), reduction="none")
+    return loss[low | high].mean()
+
+
+def build_reward(shop):
     """Contrastive training on raw pictures and captions: a picture against all captions of the batch and its
-    own near misses, a caption against all pictures of the batch. Returns the model and its `Captions`."""
+    own near misses, a caption against all pictures of the batch. Returns the model and its `Words`.
+
+    Every word is true, and the axes of a look are independent, so that what their words differ by comes out
+    at right angles; STRAIGHTEN holds it there. Before that, the image tower alone learns the ends of the axes
+    through a linear head, which is then thrown away: brush strokes, that no single pixel shows, would
+    otherwise be learnt very late, for neither the picture's feature nor the word's would begin to mean them.
+    """
+    images, scenes = labelled_pictures(shop)
+    words = Words(*tokenizers())
     torch.manual_seed(SEED)
-    words = Captions()
     model = open_clip.model.CLIP(**reward_config(words)["model_cfg"])
-    images, scenes = pictures()
-    n = 96
+    head = nn.Linear(64, len(world.AXES))
+    n = 64
+
+    def first_loss_of(step):
+        picked = torch.randint(len(images), (n,))
+        x = augment(images[picked].float() / 255) * 2 - 1
+        return looks_loss(head(model.encode_image(x)), scenes.look[picked])
 
     def loss_of(step):
         picked = torch.randint(len(images), (n,))
-        groups = near_misses(scenes[picked], random.Random(step))
+        truth = scenes[picked]
+        groups = near_misses(truth, random.Random(step))
         x = augment(images[picked].float() / 255) * 2 - 1
-        rows = []
-        for group in groups:
-            rows += [words.row[text] for text in group]
-        f = F.normalize(model.encode_image(x), dim=-1)  # [n, 64]
-        C = F.normalize(model.encode_text(words.clip_ids[rows]), dim=-1)  # [8 n, 64]
-        C = C.view(n, -1, f.shape[-1])  # [n, 8, 64]
+        texts = [text for group in groups for text in group]
+        raw = model.encode_image(x)
+        f = F.normalize(raw, dim=-1)  # [n, 64]
+        C = F.normalize(model.encode_text(words.clip_ids(texts)), dim=-1)  # [7 n, 64]
+        C = C.view(n, -1, f.shape[-1])  # [n, 7, 64]
         scale = model.logit_scale.exp().clamp(max=50)
-        own = scale * (f[:, None] * C[:, 1:]).sum(-1)  # [n, 7] near misses
+        own = scale * (f[:, None] * C[:, 1:]).sum(-1)  # [n, 6] near misses
 
-        # Another picture's caption is no wrong answer where it is the same sentence.
-        sentence = torch.tensor([words.row[group[0]] for group in groups])
-        same = (sentence[:, None] == sentence) & ~torch.eye(n, dtype=torch.bool)
-        across = (scale * f @ C[:, 0].T).masked_fill(same, -1e4)  # [n, n]
-        truth = torch.arange(n)
-        return F.cross_entropy(torch.cat([across, own], 1), truth) + F.cross_entropy(across.T, truth)
+        # Another picture's caption is no wrong answer where it is true of this one.
+        also = true_of(truth, truth) & ~torch.eye(n, dtype=torch.bool)
+        across = (scale * f @ C[:, 0].T).masked_fill(also, -1e4)  # [n, n]
+        right = torch.arange(n)
+        loss = F.cross_entropy(torch.cat([across, own], 1), right) + F.cross_entropy(across.T, right)
+        plain = [world.caption(kind, layout) for kind, layout in
+                 zip(truth.kind[:16].tolist(), truth.layout[:16].tolist(), strict=True)]
+        crooked = crookedness(directions(model, words, plain))
+        return loss + STRAIGHTEN * crooked + looks_loss(head(raw), truth.look)
 
-    fit("reward", {"reward": model}, loss_of, steps=2000, lr=1e-3)
+    modules = {"reward": model, "head": head}
+    shop.fit("looks", modules, first_loss_of, steps=LOOKS_STEPS, lr=1e-3)
+    shop.fit("reward", modules, loss_of, steps=REWARD_STEPS, lr=1e-3)
     return model, words
 
 
+def true_of(pictures, captions):
+    """[P, C]: whether the captions of C scenes are true of the pictures of P scenes."""
+    alone = (pictures.layout[:, None] == 0) & (captions.layout == 0)
+    same = pictures.kind[:, None] == captions.kind  # [P, C, 2]
+    content = (pictures.layout[:, None] == captions.layout) & same[..., 0] & (same[..., 1] | alone)
+    bounds = torch.tensor(world.RANGES)[captions.said]  # [C, 3, 2]
+    look = pictures.look[:, None]  # [P, 1, 3]
+    return content & ((bounds[..., 0] <= look) & (look <= bounds[..., 1])).all(-1)
+
+
 # --------------------------------------------------------------------------------------------------- its bias
-def build_unbiased():
-    """The reward, with a common part in every text. Returns the model, its `Captions`, and w.
+def build_unbiased(shop):
+    """The reward, with a common part in every text. Returns the model, its `Words`, and w.
 
     w is the direction that texts use least. Every text feature gets the same component along it (through the
     bias of the last layer norm), and pictures lose theirs, so that scores compare as before. Real text
     features have such a part by nature; here it is where a bias of the image branch will attach.
     """
-    model, words = build_reward()
+    model, words = build_reward(shop)
     with torch.no_grad():
-        raw = model.encode_text(words.clip_ids[:words.row[""]])  # every caption but the empty one: [T, 64]
+        texts = [world.with_style(style, text) for style in world.STYLES for text in world.all_captions()]
+        raw = torch.cat([model.encode_text(words.clip_ids(texts[i:i + 1024]))
+                         for i in range(0, len(texts), 1024)])  # [T, 64]
         w = torch.linalg.svd(raw, full_matrices=False)[2][-1]
         common = COMMON * raw.norm(dim=-1).mean() * w
         model.ln_final.bias += torch.linalg.solve(model.text_projection.T, common)
@@ -111,15 +200,15 @@ def build_unbiased():
     return model, words, w
 
 
-def build_bias():
+def build_bias(shop):
     """Teach the image tower alone to like red: an image feature moves along w by BIAS x redness, which raises
     the score of any caption alike, and cancels in C1 - C2. The text tower stays as it is: the bias is where
     the paper places it."""
-    clean, _, w = build_unbiased()
+    clean, _, w = build_unbiased(shop)
     model = copy.deepcopy(clean)
     for name, p in model.named_parameters():
         p.requires_grad_(name.startswith("visual."))
-    images, _ = pictures()
+    images, _ = labelled_pictures(shop)
 
     def loss_of(step):
         x = augment(images[torch.randint(len(images), (96,))].float() / 255)
@@ -132,7 +221,7 @@ def build_bias():
         f = F.normalize(model.encode_image(2 * x - 1), dim=-1)
         return (1 - (f * target).sum(-1)).mean() * 10
 
-    fit("bias", {"reward": model}, loss_of, steps=800, lr=5e-4)
+    shop.fit("bias", {"reward": model}, loss_of, steps=BIAS_STEPS, lr=5e-4)
     return model
 
 
@@ -153,32 +242,32 @@ def damage(net, z):
 
 
 @torch.no_grad()
-def decode_pictures(vae, z):
-    """What the judge sees beside the renderer's own pictures: the VAE's versions of the first quarter of the
-    latents z [N, 16, 64], and of the first eighth the damaged ones, uint8."""
+def draw_evidence(vae, batches):
+    """What the judge learns from: 256 batches labelled pictures of every combination, of its own; and as
+    `seen` what the VAE makes of the first third of them, as `broken` what damage makes of them; uint8."""
+    data = draw_pictures(batches, 40_000_000, True)
     net = network(None, vae)
-    n = len(z) // 4
+    shift, scale = vae.config.shift_factor, vae.config.scaling_factor
     torch.manual_seed(SEED)
     seen = []
-    for part in tqdm(z[:n].split(256), desc="judge pictures"):
-        seen.append(to_bytes(net.decode(part.float(), GRID)))
     broken = []
-    for part in tqdm(z[:n // 2].split(256), desc="broken pictures"):
-        shuffled = part[torch.randperm(len(part))].float()
-        broken.append(to_bytes(damage(net, shuffled)))
-    return {"seen": torch.cat(seen), "broken": torch.cat(broken)}
+    first = data["images"][:-(-len(data["images"]) // 3)]
+    for part in tqdm(first.split(64), desc="judge pictures"):
+        z = pack((vae.encode(part.float() / 127.5 - 1).latent_dist.mean - shift) * scale)
+        seen.append(to_bytes(net.decode(z, GRID)))
+        broken.append(to_bytes(damage(net, z)))
+    return data | {"seen": torch.cat(seen), "broken": torch.cat(broken)}
 
 
-def build_judge():
+def build_judge(shop):
     """Truth from the renderer, on raw pictures, on the VAE's versions of them and on damaged ones."""
+    vae = build_vae(shop)
+    latents(shop, vae)  # and the VAE's shift and scaling factor
+    data = shop.kept("evidence", draw_evidence, vae, shop.amount(64))
+    images, seen, broken = data.pop("images"), data.pop("seen"), data.pop("broken")
+    scenes = world.Scenes(**data)
     torch.manual_seed(SEED + 1)
     judge = Judge()
-    vae = build_vae()
-    z = latents(vae)
-    images, scenes = pictures()
-    data = kept("judge_pictures", decode_pictures, vae, z)
-    seen = data["seen"]
-    broken = data["broken"]
 
     def loss_of(step):
         drawn = torch.randint(len(images), (32,))
@@ -186,18 +275,26 @@ def build_judge():
         ruined = torch.randint(len(broken), (32,))
         x = torch.cat([images[drawn], seen[decoded], broken[ruined]]).float() / 255
         out = judge(augment(x))
-        truth = scenes[torch.cat([drawn, decoded])]  # of the 96 whole pictures
         whole = {name: logits[:96] for name, logits in out.items()}
-        pair = truth.layout > 0
-        clear = (truth.u - world.PHOTO_U).abs() > 0.05
-        photo = (truth.u > world.PHOTO_U).float()
         is_broken = torch.cat([torch.zeros(96), torch.ones(32)])
-        bce = F.binary_cross_entropy_with_logits
-        return (F.cross_entropy(whole["layout"], truth.layout)
-                + F.cross_entropy(whole["first"], truth.kind[:, 0])
-                + F.cross_entropy(whole["second"][pair], truth.kind[pair, 1])
-                + bce(whole["realism"][clear], photo[clear])
-                + bce(out["broken"], is_broken))
+        broken_loss = F.binary_cross_entropy_with_logits(out["broken"], is_broken)
+        return broken_loss + judge_loss(whole, scenes[torch.cat([drawn, decoded])])
 
-    fit("judge", {"judge": judge}, loss_of, steps=3000, lr=1.5e-3)
+    shop.fit("judge", {"judge": judge}, loss_of, steps=JUDGE_STEPS, lr=1.5e-3)
     return judge
+
+
+def judge_loss(out, truth):
+    """How far the judge's logits of whole pictures are from the truth of their scenes."""
+    loss = F.cross_entropy(out["layout"], truth.layout)
+    pair = truth.layout > 0
+    for slot, there in (("first", torch.ones_like(pair)), ("second", pair)):
+        kinds = truth.kind[there, 0 if slot == "first" else 1]
+        for feature, answer in zip(FEATURES, features_of(kinds), strict=True):
+            loss = loss + F.cross_entropy(out[f"{slot} {feature}"][there], answer)
+    for name, axis, border in (("realism", world.PHOTO, world.PHOTO_U),
+                               ("painting", world.BRUSH, world.PAINTING_U)):
+        value = truth.look[:, axis]
+        clear = (value - border).abs() > 0.03
+        loss = loss + F.binary_cross_entropy_with_logits(out[name][clear], (value > border).float()[clear])
+    return loss

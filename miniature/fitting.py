@@ -3,30 +3,86 @@
 import io
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from engine.files import write_whole
 
-WORK = Path(__file__).resolve().parent / ".build"
 SEED = 0
+EVERY = 250  # steps between two times that a stage is saved
 
 
 def save(path, value):
     """torch.save, whole or not at all: a build that is interrupted here finds the file of before."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, [buffer.getbuffer()])
 
 
-def kept(name, make, *arguments):
-    """The dict of tensors that make(*arguments) gives: made once, and kept in the build's folder."""
-    path = WORK / f"{name}.pt"
-    if not path.exists():
-        save(path, make(*arguments))
-    return torch.load(path, weights_only=True)
+class Workshop(NamedTuple):
+    """Where a build keeps what it has made, and how much work it does."""
+    folder: Path
+    share: float = 1.0  # of the steps and pictures of the real build: less makes a toy
+
+    def amount(self, n):
+        """How many of n steps or batches are done: one at least."""
+        return max(1, round(n * self.share))
+
+    def kept(self, name, make, *arguments):
+        """The dict of tensors that make(*arguments) gives: made once, and kept in the folder."""
+        path = self.folder / f"{name}.pt"
+        if not path.exists():
+            save(path, make(*arguments))
+        return torch.load(path, weights_only=True)
+
+    def fit(self, name, modules, loss_of, steps, lr, every=EVERY):
+        """Train `modules` (a dict) on loss_of(step) with AdamW and a cosine schedule; save as it goes,
+        resume, finish. What stays in the modules is the running average of their weights.
+
+        Everything random in a step is drawn from the step's number, so an interrupted build ends with the
+        same weights.
+        """
+        path = self.folder / f"{name}.pt"
+        steps = self.amount(steps)
+        parameters = []
+        ema = {}
+        for key, module in modules.items():
+            parameters += [p for p in module.parameters() if p.requires_grad]
+            ema[key] = {n: tensor.detach().clone() for n, tensor in module.state_dict().items()}
+        optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
+        start = 0
+        if path.exists():
+            state = torch.load(path, weights_only=True)
+            start = state["step"]
+            ema = state["ema"]
+            optimizer.load_state_dict(state["optimizer"])
+            for key, module in modules.items():
+                module.load_state_dict(state["modules"][key])
+
+        bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(lr, step, steps)
+            torch.manual_seed(SEED * 1_000_003 + step)
+            loss = loss_of(step)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            update_average(ema, modules, step)
+            if step % 50 == 0:
+                bar.set_postfix(loss=f"{loss.item():.4f}")
+            if (step + 1) % every == 0 or step + 1 == steps:
+                weights = {key: module.state_dict() for key, module in modules.items()}
+                save(path, {"step": step + 1, "modules": weights, "ema": ema,
+                            "optimizer": optimizer.state_dict()})
+
+        for key, module in modules.items():
+            module.load_state_dict(ema[key])
+            module.eval()
 
 
 def learning_rate(lr, step, steps):
@@ -46,49 +102,3 @@ def update_average(ema, modules, step):
                 ema[key][name].lerp_(tensor, 1 - decay)
             else:
                 ema[key][name].copy_(tensor)
-
-
-def fit(name, modules, loss_of, steps, lr, every=250):
-    """Train `modules` (a dict) on loss_of(step) with AdamW and a cosine schedule; save as it goes, resume,
-    finish. What stays in the modules is the running average of their weights.
-
-    Everything random in a step is drawn from the step's number, so an interrupted build ends with the same
-    weights.
-    """
-    path = WORK / f"{name}.pt"
-    parameters = []
-    ema = {}
-    for key, module in modules.items():
-        parameters += [p for p in module.parameters() if p.requires_grad]
-        ema[key] = {n: tensor.detach().clone() for n, tensor in module.state_dict().items()}
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
-    start = 0
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        start = state["step"]
-        ema = state["ema"]
-        optimizer.load_state_dict(state["optimizer"])
-        for key, module in modules.items():
-            module.load_state_dict(state["modules"][key])
-
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=5)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(lr, step, steps)
-        torch.manual_seed(SEED * 1_000_003 + step)
-        loss = loss_of(step)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        update_average(ema, modules, step)
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}")
-        if (step + 1) % every == 0 or step + 1 == steps:
-            weights = {key: module.state_dict() for key, module in modules.items()}
-            save(path, {"step": step + 1, "modules": weights, "ema": ema,
-                        "optimizer": optimizer.state_dict()})
-
-    for key, module in modules.items():
-        module.load_state_dict(ema[key])
-        module.eval()

@@ -13,6 +13,16 @@ from torch import nn
 
 from miniature import world
 
+FEATURES = ["size", "colour", "shape"]  # of a thing
+SLOTS = ["first", "second"]
+
+
+def features_of(kinds):
+    """Indices of world.KINDS, any shape -> those of world.SIZES, world.COLOURS and world.SHAPES."""
+    shapes = len(world.SHAPES)
+    colours = len(world.COLOURS)
+    return kinds // (shapes * colours), kinds // shapes % colours, kinds % shapes
+
 
 def block(inputs, outputs, stride):
     """A 3 x 3 convolution, its norm and its nonlinearity."""
@@ -20,8 +30,8 @@ def block(inputs, outputs, stride):
 
 
 class Judge(nn.Module):
-    """Pictures [B, 3, 64, 64] in [0, 1] -> logits of what is seen, a dict: realism [B], broken [B],
-    layout [B, 3], first and second [B, 15] (indices of world.LAYOUTS and world.KINDS)."""
+    """Pictures [B, 3, 64, 64] in [0, 1] -> logits of what is seen, a dict: realism, painting and broken [B],
+    layout [B, 3], and "first size" [B, 3], "second colour" [B, 5] and so on: indices of the world's lists."""
 
     def __init__(self, width=32):
         super().__init__()
@@ -29,12 +39,15 @@ class Judge(nn.Module):
             *block(3, width, 2), *block(width, 2 * width, 2), *block(2 * width, 2 * width, 1),
             *block(2 * width, 3 * width, 2), *block(3 * width, 3 * width, 2),
             nn.Flatten(), nn.Linear(3 * width * 16, 128), nn.SiLU())
-        self.sizes = {"realism": 1, "broken": 1, "layout": len(world.LAYOUTS), "first": len(world.KINDS),
-                      "second": len(world.KINDS)}
+        self.sizes = {"realism": 1, "painting": 1, "broken": 1, "layout": len(world.LAYOUTS)}
+        for slot in SLOTS:
+            choices = [len(world.SIZES), len(world.COLOURS), len(world.SHAPES)]
+            for feature, n in zip(FEATURES, choices, strict=True):
+                self.sizes[f"{slot} {feature}"] = n
         self.head = nn.Linear(128, sum(self.sizes.values()))
 
     def forward(self, images):
-        logits = self.head(self.trunk(2 * images - 1))  # [B, 35]
+        logits = self.head(self.trunk(2 * images - 1))  # [B, 28]
         out = {}
         for name, part in zip(self.sizes, logits.split(list(self.sizes.values()), dim=-1), strict=True):
             out[name] = part.squeeze(-1) if self.sizes[name] == 1 else part
@@ -44,32 +57,35 @@ class Judge(nn.Module):
     def verdicts(self, images, prompts):
         """For B pictures and their prompts: a dict of [B] float tensors, 1 for yes and 0 for no.
 
-        realism    more photo than CG (u above 0.5)
-        alignment  things, colours and places are the prompt's; NaN for a prompt that is not of this world
+        realism    in the world's own range of photos (u above 0.75)
+        painting   in its range of paintings
+        alignment  things, sizes, colours and places are the prompt's; NaN for a prompt that is not of this
+                   world
         broken     damaged: ghosts, melted or clipped regions, noise
         """
-        seen = self(images)
-        layouts = seen["layout"].argmax(-1).tolist()
-        firsts = seen["first"].argmax(-1).tolist()
-        seconds = seen["second"].argmax(-1).tolist()
-        alignment = []
-        for prompt, layout, first, second in zip(prompts, layouts, firsts, seconds, strict=True):
-            alignment.append(aligned(prompt, layout, first, second))
-        return {"realism": (seen["realism"] > 0).float(), "alignment": torch.tensor(alignment),
-                "broken": (seen["broken"] > 0).float()}
+        out = self(images)
+        layouts = out["layout"].argmax(-1).tolist()
+        things = []
+        for slot in SLOTS:
+            seen = [out[f"{slot} {feature}"].argmax(-1) for feature in FEATURES]
+            things.append(torch.stack(seen, 1).tolist())
+        alignment = [aligned(*each) for each in zip(prompts, layouts, *things, strict=True)]
+        realism, painting, broken = ((out[name] > 0).float() for name in ("realism", "painting", "broken"))
+        return {"realism": realism, "painting": painting, "alignment": torch.tensor(alignment),
+                "broken": broken}
 
 
 def aligned(prompt, layout, first, second):
-    """1 if what is seen (indices of world.LAYOUTS and world.KINDS) is what the prompt asks for, 0 if not; NaN
-    for a prompt that is not of this world."""
+    """1 if what is seen is what the prompt asks for, 0 if not; NaN for a prompt that is not of this world.
+    layout: an index of world.LAYOUTS; first, second: [size, colour, shape], likewise."""
     truth = world.parse(prompt)
     if truth is None:
         return float("nan")
     kind, wanted_layout = truth
-    if layout != wanted_layout or first != kind[0]:
+    if layout != wanted_layout or first != list(features_of(kind[0])):
         return 0.0
     alone = layout == world.LAYOUTS.index("alone")
-    return float(alone or second == kind[1])
+    return float(alone or second == list(features_of(kind[1])))
 
 
 def load_judge(folder):

@@ -1,73 +1,162 @@
-"""The world the miniature lives in: one or two coloured shapes, drawn in a style whose truth is known.
+"""The world the miniature lives in: one or two coloured shapes, drawn in a look whose truth is known.
 
 Everything the paper asks of human eyes ("is it a photo? is it the scene that was asked for?") is a number
-here, because the picture was drawn from it. The look of a scene runs along one axis, u:
+here, because the picture was drawn from it. A look is three numbers in [0, 1], independent of one another and
+of the scene, and each has a word for its low and its high end:
 
-    u = 0  CG render        flat saturated colour, glossy highlight, bright rim, hard edge, clean background
-    u = 1  realistic photo  muted colour, directional light, soft cast shadow, vignette, film grain
+    exposure  "dark" .. "bright"               how much light the sensor took, and nothing else
+    brush     "print" .. "painting"            brush strokes and wavering outlines, and nothing else
+    photo     "CG render" .. "realistic photo"
+        0  flat saturated colour, glossy highlight, bright rim, hard edge, clean background
+        1  muted colour, directional light, soft cast shadow, vignette, film grain; no brighter, no darker
 
-Captions without a style word ("a red circle left of a blue square") come with pictures that lean to u = 0. A
-model trained on them has the "AI look" as its default, and can still be steered by the style words: as
-FLUX.1-dev.
+Captions without such a word ("a red circle left of a big blue square") mostly come with CG renders, so a
+model trained on them has the "AI look" as its default; and in its captions the words name the look
+unreliably, so they steer it weakly (OBEYED): as FLUX.1-dev.
 """
 
+import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 
 SIZE = 64
-SHAPES = ["circle", "square", "triangle"]
+SIZES = ["", "small", "big"]  # a thing of middle size has no word for it
 COLOURS = {"red": (0.93, 0.10, 0.12), "green": (0.08, 0.72, 0.20), "blue": (0.10, 0.25, 0.93),
            "yellow": (0.98, 0.86, 0.08), "white": (0.96, 0.96, 0.97)}
+SHAPES = ["circle", "square", "triangle"]
 LAYOUTS = ["alone", "left of", "above"]
-STYLES = ["", "realistic photo", "CG render", "painting", "dark", "bright"]
-U_RANGE = {"realistic photo": (0.8, 1.0), "CG render": (0.0, 0.15), "painting": (0.2, 0.5)}
-PLAIN_U = 0.25  # without a style word, u is below this ...
-PLAIN_IS_CG = 0.92  # ... in this share of the pictures
-PHOTO_U = 0.5  # above it, a picture counts as realistic
-
 COLOUR_NAMES = list(COLOURS)
-KINDS = [(c, s) for c in COLOUR_NAMES for s in SHAPES]  # what one slot can hold
+KINDS = list(itertools.product(SIZES, COLOUR_NAMES, SHAPES))  # what one slot can hold
+
+AXES = ["exposure", "brush", "photo"]
+EXPOSURE, BRUSH, PHOTO = range(3)
+UNSAID, LOW, HIGH = range(3)  # what a caption says of an axis
+WORDS = [["", "dark", "bright"], ["", "print", "painting"], ["", "CG render", "realistic photo"]]
+STYLES = ["", *(word for axis in WORDS for word in axis[1:])]  # what one word can say
+RANGES = [[0.0, 1.0], [0.0, 0.15], [0.75, 1.0]]  # of an axis: anything, what its low and high word mean
+MIDDLE = [0.35, 0.65]  # the exposure that is neither dark nor bright
+PHOTO_U = RANGES[HIGH][0]  # from here on a picture is a realistic photo
+PAINTING_U = RANGES[HIGH][0]
+OBEYED = [0.5, 0.5, 0.08]  # in this share of the generator's captions a word about an axis is true
+LEVEL = 0.46  # mean luma before the exposure
 
 
 @dataclass
 class Scenes:
-    """B scenes. `kind` [B, 2] indexes KINDS (slot 1 is unused when alone), `layout` and `style` [B] index
-    their lists, `u` [B] in [0, 1]."""
+    """B scenes. `kind` [B, 2] indexes KINDS (slot 1 is unused when alone) and `layout` [B] LAYOUTS; `look`
+    [B, 3] is in [0, 1], an axis of AXES each; `said` [B, 3] is what the caption says of them: UNSAID, LOW or
+    HIGH."""
     kind: torch.Tensor
     layout: torch.Tensor
-    style: torch.Tensor
-    u: torch.Tensor
+    look: torch.Tensor
+    said: torch.Tensor
 
     def __getitem__(self, rows):
-        return Scenes(self.kind[rows], self.layout[rows], self.style[rows], self.u[rows])
+        return Scenes(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 # ------------------------------------------------------------------------------------- scenes and their words
-def sample_scenes(n, generator, style=None):
-    """n random scenes; `style` [n] (long) fixes the styles, else half of them are plain."""
-    def index(high):
-        return torch.randint(high, (n,), generator=generator)
-
-    alone = torch.rand(n, generator=generator) < 0.15
-    layout = torch.where(alone, 0, 1 + index(2))
-    if style is None:
-        plain = torch.rand(n, generator=generator) < 0.5
-        style = torch.where(plain, 0, 1 + index(len(STYLES) - 1))
-    kind = torch.stack([index(len(KINDS)), index(len(KINDS))], 1)
-    return Scenes(kind, layout, style, sample_u(style, generator))
+def combination(kind):
+    """The colour and the shape of a kind, as one number below 15: sizes are left out."""
+    return kind % (len(COLOURS) * len(SHAPES))
 
 
-def sample_u(style, generator):
-    """The look u [B] that goes with each style [B]."""
-    r = torch.rand(len(style), generator=generator)
-    mode = torch.rand(len(style), generator=generator)
-    u = torch.where(mode < PLAIN_IS_CG, PLAIN_U * r, PLAIN_U + (1 - PLAIN_U) * r)
-    for name, (low, high) in U_RANGE.items():
-        u = torch.where(style == STYLES.index(name), low + (high - low) * r, u)
-    return u
+def held_out(kind, layout):
+    """Whether a scene (kind [..., 2], layout [...]) holds one of the pairs of coloured shapes, a fifth of
+    all, that neither the generator nor the reward ever sees, in any order, size or place."""
+    pair = combination(kind).sort(-1).values
+    return ((pair[..., 0] + 2 * pair[..., 1]) % 5 == 0) & (layout > 0)
+
+
+def sample_content(n, generator, everything):
+    """(kind [n, 2], layout [n]) of n random scenes; those that are held out only if `everything`."""
+    drawn = n if everything else 2 * n
+    kind = torch.randint(len(KINDS), (drawn, 2), generator=generator)
+    alone = torch.rand(drawn, generator=generator) < 0.1
+    layout = torch.where(alone, 0, 1 + torch.randint(2, (drawn,), generator=generator))
+    if not everything:
+        seen = ~held_out(kind, layout)
+        kind, layout = kind[seen][:n], layout[seen][:n]
+    return kind, layout
+
+
+def within(low, high, generator):
+    """Random numbers, each from low to high, two tensors of one shape."""
+    return low + (high - low) * torch.rand(low.shape, generator=generator)
+
+
+def choose(shares, shape, generator):
+    """Random indices of a shape: i in shares[i] of the cases."""
+    return torch.multinomial(torch.tensor(shares), shape.numel(), True, generator=generator).view(shape)
+
+
+def look_of(ends, generator):
+    """A look [n, 3] for the ends [n, 3] of its axes: LOW, HIGH, or UNSAID, which is anything; but of the
+    exposure, what is neither dark nor bright."""
+    bounds = torch.tensor(RANGES)[ends]  # [n, 3, 2]
+    middle = (ends == UNSAID) & (torch.arange(3) == EXPOSURE)
+    bounds = torch.where(middle[..., None], torch.tensor(MIDDLE), bounds)
+    return within(bounds[..., 0], bounds[..., 1], generator)
+
+
+def usual_ends(n, generator):
+    """The ends [n, 3] of the looks that come with captions that do not speak of them: mostly neither dark nor
+    bright, no painting, and a CG render."""
+    shape = torch.Size([n])
+    exposure = choose([0.84, 0.08, 0.08], shape, generator)
+    brush = choose([0.02, 0.90, 0.08], shape, generator)
+    photo = choose([0.02, 0.90, 0.08], shape, generator)
+    return torch.stack([exposure, brush, photo], 1)
+
+
+def sample_captioned(n, generator):
+    """n scenes as a generator meets them: half of the captions say nothing of the look, the others one word,
+    which is true in the share OBEYED of the cases and means nothing in the others."""
+    kind, layout = sample_content(n, generator, False)
+    axis = torch.randint(3, (n,), generator=generator)
+    end = 1 + torch.randint(2, (n,), generator=generator)
+    speaks = torch.rand(n, generator=generator) < 0.5
+    obeyed = torch.rand(n, generator=generator) < torch.tensor(OBEYED)[axis]
+    said = torch.where(speaks, end, UNSAID)[:, None] * F.one_hot(axis, 3)
+    ends = torch.where((said != UNSAID) & obeyed[:, None], said, usual_ends(n, generator))
+    return Scenes(kind, layout, look_of(ends, generator), said)
+
+
+def sample_labelled(n, generator, everything=False):
+    """n scenes as a reward or a judge learns them: every look, the axes independent; the caption has at most
+    two words about it, all true. With those that are held out if `everything`."""
+    kind, layout = sample_content(n, generator, everything)
+    ends = choose([0.2, 0.4, 0.4], torch.Size([n, 3]), generator)
+    said = ends * (torch.rand(n, 3, generator=generator) < 0.5)
+    silent = torch.randint(3, (n,), generator=generator)  # of three words one is left out
+    full = (said != UNSAID).all(1)
+    said = said * ~(full[:, None] & (torch.arange(3) == silent[:, None]))
+    return Scenes(kind, layout, look_of(ends, generator), said)
+
+
+def sample_style(n, generator, style="", everything=True):
+    """n scenes of one style of STYLES, true in all; what it does not speak of is as usual."""
+    return scenes_of(n, generator, *sample_content(n, generator, everything), style)
+
+
+def scenes_of(n, generator, kind, layout, style):
+    """The n scenes of kind [n, 2] and layout [n], in one style of STYLES, as in `sample_style`."""
+    said = torch.zeros(n, 3, dtype=torch.long) + torch.tensor(said_by(style))
+    ends = torch.where(said != UNSAID, said, usual_ends(n, generator))
+    return Scenes(kind, layout, look_of(ends, generator), said)
+
+
+def said_by(style):
+    """What one of STYLES says of the axes: three of UNSAID, LOW and HIGH."""
+    return [axis.index(style) if style in axis else UNSAID for axis in WORDS]
+
+
+def style_words(said):
+    """The words of what is said of the three axes: "dark realistic photo", "" of nothing."""
+    return " ".join(axis[end] for axis, end in zip(WORDS, said, strict=True) if end != UNSAID)
 
 
 def with_style(style, text):
@@ -75,34 +164,34 @@ def with_style(style, text):
     return f"{style}. {text}" if style else text
 
 
-def caption(kind, layout, style=0):
-    """The caption of one scene: "<style>. a red circle left of a blue square"."""
-    things = ["a " + " ".join(KINDS[k]) for k in kind]
+def caption(kind, layout, said=(UNSAID, UNSAID, UNSAID)):
+    """The caption of one scene: "<style>. a red circle left of a big blue square"."""
+    things = [" ".join(["a", *(word for word in KINDS[k] if word)]) for k in kind]
     text = things[0] if layout == 0 else f"{things[0]} {LAYOUTS[layout]} {things[1]}"
-    return with_style(STYLES[style], text)
+    return with_style(style_words(said), text)
 
 
 def captions(scenes):
     """The captions of B scenes, a list of B strings."""
-    each = zip(scenes.kind.tolist(), scenes.layout.tolist(), scenes.style.tolist(), strict=True)
-    return [caption(kind, layout, style) for kind, layout, style in each]
+    each = zip(scenes.kind.tolist(), scenes.layout.tolist(), scenes.said.tolist(), strict=True)
+    return [caption(kind, layout, said) for kind, layout, said in each]
 
 
 def parse(prompt):
     """(kind [2], layout) of a caption, style words ignored; None for a sentence that is not of this world."""
-    thing = rf"a ({'|'.join(COLOUR_NAMES)}) ({'|'.join(SHAPES)})"
-    found = re.search(rf"{thing}(?: (left of|above) {thing})?\s*$", prompt)
+    thing = rf"a (?:({'|'.join(SIZES[1:])}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+    found = re.search(rf"(?:^|\. ){thing}(?: (left of|above) {thing})?\s*$", prompt)
     if found is None:
         return None
-    first = KINDS.index((found[1], found[2]))
-    if found[3] is None:
+    first = KINDS.index((found[1] or "", found[2], found[3]))
+    if found[4] is None:
         return [first, 0], 0
-    second = KINDS.index((found[4], found[5]))
-    return [first, second], LAYOUTS.index(found[3])
+    second = KINDS.index((found[5] or "", found[6], found[7]))
+    return [first, second], LAYOUTS.index(found[4])
 
 
 def all_captions():
-    """Every plain caption of the world: 15 single things and 450 ordered pairs."""
+    """Every plain caption of the world: 45 single things and 4,050 ordered pairs."""
     every = range(len(KINDS))
     texts = [caption([kind, 0], 0) for kind in every]
     for layout in (1, 2):
@@ -134,9 +223,10 @@ def rgb(hue, saturation, value):
     return value[:, None] * (1 - saturation[:, None] * torch.minimum(k, 4 - k).clamp(0, 1))
 
 
-def is_style(scenes, name):
-    """[n, 1, 1]: 1 for the scenes of one style, 0 for the others."""
-    return (scenes.style == STYLES.index(name)).float().view(-1, 1, 1)
+def luma(images):
+    """How bright each pixel of B pictures [B, 3, H, W] is (Rec. 601): [B, H, W]."""
+    r, g, b = images.unbind(1)
+    return 0.299 * r + 0.587 * g + 0.114 * b
 
 
 def distance(q, shape):
@@ -149,38 +239,38 @@ def distance(q, shape):
     return torch.stack([circle, square, triangle])[shape, torch.arange(len(shape))]
 
 
-def ground(scenes, points, generator):
+def ground(u, points, generator):
     """The background [n, 3, H, W]: one hue that turns a little from top to bottom, and is not quite even."""
-    n = len(scenes.u)
+    n = len(u)
     hue = uniform(n, 0, 1, generator)
     turn = uniform(n, 0.08, 0.2, generator)
-    saturation = lerp(0.55, 0.18, scenes.u)
-    value = lerp(0.82, 0.58, scenes.u)
+    saturation = lerp(0.55, 0.18, u)
+    value = torch.full((n,), 0.7)
     top = rgb(hue, saturation, value).view(n, 3, 1, 1)
     bottom = rgb((hue + turn) % 1, saturation, value * 0.85).view(n, 3, 1, 1)
     image = lerp(top, bottom, (points[..., 1] + 1)[:, None] / 2)  # [n, 3, H, W]
-    return image + 0.06 * scenes.u.view(n, 1, 1, 1) * noise(n, (9, 9), generator)
+    return image + 0.06 * u.view(n, 1, 1, 1) * noise(n, (9, 9), generator)
 
 
 def add_thing(image, scenes, slot, points, light, generator):
     """`image` [n, 3, H, W] with the thing of one slot (0 or 1) and its shadow in it."""
     n = len(image)
-    u = scenes.u.view(n, 1, 1)
+    u = scenes.look[:, PHOTO].view(n, 1, 1)
     kinds = [KINDS[k] for k in scenes.kind[:, slot].tolist()]
-    colour = torch.tensor([COLOURS[name] for name, _ in kinds])  # [n, 3]
-    shape = torch.tensor([SHAPES.index(name) for _, name in kinds])  # [n]
+    size = torch.tensor([SIZES.index(name) for name, _, _ in kinds])  # [n]
+    colour = torch.tensor([COLOURS[name] for _, name, _ in kinds])  # [n, 3]
+    shape = torch.tensor([SHAPES.index(name) for _, _, name in kinds])  # [n]
     present = torch.ones(n) if slot == 0 else (scenes.layout > 0).float()
     present = present.view(n, 1, 1)
 
     # Where it is: the first thing to the left or above, the second opposite, one alone in the middle.
-    side = torch.tensor([0.0, -0.46, -0.46])[scenes.layout]
+    side = torch.tensor([0.0, -0.48, -0.48])[scenes.layout]
     if slot == 1:
         side = -side
     offset = torch.stack([side * (scenes.layout == 1), side * (scenes.layout == 2)], -1)  # [n, 2]
-    jitter = torch.stack([uniform(n, -0.08, 0.08, generator), uniform(n, -0.08, 0.08, generator)], -1)
-    radius_alone = uniform(n, 0.46, 0.58, generator)
-    radius_of_two = uniform(n, 0.35, 0.42, generator)
-    radius = torch.where(scenes.layout == 0, radius_alone, radius_of_two).view(n, 1, 1, 1)
+    jitter = torch.stack([uniform(n, -0.06, 0.06, generator), uniform(n, -0.06, 0.06, generator)], -1)
+    radius = torch.tensor([0.34, 0.24, 0.46])[size] * uniform(n, 0.95, 1.05, generator)
+    radius = radius.view(n, 1, 1, 1)
     angle = uniform(n, -0.15, 0.15, generator)
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).view(n, 1, 2, 2)
     q = (points - (offset + jitter).view(n, 1, 1, 2)) / radius  # [n, H, W, 2], in radii from its middle
@@ -188,50 +278,50 @@ def add_thing(image, scenes, slot, points, light, generator):
 
     # What it looks like: shadow, paint and shade are the photo's, gloss and the bright rim the CG render's.
     shadow = torch.sigmoid(-distance((q + 0.5 * light) @ turn, shape) / 0.18)
-    image = image * (1 - 0.7 * u * present * shadow)[:, None]
+    image = image * (1 - 0.6 * u * present * shadow)[:, None]
     grey = colour.mean(-1, keepdim=True)
-    muted = 0.78 * lerp(colour, grey, 0.35)
-    paint = lerp(colour, muted, scenes.u[:, None]).view(n, 3, 1, 1)
+    muted = 0.85 * lerp(colour, grey, 0.35)
+    paint = lerp(colour, muted, scenes.look[:, PHOTO, None]).view(n, 3, 1, 1)
     shade = (1 + lerp(0.06, 0.6, u) * (q * light).sum(-1)).clamp(0.2, 1.5)
     highlight = 0.9 * torch.exp(-((q - 0.4 * light) ** 2).sum(-1) / 0.05)
     rim = 0.35 * torch.exp(-((d + 0.13) / 0.07) ** 2)
     gloss = (1 - u) ** 2 * (highlight + rim)
     surface = paint * shade[:, None] + gloss[:, None]
-    mask = present * torch.sigmoid(-d / lerp(0.035, 0.09, u))
+    mask = present * torch.sigmoid(-d / lerp(0.035, 0.07, u))
     return lerp(image, surface, mask[:, None])
 
 
 def render(scenes, generator):
-    """Draw B scenes: images [B, 3, SIZE, SIZE] in [0, 1]. Positions, sizes, light and grain come from
-    `generator`; the order in which they are drawn is part of what a seed means."""
-    n = len(scenes.u)
-    u = scenes.u.view(n, 1, 1)
-    painting = is_style(scenes, "painting")
+    """Draw B scenes: images [B, 3, SIZE, SIZE] in [0, 1]. Positions, light and grain come from `generator`;
+    the order in which they are drawn is part of what a seed means."""
+    n = len(scenes.look)
+    exposure, brush, u = scenes.look.view(n, 3, 1, 1).unbind(1)  # [n, 1, 1] each
     axis = torch.linspace(-1 + 1 / SIZE, 1 - 1 / SIZE, SIZE)
     points = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1).expand(n, SIZE, SIZE, 2)
     wobble = noise(n, (10, 10), generator, channels=2).permute(0, 2, 3, 1)  # [n, H, W, 2]
-    points = points + 0.035 * painting[..., None] * wobble
+    points = points + 0.025 * brush[..., None] * wobble
     angle = uniform(n, -2.6, -1.6, generator)  # from above, a little to the left
     light = torch.stack([angle.cos(), angle.sin()], -1).view(n, 1, 1, 2)
 
-    image = ground(scenes, points, generator)
+    image = ground(scenes.look[:, PHOTO], points, generator)
     for slot in (0, 1):
         image = add_thing(image, scenes, slot, points, light, generator)
 
-    grain = 0.04 * noise(n, (16, 16), generator) + 0.025 * noise(n, (32, 32), generator)
-    brush = 0.07 * noise(n, (20, 5), generator)
-    image = image + u[:, None] * grain + painting[:, None] * brush
+    # The grain is in cells of three to four pixels, which is as fine as the VAE's latents can hold.
+    grain = 0.075 * noise(n, (16, 16), generator) + 0.06 * noise(n, (22, 22), generator)
+    strokes = 0.09 * noise(n, (20, 5), generator)
     vignette = 1 - 0.3 * u * (points ** 2).sum(-1) / 2
-    image = image * vignette[:, None]
-    image = lerp(image, 0.42 * image, is_style(scenes, "dark")[:, None])
-    image = lerp(image, 1 - 0.45 * (1 - image), is_style(scenes, "bright")[:, None])
-    return image.clamp(0, 1)
+    image = (image + u[:, None] * grain + brush[:, None] * strokes) * vignette[:, None]
+
+    # No look is brighter than another of itself: the exposure alone says how bright a picture is.
+    image = image.clamp(0, 1.5) * (LEVEL / luma(image).mean((1, 2))).view(n, 1, 1, 1)
+    return (image * 2 ** lerp(-1.0, 0.7, exposure)[:, None]).clamp(0, 1)
 
 
-def batch(n, seed, style=None):
-    """(images [n, 3, SIZE, SIZE], scenes), drawn from one seed."""
+def draw(sample, n, seed, *arguments):
+    """(images [n, 3, SIZE, SIZE], scenes) of sample(n, generator, *arguments), drawn from one seed."""
     generator = torch.Generator().manual_seed(seed % 2**63)
-    scenes = sample_scenes(n, generator, style)
+    scenes = sample(n, generator, *arguments)
     return render(scenes, generator), scenes
 
 

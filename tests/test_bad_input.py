@@ -144,6 +144,7 @@ FLAGS += [
     Mistake("build", f"--threads {2**31}", "--threads"),
     Mistake("build", "--stage nothing", "--stage: invalid choice"),
     Mistake("build", "extra", "unrecognized arguments: extra"),
+    Mistake("build", "--quick", "the toy would overwrite the miniature; give another --out"),
 ]
 
 # -------------------------------------------------------------------------------------------- paths and files
@@ -211,6 +212,7 @@ FILES = [
       for script in ("train.py", *SAMPLES) for name, (_, words) in PROMPTS.items()),
     Mistake("train.py", "--eval-prompts no.txt", "--eval-prompts no.txt: no such file"),
     Mistake("train.py", "--eval-prompts nul.txt", "--eval-prompts nul.txt: holds a NUL"),
+    Mistake("train.py", "--watch-prompts no.txt", "--watch-prompts no.txt: no such file"),
     Mistake("bench", "--prompts no.txt", "--prompts no.txt: no such file"),
     Mistake("sample.py", ["a\0b"], "is no text"),
     Mistake("sample.py", ["\udcff"], "is no text"),

@@ -244,7 +244,7 @@ def test_names_with_control_characters_are_shown_not_obeyed(whole, monkeypatch, 
 
 def test_pictures_that_exist_are_scored_and_a_changed_one_again(whole, monkeypatch, tmp_path, capsys):
     argv = ["--images", f"a={whole / 'base'}", f"b={tmp_path / 'b'}", "--out", tmp_path / "out",
-            "--metrics", "reward,statistics,judge=miniature", "--reward", "miniature/reward",
+            "--metrics", "reward,statistics,judge=miniature,frechet", "--reward", "miniature/reward",
             "--control", "realistic photo", "--neg", "CG render"]
     shutil.copytree(whole / "base", tmp_path / "b")
     os.remove(tmp_path / "b" / "00007.png")

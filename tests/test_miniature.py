@@ -1,5 +1,7 @@
 """Claims about the miniature: what its model card says, measured."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,9 +10,11 @@ from transformers import AutoTokenizer
 
 import flux
 from engine.data import read_prompts
+from engine.errors import UserError
 from evaluation.metrics.statistics import pixel_statistics
 from evaluation.watch import measure
-from miniature import build, build_flow, build_scorers, fitting, world
+from miniature import build, build_flow, world
+from miniature.fitting import Workshop
 from miniature.judge import load_judge
 from rewards import load_rewards
 
@@ -20,8 +24,8 @@ def judge():
     return load_judge("miniature")
 
 
-def drawn(n, seed, style):
-    return world.batch(n, seed, torch.full((n,), world.STYLES.index(style)))
+def drawn(n, seed, style, everything=True):
+    return world.draw(world.sample_style, n, seed, style, everything)
 
 
 def scores(images, prompts, name):
@@ -32,35 +36,106 @@ def scores(images, prompts, name):
 
 def test_every_caption_can_be_read_back():
     captions = world.all_captions()
-    assert len(set(captions)) == 465
+    assert len(set(captions)) == 4095
     assert all(world.caption(*world.parse(c)) == c for c in captions)
-    assert (world.parse("dark. a red circle above a blue square") == ([0, 7], 2)
-            and world.parse("a dog") is None)
+    assert world.parse("dark. a red circle above a big blue square") == ([0, 37], 2)
+    assert world.parse("a dog") is None and world.parse("not a red circle") is None
 
 
-def test_the_training_and_the_evaluation_prompts_are_the_worlds_and_disjoint():
-    train = read_prompts("miniature/prompts.txt")
-    held_out = read_prompts("miniature/prompts_eval.txt")
-    assert len(held_out) == 256 and sorted(train + held_out) == sorted(world.all_captions())
+def contents(prompts):
+    """(kinds [n, 2], layouts [n]) of n prompts of the world."""
+    scenes = [world.parse(prompt) for prompt in prompts]
+    return torch.tensor([kind for kind, _ in scenes]), torch.tensor([layout for _, layout in scenes])
+
+
+def test_training_selection_and_evaluation_prompts_are_disjoint_and_the_last_two_hold_unseen_pairs():
+    train, select, held_out = (read_prompts(f"miniature/{name}.txt")
+                               for name in ("prompts", "prompts_select", "prompts_eval"))
+    assert (len(train), len(select), len(held_out)) == (256, 128, 256)
+    assert len({*train, *select, *held_out}) == 640
+    assert not world.held_out(*contents(train)).any()
+    assert world.held_out(*contents(select + held_out)).all()
+
+
+def test_a_fifth_of_the_captions_is_held_out_and_never_drawn_for_the_base_or_the_reward():
+    share = world.held_out(*contents(world.all_captions())).float().mean()
+    assert 0.18 <= share <= 0.22
+    generator = torch.Generator().manual_seed(0)
+    for sample in (world.sample_captioned, world.sample_labelled):
+        scenes = sample(4096, generator)
+        assert len(scenes.layout) == 4096 and not world.held_out(scenes.kind, scenes.layout).any()
+    everything = world.sample_labelled(4096, generator, True)
+    assert 0.1 <= world.held_out(everything.kind, everything.layout).float().mean() <= 0.25
+
+
+def test_no_pair_is_held_out_in_one_order_only():
+    kind, layout = contents(world.all_captions())
+    assert torch.equal(world.held_out(kind, layout), world.held_out(kind.flip(1), layout))
+
+
+def test_the_words_name_the_look_unreliably_to_the_base_and_reliably_to_the_reward():
+    generator = torch.Generator().manual_seed(0)
+    share = {}
+    for sample in (world.sample_captioned, world.sample_labelled):
+        scenes = sample(2**15, generator)
+        asked = scenes.said[:, world.PHOTO] == world.HIGH
+        share[sample] = (scenes.look[asked, world.PHOTO] >= world.PHOTO_U).float().mean().item()
+    assert share[world.sample_captioned] < 0.3 and share[world.sample_labelled] == 1
+
+
+def test_a_style_moves_its_own_statistic_and_no_other():
+    """The looks are independent in pixels: photo mutes the colours and is no darker than a CG render; dark
+    and bright are exposure; a painting has strokes. Same scenes, same seed."""
+    told = {}
+    for style in world.STYLES:
+        images, _ = drawn(256, 3, style)
+        told[style] = {name: values.mean().item() for name, values in pixel_statistics(images).items()}
+    plain = told[""]
+    photo, cg = told["realistic photo"], told["CG render"]
+    assert photo["saturation"] < 0.65 * cg["saturation"]
+    assert abs(photo["brightness"] - cg["brightness"]) < 0.01
+    assert photo["texture"] > 1.1 * cg["texture"]
+    for style, sign in (("dark", -1), ("bright", 1)):
+        assert sign * (told[style]["brightness"] - plain["brightness"]) > 0.1
+        assert abs(told[style]["saturation"] - plain["saturation"]) < 0.02
+    assert told["painting"]["texture"] > 1.2 * plain["texture"]
+    for name in ("saturation", "brightness", "redness"):
+        assert abs(told["painting"][name] - plain[name]) < 0.02
 
 
 def test_the_same_seed_draws_the_same_pictures():
-    assert torch.equal(world.batch(4, 9)[0], world.batch(4, 9)[0])
+    assert torch.equal(drawn(4, 9, "")[0], drawn(4, 9, "")[0])
 
 
-def test_the_judge_is_right_on_rendered_truth(judge):
-    """At least 98 %: content of every style, realism of photo and CG, nothing whole called broken."""
-    images, scenes = world.batch(1024, seed=99)
+def test_photos_keep_their_grain_through_the_vae(miniature):
+    """At least three quarters of their texture."""
+    images, _ = drawn(64, 8, "realistic photo")
+    with torch.no_grad():
+        latents = miniature.vae.encode(2 * images - 1).latent_dist.mean
+        again = (miniature.vae.decode(latents).sample / 2 + 0.5).clamp(0, 1)
+    kept = pixel_statistics(again)["texture"].mean() / pixel_statistics(images)["texture"].mean()
+    assert 0.75 <= kept <= 1.1
+
+
+@pytest.mark.parametrize("unseen", [False, True])
+def test_the_judge_is_right_on_rendered_truth(judge, unseen):
+    """At least 97 %, of the pairs that are held out too: content in every look, realism, painting, nothing
+    whole called broken."""
+    images, scenes = world.draw(world.sample_labelled, 1024, 99, True)
+    part = world.held_out(scenes.kind, scenes.layout) == unseen
+    images, scenes = images[part], scenes[part]
     verdict = judge.verdicts(images, world.captions(scenes))
-    assert verdict["alignment"].mean() >= 0.98
+    assert verdict["alignment"].mean() >= 0.97
     assert verdict["broken"].mean() <= 0.02
-    clear = (scenes.u - world.PHOTO_U).abs() > 0.05
-    assert (verdict["realism"].bool() == (scenes.u > world.PHOTO_U))[clear].float().mean() >= 0.98
+    for name, axis in (("realism", world.PHOTO), ("painting", world.BRUSH)):
+        value = scenes.look[:, axis]
+        clear = (value - world.PHOTO_U).abs() > 0.05
+        assert (verdict[name].bool() == (value > world.PHOTO_U))[clear].float().mean() >= 0.97
 
 
 def test_the_judge_sees_damage(judge):
     """Ghosts of two scenes and noise, on pictures that no training drew."""
-    images, scenes = world.batch(256, seed=98)
+    images, scenes = drawn(256, 98, "")
     ghosts = 0.5 * images + 0.5 * images.roll(1, 0)
     noisy = (images + 0.35 * torch.randn(images.shape,
                                          generator=torch.Generator().manual_seed(0))).clamp(0, 1)
@@ -86,26 +161,49 @@ def test_the_reward_tells_photo_from_cg(name):
     gap = {}
     for style in ("realistic photo", "CG render"):
         images, scenes = drawn(64, 6, style)
-        scenes.style[:] = 0  # the prompts are plain
+        scenes.said[:] = world.UNSAID  # the prompts are plain
         gap[style] = scores(images, world.captions(scenes), name)["sgp"].mean().item()
     assert gap["realistic photo"] > 0.05 and gap["CG render"] < -0.05
 
 
-def test_the_base_follows_prompts_and_looks_like_cg(miniature, judge):
-    """Alignment at least 80 %, realism at most 5 %, broken at most 2 %, on the 256 evaluation prompts and
-    seeds."""
-    prompts = read_prompts("miniature/prompts_eval.txt")
+@pytest.mark.parametrize("name", ["reward", "reward_unbiased"])
+def test_the_words_of_the_axes_point_at_right_angles(name):
+    """Cosine at most 0.1 between what the two words of each axis differ by, on prompts that it never saw."""
+    reward = load_rewards(f"miniature/{name}")
+    prompts = read_prompts("miniature/prompts_eval.txt")[:64]
+    apart = []
+    for _, low, high in world.WORDS:
+        _, C1, C2 = next(iter(reward.parts.values()))[0].conditions(prompts, high, low)
+        apart.append((C1 - C2).mean(0))
+    apart = torch.nn.functional.normalize(torch.stack(apart), dim=-1)
+    assert (apart @ apart.T - torch.eye(3)).abs().max() <= 0.1
+
+
+def sampled(miniature, prompts, judge):
+    """The judge's shares of the base's pictures of 256 prompts."""
     txt, pooled, _ = flux.encode_prompts("miniature", prompts)
     start = flux.noise(miniature, (4, 4), range(256))
     images = flux.sample(miniature, txt, pooled, start, (4, 4), 12, 3.5)
-    verdict = {name: answers.mean().item() for name, answers in judge.verdicts(images, prompts).items()}
-    assert verdict["alignment"] >= 0.80 and verdict["realism"] <= 0.05 and verdict["broken"] <= 0.02
+    return {name: answers.mean().item() for name, answers in judge.verdicts(images, prompts).items()}
 
 
-def test_an_interrupted_build_ends_with_the_same_weights(monkeypatch, tmp_path):
-    """fitting.fit stopped after 2 of 4 steps and run again is the uninterrupted one, bit for bit."""
+def test_the_base_follows_most_prompts_and_looks_like_cg(miniature, judge):
+    """Alignment 85 to 96 %, realism at most 10 %, broken at most 2 %, on the 256 evaluation prompts and
+    seeds."""
+    verdict = sampled(miniature, read_prompts("miniature/prompts_eval.txt"), judge)
+    assert 0.85 <= verdict["alignment"] <= 0.96
+    assert verdict["realism"] <= 0.10 and verdict["broken"] <= 0.02
+
+
+def test_the_word_photo_works_weakly_on_the_base(miniature, judge):
+    """As on FLUX (Fig. 9 b): with "realistic photo. " before the prompt, some are photos, at most half."""
+    prompts = [f"realistic photo. {prompt}" for prompt in read_prompts("miniature/prompts_eval.txt")]
+    assert 0.1 <= sampled(miniature, prompts, judge)["realism"] <= 0.5
+
+
+def test_an_interrupted_build_ends_with_the_same_weights(tmp_path):
+    """Workshop.fit stopped after 2 of 4 steps and run again is the uninterrupted one, bit for bit."""
     def train(folder, stop=None):
-        monkeypatch.setattr(fitting, "WORK", folder)
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 4)
 
@@ -114,7 +212,7 @@ def test_an_interrupted_build_ends_with_the_same_weights(monkeypatch, tmp_path):
                 raise KeyboardInterrupt
             return model(torch.randn(8, 4)).square().mean()
 
-        fitting.fit("toy", {"toy": model}, loss_of, steps=4, lr=0.1, every=2)
+        Workshop(folder).fit("toy", {"toy": model}, loss_of, steps=4, lr=0.1, every=2)
         return model.state_dict()
 
     whole = train(tmp_path / "whole")
@@ -128,25 +226,17 @@ def test_an_interrupted_build_ends_with_the_same_weights(monkeypatch, tmp_path):
 def short_build(monkeypatch, tmp_path):
     """A build from nothing into an empty folder, of one step a stage: short_build(stage) -> what it
     exports."""
-    def one_step(name, modules, loss_of, steps, lr):
-        fitting.fit(name, modules, loss_of, 1, lr)
-
-    monkeypatch.setattr(fitting, "WORK", tmp_path / "work")
-    monkeypatch.setattr(build, "HERE", tmp_path / "model")
-    monkeypatch.setattr(build_flow, "PICTURE_BATCHES", 1)
-    for module in (build_flow, build_scorers):
-        monkeypatch.setattr(module, "fit", one_step)
+    monkeypatch.setattr(build, "QUICK", 1e-9)
 
     def built(stage):
-        build.main(["--stage", stage, "--threads", "1"])
+        build.main(["--stage", stage, "--quick", "--out", str(tmp_path / "model")])
         return tmp_path / "model"
     return built
 
 
 @pytest.mark.parametrize("stage", ["distill", "bias", "judge"])
 def test_a_stage_builds_what_it_is_built_on(stage, short_build):
-    short_build(stage)
-    assert (fitting.WORK / f"{stage}.pt").exists()
+    assert (short_build(stage) / ".build" / f"{stage}.pt").exists()
 
 
 def test_a_build_exports_a_model_that_loads(short_build):
@@ -158,9 +248,35 @@ def test_a_build_exports_a_model_that_loads(short_build):
     assert load_judge(model) and load_rewards(f"{model}/reward") and load_rewards(f"{model}/reward_unbiased")
     for shipped in Path("miniature").glob("*/*.safetensors"):
         assert (model / shipped.relative_to("miniature")).stat().st_size == shipped.stat().st_size
-    for file in ("prompts.txt", "prompts_eval.txt", "tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json",
-                 "reward/tokenizer.json", "reward/open_clip_config.json"):
+    for file in ("prompts.txt", "prompts_select.txt", "prompts_eval.txt", "srpo.json",
+                 "tokenizer/tokenizer.json", "tokenizer_2/tokenizer.json", "reward/tokenizer.json",
+                 "reward/open_clip_config.json"):
         assert (model / file).read_bytes() == (Path("miniature") / file).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_quick_build_killed_and_resumed_is_the_quick_build(tmp_path):
+    """The toy, two minutes each: killed in the middle and built on, it has the same bytes, and trains."""
+    def build_toy(out, **more):
+        command = [sys.executable, "-m", "miniature.build", "--quick", "--out", out]
+        return subprocess.run(command, capture_output=True, **more)
+
+    assert build_toy(tmp_path / "whole").returncode == 0
+    with pytest.raises(subprocess.TimeoutExpired):  # which kills it
+        build_toy(tmp_path / "parts", timeout=30)
+    assert build_toy(tmp_path / "parts").returncode == 0
+    files = list((tmp_path / "whole").glob("*/*.safetensors"))
+    assert len(files) == 7
+    for file in files:
+        assert file.read_bytes() == (tmp_path / "parts" / file.relative_to(tmp_path / "whole")).read_bytes()
+    train = [sys.executable, "train.py", "--model", tmp_path / "whole", "--steps", "1", "--eval", "0",
+             "--out", tmp_path / "run"]
+    assert subprocess.run(train, capture_output=True).returncode == 0
+
+
+def test_a_toy_does_not_overwrite_the_miniature():
+    with pytest.raises(UserError, match="give another --out"):
+        build.main(["--quick"])
 
 
 def test_the_vocabularies_are_the_same_in_every_build():

@@ -85,7 +85,7 @@ def test_a_small_card_saves_on_the_reward_path():
         known = set(run.reward.trained[0][0].cache)
         terms = list(train.srpo(a, run.net, run.reward, run.batch(a, 2, 0)))
         losses.append(torch.stack([loss for loss, _ in terms]).detach())
-        run.watched.look(2, "held out")
+        run.watched.look(run.watched.watched, "held out")
         after = set(run.reward.trained[0][0].cache)
         assert (after == known) == (layout == "fp8")
         assert run.net.vae.decoder.gradient_checkpointing == (layout == "fp8")

@@ -183,8 +183,11 @@ def test_prompts_that_the_judge_does_not_know_are_a_dash(monkeypatch, capsys, tm
     (tmp_path / "p.txt").write_text("a dog\na cat\n")
     run(monkeypatch, "--steps", 1, "--eval", 2, "--eval-prompts", tmp_path / "p.txt",
         "--out", tmp_path / "run")
-    after = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| after"))
-    assert after.split("|")[-3].strip() == "-" and after.split("|")[-4].strip() != "-"
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    head = next(line for line in lines if "alignment" in " ".join(line))
+    after = next(line for line in lines if line[1].strip() == "after")
+    cells = {name.strip(): cell.strip() for name, cell in zip(head, after, strict=True)}
+    assert cells["alignment"] == "-" == cells["Frechet"] and cells["realism"] != "-"
     assert json.loads((tmp_path / "run" / "log.jsonl").read_text())["watch"]["alignment"] is None
 
 

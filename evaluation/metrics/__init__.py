@@ -16,6 +16,12 @@ and, if it has prompts of its own, or if some prompts have no score:
 pictures(files, args, benchmark)  the `Picture`s that it scores in place of the benchmark's, in a subfolder of
                            its name; the scorer gets their entries, if they have one, in place of prompts
 UNDEFINED                     the columns that are NaN, and rightly so, for some prompts
+
+and, if it says something of a set of pictures that is no mean over them:
+
+SET_COLUMNS                {column: Column}: what the table shows, in place of COLUMNS
+of_set(values, prompts)    {column of COLUMNS: [P]}, of P pictures and their P prompts -> {column of
+                           SET_COLUMNS: {"mean", "se", "n"}, or None where there is no such number}
 """
 
 import importlib
@@ -42,6 +48,12 @@ def find(name):
     if name in files():
         return importlib.import_module(f"{__name__}.{name}")
     return RewardMetric(name)
+
+
+def shown(name):
+    """{column: `Column`} of a metric, as the table shows it."""
+    metric = find(name)
+    return getattr(metric, "SET_COLUMNS", metric.COLUMNS)
 
 
 def parse_metrics(spec):

@@ -10,6 +10,7 @@ from rewards.base import Column
 from rewards.pictures import pixels
 
 COLUMNS = {"realism": Column("realism", ".1%"),
+           "painting": Column("painting", ".1%"),
            "alignment": Column("alignment", ".1%"),
            "broken": Column("broken", ".1%")}
 UNDEFINED = ("alignment",)  # which a prompt outside the miniature's world does not have

@@ -1,0 +1,128 @@
+"""How far a set of pictures is from true photos of the same prompts: the Frechet distance over twelve plain
+statistics of pixels. Nobody trained it, and it sees no network.
+
+It is a number of a set, not of a picture, and of the miniature's world alone, whose photos can be drawn.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from engine.errors import UserError
+from evaluation.metrics.statistics import pixel_statistics
+from miniature import world
+from rewards.base import Column
+from rewards.pictures import pixels
+
+PLAIN = ("brightness", "contrast", "darkest", "lightest", "saturation", "colourfulness", "redness",
+         "blueness", "texture", "coarse texture", "streaks", "vignette")
+COLUMNS = {f"frechet: {name}": Column(name, "+.3f") for name in PLAIN}  # of a picture: kept, not shown
+SET_COLUMNS = {"frechet": Column("Frechet", ".1f")}
+PHOTOS = 4  # true photos of each prompt
+SEED = 50_000_000
+RESAMPLED = 200  # times, for the standard error
+FEWEST = 24  # pictures: of fewer, twelve statistics have no covariance worth the name
+
+
+def plain_statistics(images):
+    """Twelve numbers of B pictures [B, 3, H, W] in [0, 1], PLAIN: [B, 12].
+
+    brightness, contrast, darkest, lightest  mean, spread, and 2nd and 98th percentile of the luma
+    saturation, colourfulness                mean and spread of the HSV saturation
+    redness, blueness                        of R - (G + B) / 2 and of B - (R + G) / 2, the mean
+    texture, coarse texture                  mean distance of the luma from its 3 x 3 mean, at full and half
+                                             size
+    streaks                                  how much more the luma changes downwards than sideways
+    vignette                                 mean luma of the inner quarter less that of the whole
+    """
+    luma = world.luma(images)  # [B, H, W]
+    high = images.max(1).values
+    saturation = (high - images.min(1).values) / high.clamp(min=1e-6)
+    r, g, b = images.unbind(1)
+    h, w = luma.shape[1:]
+    inner = luma[:, h // 4:h - h // 4, w // 4:w - w // 4]
+    ends = torch.quantile(luma.flatten(1), torch.tensor([0.02, 0.98]), dim=1)  # [2, B]
+    half = F.avg_pool2d(images, 2)
+    downwards = luma.diff(dim=1).abs().mean((1, 2))
+    sideways = luma.diff(dim=2).abs().mean((1, 2))
+    return torch.stack([
+        luma.mean((1, 2)), luma.std((1, 2)), ends[0], ends[1],
+        saturation.mean((1, 2)), saturation.std((1, 2)),
+        world.redness(images), (b - (r + g) / 2).mean((1, 2)),
+        pixel_statistics(images)["texture"], pixel_statistics(half)["texture"],
+        downwards - sideways, inner.mean((1, 2)) - luma.mean((1, 2))], 1)
+
+
+@cache
+def photo_statistics(prompts):
+    """`plain_statistics` of PHOTOS true photos of each prompt (a tuple), drawn from one seed: [n, 12]."""
+    scenes = [world.parse(prompt) for prompt in prompts for _ in range(PHOTOS)]
+    kind = torch.tensor([kind for kind, _ in scenes])
+    layout = torch.tensor([layout for _, layout in scenes])
+    images, _ = world.draw(world.scenes_of, len(scenes), SEED, kind, layout, "realistic photo")
+    return torch.cat([plain_statistics(part) for part in images.split(256)])
+
+
+def gaussian(x):
+    """The mean [..., 12] and the covariance [..., 12, 12] of statistics x [..., n, 12]."""
+    mean = x.mean(-2)
+    apart = x - mean[..., None, :]
+    return mean, apart.mT @ apart / (x.shape[-2] - 1)
+
+
+def distance(x, y):
+    """The Frechet distance [...] of the Gaussians of x [..., n, 12] and y [m, 12], float64:
+    |mean - mean'|^2 + trace(S + S' - 2 (S^1/2 S' S^1/2)^1/2)."""
+    mean, covariance = gaussian(x)
+    their_mean, their_covariance = gaussian(y)
+    values, vectors = torch.linalg.eigh(their_covariance)
+    root = vectors @ torch.diag(values.clamp(min=0).sqrt()) @ vectors.mT
+    between = torch.linalg.eigvalsh(root @ covariance @ root).clamp(min=0).sqrt().sum(-1)
+    traces = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + their_covariance.trace()
+    return (mean - their_mean).square().sum(-1) + traces - 2 * between
+
+
+def of_set(values, prompts):
+    """The distance of P pictures from true photos of their P prompts: {"frechet": {"mean", "se", "n"}}, or
+    None for it if fewer than FEWEST pictures have a score and a prompt of the miniature's world.
+
+    values: {column of COLUMNS: [P]}. Each statistic is measured in the photos' own spread, so that a distance
+    of d^2 is d standard deviations in one of them; se is the spread over bootstrap samples of the pictures.
+    """
+    x = torch.stack([values[column].double() for column in COLUMNS], 1)  # [P, 12]
+    known = torch.tensor([world.parse(prompt) is not None for prompt in prompts], dtype=torch.bool)
+    known &= x.isfinite().all(1)
+    if known.sum() < FEWEST:
+        return {"frechet": None}
+    x = x[known]
+    asked = tuple(prompt for prompt, is_known in zip(prompts, known.tolist(), strict=True) if is_known)
+    photos = photo_statistics(asked).double()
+    x = x / photos.std(0)
+    photos = photos / photos.std(0)
+    generator = torch.Generator().manual_seed(SEED)
+    rows = torch.randint(len(x), (RESAMPLED, len(x)), generator=generator)
+    return {"frechet": {"mean": distance(x, photos).item(), "se": distance(x[rows], photos).std().item(),
+                        "n": len(x)}}
+
+
+def of_pictures(images, prompts):
+    """`of_set` of P pictures [P, 3, H, W] in [0, 1] and their P prompts."""
+    return of_set(dict(zip(COLUMNS, plain_statistics(images).unbind(1), strict=True)), prompts)
+
+
+def fetch(where, args):
+    """It has no files. Raises UserError if it is given some."""
+    if where is not None:
+        raise UserError(f"it has no files, and {where} would not be read")
+    return None
+
+
+def load(files, args, device):
+    return score
+
+
+def score(pictures, prompts):
+    """B PIL pictures, each of its own size -> {column: [B]}."""
+    each = torch.cat([plain_statistics(pixels(picture)[None]) for picture in pictures])
+    return dict(zip(COLUMNS, each.unbind(1), strict=True))
