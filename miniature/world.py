@@ -40,7 +40,7 @@ RANGES = [[0.0, 1.0], [0.0, 0.15], [0.75, 1.0]]  # of an axis: anything, what it
 MIDDLE = [0.35, 0.65]  # the exposure that is neither dark nor bright
 PHOTO_U = RANGES[HIGH][0]  # from here on a picture is a realistic photo
 PAINTING_U = RANGES[HIGH][0]
-OBEYED = [0.5, 0.5, 0.08]  # in this share of the generator's captions a word about an axis is true
+OBEYED = [0.5, 0.5, 0.13]  # in this share of the generator's captions a word about an axis is true
 LEVEL = 0.46  # mean luma before the exposure
 
 

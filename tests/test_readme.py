@@ -84,6 +84,8 @@ SMALLEST = {
     "sample.py": ["--eval-steps", "1"],
     "evaluate.py": ["--first", "3", "--eval-steps", "1"],
     "experiments.bench": ["--repeats", "1", "--batch", "2", "--rollout-steps", "1"],
+    "experiments.margin": ["--lrs", "1e-5", "--updates", "6", "--pictures", "24", "--batch", "2",
+                           "--rollout-steps", "1", "--eval-steps", "1"],
     "evaluation.study": [],
     "evaluation.report": [],
     "miniature.build": ["-h"]}
