@@ -91,10 +91,11 @@ def main():
             arrived = arrival(looks(lr, own, others, world))
             if arrived is not None:
                 arrivals[lr] = arrived
-        if not arrivals:
-            raise UserError(f"no learning rate of {own.lrs} reaches a realism of {GOAL:.0%} safely")
-        lr = min(arrivals, key=lambda lr: arrivals[lr].frechet)
-        print(f"\n--lr {lr:g} --steps {arrivals[lr].updates}")
+        if arrivals:
+            lr = min(arrivals, key=lambda lr: arrivals[lr].frechet)
+            print(f"\n--lr {lr:g} --steps {arrivals[lr].updates}")
+        else:
+            print(f"\nnone of these learning rates reaches a realism of {GOAL:.0%} safely")
 
 
 if __name__ == "__main__":

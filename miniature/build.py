@@ -1,5 +1,5 @@
-"""Build the miniature from nothing: `python -m miniature.build` (resumable, seeded, about an hour and a half
-on one core; `--quick --out FOLDER` builds a toy in two minutes).
+"""Build the miniature from nothing: `python -m miniature.build` (resumable, seeded, two and a half hours on
+one core; `--quick --out FOLDER` builds a toy in two minutes).
 
 Stages, each finished once and kept in .build/ of the folder (delete a stage's file to build it again). The
 pictures that they learn from are drawn by the first stage that needs them.

@@ -28,8 +28,8 @@ from miniature.fitting import SEED
 
 CROP_STEPS = 4100  # of the VAE's, on crops
 VAE_STEPS = 4500
-FLOW_STEPS = 4200
-DISTILL_STEPS = 500
+FLOW_STEPS = 9000
+DISTILL_STEPS = 800
 FLOW_BATCH = 64
 TOKENS = 16  # of both text encoders
 GRID = (world.SIZE // 16, world.SIZE // 16)  # tokens of a picture

@@ -40,7 +40,7 @@ RANGES = [[0.0, 1.0], [0.0, 0.15], [0.75, 1.0]]  # of an axis: anything, what it
 MIDDLE = [0.35, 0.65]  # the exposure that is neither dark nor bright
 PHOTO_U = RANGES[HIGH][0]  # from here on a picture is a realistic photo
 PAINTING_U = RANGES[HIGH][0]
-OBEYED = [0.5, 0.5, 0.08]  # in this share of the generator's captions a word about an axis is true
+OBEYED = [0.5, 0.5, 0.2]  # in this share of the generator's captions a word about an axis is true
 LEVEL = 0.46  # mean luma before the exposure
 
 
@@ -104,11 +104,12 @@ def look_of(ends, generator):
 
 def usual_ends(n, generator):
     """The ends [n, 3] of the looks that come with captions that do not speak of them: mostly neither dark nor
-    bright, no painting, and a CG render."""
+    bright, no painting, and a CG render; one in twelve is a photo, and some are anything between, so that a
+    generator knows the way from one to the other."""
     shape = torch.Size([n])
     exposure = choose([0.84, 0.08, 0.08], shape, generator)
     brush = choose([0.02, 0.90, 0.08], shape, generator)
-    photo = choose([0.02, 0.90, 0.08], shape, generator)
+    photo = choose([0.16, 0.80, 0.04], shape, generator)
     return torch.stack([exposure, brush, photo], 1)
 
 
@@ -269,7 +270,7 @@ def add_thing(image, scenes, slot, points, light, generator):
         side = -side
     offset = torch.stack([side * (scenes.layout == 1), side * (scenes.layout == 2)], -1)  # [n, 2]
     jitter = torch.stack([uniform(n, -0.06, 0.06, generator), uniform(n, -0.06, 0.06, generator)], -1)
-    radius = torch.tensor([0.34, 0.24, 0.46])[size] * uniform(n, 0.95, 1.05, generator)
+    radius = torch.tensor([0.37, 0.29, 0.46])[size] * uniform(n, 0.95, 1.05, generator)
     radius = radius.view(n, 1, 1, 1)
     angle = uniform(n, -0.15, 0.15, generator)
     turn = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).view(n, 1, 2, 2)

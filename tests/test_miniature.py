@@ -88,7 +88,7 @@ def test_a_style_moves_its_own_statistic_and_no_other():
     and bright are exposure; a painting has strokes. Same scenes, same seed."""
     told = {}
     for style in world.STYLES:
-        images, _ = drawn(256, 3, style)
+        images, _ = drawn(128, 3, style)
         told[style] = {name: values.mean().item() for name, values in pixel_statistics(images).items()}
     plain = told[""]
     photo, cg = told["realistic photo"], told["CG render"]

@@ -87,6 +87,8 @@ SMALLEST = {
     "experiments.bench": ["--repeats", "1", "--batch", "2", "--rollout-steps", "1"],
     "experiments.offline": ["--photos", "20", "--pictures", "8", "--steps", "1", "--batch", "2"],
     "experiments.race": ["--goal", "0", "--pictures", "8", "--batch", "2", "--rollout-steps", "1"],
+    "experiments.margin": ["--lrs", "1e-5", "--updates", "6", "--pictures", "24", "--batch", "2",
+                           "--rollout-steps", "1", "--eval-steps", "1"],
     "evaluation.study": [],
     "evaluation.report": [],
     "engine.merge": [],
