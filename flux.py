@@ -257,7 +257,6 @@ class Flux:
         z = unpack(x, grid) / config.scaling_factor + config.shift_factor
         return (self.vae.decode(z.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
 
-
     @torch.no_grad()
     def encode(self, images):
         """Images [B, 3, H, W] in [0, 1] -> packed latents [B, N, C] float32, without gradient: the mean of

@@ -26,10 +26,10 @@ def trained(out):
     return load_file(file)
 
 
-def farthest(a, b):
-    """The largest difference of any two numbers."""
+def farthest(a, b, rounding=0.0):
+    """The largest difference of any two numbers, beyond a rounding of them."""
     assert a.keys() == b.keys()
-    return max((a[name] - b[name]).abs().max().item() for name in a)
+    return max(((a[name] - b[name]).abs() - rounding * b[name].abs()).max().item() for name in a)
 
 
 @pytest.mark.slow
@@ -37,7 +37,7 @@ def farthest(a, b):
 def test_every_path_trains_as_the_plain_one(tmp_path, flags):
     """Three updates with every --memory, by one process and by two, against float32 masters or a LoRA on a
     float32 base in one. A float8 base makes another gradient, to 0.999 of a cosine (test_memory.py), and Adam
-    turns the sign of the smallest."""
+    turns the sign of the smallest; what split writes is the upper half of its masters, in bf16."""
     printed = tmp_path / "printed"
     common = [*SMALL, "--steps", "3"]
     plain = [] if flags[0] == "--memory" else flags[:2]
@@ -45,7 +45,8 @@ def test_every_path_trains_as_the_plain_one(tmp_path, flags):
     call(printed, *common, "--batch", 2, "--out", tmp_path / "one", *flags)
     call(printed, *common, "--batch", 1, "--out", tmp_path / "two", *flags, ranks=2)
     for out in ("one", "two"):
-        off = farthest(trained(tmp_path / out), trained(tmp_path / "plain"))
+        rounding = 2**-8 if flags[-1] == "split" else 0
+        off = farthest(trained(tmp_path / out), trained(tmp_path / "plain"), rounding)
         step = 3e-4 if "--lora" in flags else 2.5e-5
         assert off < (6.5 * step if "fp8" in flags[-1] or flags[-1] == "split" else 0.1 * step), out
 
