@@ -170,6 +170,7 @@ def stochastic_rollout(a, net, batch):
     path = []
 
     def step(x, v, s, s_next):
+        """For `flux.Flux.rollout`: a step of the SDE, noted in the path; the last one is Euler's."""
         if s_next == 0:
             return x - s * v
         mean = sde_mean(x, v, s, s_next)
