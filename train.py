@@ -296,7 +296,7 @@ def train(a, run, folder, state, stopping):
                 if loss is baselines.STEP:
                     optimizer_step(a, run, folder, step, trouble)
                     continue
-                trouble = trouble or first_not_finite(term.prompts, x0=term.x0, v_theta=term.v_theta,
+                trouble = trouble or first_not_finite(term.prompts, x_t=term.x_t, v_theta=term.v_theta,
                                                       image=term.image, reward=term.reward)
                 (loss / a.accumulate).backward()
                 numbers.append({f"reward_{term.branch}": term.reward.mean().item(),
