@@ -27,7 +27,7 @@ class Term(NamedTuple):
     """What the loop logs and checks of a loss term."""
     prompts: list
     branch: str             # the method's name
-    x0: torch.Tensor        # [B, N, C] where the network was called, before
+    x_t: torch.Tensor       # [B, N, C] what the network was called with
     v_theta: torch.Tensor   # [B, N, C], with gradient
     image: torch.Tensor     # [B, 3, H, W]
     reward: torch.Tensor    # [B]
@@ -170,6 +170,7 @@ def stochastic_rollout(a, net, batch):
     path = []
 
     def step(x, v, s, s_next):
+        """For `flux.Flux.rollout`: a step of the SDE, noted in the path; the last one is Euler's."""
         if s_next == 0:
             return x - s * v
         mean = sde_mean(x, v, s, s_next)

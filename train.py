@@ -296,7 +296,7 @@ def train(a, run, folder, state, stopping):
                 if loss is baselines.STEP:
                     optimizer_step(a, run, folder, step, trouble)
                     continue
-                trouble = trouble or first_not_finite(term.prompts, x0=term.x0, v_theta=term.v_theta,
+                trouble = trouble or first_not_finite(term.prompts, x_t=term.x_t, v_theta=term.v_theta,
                                                       image=term.image, reward=term.reward)
                 (loss / a.accumulate).backward()
                 numbers.append({f"reward_{term.branch}": term.reward.mean().item(),
@@ -327,7 +327,7 @@ def optimizer_step(a, run, folder, step, trouble):
         world.say(f"step {step}: the gradient is 0: " + ("nothing is left to learn" if a.threshold is None
                   else f"every reward is above --threshold {a.threshold}; --threshold off"))
     if trouble is None and not norm.isfinite():
-        trouble = Trouble("the gradient", "no single prompt")
+        trouble = Trouble("the gradient", "all its prompts together")
     stop_before_the_step(trouble, step, world, transformer, folder.out / "weights", run.net.dtype)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
