@@ -35,17 +35,22 @@ class Setting(NamedTuple):
     flags: str
 
 
-def parse(doc, argv, seeds=5):
-    """The flags that every experiment has. Raises UserError."""
-    parser = Parser(doc)
-    add = parser.add_argument
+def parser(doc, seeds=5):
+    """The flags that every experiment has."""
+    common = Parser(doc)
+    add = common.add_argument
     add("--model", default="miniature", help="a model folder with a judge")
     add("--seeds", type=whole(1, 100), default=seeds, help="runs of each row, seeds 0, 1, ...")
     add("--home", default="runs/experiments", help="where the runs are kept, and shared between experiments")
     add("--results", default=str(RESULTS), help="folder of the Markdown, the JSON and the picture")
     add("--pictures", type=whole(4), default=256, help="held-out prompts that are evaluated")
     add("--flags", default="", help="of train.py, for every run; --steps 2 tries whether all works")
-    return parser.parse_args(argv)
+    return common
+
+
+def parse(doc, argv, seeds=5):
+    """What a command line says to them. Raises UserError."""
+    return parser(doc, seeds).parse_args(argv)
 
 
 # ------------------------------------------------------------------------------------------------------- runs
@@ -74,7 +79,7 @@ def evaluated(own, weights, name, prefix=None, per_prompt=1):
     `prefix` in its prompts, and of {row: folder of a run}."""
     out = Path(own.home) / f"evaluate_{name}"
     argv = ["--model", own.model, "--out", str(out), "--first", str(own.pictures), "--batch", "16",
-            "--metrics", f"reward,statistics,judge,clip={HELD_OUT}", "--per-prompt", str(per_prompt)]
+            "--metrics", f"reward,statistics,judge,frechet,clip={HELD_OUT}", "--per-prompt", str(per_prompt)]
     if prefix:
         argv += ["--prefix", prefix]
     if weights:

@@ -28,7 +28,7 @@ ROWS = [Setting("ReFL", f"--method refl {BASELINE}"),
 WORDS = "realistic photo"
 COLUMNS = {"reward": ("reward", ".3f"), "clip": ("held-out reward", ".3f"), "sgp": ("SGP", "+.3f"),
            "realism": ("realism", ".1%"), "broken": ("broken", ".1%"), "alignment": ("alignment", ".1%"),
-           "redness": ("redness", "+.3f"), "saturation": ("saturation", ".3f"),
+           "frechet": ("Frechet", ".1f"), "redness": ("redness", "+.3f"), "saturation": ("saturation", ".3f"),
            "diversity": ("diversity", ".4f"), "optimizer_steps": ("optimizer steps", ".0f"),
            "tflop": ("TFLOP", ".2f"), "seconds": ("seconds", ".1f")}
 

@@ -2,6 +2,7 @@
 
 import copy
 import random
+from dataclasses import replace
 
 import open_clip
 import torch
@@ -120,9 +121,20 @@ def looks_loss(told, look):
     return loss[low | high].mean()
 
 
-def build_reward(shop):
+def hushed(scenes, heard, step):
+    """(scenes whose captions speak of the brush in a share `heard` of the cases in which these do, the others
+    [n] as a mask); the same for a step."""
+    draw = torch.Generator().manual_seed(step)
+    quiet = torch.rand(len(scenes.said), generator=draw) >= heard
+    of_brush = quiet[:, None] & (torch.arange(3) == world.BRUSH)
+    return replace(scenes, said=scenes.said.masked_fill(of_brush, world.UNSAID)), quiet
+
+
+def build_reward(shop, name="reward", heard=1.0):
     """Contrastive training on raw pictures and captions: a picture against all captions of the batch and its
     own near misses, a caption against all pictures of the batch. Returns the model and its `Words`.
+
+    name: of the stage; heard: less than 1 makes the words of the brush as much rarer in the captions.
 
     Every word is true, and the axes of a look are independent, so that what their words differ by comes out
     at right angles; STRAIGHTEN holds it there. Before that, the image tower alone learns the ends of the axes
@@ -143,7 +155,7 @@ def build_reward(shop):
 
     def loss_of(step):
         picked = torch.randint(len(images), (n,))
-        truth = scenes[picked]
+        truth, quiet = hushed(scenes[picked], heard, step)
         groups = near_misses(truth, random.Random(step))
         x = augment(images[picked].float() / 255) * 2 - 1
         texts = [text for group in groups for text in group]
@@ -153,6 +165,7 @@ def build_reward(shop):
         C = C.view(n, -1, f.shape[-1])  # [n, 7, 64]
         scale = model.logit_scale.exp().clamp(max=50)
         own = scale * (f[:, None] * C[:, 1:]).sum(-1)  # [n, 6] near misses
+        own[quiet, world.BRUSH] = -1e4
 
         # Another picture's caption is no wrong answer where it is true of this one.
         also = true_of(truth, truth) & ~torch.eye(n, dtype=torch.bool)
@@ -166,7 +179,7 @@ def build_reward(shop):
 
     modules = {"reward": model, "head": head}
     shop.fit("looks", modules, first_loss_of, steps=LOOKS_STEPS, lr=1e-3)
-    shop.fit("reward", modules, loss_of, steps=REWARD_STEPS, lr=1e-3)
+    shop.fit(name, modules, loss_of, steps=REWARD_STEPS, lr=1e-3)
     return model, words
 
 

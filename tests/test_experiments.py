@@ -68,12 +68,12 @@ def test_the_common_mode_of_a_form_is_that_of_its_weights():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["table1", "unbiased", "recovery", "common_mode", "intervals", "ablation",
-                                  "second_recipe", "when_to_stop"])
+                                  "second_recipe", "when_to_stop", "styles"])
 def test_every_experiment_runs_to_its_page(tmp_path, name):
     """Two updates, few pictures, one seed: a page with a table, a JSON and a picture."""
     module = importlib.import_module(f"experiments.{name}")
     module.main(["--seeds", "1", "--pictures", "8", "--home", str(tmp_path / "home"), "--results",
-                 str(tmp_path / "results"), "--flags", SMALLEST])
+                 str(tmp_path / "results"), "--flags", SMALLEST, *(["--quick"] if name == "styles" else [])])
     text = (tmp_path / "results" / f"{name}.md").read_text()
     assert text.startswith("# ") and f"python -m experiments.{name} --seeds 1" in text and "|---|" in text
     assert json.loads((tmp_path / "results" / f"{name}.json").read_text())
