@@ -56,8 +56,7 @@ def main(argv=None):
         axes[0].legend(fontsize=7)
         told = (f"The watched pictures over 48 updates, {own.seeds} seeds, mean ± standard deviation between "
                 f"those that get there; equal SGP is a gap of {SGP}.")
-        runs.write(own, "ablation", "Ablation (Fig. 9 d)", told, [runs.table(rows, COLUMNS)],
-                   runs.as_json(rows), figure)
+        runs.write(own, "ablation", "Ablation (Fig. 9 d)", told, [(rows, COLUMNS)], figure)
 
 
 if __name__ == "__main__":

@@ -43,16 +43,9 @@ def settings():
 def main(argv=None):
     with frame("common_mode"):
         own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv)
-        rows = {}
-        per_seed = {setting.name: [] for setting in settings()}
-        for seed in range(own.seeds):
-            weights = {setting.name: runs.trained(own, setting.flags, seed) for setting in settings()}
-            found = runs.evaluated(own, weights, f"common_mode_{seed}")
-            rows["base"] = runs.over_seeds([found["base"]])
-            for name in weights:
-                per_seed[name].append(found[name])
+        rows = runs.measured(own, list(settings()), "common_mode")
         for setting, mode in settings().items():
-            rows[setting.name] = runs.over_seeds(per_seed[setting.name]) | {"predicted": runs.spread([mode])}
+            rows[setting.name]["predicted"] = runs.spread([mode])
         order = sorted(rows, key=lambda name: rows[name]["redness"].mean, reverse=True)
         rows = {name: rows[name] for name in order}
         figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
@@ -61,7 +54,7 @@ def main(argv=None):
                 "them. Common mode per unit of difference, predicted from the weights of the two texts; the "
                 "plain reward has nothing else.")
         runs.write(own, "common_mode", "Common mode: what inversion cancels", told,
-                   [runs.table(rows, COLUMNS)], runs.as_json(rows), figure)
+                   [(rows, COLUMNS)], figure)
 
 
 def draw(axes, rows):

@@ -49,7 +49,7 @@ def main(argv=None):
         told = (f"The watched pictures, {own.seeds} seeds, mean ± standard deviation between them. Equal "
                 f"SGP is a gap of {SGP}; - where a run never reaches it. In sigma: {RANGES}.")
         runs.write(own, "intervals", "Which part of the trajectory (Fig. 7)", told,
-                   [runs.table(rows, COLUMNS)], runs.as_json(rows), figure)
+                   [(rows, COLUMNS)], figure)
 
 
 if __name__ == "__main__":

@@ -1,101 +1,95 @@
 """How many updates, and how far is the cliff? Five learning rates, up to three times the recipe's updates.
 
-    python -m experiments.margin --model miniature
+    python -m experiments.margin
 
 Everything is measured on the selection prompts (--watch-prompts), none of which is evaluated. The rule, for
-each learning rate: the updates are the first multiple of 6 at which GOAL of the pictures are photos, and the
-rate is safe if at most BROKEN of them are broken until half as many updates more. Of the safe rates that one
-is chosen whose pictures are then nearest to true photos (the Frechet distance).
+each learning rate, on seed 0: the updates are the first look at which GOAL of the pictures are photos, and
+the rate is safe if at most BROKEN of them are broken until half as many updates more. Of the safe rates that
+one is chosen whose pictures are then nearest to true photos (the Frechet distance).
 """
 
 import sys
-from typing import NamedTuple
 
-import prepare
-import train
-from engine import parallel
-from engine.command_line import Parser, real, whole
-from engine.errors import UserError, frame
-from experiments import bench
+from matplotlib import pyplot
 
+from engine.errors import frame
+from experiments import runs
+
+RATES = (1.25e-5, 2.5e-5, 5e-5, 7.5e-5, 1e-4)
+UPDATES = 108
 EVERY = 6  # updates between two looks
+PICTURES = 128
 GOAL = 0.85  # realism
 BROKEN = 0.02
+COLUMNS = {"updates": ("updates", ".0f"), "realism": ("realism", ".1%"), "alignment": ("alignment", ".1%"),
+           "broken": ("broken", ".1%"), "frechet": ("Frechet", ".1f"), "saturation": ("saturation", ".3f"),
+           "broken_2": ("broken passes 2 % at", ".0f"), "broken_5": ("5 % at", ".0f")}
 
 
-class Look(NamedTuple):
-    """What the selection prompts' pictures were after some updates."""
-    updates: int
-    realism: float
-    alignment: float
-    broken: float
-    frechet: float
+def looks_of(log):
+    """Those lines of a log that have a look at the watched pictures."""
+    return [line for line in log if "watch" in line]
 
 
-def flags(argv):
-    """This script's own flags, and those of train.py. Raises UserError."""
-    parser = Parser(__doc__)
-    parser.add_argument("--lrs", type=real(0, 1e3, open_low=True), nargs="+",
-                        default=[6e-6, 1.2e-5, 2.5e-5, 5e-5, 1e-4], help="learning rates")
-    parser.add_argument("--updates", type=whole(EVERY), default=72, help="of each")
-    parser.add_argument("--pictures", type=whole(24), default=128, help="that are looked at each time")
-    return parser.parse_known_args(argv)
+def arrival(log):
+    """The first look at which GOAL of the pictures are photos; None if there is none."""
+    return next((line for line in looks_of(log) if line["watch"]["realism"] >= GOAL), None)
 
 
-def looks(lr, own, others, world):
-    """The [`Look`] of a run with one learning rate: before it, and after every EVERY updates. Raises
-    UserError for a model that has no judge."""
-    a = train.flags([*others, "--lr", str(lr), "--watch", str(own.pictures), "--steps", str(own.updates),
-                     "--eval", "0"])
-    prepare.settle(a, world)
-    run = prepare.set_up(a, world)
-    watch = run.watched
-    if watch.judge is None:
-        raise UserError(f"--model {a.model}: it has no judge, and nothing else knows what a photo is")
-    found = []
-    for step in range(own.updates + 1):
-        if step > 0:
-            bench.one_update(a, run, [], step)
-        if step % EVERY == 0:
-            images, scores = watch.look(watch.watched, f"lr {lr:g}, update {step}")
-            told = watch.summary(images, scores, watch.watched)
-            means = [told[name]["mean"] for name in ("realism", "alignment", "broken", "frechet")]
-            found.append(Look(step, *means))
-            print(row(lr, found[-1]), flush=True)
-    return found
+def is_safe(log):
+    """Whether it arrives, and until half as many updates more at most BROKEN of the pictures are broken."""
+    arrived = arrival(log)
+    if arrived is None or log[-1]["step"] < 1.5 * arrived["step"]:
+        return False
+    until = [line for line in looks_of(log) if line["step"] <= 1.5 * arrived["step"]]
+    return all(line["watch"]["broken"] <= BROKEN for line in until)
 
 
-def row(lr, look):
-    """A line of the table."""
-    return (f"| {lr:g} | {look.updates} | {look.realism:.1%} | {look.alignment:.1%} | {look.broken:.1%} | "
-            f"{look.frechet:.1f} |")
+def numbers(log):
+    """{column: number} of a run, where it arrives; None for what it never reaches."""
+    arrived = arrival(log)
+    row = {name: arrived and arrived["watch"][name]
+           for name in ("realism", "alignment", "broken", "frechet", "saturation")}
+    row["updates"] = arrived and arrived["step"]
+    row["broken_2"] = runs.first_step(log, "broken", lambda value: value > 0.02)
+    row["broken_5"] = runs.first_step(log, "broken", lambda value: value > 0.05)
+    return row
 
 
-def arrival(found):
-    """The first `Look` at which GOAL of the pictures are photos, if until half as many updates more at most
-    BROKEN of them are broken; else None."""
-    arrived = next((look for look in found if look.realism >= GOAL), None)
-    if arrived is None or found[-1].updates < 1.5 * arrived.updates:
-        return None
-    until = [look for look in found if look.updates <= 1.5 * arrived.updates]
-    return arrived if all(look.broken <= BROKEN for look in until) else None
+def chosen(logs):
+    """The learning rate of {rate: log} that the rule chooses, or None."""
+    safe = [rate for rate, log in logs.items() if is_safe(log)]
+    return min(safe, key=lambda rate: arrival(logs[rate])["watch"]["frechet"], default=None)
 
 
-def main():
+def main(argv=None):
     with frame("margin"):
-        own, others = flags(sys.argv[1:])
-        world = parallel.World()
-        print("| lr | updates | realism | alignment | broken | Frechet |\n|---|---|---|---|---|---|")
-        arrivals = {}
-        for lr in own.lrs:
-            arrived = arrival(looks(lr, own, others, world))
-            if arrived is not None:
-                arrivals[lr] = arrived
-        if arrivals:
-            lr = min(arrivals, key=lambda lr: arrivals[lr].frechet)
-            print(f"\n--lr {lr:g} --steps {arrivals[lr].updates}")
-        else:
-            print(f"\nnone of these learning rates reaches a realism of {GOAL:.0%} safely")
+        own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv, seeds=1)
+        rows = {}
+        first = {}
+        for rate in RATES:
+            flags = f"--lr {rate:g} --steps {UPDATES} --threshold off"
+            logs = [runs.watched(own, flags, seed, PICTURES, EVERY) for seed in range(own.seeds)]
+            rows[f"learning rate {rate:g}"] = runs.over_seeds([numbers(log) for log in logs])
+            first[rate] = logs[0]
+        rate = chosen(first)
+        told = f"None of these learning rates reaches a realism of {GOAL:.0%} safely."
+        if rate is not None:
+            told = f"The rule chooses `--lr {rate:g} --steps {arrival(first[rate])['step']}`."
+        told += (f" The {min(PICTURES, own.pictures)} selection prompts' pictures at the first look at which "
+                 f"{GOAL:.0%} are photos, and where they break; a look every {EVERY} updates.")
+        runs.write(own, "margin", "The recipe's margin", told, [(rows, COLUMNS)], draw(first))
+
+
+def draw(logs):
+    """Realism, alignment, broken and Frechet distance over the updates: a line a learning rate."""
+    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
+    scales = {"realism": 100, "alignment": 100, "broken": 100, "frechet": 1}
+    for axis, (column, scale) in zip(axes, scales.items(), strict=True):
+        found = {f"lr {rate:g}": runs.points(log, column) for rate, log in logs.items()}
+        runs.lines(axis, found, column + (", %" if scale == 100 else ""), scale)
+    axes[0].legend(fontsize=8)
+    return figure
 
 
 if __name__ == "__main__":

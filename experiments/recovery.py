@@ -61,8 +61,8 @@ def main(argv=None):
         columns = {str(s): (f"sigma {s}", ".3f") for s in SIGMAS}
         told = (f"Root mean square error of the pictures (0 to 1) against the clean ones, {len(prompts)} "
                 "held-out prompts, mean ± standard deviation between the pictures.")
-        runs.write(own, "recovery", "What is recovered (Fig. 3)", told, [runs.table(errors, columns)],
-                   runs.as_json(errors), strip(pictures, truth))
+        runs.write(own, "recovery", "What is recovered (Fig. 3)", told, [(errors, columns)],
+                   strip(pictures, truth))
 
 
 def strip(pictures, truth):

@@ -92,6 +92,19 @@ def evaluated(own, weights, name, prefix=None, per_prompt=1):
     return rows
 
 
+def measured(own, settings, name, prefix=None, per_prompt=1):
+    """{row: {column: `Spread`}} of what `evaluated` says of the base (and of the base with the words) and of
+    every `Setting`, over the seeds."""
+    per_seed = {setting.name: [] for setting in settings}
+    for seed in range(own.seeds):
+        weights = {setting.name: trained(own, setting.flags, seed) for setting in settings}
+        found = evaluated(own, weights, f"{name}_{seed}", prefix, per_prompt)
+        for row in per_seed:
+            per_seed[row].append(found[row])
+    bases = {row: [found[row]] for row in found if row not in per_seed}
+    return {row: over_seeds(each) for row, each in (bases | per_seed).items()}
+
+
 def seconds_of(log):
     """Of an update, the mean."""
     return mean(line["seconds_rollout"] + line["seconds_update"] for line in log)
@@ -164,17 +177,21 @@ def table(rows, columns):
     return "\n".join(lines)
 
 
-def write(own, name, title, told, parts, numbers, figure):
-    """Write NAME.md (a title, the command, what the numbers are, and parts such as tables), NAME.json and, of
-    a matplotlib figure, NAME.png; print the Markdown."""
+def write(own, name, title, told, tables, figure, **more):
+    """Write NAME.md (a title, the command, what the numbers are, the tables), NAME.json (the tables, and what
+    there is `more`) and, of a matplotlib figure, NAME.png; print the Markdown.
+
+    tables: a list of ({row: {column: `Spread`}}, {column: (title, format)}).
+    """
     folder = Path(own.results)
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
     pyplot.close(figure)
     command = f"```\npython -m experiments.{name} --seeds {own.seeds}\n```"
-    text = "\n\n".join([f"# {title}", command, told, *parts, f"![{title}]({name}.png)"]) + "\n"
+    pages = [table(rows, columns) for rows, columns in tables]
+    text = "\n\n".join([f"# {title}", command, told, *pages, f"![{title}]({name}.png)"]) + "\n"
     write_whole(folder / f"{name}.md", text)
-    write_json(folder / f"{name}.json", numbers)
+    write_json(folder / f"{name}.json", {"tables": [as_json(rows) for rows, _ in tables], **more})
     print(text)
 
 

@@ -25,7 +25,7 @@ def main(argv=None):
         axes[1].set_yticklabels([])
         told = (f"Mean ± standard deviation between {own.seeds} seeds, {own.pictures} held-out prompts.")
         runs.write(own, "second_recipe", "The authors' second recipe", told,
-                   [runs.table(rows, table1.COLUMNS)], runs.as_json(rows), figure)
+                   [(rows, table1.COLUMNS)], figure)
 
 
 if __name__ == "__main__":

@@ -40,17 +40,6 @@ def reward_that_heard(share, own):
     return folder
 
 
-def measure(own, settings, name):
-    """{row: {column: `Spread`}} of the base and of every setting."""
-    per_seed = {setting.name: [] for setting in settings}
-    for seed in range(own.seeds):
-        weights = {setting.name: runs.trained(own, setting.flags, seed) for setting in settings}
-        found = runs.evaluated(own, weights, f"{name}_{seed}")
-        for row in per_seed:
-            per_seed[row].append(found[row])
-    return {row: runs.over_seeds(each) for row, each in ({"base": [found["base"]]} | per_seed).items()}
-
-
 def main(argv=None):
     with frame("styles"):
         parser = runs.parser(__doc__, seeds=3)
@@ -61,14 +50,13 @@ def main(argv=None):
                   for wanted, unwanted in WORDS]
         rare = [Setting(f"read {share:.0%} as often", flags_of(WORDS[-1], reward_that_heard(share, own)))
                 for share in HEARD]
-        first = measure(own, styles, "styles")
-        second = measure(own, rare, "rare_words")
+        first = runs.measured(own, styles, "styles")
+        second = runs.measured(own, rare, "rare_words")
         told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "
                 "them; brightness is the mean luma. The second table is of painting against print, with "
                 "rewards that read these two words ever more seldom.")
         runs.write(own, "styles", "Other words, and rare ones (Fig. 8, S3)", told,
-                   [runs.table(first, COLUMNS), runs.table(second, COLUMNS)],
-                   {"styles": runs.as_json(first), "rare": runs.as_json(second)}, draw(first, second))
+                   [(first, COLUMNS), (second, COLUMNS)], draw(first, second))
 
 
 def draw(styles, rare):

@@ -42,19 +42,16 @@ def cost(own, flags, log):
 
 
 def measure(own, rows, name):
-    """{row: {column: `Spread`}} of the base, of the base with the words, and of every setting."""
-    found = {}
+    """{row: {column: `Spread`}} of the base, of the base with the words, and of every setting, with what it
+    cost."""
+    found = runs.measured(own, rows, name, WORDS, per_prompt=4)
     for setting in rows:
-        found[setting.name] = []
-    for seed in range(own.seeds):
-        weights = {setting.name: runs.trained(own, setting.flags, seed) for setting in rows}
-        evaluated = runs.evaluated(own, weights, f"{name}_{seed}", WORDS, per_prompt=4)
-        for setting in rows:
-            log = runs.read_log(weights[setting.name] / "log.jsonl")
-            found[setting.name].append(evaluated[setting.name] | cost(own, setting.flags, log))
-        if seed == 0:
-            bases = {row: [evaluated[row]] for row in evaluated if row not in weights}
-    return {row: runs.over_seeds(each) for row, each in (bases | found).items()}
+        costs = []
+        for seed in range(own.seeds):
+            log = runs.read_log(runs.trained(own, setting.flags, seed) / "log.jsonl")
+            costs.append(cost(own, setting.flags, log))
+        found[setting.name] |= runs.over_seeds(costs)
+    return found
 
 
 def curves(own, rows):
@@ -99,8 +96,8 @@ def main(argv=None, name="table1", title="Table 1", reward=None):
         told = (f"{own.pictures} held-out prompts; mean ± standard deviation between {own.seeds} seeds; "
                 "every row has as many updates, of as many images, at the same learning rate. TFLOP: the "
                 "transformer's; seconds: one CPU thread.")
-        runs.write(own, name, f"{title} on the miniature", told, [runs.table(found, COLUMNS)],
-                   {"rows": runs.as_json(found), "curves": lines}, draw(found, lines))
+        runs.write(own, name, f"{title} on the miniature", told, [(found, COLUMNS)], draw(found, lines),
+                   curves=lines)
 
 
 if __name__ == "__main__":

@@ -58,10 +58,9 @@ def main(argv=None):
                        f"{column} of the watched pictures, seed 0")
         axes[0].legend(fontsize=8)
         gauges = "\n".join(f"- {name}: {', '.join(which)}" for name, which in first.items())
-        runs.write(own, "when_to_stop", "When to stop",
-                   f"{STEPS} updates, {own.seeds} seeds, the watched pictures.",
-                   [runs.table(rows, COLUMNS), f"Which gauge warned first:\n\n{gauges}"],
-                   {"rows": runs.as_json(rows), "first": first}, figure)
+        told = (f"{STEPS} updates, {own.seeds} seeds, the watched pictures. Which gauge warned first:\n\n"
+                f"{gauges}")
+        runs.write(own, "when_to_stop", "When to stop", told, [(rows, COLUMNS)], figure, first=first)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def test_the_common_mode_of_a_form_is_that_of_its_weights():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["table1", "unbiased", "recovery", "common_mode", "intervals", "ablation",
-                                  "second_recipe", "when_to_stop", "styles"])
+                                  "second_recipe", "when_to_stop", "styles", "margin"])
 def test_every_experiment_runs_to_its_page(tmp_path, name):
     """Two updates, few pictures, one seed: a page with a table, a JSON and a picture."""
     module = importlib.import_module(f"experiments.{name}")

@@ -84,14 +84,12 @@ SMALLEST = {
     "experiments.bench": ["--repeats", "1", "--batch", "2", "--rollout-steps", "1"],
     "experiments.offline": ["--photos", "20", "--pictures", "8", "--steps", "1", "--batch", "2"],
     "experiments.race": ["--goal", "0", "--pictures", "8", "--batch", "2", "--rollout-steps", "1"],
-    "experiments.margin": ["--lrs", "1e-5", "--updates", "6", "--pictures", "24", "--batch", "2",
-                           "--rollout-steps", "1", "--eval-steps", "1"],
     "evaluation.study": [],
     "evaluation.report": [],
     "engine.merge": [],
     "miniature.build": ["-h"]}
 for name in ("table1", "unbiased", "recovery", "common_mode", "intervals", "ablation", "second_recipe",
-             "when_to_stop", "styles"):
+             "when_to_stop", "styles", "margin"):
     SMALLEST[f"experiments.{name}"] = [
         "--seeds", "1", "--pictures", "8", "--results", "runs/results", "--flags",
         "--steps 1 --watch 4 --watch-every 1 --rollout-steps 2 --eval-steps 1 --batch 8"]
