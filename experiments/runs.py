@@ -44,7 +44,7 @@ def parser(doc, seeds=5):
     add("--home", default="runs/experiments", help="where the runs are kept, and shared between experiments")
     add("--results", default=str(RESULTS), help="folder of the Markdown, the JSON and the picture")
     add("--pictures", type=whole(4), default=256, help="held-out prompts that are evaluated")
-    add("--flags", default="", help="of train.py, for every run; --steps 2 tries whether all works")
+    add("--flags", default="", help="of train.py, for every run, above its own; --steps 2 tries whether all works")
     return common
 
 
@@ -57,7 +57,7 @@ def parse(doc, argv, seeds=5):
 def trained(own, flags, seed):
     """The folder of the finished run of train.py with these flags (one line) and a seed, made now if it is
     not there."""
-    argv = ["--model", own.model, *shlex.split(own.flags), *shlex.split(flags), "--seed", str(seed)]
+    argv = ["--model", own.model, *shlex.split(flags), *shlex.split(own.flags), "--seed", str(seed)]
     name = re.sub(r"[^\w.]+", "_", flags).strip("_")[:60] or "main"
     digest = hashlib.sha256(shlex.join(argv).encode()).hexdigest()[:8]
     out = Path(own.home) / f"{name}_{digest}"

@@ -35,7 +35,7 @@ COLUMNS = {"reward": ("reward", ".3f"), "clip": ("held-out reward", ".3f"), "sgp
 
 def cost(own, flags, log):
     """{column: number} of what a run took: TFLOP of the transformer, seconds, optimizer steps."""
-    a = train.flags(["--model", own.model, *own.flags.split(), *flags.split()])
+    a = train.flags(["--model", own.model, *flags.split(), *own.flags.split()])
     each = baselines.OPTIMIZER_STEPS if a.method == "dancegrpo" else 1
     return {"tflop": a.steps * plan.update_flop(prepare.job(a)) / plan.TERA,
             "seconds": a.steps * runs.seconds_of(log), "optimizer_steps": a.steps * each}
