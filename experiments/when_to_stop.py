@@ -47,7 +47,7 @@ def main(argv=None):
         for factor in FACTORS:
             name = f"learning rate {factor * rate:g}"
             flags = f"--lr {factor * rate:g} --steps {STEPS} --threshold off"
-            logs = [runs.watched(own, flags, seed, every=2) for seed in range(own.seeds)]
+            logs = [runs.watched(own, flags, seed, every=4) for seed in range(own.seeds)]
             each = [numbers(log) for log in logs]
             rows[name] = runs.over_seeds([row for row, _ in each])
             first[name] = sorted({gauge for _, gauge in each})

@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from experiments import common_mode, runs
+from experiments import common_mode, recovery, runs, table1
 
 SMALLEST = "--steps 2 --watch 4 --watch-every 1 --rollout-steps 2 --refl-steps 1 --eval-steps 2 --batch 8"
 
@@ -65,6 +67,38 @@ def test_the_common_mode_of_a_form_is_that_of_its_weights():
     assert found["srp, both"] == found["cfg, both"] == found["branches, both"] == 0
     assert found["cfg, denoise only"] == 0.5 and found["sgp, both"] == 1
     assert found["plain, denoise only"] is None
+
+
+PAGES = {path.stem: json.loads(path.read_text()) for path in Path("experiments/results").glob("*.json")
+         if "tables" in json.loads(path.read_text())}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_says_what_its_json_says(name):
+    """Every row of a JSON's tables stands in the page, number for number."""
+    text = Path(f"experiments/results/{name}.md").read_text()
+    for rows in PAGES[name]["tables"]:
+        numbers = {row: {column: value and runs.Spread(**value) for column, value in cells.items()}
+                   for row, cells in rows.items()}
+        assert any(runs.table(numbers, columns) in text for columns in columns_of(name)), list(rows)
+
+
+def columns_of(name):
+    """The columns of an experiment's tables."""
+    if name == "recovery":
+        return [{str(sigma): (f"sigma {sigma}", ".3f") for sigma in recovery.SIGMAS}]
+    module = importlib.import_module(f"experiments.{name}")
+    return [module.COLUMNS] if hasattr(module, "COLUMNS") else [table1.COLUMNS]
+
+
+def test_the_readmes_numbers_stand_in_the_pages_they_link():
+    """Every number with a deviation, in a line that links results/NAME.md, is a cell of one of its pages."""
+    for readme in (Path("README.md"), Path("experiments/README.md"), Path("miniature/README.md")):
+        for line in readme.read_text().splitlines():
+            names = re.findall(r"results/(\w+)\.md\)", line)
+            pages = "".join(Path(f"experiments/results/{name}.md").read_text() for name in names)
+            for number in re.findall(r"[+-]?\d+\.?\d* ± \d+\.?\d*", line) if names else []:
+                assert number in pages, (readme, number)
 
 
 @pytest.mark.slow
