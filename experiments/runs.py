@@ -44,7 +44,7 @@ def parser(doc, seeds=5):
     add("--home", default="runs/experiments", help="where the runs are kept, and shared between experiments")
     add("--results", default=str(RESULTS), help="folder of the Markdown, the JSON and the picture")
     add("--pictures", type=whole(4), default=256, help="held-out prompts that are evaluated")
-    add("--flags", default="", help="of train.py, for every run, above its own; --steps 2 tries whether all works")
+    add("--flags", default="", help="of train.py, for every run, above its own: --steps 2 tries all")
     return common
 
 

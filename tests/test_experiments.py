@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import common_mode, recovery, runs, table1
+from experiments import common_mode, margin, recovery, runs, table1
 
 SMALLEST = "--steps 2 --watch 4 --watch-every 1 --rollout-steps 2 --refl-steps 1 --eval-steps 2 --batch 8"
 
@@ -88,7 +88,7 @@ def columns_of(name):
     if name == "recovery":
         return [{str(sigma): (f"sigma {sigma}", ".3f") for sigma in recovery.SIGMAS}]
     module = importlib.import_module(f"experiments.{name}")
-    return [module.COLUMNS] if hasattr(module, "COLUMNS") else [table1.COLUMNS]
+    return [getattr(module, "COLUMNS", table1.COLUMNS), margin.COLUMNS]
 
 
 def test_the_readmes_numbers_stand_in_the_pages_they_link():
@@ -103,7 +103,7 @@ def test_the_readmes_numbers_stand_in_the_pages_they_link():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["table1", "unbiased", "recovery", "common_mode", "intervals", "ablation",
-                                  "second_recipe", "when_to_stop", "styles", "margin"])
+                                  "second_recipe", "when_to_stop", "styles", "margin", "fast", "lora"])
 def test_every_experiment_runs_to_its_page(tmp_path, name):
     """Two updates, few pictures, one seed: a page with a table, a JSON and a picture."""
     module = importlib.import_module(f"experiments.{name}")

@@ -1,0 +1,114 @@
+"""The rows of the miniature's model card that need no training: python -m experiments.card
+
+How much texture the VAE keeps, whether the reward's words stand at right angles, what its bias is worth, how
+often the judge is right, and what the Frechet distance says of the truth itself.
+"""
+
+import sys
+
+import torch
+import torch.nn.functional as F
+
+import flux
+from engine.command_line import Parser
+from engine.data import read_prompts
+from engine.errors import frame
+from evaluation.metrics import frechet
+from evaluation.metrics.statistics import pixel_statistics
+from evaluation.watch import measure
+from miniature import world
+from miniature.judge import load_judge
+from rewards import load_rewards
+
+N = 1024  # pictures of a row
+PHOTO = "realistic photo"
+CG = "CG render"
+CAST = (0.12, -0.06, -0.06)  # that is added to R, G and B
+
+
+@torch.no_grad()
+def texture_kept(model):
+    """The mean texture of true photos through the VAE, in that of the photos."""
+    vae = flux.load(model).vae
+    photos, _ = world.draw(world.sample_style, N, 8, PHOTO, True)
+    again = []
+    for part in photos.split(64):
+        latents = vae.encode(2 * part - 1).latent_dist.mean
+        again.append((vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))
+    texture = pixel_statistics(torch.cat(again))["texture"].mean()
+    return (texture / pixel_statistics(photos)["texture"].mean()).item()
+
+
+def largest_cosine(folder, prompts):
+    """Between what the two words of two axes differ by, in a reward's text features."""
+    part, _ = next(iter(load_rewards(folder).parts.values()))
+    apart = []
+    for _, low, high in world.WORDS:
+        _, C1, C2 = part.conditions(prompts, high, low)
+        apart.append((C1 - C2).mean(0))
+    apart = F.normalize(torch.stack(apart), dim=-1)
+    return (apart @ apart.T - torch.eye(3)).abs().max().item()
+
+
+def worth_of_red(folder):
+    """What a red cast adds to a reward's mean score of pictures in their usual looks."""
+    images, scenes = world.draw(world.sample_style, 256, 5, "", True)
+    red = (images + torch.tensor(CAST).view(1, 3, 1, 1)).clamp(0, 1)
+    reward = load_rewards(folder)
+    scores = [measure(x, world.captions(scenes), reward, None, PHOTO, CG)["reward"] for x in (images, red)]
+    return (scores[1] - scores[0]).mean().item()
+
+
+def judged(model):
+    """{row: share of right answers} of the judge, on rendered truth in every look."""
+    judge = load_judge(model)
+    images, scenes = world.draw(world.sample_labelled, 4 * N, 99, True)
+    answers = [judge.verdicts(part, prompts) for part, prompts in
+               zip(images.split(256), batches(world.captions(scenes), 256), strict=True)]
+    verdict = {name: torch.cat([answer[name] for answer in answers]) for name in answers[0]}
+    unseen = world.held_out(scenes.kind, scenes.layout)
+    found = {"judge: content, pairs that the base has seen": verdict["alignment"][~unseen].mean().item(),
+             "judge: content, pairs that are held out": verdict["alignment"][unseen].mean().item()}
+    for name, axis, border in (("realism", world.PHOTO, world.PHOTO_U),
+                               ("painting", world.BRUSH, world.PAINTING_U)):
+        right = verdict[name].bool() == (scenes.look[:, axis] > border)
+        found[f"judge: {name}"] = right.float().mean().item()
+    found["judge: whole pictures called broken"] = verdict["broken"].mean().item()
+    return found
+
+
+def batches(items, size):
+    """A list in parts of so many."""
+    return [items[i:i + size] for i in range(0, len(items), size)]
+
+
+def from_truth(prompts, style, seed):
+    """The Frechet distance of true pictures of the prompts, in one style, from other true photos."""
+    scenes = [world.parse(prompt) for prompt in prompts]
+    kind = torch.tensor([kind for kind, _ in scenes])
+    layout = torch.tensor([layout for _, layout in scenes])
+    images, _ = world.draw(world.scenes_of, len(prompts), seed, kind, layout, style)
+    return frechet.of_pictures(images, prompts)["frechet"]["mean"]
+
+
+def main(argv=None):
+    with frame("card"):
+        parser = Parser(__doc__)
+        parser.add_argument("--model", default="miniature", help="the miniature's folder")
+        own = parser.parse_args(sys.argv[1:] if argv is None else argv)
+        prompts = read_prompts(f"{own.model}/prompts_eval.txt")
+        rows = {"texture of photos that the VAE keeps": f"{texture_kept(own.model):.0%}"}
+        for name in ("reward", "reward_unbiased"):
+            folder = f"{own.model}/{name}"
+            rows[f"{name}: largest cosine between two axes' words"] = f"{largest_cosine(folder, prompts):.3f}"
+            rows[f"{name}: what a red cast adds"] = f"{worth_of_red(folder):+.3f}"
+        rows |= {name: f"{share:.1%}" for name, share in judged(own.model).items()}
+        rows["Frechet distance of true photos from others"] = f"{from_truth(prompts, PHOTO, 60_000_000):.1f}"
+        rows["Frechet distance of true CG renders"] = f"{from_truth(prompts, CG, 60_000_000):.1f}"
+        print("| | |\n|---|---|")
+        for name, value in rows.items():
+            print(f"| {name} | {value} |")
+
+
+if __name__ == "__main__":
+    main()

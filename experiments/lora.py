@@ -1,0 +1,49 @@
+"""A LoRA in place of full weights: which learning rate, and what it comes to.
+
+    python -m experiments.lora
+
+The rate in the miniature's srpo.json (lora_lr) is the largest of RATES at which at most BROKEN of the
+selection prompts' pictures are broken after the recipe's updates.
+"""
+
+import sys
+
+from matplotlib import pyplot
+
+from engine.errors import frame
+from experiments import margin, runs
+from experiments.runs import Setting
+
+LORA = "--lora 16"
+RATES = (2e-4, 3e-4, 4e-4, 6e-4, 8e-4)
+BROKEN = 0.02
+COLUMNS = {"realism": ("realism", ".1%"), "alignment": ("alignment", ".1%"), "broken": ("broken", ".1%"),
+           "frechet": ("Frechet", ".1f"), "sgp": ("SGP", "+.3f")}
+
+
+def at_the_end(log):
+    """{column: number} of the last look at the watched pictures."""
+    return {column: log[-1]["watch"][column] for column in COLUMNS}
+
+
+def main(argv=None):
+    with frame("lora"):
+        own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv, seeds=3)
+        rates = {}
+        for rate in RATES:
+            log = runs.watched(own, f"{LORA} --lr {rate:g}", 0, margin.PICTURES, margin.EVERY)
+            rates[f"LoRA, learning rate {rate:g}"] = runs.over_seeds([at_the_end(log)])
+        found = runs.measured(own, [Setting("full weights", ""), Setting("LoRA", LORA)], "lora")
+        figure, axes = pyplot.subplots(1, 2, figsize=(11, 3), layout="constrained")
+        runs.bars(axes[0], rates, "realism", "realism, %", 100)
+        runs.bars(axes[1], rates, "broken", "broken, %", 100)
+        axes[1].set_yticklabels([])
+        told = ("Rank 16 beside all linear layers of the blocks. First the rates, seed 0, "
+                f"{min(margin.PICTURES, own.pictures)} selection prompts; then the one that was chosen, "
+                f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "
+                "them.")
+        runs.write(own, "lora", "A LoRA", told, [(rates, COLUMNS), (found, COLUMNS)], figure)
+
+
+if __name__ == "__main__":
+    main()
