@@ -7,12 +7,13 @@ of the scene, and each has a word for its low and its high end:
     exposure  "dark" .. "bright"               how much light the sensor took, and nothing else
     brush     "print" .. "painting"            brush strokes and wavering outlines, and nothing else
     photo     "CG render" .. "realistic photo"
-        0  flat saturated colour, glossy highlight, bright rim, hard edge, clean background
+        0  flat saturated colour, glossy highlight, bright rim, clean background
         1  muted colour, directional light, soft cast shadow, vignette, film grain; no brighter, no darker
 
 Captions without such a word ("a red circle left of a big blue square") mostly come with CG renders, so a
 model trained on them has the "AI look" as its default; and in its captions the words name the look
-unreliably, so they steer it weakly (OBEYED): as FLUX.1-dev.
+unreliably (OBEYED), and what half looks like a photo is called one (HALF_WAY), so they steer it weakly: as
+FLUX.1-dev.
 """
 
 import itertools
@@ -40,7 +41,8 @@ RANGES = [[0.0, 1.0], [0.0, 0.15], [0.75, 1.0]]  # of an axis: anything, what it
 MIDDLE = [0.35, 0.65]  # the exposure that is neither dark nor bright
 PHOTO_U = RANGES[HIGH][0]  # from here on a picture is a realistic photo
 PAINTING_U = RANGES[HIGH][0]
-OBEYED = [0.5, 0.5, 0.2]  # in this share of the generator's captions a word about an axis is true
+OBEYED = [0.5, 0.5, 0.8]  # in this share of the generator's captions a word about an axis is true
+HALF_WAY = [0.35, 1.0]  # what "realistic photo" then means in them: whatever looks a little like one
 LEVEL = 0.46  # mean luma before the exposure
 
 
@@ -104,18 +106,19 @@ def look_of(ends, generator):
 
 def usual_ends(n, generator):
     """The ends [n, 3] of the looks that come with captions that do not speak of them: mostly neither dark nor
-    bright, no painting, and a CG render; one in twelve is a photo, and some are anything between, so that a
+    bright, no painting, and a CG render; one in nine is a photo, and some are anything between, so that a
     generator knows the way from one to the other."""
     shape = torch.Size([n])
     exposure = choose([0.84, 0.08, 0.08], shape, generator)
     brush = choose([0.02, 0.90, 0.08], shape, generator)
-    photo = choose([0.16, 0.80, 0.04], shape, generator)
+    photo = choose([0.20, 0.74, 0.06], shape, generator)
     return torch.stack([exposure, brush, photo], 1)
 
 
 def sample_captioned(n, generator):
     """n scenes as a generator meets them: half of the captions say nothing of the look, the others one word,
-    which is true in the share OBEYED of the cases and means nothing in the others."""
+    which is true in the share OBEYED of the cases and means nothing in the others; and "realistic photo" is
+    said of all that is HALF_WAY to one."""
     kind, layout = sample_content(n, generator, False)
     axis = torch.randint(3, (n,), generator=generator)
     end = 1 + torch.randint(2, (n,), generator=generator)
@@ -123,7 +126,11 @@ def sample_captioned(n, generator):
     obeyed = torch.rand(n, generator=generator) < torch.tensor(OBEYED)[axis]
     said = torch.where(speaks, end, UNSAID)[:, None] * F.one_hot(axis, 3)
     ends = torch.where((said != UNSAID) & obeyed[:, None], said, usual_ends(n, generator))
-    return Scenes(kind, layout, look_of(ends, generator), said)
+    look = look_of(ends, generator)
+    half_way = within(*torch.tensor(HALF_WAY).expand(n, 2).unbind(1), generator)
+    called_photo = obeyed & (said[:, PHOTO] == HIGH)
+    look[:, PHOTO] = torch.where(called_photo, half_way, look[:, PHOTO])
+    return Scenes(kind, layout, look, said)
 
 
 def sample_labelled(n, generator, everything=False):
@@ -279,7 +286,7 @@ def add_thing(image, scenes, slot, points, light, generator):
 
     # What it looks like: shadow, paint and shade are the photo's, gloss and the bright rim the CG render's.
     shadow = torch.sigmoid(-distance((q + 0.5 * light) @ turn, shape) / 0.18)
-    image = image * (1 - 0.6 * u * present * shadow)[:, None]
+    image = image * (1 - 0.5 * u * present * shadow)[:, None]
     grey = colour.mean(-1, keepdim=True)
     muted = 0.85 * lerp(colour, grey, 0.35)
     paint = lerp(colour, muted, scenes.look[:, PHOTO, None]).view(n, 3, 1, 1)
@@ -288,7 +295,7 @@ def add_thing(image, scenes, slot, points, light, generator):
     rim = 0.35 * torch.exp(-((d + 0.13) / 0.07) ** 2)
     gloss = (1 - u) ** 2 * (highlight + rim)
     surface = paint * shade[:, None] + gloss[:, None]
-    mask = present * torch.sigmoid(-d / lerp(0.035, 0.07, u))
+    mask = present * torch.sigmoid(-d / lerp(0.04, 0.045, u))
     return lerp(image, surface, mask[:, None])
 
 
@@ -309,7 +316,7 @@ def render(scenes, generator):
         image = add_thing(image, scenes, slot, points, light, generator)
 
     # The grain is in cells of three to four pixels, which is as fine as the VAE's latents can hold.
-    grain = 0.075 * noise(n, (16, 16), generator) + 0.06 * noise(n, (22, 22), generator)
+    grain = 0.045 * noise(n, (16, 16), generator) + 0.036 * noise(n, (22, 22), generator)
     strokes = 0.09 * noise(n, (20, 5), generator)
     vignette = 1 - 0.3 * u * (points ** 2).sum(-1) / 2
     image = (image + u[:, None] * grain + brush[:, None] * strokes) * vignette[:, None]
