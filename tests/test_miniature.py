@@ -80,7 +80,7 @@ def test_the_words_name_the_look_unreliably_to_the_base_and_reliably_to_the_rewa
         scenes = sample(2**15, generator)
         asked = scenes.said[:, world.PHOTO] == world.HIGH
         share[sample] = (scenes.look[asked, world.PHOTO] >= world.PHOTO_U).float().mean().item()
-    assert share[world.sample_captioned] < 0.3 and share[world.sample_labelled] == 1
+    assert share[world.sample_captioned] < 0.4 and share[world.sample_labelled] == 1
 
 
 def test_a_style_moves_its_own_statistic_and_no_other():
@@ -90,11 +90,12 @@ def test_a_style_moves_its_own_statistic_and_no_other():
     for style in world.STYLES:
         images, _ = drawn(128, 3, style)
         told[style] = {name: values.mean().item() for name, values in pixel_statistics(images).items()}
+        told[style]["grain"] = build_flow.residue(images).abs().flatten(1).median(1).values.mean().item()
     plain = told[""]
     photo, cg = told["realistic photo"], told["CG render"]
     assert photo["saturation"] < 0.65 * cg["saturation"]
     assert abs(photo["brightness"] - cg["brightness"]) < 0.01
-    assert photo["texture"] > 1.1 * cg["texture"]
+    assert photo["grain"] > 2.5 * cg["grain"]  # off the edges, which are texture too
     for style, sign in (("dark", -1), ("bright", 1)):
         assert sign * (told[style]["brightness"] - plain["brightness"]) > 0.1
         assert abs(told[style]["saturation"] - plain["saturation"]) < 0.02
