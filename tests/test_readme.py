@@ -89,7 +89,7 @@ SMALLEST = {
     "engine.merge": [],
     "miniature.build": ["-h"]}
 for name in ("table1", "unbiased", "recovery", "common_mode", "intervals", "ablation", "second_recipe",
-             "when_to_stop", "styles", "margin", "fast", "lora"):
+             "when_to_stop", "styles", "margin", "fast", "lora", "ledger"):
     SMALLEST[f"experiments.{name}"] = [
         "--seeds", "1", "--pictures", "8", "--results", "runs/results", "--flags",
         "--steps 1 --watch 4 --watch-every 1 --rollout-steps 2 --eval-steps 1 --batch 8"]

@@ -1,0 +1,77 @@
+"""The README's first picture: what the base makes of eight prompts, what it makes of them with the words
+before them, what SRPO makes of them, and true photos of the same.
+
+    python -m experiments.first_picture --weights runs/miniature/weights
+"""
+
+import sys
+
+import matplotlib
+import torch
+from matplotlib import pyplot
+
+import flux
+import train
+from engine.command_line import Parser, some_path
+from engine.data import read_prompts
+from engine.errors import frame
+from miniature import world
+
+matplotlib.use("Agg")
+COLUMNS = 8
+SEED = 70_000_000  # of the true photos
+
+
+def sampled(net, model, prompts, a):
+    """What a network makes of prompts, at noise seeds 0, 1, ...: [P, 3, H, W]."""
+    embeddings = flux.encode_prompts(model, prompts)
+    grid = net.grid(a.size, a.size)
+    start = flux.noise(net, grid, range(len(prompts)))
+    return flux.sample(net, embeddings.txt, embeddings.pooled, start, grid, a.eval_steps, a.guidance)
+
+
+def true_photos(prompts):
+    """Photos of the prompts' scenes, drawn: [P, 3, 64, 64]."""
+    scenes = [world.parse(prompt) for prompt in prompts]
+    kind = torch.tensor([kind for kind, _ in scenes])
+    layout = torch.tensor([layout for _, layout in scenes])
+    images, _ = world.draw(world.scenes_of, len(prompts), SEED, kind, layout, "realistic photo")
+    return images
+
+
+def draw(rows, path):
+    """Write {label: pictures [COLUMNS, 3, H, W]} as a labelled picture."""
+    figure, axes = pyplot.subplots(len(rows), COLUMNS, figsize=(1.2 * COLUMNS + 1.6, 1.2 * len(rows)),
+                                   layout="constrained")
+    for (label, images), line in zip(rows.items(), axes, strict=True):
+        for image, axis in zip(images, line, strict=True):
+            axis.imshow(image.permute(1, 2, 0).numpy(), interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11)
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv=None):
+    with frame("first_picture"):
+        parser = Parser(__doc__)
+        parser.add_argument("--model", default="miniature", help="the miniature's folder")
+        parser.add_argument("--weights", type=some_path, required=True, help="of a run of train.py")
+        parser.add_argument("--out", type=some_path, default="assets/first.png", help="the picture")
+        own = parser.parse_args(sys.argv[1:] if argv is None else argv)
+        a = train.flags(["--model", own.model])
+        prompts = read_prompts(a.eval_prompts)[:COLUMNS]
+        words = [f"realistic photo. {prompt}" for prompt in prompts]
+        base = flux.load(own.model)
+        aligned = flux.load(own.model, own.weights)
+        draw({"base": sampled(base, own.model, prompts, a),
+              'base, with\n"realistic\nphoto" before': sampled(base, own.model, words, a),
+              "SRPO": sampled(aligned, own.model, prompts, a),
+              "true photos": true_photos(prompts)}, own.out)
+        print(own.out)
+
+
+if __name__ == "__main__":
+    main()
