@@ -31,8 +31,9 @@ def main(argv=None):
         runs.bars(axes[2], rows, "broken", "broken, %", 100)
         for axis in axes[1:]:
             axis.set_yticklabels([])
-        told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between them. "
-                "The rows are the README's; D5 comes with D6, and D13, the words, is in [styles](styles.md).")
+        told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "
+                "them. The rows are the README's; D5 comes with D6, and D13, the words, is in "
+                "[styles](styles.md).")
         runs.write(own, "ledger", "Where the released code departs from the paper", told, [(rows, COLUMNS)],
                    figure)
 
