@@ -54,6 +54,15 @@ def test_every_deviation_has_a_row_and_a_test():
         assert re.search(rf"def test_d{number}_", TESTS), number
 
 
+def test_the_ledgers_last_column_is_what_was_measured():
+    """D5 comes with D6, and D13 is the words, with a page of their own."""
+    measured, = json.loads(Path("experiments/results/ledger.json").read_text())["tables"]
+    for number, *_, cell in LEDGER:
+        if number not in ("D5", "D13"):
+            shares = [100 * measured[number][column]["mean"] for column in ("realism", "alignment", "broken")]
+            assert " / ".join(f"{share:.1f}" for share in shares) + " %" in cell, number
+
+
 @pytest.mark.parametrize("path", READMES, ids=str)
 def test_every_link_and_picture_exists(path):
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text(encoding="utf-8")):
