@@ -93,6 +93,8 @@ SMALLEST = {
     "experiments.bench": ["--repeats", "1", "--batch", "2", "--rollout-steps", "1"],
     "experiments.offline": ["--photos", "20", "--pictures", "8", "--steps", "1", "--batch", "2"],
     "experiments.race": ["--goal", "0", "--pictures", "8", "--batch", "2", "--rollout-steps", "1"],
+    "experiments.card": [],
+    "experiments.first_picture": ["--out", "runs/first.png"],
     "evaluation.study": [],
     "evaluation.report": [],
     "engine.merge": [],
