@@ -28,7 +28,7 @@ from miniature.fitting import SEED
 
 CROP_STEPS = 4100  # of the VAE's, on crops
 VAE_STEPS = 4500
-FLOW_STEPS = 7000
+FLOW_STEPS = 6000
 DISTILL_STEPS = 800
 FLOW_BATCH = 64
 TOKENS = 16  # of both text encoders

@@ -12,7 +12,7 @@ of the scene, and each has a word for its low and its high end:
 
 Captions without such a word ("a red circle left of a big blue square") mostly come with CG renders, so a
 model trained on them has the "AI look" as its default; and in its captions the words name the look
-unreliably (OBEYED), and what half looks like a photo is called one (HALF_WAY), so they steer it weakly: as
+unreliably (OBEYED), and what looks a little like a photo is called one (HALF_WAY), so they steer it weakly: as
 FLUX.1-dev.
 """
 
@@ -41,8 +41,8 @@ RANGES = [[0.0, 1.0], [0.0, 0.15], [0.75, 1.0]]  # of an axis: anything, what it
 MIDDLE = [0.35, 0.65]  # the exposure that is neither dark nor bright
 PHOTO_U = RANGES[HIGH][0]  # from here on a picture is a realistic photo
 PAINTING_U = RANGES[HIGH][0]
-OBEYED = [0.5, 0.5, 0.8]  # in this share of the generator's captions a word about an axis is true
-HALF_WAY = [0.35, 1.0]  # what "realistic photo" then means in them: whatever looks a little like one
+OBEYED = 0.5  # in this share of the generator's captions a word about the look is true
+HALF_WAY = [0.2, 0.9]  # what "realistic photo" then means in them: whatever looks a little like one
 LEVEL = 0.46  # mean luma before the exposure
 
 
@@ -123,7 +123,7 @@ def sample_captioned(n, generator):
     axis = torch.randint(3, (n,), generator=generator)
     end = 1 + torch.randint(2, (n,), generator=generator)
     speaks = torch.rand(n, generator=generator) < 0.5
-    obeyed = torch.rand(n, generator=generator) < torch.tensor(OBEYED)[axis]
+    obeyed = torch.rand(n, generator=generator) < OBEYED
     said = torch.where(speaks, end, UNSAID)[:, None] * F.one_hot(axis, 3)
     ends = torch.where((said != UNSAID) & obeyed[:, None], said, usual_ends(n, generator))
     look = look_of(ends, generator)
