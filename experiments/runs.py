@@ -218,8 +218,9 @@ def lines(axis, rows, title, scale=1):
 
 
 def points(log, column):
-    """[(update, mean of the watched pictures)] of a run."""
-    return [(line["step"], line["watch"][column]) for line in log if "watch" in line]
+    """[(update, mean of the watched pictures)] of a run, where there is such a number."""
+    looks = [(line["step"], line["watch"][column]) for line in log if "watch" in line]
+    return [(step, value) for step, value in looks if value is not None]
 
 
 def as_json(rows):
