@@ -33,7 +33,7 @@ DISTILL_STEPS = 800
 FLOW_BATCH = 64
 TOKENS = 16  # of both text encoders
 GRID = (world.SIZE // 16, world.SIZE // 16)  # tokens of a picture
-GUIDANCE_STRENGTH = 0.5  # of the distilled guidance
+GUIDANCE_STRENGTH = 0.2  # of the distilled guidance
 
 
 # ------------------------------------------------------------------------------------- pictures and the VAE
