@@ -51,9 +51,9 @@ def test_every_path_trains_as_the_plain_one(tmp_path, flags):
         assert off < (6.5 * step if "fp8" in flags[-1] or flags[-1] == "split" else 0.1 * step), out
 
 
-@pytest.mark.parametrize("flags, ranks", [
-    (["--lora", "4", "--memory", "fp8"], 2),
-    pytest.param(["--memory", "offload"], 0, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, ranks", [(["--lora", "4", "--memory", "fp8"], 2),
+                                          (["--memory", "offload"], 0)], ids=str)
 def test_killed_it_goes_on_to_the_same_end(tmp_path, flags, ranks):
     """kill -9 of every process, some time after the first checkpoint; bit-identical with a run that nobody
     killed."""
