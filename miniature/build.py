@@ -102,7 +102,7 @@ def main(argv=None):
     add("--out", type=some_path, default=str(HERE),
         help="folder of the model; what is made stays in its .build/")
     add("--quick", action="store_true",
-        help=f"a toy: {QUICK:.0%} of the steps and pictures; give another --out")
+        help=f"a toy: {QUICK:.0%}% of the steps and pictures; give another --out")
     add("--threads", type=whole(1, 256), default=1,
         help="CPU threads; another number rounds otherwise; measure 1 against 2")
     args = parser.parse_args(argv)
