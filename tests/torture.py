@@ -23,6 +23,7 @@ run then takes one or two seconds.
 """
 
 import argparse
+import faulthandler
 import io
 import json
 import multiprocessing
@@ -102,8 +103,9 @@ def where_it_is(asked):
 
 
 def _child(argv, environment, printed, hook, asked, ignored):
-    """In the new process: what is to be done to it, then the script."""
+    """In the new process: what is to be done to it, then the script. One that never ends says where it is."""
     os.setsid()
+    faulthandler.dump_traceback_later(WAIT - 20, file=sys.__stderr__)
     for number in stopping.ASKS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     for number in ignored:
