@@ -149,6 +149,7 @@ class Script:
 
 
 SCRIPTS = ("train.py: ", "sample.py: ", "evaluate.py: ")
+STACK = ("Timeout", "Thread", "Current thread", "  File ")  # how faulthandler's lines begin
 ROOM = None  # a folder for everything, made by main
 
 
@@ -223,7 +224,7 @@ class Tally:
             self.failures.append(what)
             print(f"FAILED {what}: {'; '.join(map(str, problems))}", flush=True)
             for line in said.splitlines():
-                if line.startswith(SCRIPTS) or "rror" in line:
+                if line.startswith((*SCRIPTS, *STACK)) or "rror" in line:
                     print(f"       {line[:300]}", flush=True)
 
     def show(self):
