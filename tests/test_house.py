@@ -6,8 +6,7 @@ from pathlib import Path
 # From the ground up: a room imports only from those before it, and from itself.
 FLOORS = ["engine", "direct_align", "srpo_reward", "flux", "rewards", "miniature", "evaluation", "baselines",
           "prepare", "train", "sample", "evaluate", "experiments"]
-FILES = [path for room in FLOORS for path in (Path(room).rglob("*.py") if Path(room).is_dir()
-                                              else [Path(f"{room}.py")])]
+FILES = [path for room in FLOORS for path in (Path(f"{room}.py"), *Path(room).rglob("*.py")) if path.exists()]
 
 
 def room_of(path):

@@ -23,6 +23,7 @@ run then takes one or two seconds.
 """
 
 import argparse
+import faulthandler
 import io
 import json
 import multiprocessing
@@ -102,8 +103,9 @@ def where_it_is(asked):
 
 
 def _child(argv, environment, printed, hook, asked, ignored):
-    """In the new process: what is to be done to it, then the script."""
+    """In the new process: what is to be done to it, then the script. One that never ends says where it is."""
     os.setsid()
+    faulthandler.dump_traceback_later(WAIT - 20, file=sys.__stderr__)
     for number in stopping.ASKS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     for number in ignored:
@@ -147,6 +149,7 @@ class Script:
 
 
 SCRIPTS = ("train.py: ", "sample.py: ", "evaluate.py: ")
+STACK = ("Timeout", "Thread", "Current thread", "  File ")  # how faulthandler's lines begin
 ROOM = None  # a folder for everything, made by main
 
 
@@ -221,7 +224,7 @@ class Tally:
             self.failures.append(what)
             print(f"FAILED {what}: {'; '.join(map(str, problems))}", flush=True)
             for line in said.splitlines():
-                if line.startswith(SCRIPTS) or "rror" in line:
+                if line.startswith((*SCRIPTS, *STACK)) or "rror" in line:
                     print(f"       {line[:300]}", flush=True)
 
     def show(self):
