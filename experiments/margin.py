@@ -15,10 +15,10 @@ from matplotlib import pyplot
 from engine.errors import frame
 from experiments import runs
 
-RATES = (1.25e-5, 2.5e-5, 5e-5, 7.5e-5, 1e-4)
-UPDATES = 108
-EVERY = 6  # updates between two looks
-PICTURES = 128
+RATES = (1e-5, 2e-5, 4e-5, 6e-5, 8e-5)
+UPDATES = 84
+EVERY = 2  # updates between two looks
+PICTURES = 104
 GOAL = 0.85  # realism
 BROKEN = 0.02
 COLUMNS = {"updates": ("updates", ".0f"), "realism": ("realism", ".1%"), "alignment": ("alignment", ".1%"),

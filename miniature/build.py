@@ -64,17 +64,18 @@ def export_reward(folder, model, words):
 
 
 def export_prompts(folder):
-    """256 prompts to train on, of things that the base has seen together; of pairs that it has not, 128 to
-    choose a recipe by and 256 others to evaluate on."""
+    """256 prompts to train on, of things that the base has seen together. Of pairs that it has not, all those
+    with a small thing beside a larger one, which it finds the hardest: 256 to evaluate on, and the others to
+    choose a recipe by."""
     captions = world.all_captions()
     random.Random(SEED).shuffle(captions)
     scenes = [world.parse(caption) for caption in captions]
     kinds = torch.tensor([kind for kind, _ in scenes])
     new = world.held_out(kinds, torch.tensor([layout for _, layout in scenes])).tolist()
     seen = [caption for caption, unseen in zip(captions, new, strict=True) if not unseen]
-    unseen = [caption for caption, unseen in zip(captions, new, strict=True) if unseen]
-    for name, part in (("prompts", seen[:256]), ("prompts_select", unseen[:128]),
-                       ("prompts_eval", unseen[128:384])):
+    hard = [caption for caption, unseen in zip(captions, new, strict=True)
+            if unseen and caption.count("small") == 1]
+    for name, part in (("prompts", seen[:256]), ("prompts_eval", hard[:256]), ("prompts_select", hard[256:])):
         write_whole(folder / f"{name}.txt", "\n".join(part) + "\n")
 
 

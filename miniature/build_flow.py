@@ -28,12 +28,12 @@ from miniature.fitting import SEED
 
 CROP_STEPS = 4100  # of the VAE's, on crops
 VAE_STEPS = 4500
-FLOW_STEPS = 4500
-DISTILL_STEPS = 800
+FLOW_STEPS = 6000
+DISTILL_STEPS = 400
 FLOW_BATCH = 64
 TOKENS = 16  # of both text encoders
 GRID = (world.SIZE // 16, world.SIZE // 16)  # tokens of a picture
-GUIDANCE_STRENGTH = 0.8  # of the distilled guidance
+GUIDANCE_STRENGTH = 1.4  # of the distilled guidance
 
 
 # ------------------------------------------------------------------------------------- pictures and the VAE

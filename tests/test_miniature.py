@@ -51,10 +51,11 @@ def contents(prompts):
 def test_training_selection_and_evaluation_prompts_are_disjoint_and_the_last_two_hold_unseen_pairs():
     train, select, held_out = (read_prompts(f"miniature/{name}.txt")
                                for name in ("prompts", "prompts_select", "prompts_eval"))
-    assert (len(train), len(select), len(held_out)) == (256, 128, 256)
-    assert len({*train, *select, *held_out}) == 640
+    assert (len(train), len(select), len(held_out)) == (256, 104, 256)
+    assert len({*train, *select, *held_out}) == 616
     assert not world.held_out(*contents(train)).any()
     assert world.held_out(*contents(select + held_out)).all()
+    assert all(prompt.count("small") == 1 for prompt in select + held_out)
 
 
 def test_a_fifth_of_the_captions_is_held_out_and_never_drawn_for_the_base_or_the_reward():
