@@ -35,7 +35,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections import Counter
@@ -106,7 +105,6 @@ def where_it_is(asked):
 def _child(argv, environment, printed, hook, asked, ignored):
     """In the new process: what is to be done to it, then the script. One that never ends says where it is."""
     os.setsid()
-    tqdm.set_lock(threading.RLock())  # forks share the other, and one killed keeps it for ever
     faulthandler.dump_traceback_later(WAIT - 20, file=sys.__stderr__)
     for number in stopping.ASKS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
