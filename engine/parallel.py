@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from statistics import fmean
+from threading import Thread
 
 import torch
 import torch.distributed as dist
@@ -47,6 +48,25 @@ def one_thread_on_a_cpu():
         torch.set_num_threads(1)
 
 
+def meet_the_others(backend, patience):
+    """torch's init_process_group, which in its C++ waits for all processes, and hears no signal: so another
+    thread does it. Who is asked to stop meanwhile can, though another process may have stopped already and
+    never come."""
+    errors = []
+
+    def meet():
+        try:
+            dist.init_process_group(backend, timeout=patience)
+        except Exception as error:
+            errors.append(error)
+
+    thread = Thread(target=meet, daemon=True)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
+
+
 class World:
     """This process among all: rank, size, device, the mesh to shard over (None: one process on a CPU), and
     the dtype to compute in: bf16 on a GPU, float32 on a CPU. Masters and optimizer are float32."""
@@ -76,7 +96,7 @@ class World:
         # Gradient clipping and the exchange of Python objects use gloo on the CPU, all else NCCL on the GPU.
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=patience)
+            meet_the_others(backend, patience)
         elif gpu or mesh:  # one process without torchrun: FSDP2 wants a process group all the same
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if dist.is_initialized():

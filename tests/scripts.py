@@ -6,7 +6,10 @@ import os
 import runpy
 import socket
 import sys
+import threading
 from pathlib import Path
+
+from tqdm import tqdm
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.preload"])  # it has no other path than the folder it starts in
@@ -14,6 +17,7 @@ SERVER.set_forkserver_preload(["tests.preload"])  # it has no other path than th
 
 def _run(argv, environment, printed, folder):
     """In the new process: the script, or -m and a module, with what it prints in a file."""
+    tqdm.set_lock(threading.RLock())  # forks share the other: who is killed holding it stops all that follow
     os.environ.update(environment)
     os.chdir(folder)
     file = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

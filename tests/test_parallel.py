@@ -160,6 +160,21 @@ def test_a_signal_saves_and_exits_0(tmp_path, number):
     assert logged == list(range(1, last + (waits is None)))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_whose_neighbour_never_comes_can_be_stopped(tmp_path, number):
+    """The first of two waits for the other, which was stopped before it could say that it is there."""
+    printed = tmp_path / "printed"
+    first, second = start(printed, *SMALL, "--batch", 1, "--steps", 1, "--out", tmp_path / "run", ranks=2)
+    second.kill()
+    time.sleep(3)  # it is waiting by now
+    os.kill(first.pid, number)
+    first.join(20)
+    first.kill()  # if it is still there
+    first.join()
+    assert first.exitcode == 0
+    assert "stopped before the first update" in printed.read_text()
+
+
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, monkeypatch, capsys):
     import train
     save, out = checkpoint.dcp.save, tmp_path / "run"
