@@ -5,7 +5,8 @@
 Everything is measured on the selection prompts (--watch-prompts), none of which is evaluated. The rule, for
 each learning rate, on seed 0: the updates are the first look at which GOAL of the pictures are photos, and
 the rate is safe if at most BROKEN of them are broken until half as many updates more. Of the safe rates that
-one is chosen whose pictures are then nearest to true photos (the Frechet distance).
+need at most MOST updates, half a minute on one core, that one is chosen whose pictures are then nearest to
+true photos (the Frechet distance).
 """
 
 import sys
@@ -21,8 +22,11 @@ EVERY = 2  # updates between two looks
 PICTURES = 104
 GOAL = 0.85  # realism
 BROKEN = 0.02
+MOST = 30
+FALL = 0.05  # of alignment, below the first look's
 COLUMNS = {"updates": ("updates", ".0f"), "realism": ("realism", ".1%"), "alignment": ("alignment", ".1%"),
            "broken": ("broken", ".1%"), "frechet": ("Frechet", ".1f"), "saturation": ("saturation", ".3f"),
+           "fallen": ("alignment falls 5 points at", ".0f"),
            "broken_2": ("broken passes 2 % at", ".0f"), "broken_5": ("5 % at", ".0f")}
 
 
@@ -37,9 +41,10 @@ def arrival(log):
 
 
 def is_safe(log):
-    """Whether it arrives, and until half as many updates more at most BROKEN of the pictures are broken."""
+    """Whether it arrives in time, and until half as many updates more at most BROKEN of the pictures are
+    broken."""
     arrived = arrival(log)
-    if arrived is None or log[-1]["step"] < 1.5 * arrived["step"]:
+    if arrived is None or arrived["step"] > MOST or log[-1]["step"] < 1.5 * arrived["step"]:
         return False
     until = [line for line in looks_of(log) if line["step"] <= 1.5 * arrived["step"]]
     return all(line["watch"]["broken"] <= BROKEN for line in until)
@@ -51,6 +56,8 @@ def numbers(log):
     row = {name: arrived and arrived["watch"][name]
            for name in ("realism", "alignment", "broken", "frechet", "saturation")}
     row["updates"] = arrived and arrived["step"]
+    least = looks_of(log)[0]["watch"]["alignment"] - FALL
+    row["fallen"] = runs.first_step(log, "alignment", lambda value: value < least)
     row["broken_2"] = runs.first_step(log, "broken", lambda value: value > 0.02)
     row["broken_5"] = runs.first_step(log, "broken", lambda value: value > 0.05)
     return row

@@ -43,7 +43,7 @@ def parser(doc, seeds=5):
     add("--seeds", type=whole(1, 100), default=seeds, help="runs of each row, seeds 0, 1, ...")
     add("--home", default="runs/experiments", help="where the runs are kept, and shared between experiments")
     add("--results", default=str(RESULTS), help="folder of the Markdown, the JSON and the picture")
-    add("--pictures", type=whole(4), default=256, help="held-out prompts that are evaluated")
+    add("--pictures", type=whole(4), default=128, help="held-out prompts that are evaluated")
     add("--flags", default="", help="of train.py, for every run, above its own: --steps 2 tries all")
     return common
 
@@ -54,10 +54,14 @@ def parse(doc, argv, seeds=5):
 
 
 # ------------------------------------------------------------------------------------------------------- runs
-def trained(own, flags, seed):
+SELDOM = "--watch 2 --watch-every 1000"  # for runs of which only the end is looked at
+
+
+def trained(own, flags, seed, looks=SELDOM):
     """The folder of the finished run of train.py with these flags (one line) and a seed, made now if it is
     not there."""
-    argv = ["--model", own.model, *shlex.split(flags), *shlex.split(own.flags), "--seed", str(seed)]
+    argv = ["--model", own.model, *shlex.split(looks), *shlex.split(flags), *shlex.split(own.flags)]
+    argv += ["--seed", str(seed)]
     name = re.sub(r"[^\w.]+", "_", flags).strip("_")[:60] or "main"
     digest = hashlib.sha256(shlex.join(argv).encode()).hexdigest()[:8]
     out = Path(own.home) / f"{name}_{digest}"
@@ -67,10 +71,11 @@ def trained(own, flags, seed):
     return out
 
 
-def watched(own, flags, seed, pictures=64, every=2):
+def watched(own, flags, seed, pictures=48, every=2):
     """A run's log: a list of dicts, of which those of every so many steps have the means over the watched
     pictures under "watch"."""
-    out = trained(own, f"{flags} --watch {min(pictures, own.pictures)} --watch-every {every}", seed)
+    looks = f"--watch {min(pictures, own.pictures)} --watch-every {every}"
+    out = trained(own, flags, seed, looks)
     return read_log(out / "log.jsonl")
 
 

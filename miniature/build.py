@@ -1,4 +1,4 @@
-"""Build the miniature from nothing: `python -m miniature.build` (resumable, seeded, two and a half hours on
+"""Build the miniature from nothing: `python -m miniature.build` (resumable, seeded, about two hours on
 one core; `--quick --out FOLDER` builds a toy in two minutes).
 
 Stages, each finished once and kept in .build/ of the folder (delete a stage's file to build it again). The

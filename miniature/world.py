@@ -11,9 +11,9 @@ of the scene, and each has a word for its low and its high end:
         1  muted colour, directional light, soft cast shadow, vignette, film grain; no brighter, no darker
 
 Captions without such a word ("a red circle left of a big blue square") mostly come with CG renders, so a
-model trained on them has the "AI look" as its default; and in its captions the words name the look
-unreliably (OBEYED), and what looks a little like a photo is called one (HALF_WAY), so they steer it weakly: as
-FLUX.1-dev.
+model trained on them has the "AI look" as its default. In its captions the words name the look unreliably
+(OBEYED), and what looks a little like a photo is called one (HALF_WAY): so, as FLUX.1-dev, it follows them
+weakly.
 """
 
 import itertools
