@@ -35,7 +35,7 @@ class Setting(NamedTuple):
     flags: str
 
 
-def parser(doc, seeds=5):
+def parser(doc, seeds=5, pictures=128):
     """The flags that every experiment has."""
     common = Parser(doc)
     add = common.add_argument
@@ -43,14 +43,14 @@ def parser(doc, seeds=5):
     add("--seeds", type=whole(1, 100), default=seeds, help="runs of each row, seeds 0, 1, ...")
     add("--home", default="runs/experiments", help="where the runs are kept, and shared between experiments")
     add("--results", default=str(RESULTS), help="folder of the Markdown, the JSON and the picture")
-    add("--pictures", type=whole(4), default=128, help="held-out prompts that are evaluated")
+    add("--pictures", type=whole(4), default=pictures, help="held-out pictures that are evaluated")
     add("--flags", default="", help="of train.py, for every run, above its own: --steps 2 tries all")
     return common
 
 
-def parse(doc, argv, seeds=5):
+def parse(doc, argv, seeds=5, pictures=128):
     """What a command line says to them. Raises UserError."""
-    return parser(doc, seeds).parse_args(argv)
+    return parser(doc, seeds, pictures).parse_args(argv)
 
 
 # ------------------------------------------------------------------------------------------------------- runs
@@ -81,9 +81,9 @@ def watched(own, flags, seed, pictures=48, every=2):
 
 def evaluated(own, weights, name, prefix=None, per_prompt=1):
     """{row: {column: mean over the pictures}} by evaluate.py, of the base, of the base with the words
-    `prefix` in its prompts, and of {row: folder of a run}."""
+    `prefix` in its prompts, and of {row: folder of a run}: `own.pictures` each, `per_prompt` of a prompt."""
     out = Path(own.home) / f"evaluate_{name}"
-    argv = ["--model", own.model, "--out", str(out), "--first", str(own.pictures), "--batch", "16",
+    argv = ["--model", own.model, "--out", str(out), "--first", str(own.pictures // per_prompt), "--batch", "16",
             "--metrics", f"reward,statistics,judge,frechet,clip={HELD_OUT}", "--per-prompt", str(per_prompt)]
     if prefix:
         argv += ["--prefix", prefix]

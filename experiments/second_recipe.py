@@ -17,13 +17,15 @@ ROWS = [Setting("released", "--threshold off"), Setting("2026", "--recipe 2026")
 
 def main(argv=None):
     with frame("second_recipe"):
-        own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:] if argv is None else argv
+        own = runs.parse(__doc__, argv, pictures=256)
         rows = table1.measure(own, ROWS, "second_recipe")
         figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
         runs.bars(axes[0], rows, "realism", "realism, %", 100)
         runs.bars(axes[1], rows, "broken", "broken, %", 100)
         axes[1].set_yticklabels([])
-        told = (f"Mean ± standard deviation between {own.seeds} seeds, {own.pictures} held-out prompts.")
+        told = (f"Mean ± standard deviation between {own.seeds} seeds, "
+                f"{own.pictures // table1.PER_PROMPT} held-out prompts, {table1.PER_PROMPT} pictures of each.")
         runs.write(own, "second_recipe", "The authors' second recipe", told,
                    [(rows, table1.COLUMNS)], figure)
 

@@ -26,6 +26,7 @@ ROWS = [Setting("ReFL", f"--method refl {BASELINE}"),
         Setting("SRPO", ""),
         Setting("SRPO fast", "--recipe fast")]
 WORDS = "realistic photo"
+PER_PROMPT = 4  # pictures, between which the diversity is measured
 COLUMNS = {"reward": ("reward", ".3f"), "clip": ("held-out reward", ".3f"), "sgp": ("SGP", "+.3f"),
            "realism": ("realism", ".1%"), "broken": ("broken", ".1%"), "alignment": ("alignment", ".1%"),
            "frechet": ("Frechet", ".1f"), "redness": ("redness", "+.3f"), "saturation": ("saturation", ".3f"),
@@ -44,7 +45,7 @@ def cost(own, flags, log):
 def measure(own, rows, name):
     """{row: {column: `Spread`}} of the base, of the base with the words, and of every setting, with what it
     cost."""
-    found = runs.measured(own, rows, name, WORDS, per_prompt=4)
+    found = runs.measured(own, rows, name, WORDS, PER_PROMPT)
     for setting in rows:
         costs = []
         for seed in range(own.seeds):
@@ -58,7 +59,7 @@ def curves(own, rows):
     """{row: {"tflop", "realism"}} of every look at the watched pictures, of seed 0."""
     found = {}
     for setting in rows:
-        log = runs.watched(own, setting.flags, 0)
+        log = runs.watched(own, setting.flags, 0, every=4)
         flop = cost(own, setting.flags, log)["tflop"] / log[-1]["step"]  # of an update
         looks = [line for line in log if "watch" in line]
         found[setting.name] = {"tflop": [flop * line["step"] for line in looks],
@@ -88,14 +89,15 @@ def draw(found, lines):
 
 def main(argv=None, name="table1", title="Table 1", reward=None):
     with frame(name):
-        own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv)
+        argv = sys.argv[1:] if argv is None else argv
+        own = runs.parse(__doc__, argv, pictures=256)
         if reward:
             own.flags = f"--reward {reward} {own.flags}"
         found = measure(own, ROWS, name)
         lines = curves(own, ROWS)
-        told = (f"{own.pictures} held-out prompts; mean ± standard deviation between {own.seeds} seeds; "
-                "every row has as many updates, of as many images, at the same learning rate. TFLOP: the "
-                "transformer's; seconds: one CPU thread.")
+        told = (f"{own.pictures // PER_PROMPT} held-out prompts, {PER_PROMPT} pictures of each; mean ± standard "
+                f"deviation between {own.seeds} seeds; every row has as many updates, of as many images, at "
+                "the same learning rate. TFLOP: the transformer's; seconds: one CPU thread.")
         runs.write(own, name, f"{title} on the miniature", told, [(found, COLUMNS)], draw(found, lines),
                    curves=lines)
 
