@@ -81,9 +81,11 @@ def watched(own, flags, seed, pictures=48, every=2):
 
 def evaluated(own, weights, name, prefix=None, per_prompt=1):
     """{row: {column: mean over the pictures}} by evaluate.py, of the base, of the base with the words
-    `prefix` in its prompts, and of {row: folder of a run}: `own.pictures` each, `per_prompt` of a prompt."""
+    `prefix` in its prompts, and of {row: folder of a run}: `own.pictures` of each, `per_prompt` of a
+    prompt."""
     out = Path(own.home) / f"evaluate_{name}"
-    argv = ["--model", own.model, "--out", str(out), "--first", str(own.pictures // per_prompt), "--batch", "16",
+    prompts = own.pictures // per_prompt
+    argv = ["--model", own.model, "--out", str(out), "--first", str(prompts), "--batch", "16",
             "--metrics", f"reward,statistics,judge,frechet,clip={HELD_OUT}", "--per-prompt", str(per_prompt)]
     if prefix:
         argv += ["--prefix", prefix]

@@ -25,7 +25,8 @@ def main(argv=None):
         runs.bars(axes[1], rows, "broken", "broken, %", 100)
         axes[1].set_yticklabels([])
         told = (f"Mean ± standard deviation between {own.seeds} seeds, "
-                f"{own.pictures // table1.PER_PROMPT} held-out prompts, {table1.PER_PROMPT} pictures of each.")
+                f"{own.pictures // table1.PER_PROMPT} held-out prompts, {table1.PER_PROMPT} pictures of "
+                "each.")
         runs.write(own, "second_recipe", "The authors' second recipe", told,
                    [(rows, table1.COLUMNS)], figure)
 

@@ -95,9 +95,9 @@ def main(argv=None, name="table1", title="Table 1", reward=None):
             own.flags = f"--reward {reward} {own.flags}"
         found = measure(own, ROWS, name)
         lines = curves(own, ROWS)
-        told = (f"{own.pictures // PER_PROMPT} held-out prompts, {PER_PROMPT} pictures of each; mean ± standard "
-                f"deviation between {own.seeds} seeds; every row has as many updates, of as many images, at "
-                "the same learning rate. TFLOP: the transformer's; seconds: one CPU thread.")
+        told = (f"{own.pictures // PER_PROMPT} held-out prompts, {PER_PROMPT} pictures of each; mean ± "
+                f"standard deviation between {own.seeds} seeds; every row has as many updates, of as "
+                "many images, at the same learning rate. TFLOP: the transformer's; seconds: one CPU thread.")
         runs.write(own, name, f"{title} on the miniature", told, [(found, COLUMNS)], draw(found, lines),
                    curves=lines)
 
