@@ -1,8 +1,10 @@
 """Claims about train.py with --lora and --memory: every path trains the miniature end to end as the plain one
 does, on one process and on two, is killed and goes on, and leaves what users load."""
 
+import json
 import random
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from engine import lora, memory, parallel, run_folder
 
 SMALL = ["train.py", "--model", "miniature", "--rollout-steps", "2", "--eval-steps", "2", "--watch", "2",
          "--eval", "0"]
+RECIPE = json.loads(Path("miniature/srpo.json").read_text())
 OF_FULL = [["--memory", name] for name in memory.FULL[1:]]
 OF_LORA = [["--lora", "4", "--memory", name] for name in memory.LORA]
 
@@ -47,7 +50,7 @@ def test_every_path_trains_as_the_plain_one(tmp_path, flags):
     for out in ("one", "two"):
         rounding = 2**-8 if flags[-1] == "split" else 0
         off = farthest(trained(tmp_path / out), trained(tmp_path / "plain"), rounding)
-        step = 3e-4 if "--lora" in flags else 2.5e-5
+        step = RECIPE["lora_lr" if "--lora" in flags else "lr"]
         assert off < (6.5 * step if "fp8" in flags[-1] or flags[-1] == "split" else 0.1 * step), out
 
 
@@ -94,7 +97,7 @@ def test_a_small_card_saves_on_the_reward_path():
     assert torch.allclose(*losses, atol=5e-3)
 
 
-@pytest.mark.parametrize("flags, rate", [((), 2.5e-5), (("--lora", "16"), 3e-4),
+@pytest.mark.parametrize("flags, rate", [((), RECIPE["lr"]), (("--lora", "16"), RECIPE["lora_lr"]),
                                          (("--lora", "16", "--lr", "1e-3"), 1e-3)])
 def test_a_lora_has_a_learning_rate_of_its_own(flags, rate):
     """The miniature's, from its srpo.json; for a model that does not say, a guess; a flag goes before."""

@@ -113,7 +113,7 @@ def test_two_ranks_train_as_one_process_and_resume_on_one_and_three(tmp_path, ra
     call(printed, *SMALL, "--batch", batch, "--steps", 2, "--out", two, "--resume", ranks=ranks)
     reference = weights(one)
     difference = max((reference[k] - w).abs().max().item() for k, w in weights(two).items())
-    # an update moves a weight by 2.5e-5: Adam turns 1e-8 of a small gradient into more
+    # an update moves a weight by 4e-5: Adam turns 1e-8 of a small gradient into more
     assert difference < 2e-6
     logs = [[json.loads(line) for line in (o / "log.jsonl").read_text().splitlines()] for o in (one, two)]
     for a, b in zip(*logs, strict=True):
