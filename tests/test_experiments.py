@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import common_mode, margin, recovery, runs, table1
+from experiments import common_mode, margin, recovery, runs, styles, table1
 
 SMALLEST = "--steps 2 --watch 4 --watch-every 1 --rollout-steps 2 --refl-steps 1 --eval-steps 2 --batch 8"
 
@@ -88,7 +88,7 @@ def columns_of(name):
     if name == "recovery":
         return [{str(sigma): (f"sigma {sigma}", ".3f") for sigma in recovery.SIGMAS}]
     module = importlib.import_module(f"experiments.{name}")
-    return [getattr(module, "COLUMNS", table1.COLUMNS), margin.COLUMNS]
+    return [getattr(module, "COLUMNS", table1.COLUMNS), margin.COLUMNS, styles.COLUMNS]
 
 
 def test_the_readmes_numbers_stand_in_the_pages_they_link():
@@ -103,13 +103,14 @@ def test_the_readmes_numbers_stand_in_the_pages_they_link():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["table1", "unbiased", "recovery", "common_mode", "intervals", "ablation",
-                                  "second_recipe", "when_to_stop", "styles", "margin", "fast", "lora",
-                                  "ledger"])
+                                  "second_recipe", "when_to_stop", "styles", "rare_words", "margin",
+                                  "fast", "lora", "ledger"])
 def test_every_experiment_runs_to_its_page(tmp_path, name):
     """Two updates, few pictures, one seed: a page with a table, a JSON and a picture."""
     module = importlib.import_module(f"experiments.{name}")
+    quick = ["--quick"] if name == "rare_words" else []
     module.main(["--seeds", "1", "--pictures", "8", "--home", str(tmp_path / "home"), "--results",
-                 str(tmp_path / "results"), "--flags", SMALLEST, *(["--quick"] if name == "styles" else [])])
+                 str(tmp_path / "results"), "--flags", SMALLEST, *quick])
     text = (tmp_path / "results" / f"{name}.md").read_text()
     assert text.startswith("# ") and f"python -m experiments.{name} --seeds 1" in text and "|---|" in text
     assert json.loads((tmp_path / "results" / f"{name}.json").read_text())

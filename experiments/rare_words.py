@@ -1,0 +1,56 @@
+"""S3: words that the reward has seldom read.
+
+    python -m experiments.rare_words
+
+The rewards are built here: the miniature's own training, but the words of brush strokes are left out of more
+and more captions. The pictures stay the same, and so does all that the image tower sees.
+"""
+
+import sys
+from pathlib import Path
+
+from matplotlib import pyplot
+
+from engine.errors import frame
+from experiments import runs, styles
+from experiments.runs import Setting
+from miniature import build
+from miniature.build_scorers import build_reward
+from miniature.fitting import Workshop
+
+WORDS = ("painting", "print")
+HEARD = (0.1, 0.01, 0.0)  # of the times that the miniature's reward reads them
+
+
+def reward_that_heard(share, own):
+    """The folder of a reward whose captions speak of the brush in a share of the usual cases; made once."""
+    folder = Path(own.home) / f"reward_{share:g}"
+    if not (folder / "tokenizer.json").exists():
+        shop = Workshop(Path(own.home) / "reward_build", build.QUICK if own.quick else 1.0)
+        build.export_reward(folder, *build_reward(shop, f"reward_{share:g}", share))
+    return folder
+
+
+def main(argv=None):
+    with frame("rare_words"):
+        parser = runs.parser(__doc__, seeds=3)
+        parser.add_argument("--quick", action="store_true",
+                            help=f"rewards of {build.QUICK:.0%}% of the steps, to try whether all works")
+        own = parser.parse_args(sys.argv[1:] if argv is None else argv)
+        flags = styles.flags_of(WORDS)
+        settings = [Setting("read in every caption", f"{flags} --reward {runs.HELD_OUT}")]
+        for share in HEARD:
+            reward = reward_that_heard(share, own)
+            settings.append(Setting(f"read {share:.0%} as often", f"{flags} --reward {reward}"))
+        rows = runs.measured(own, settings, "rare_words")
+        figure, axis = pyplot.subplots(figsize=(6, 2.5), layout="constrained")
+        runs.bars(axis, rows, "painting", "paintings, %, painting against print", 100)
+        told = ("Painting against print, with rewards that have read these two words ever more seldom; the "
+                f"first is the miniature's unbiased one. {own.pictures} held-out prompts, {own.seeds} seeds, "
+                "mean ± standard deviation between them.")
+        runs.write(own, "rare_words", "Words that the reward has seldom read (S3)", told,
+                   [(rows, styles.COLUMNS)], figure)
+
+
+if __name__ == "__main__":
+    main()
