@@ -71,8 +71,9 @@ def draw(found, lines):
     """Bars of realism, redness and broken for every row; and realism over FLOP."""
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 4.2), width_ratios=[1, 1, 1, 1.5])
     names = list(found)
-    runs.bars(axes[0], found, "realism", "realism, %", 100)
-    runs.bars(axes[1], found, "redness", "redness, which the reward is biased to")
+    seeds = found[names[-1]]["realism"].n
+    runs.bars(axes[0], found, "realism", f"realism, % ({seeds} seeds)", 100)
+    runs.bars(axes[1], found, "redness", "redness, R - (G + B)/2")
     runs.bars(axes[2], found, "broken", "broken, %", 100)
     for axis in axes[1:3]:
         axis.set_yticklabels([])
@@ -80,7 +81,7 @@ def draw(found, lines):
         axes[3].plot(line["tflop"], [100 * value for value in line["realism"]], label=name,
                      color=runs.COLOURS[names.index(name) % len(runs.COLOURS)])
     axes[3].set_xlabel("TFLOP of the transformer")
-    axes[3].set_ylabel("realism of the watched pictures, %")
+    axes[3].set_title("realism of the watched pictures, %, seed 0", fontsize=10)
     axes[3].set_xscale("log")
     axes[3].legend(fontsize=8)
     figure.tight_layout()
