@@ -305,7 +305,7 @@ REWARDS = [
             "1280 wide with 32 layers and patches of 14 pixels; these have no visual.conv1.weight, but "),
     Mistake("train.py", "--reward large.pt", "these are of a vision tower 1024 wide with 24 layers"),
     Mistake("train.py", "--reward numbers.pt", "no tensors by their names"),
-    Mistake("train.py", "--reward wordless", "49408 words, and its text tower knows 583"),
+    Mistake("train.py", "--reward wordless", "49408 words, and its text tower knows 591"),
     Mistake("train.py", "--reward code", "asks for code to be run (trust_remote_code)"),
     Mistake("train.py", "--reward class", "asks for code to be run (auto_map)"),
     Mistake("train.py", "--reward elsewhere", "outside the folder (hf_model_name)"),
@@ -465,9 +465,9 @@ MODELS = [  # a change of the folder; what is said
     *((config(f"{part}/tokenizer_config.json", model_max_length=length), words)
       for part in ("tokenizer", "tokenizer_2")
       for length, words in ((10**6, "to "), (0, "above 0"), ("16", "a whole number"), (1, "from 8"))),
-    (few_words, "20 words, but its encoder knows 109"),
+    (few_words, "20 words, but its encoder knows 115"),
     (replaced("tokenizer_2", "tokenizer"), "cannot be loaded as FLUX.1"),
-    (config("tokenizer_2/tokenizer_config.json", pad_token="nothing"), "its encoder knows 109"),
+    (config("tokenizer_2/tokenizer_config.json", pad_token="nothing"), "its encoder knows 115"),
     (text("tokenizer_2/tokenizer.json", "[]"), "cannot be loaded as FLUX.1"),
     (text("tokenizer/tokenizer_config.json", "{"), "not JSON"),
     # weights
@@ -714,7 +714,7 @@ def test_a_run_is_not_overwritten_by_accident(monkeypatch, capsys, tmp_path):
     log = (out / "log.jsonl").read_bytes()
     assert "already holds a run; --resume continues it, --overwrite deletes it" in one_line(
         monkeypatch, capsys, "--out", out)
-    assert "--lr 2.5e-05, now 0.1" in one_line(monkeypatch, capsys, "--out", out, "--resume", "--lr", "0.1")
+    assert "--lr 4e-05, now 0.1" in one_line(monkeypatch, capsys, "--out", out, "--resume", "--lr", "0.1")
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--out", str(out), "--resume", "--steps", "2"])
     train.main()
     capsys.readouterr()

@@ -327,7 +327,7 @@ def test_folders_that_do_not_fit(whole, monkeypatch, capsys, tmp_path, case, wor
 
 @pytest.mark.parametrize("argv, words", [
     (["--metrics", "fid"], "--metrics fid: not a metric; there are aesthetic, clip, deqa, diversity, "
-     "geneval, hpsv2.1"),
+     "frechet, geneval, hpsv2.1"),
     (["--metrics", "hpsv2.1=nowhere"], "none can be had, give NAME=PATH: nowhere: no such file or folder"),
     (["--weights", "base=miniature/transformer"], "a name is used twice, or taken"),
     (["--weights", "a b=miniature/transformer", "a_b=miniature/transformer"], "a name is used twice"),

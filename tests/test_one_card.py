@@ -39,7 +39,7 @@ def farthest(a, b, rounding=0.0):
 @pytest.mark.parametrize("flags", OF_FULL + OF_LORA, ids=" ".join)
 def test_every_path_trains_as_the_plain_one(tmp_path, flags):
     """Three updates with every --memory, by one process and by two, against float32 masters or a LoRA on a
-    float32 base in one. A float8 base makes another gradient, to 0.999 of a cosine (test_memory.py), and Adam
+    float32 base in one. A float8 base makes another gradient, to 0.998 of a cosine (test_memory.py), and Adam
     turns the sign of the smallest; what split writes is the upper half of its masters, in bf16."""
     printed = tmp_path / "printed"
     common = [*SMALL, "--steps", "3"]

@@ -161,7 +161,7 @@ def test_the_gauge_is_told_with_what_to_do(tmp_path):
     assert run["spoke"] == {"3": [ALARM]} and run["best"] == 2
     assert run["advice"] == (
         "Stop here: Ctrl-C saves a checkpoint. weights_best/ holds the weights of step 2, the best by SGP "
-        "gap inside the band. Then try, one at a time: a smaller --lr (1.25e-05), fewer updates (--steps 2), "
+        "gap inside the band. Then try, one at a time: a smaller --lr (2e-05), fewer updates (--steps 2), "
         "a reward that is relative (--form srp), both branches (--branches denoise,invert).")
 
 
@@ -227,7 +227,7 @@ def test_several_runs_lie_side_by_side(tmp_path, capsys):
     page = data_of((tmp_path / "both.html").read_text())
     assert [run["status"] for run in page["runs"]] == ["finished", "running"]
     assert page["runs"][0]["prompts"] and page["runs"][0]["flags"]       # from its own page
-    assert page["differ"] == [["flag", "a", "new|one"], ["--seed", "0", "1"], ["--lr", "1e-05", "2.5e-05"],
+    assert page["differ"] == [["flag", "a", "new|one"], ["--seed", "0", "1"], ["--lr", "1e-05", "4e-05"],
                               ["--threshold", "off", "0.7"], ["--compile", "no", "yes"]]
     assert [curve["run"] for chart in page["charts"] for curve in chart["curves"]].count(1) == 15
     report.main([str(a), str(b), "--out", str(tmp_path / "both.html")])  # a report may be replaced

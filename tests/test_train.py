@@ -182,7 +182,7 @@ def test_prompts_that_the_judge_does_not_know_are_a_dash(monkeypatch, capsys, tm
     """A prompt outside the miniature's world has no alignment: not 0, and no crash."""
     (tmp_path / "p.txt").write_text("a dog\na cat\n")
     run(monkeypatch, "--steps", 1, "--eval", 2, "--eval-prompts", tmp_path / "p.txt",
-        "--out", tmp_path / "run")
+        "--watch-prompts", tmp_path / "p.txt", "--out", tmp_path / "run")
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     head = next(line for line in lines if "alignment" in " ".join(line))
     after = next(line for line in lines if line[1].strip() == "after")
