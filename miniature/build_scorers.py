@@ -277,7 +277,9 @@ def build_judge(shop):
     vae = build_vae(shop)
     latents(shop, vae)  # and the VAE's shift and scaling factor
     data = shop.kept("evidence", draw_evidence, vae, shop.amount(64))
-    images, seen, broken = data.pop("images"), data.pop("seen"), data.pop("broken")
+    images = data.pop("images")
+    seen = data.pop("seen")
+    broken = data.pop("broken")
     scenes = world.Scenes(**data)
     torch.manual_seed(SEED + 1)
     judge = Judge()
