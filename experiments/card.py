@@ -27,16 +27,16 @@ CAST = (0.12, -0.06, -0.06)  # that is added to R, G and B
 
 
 @torch.no_grad()
-def texture_kept(model):
-    """The mean texture of true photos through the VAE, in that of the photos."""
+def textures(model):
+    """The mean texture of true photos, and of the same through the VAE."""
     vae = flux.load(model).vae
     photos, _ = world.draw(world.sample_style, N, 8, PHOTO, True)
     again = []
     for part in photos.split(64):
         latents = vae.encode(2 * part - 1).latent_dist.mean
         again.append((vae.decode(latents).sample / 2 + 0.5).clamp(0, 1))
-    texture = pixel_statistics(torch.cat(again))["texture"].mean()
-    return (texture / pixel_statistics(photos)["texture"].mean()).item()
+    before = pixel_statistics(photos)["texture"].mean().item()
+    return before, pixel_statistics(torch.cat(again))["texture"].mean().item()
 
 
 def largest_cosine(folder, prompts):
@@ -97,7 +97,9 @@ def main(argv=None):
         parser.add_argument("--model", default="miniature", help="the miniature's folder")
         own = parser.parse_args(sys.argv[1:] if argv is None else argv)
         prompts = read_prompts(f"{own.model}/prompts_eval.txt")
-        rows = {"texture of photos that the VAE keeps": f"{texture_kept(own.model):.0%}"}
+        true, through = textures(own.model)
+        rows = {"texture of true photos": f"{true:.4f}",
+                "texture of true photos through the VAE": f"{through:.4f}, {through / true:.0%}"}
         for name in ("reward", "reward_unbiased"):
             folder = f"{own.model}/{name}"
             rows[f"{name}: largest cosine between two axes' words"] = f"{largest_cosine(folder, prompts):.3f}"
