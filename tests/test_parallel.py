@@ -19,7 +19,7 @@ import flux
 from engine import checkpoint, parallel, run_folder
 
 SMALL = ["train.py", "--model", "miniature", "--rollout-steps", "3", "--eval-steps", "2",
-         "--watch", "2", "--eval", "0"]
+         "--watch", "2", "--watch-every", "1", "--eval", "0"]
 
 
 @pytest.fixture(scope="module")

@@ -297,7 +297,8 @@ def test_calls_of_the_transformer_are_counted(monkeypatch, tmp_path):
 
     monkeypatch.setattr(flux.Flux, "velocity", counted)
     argv = ["--model", "miniature", "--batch", "2", "--rollout-steps", "5", "--eval-steps", "3",
-            "--watch", "1", "--eval", "0", "--steps", "2", "--injections", "2", "--out", str(tmp_path)]
+            "--watch", "1", "--watch-every", "1", "--eval", "0", "--steps", "2",
+            "--injections", "2", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["train.py", *argv])
     train.main()
     assert job(*argv).calls == 2 * 2

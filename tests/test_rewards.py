@@ -526,7 +526,7 @@ def test_a_weighted_sum_of_rewards_obeys_every_equation():
 def test_a_held_out_reward_is_watched_and_never_trained_on(monkeypatch, tmp_path):
     """The same weights, byte for byte, with and without it; its scores in every line of the log."""
     small = ["--model", "miniature", "--steps", "2", "--batch", "1", "--rollout-steps", "2",
-             "--eval-steps", "1", "--watch", "2", "--eval", "0"]
+             "--eval-steps", "1", "--watch", "2", "--watch-every", "1", "--eval", "0"]
     for name, spec in (("a", "miniature/reward"), ("b", "miniature/reward,miniature/reward_unbiased:0")):
         monkeypatch.setattr("sys.argv", ["train.py", *small, "--reward", spec, "--out", str(tmp_path / name)])
         train.main()

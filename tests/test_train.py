@@ -21,7 +21,7 @@ from rewards.clip_model import ClipReward
 from rewards.pictures import read_picture
 
 SMALL = ["--model", "miniature", "--batch", "2", "--rollout-steps", "3", "--eval-steps", "2",
-         "--watch", "2", "--eval", "0"]
+         "--watch", "2", "--watch-every", "1", "--eval", "0"]
 
 
 def run(monkeypatch, *argv):

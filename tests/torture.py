@@ -55,7 +55,7 @@ from engine import stopping  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 TINY = ["--model", "miniature", "--batch", "2", "--rollout-steps", "1", "--eval-steps", "1", "--watch", "1",
-        "--save-every", "1", "--keep", "1"]
+        "--watch-every", "1", "--save-every", "1", "--keep", "1"]
 MEASURED = ("seconds_", "tflop_", "share_", "peak_")  # readings of clocks and memory
 WAIT = 120  # seconds, after which a process counts as one that never ends
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
