@@ -27,7 +27,7 @@ def main(argv=None):
         own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv, seeds=3)
         settings = [Setting(f"{wanted} against {unwanted}", flags_of((wanted, unwanted)))
                     for wanted, unwanted in WORDS]
-        rows = runs.measured(own, settings, "styles", "realistic photo")
+        rows = runs.measured(own, settings, "styles", WORDS[0][0])
         figure, axes = pyplot.subplots(1, 3, figsize=(13, 3), layout="constrained")
         runs.bars(axes[0], rows, "realism", "realism, %", 100)
         runs.bars(axes[1], rows, "brightness", "brightness")
