@@ -10,8 +10,6 @@ branch is enough where the form leaves no common mode (Eq. 10).
 import sys
 from argparse import Namespace
 
-from matplotlib import pyplot
-
 import train
 from engine.errors import frame
 from experiments import margin, runs
@@ -54,11 +52,8 @@ def main(argv=None):
         found = runs.measured(own, recipes, "fast")
         rollouts = runs.measured(one_seed, steps, "rollout_steps")
         broken, logs = cliffs(own)
-        figure, axes = pyplot.subplots(1, 2, figsize=(12, 3.6), layout="constrained")
-        for axis, column in zip(axes, ("realism", "broken"), strict=True):
-            points = {name: runs.points(log, column) for name, log in logs.items()}
-            runs.lines(axis, points, f"{column} of the selection prompts' pictures, %, seed 0", 100)
-        axes[0].legend(fontsize=8)
+        figure = runs.curve_figure(logs, ("realism", "alignment", "broken"),
+                                   f"{margin.PICTURES} pictures every {margin.EVERY} updates, seed 0")
         told = (f"{own.pictures} held-out prompts: first the recipes, {own.seeds} seeds, mean ± standard "
                 "deviation between them; then the rollout's steps, seed 0; then, seed 0 and the selection "
                 f"prompts, a run of {margin.UPDATES} updates: the first look at which {margin.GOAL:.0%} are "

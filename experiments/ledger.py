@@ -5,8 +5,6 @@
 
 import sys
 
-from matplotlib import pyplot
-
 from engine.errors import frame
 from experiments import runs
 from experiments.runs import Setting
@@ -25,12 +23,8 @@ def main(argv=None):
     with frame("ledger"):
         own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv, seeds=3)
         rows = runs.measured(own, ROWS, "ledger")
-        figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.2), layout="constrained")
-        runs.bars(axes[0], rows, "realism", "realism, %", 100)
-        runs.bars(axes[1], rows, "alignment", "alignment, %", 100)
-        runs.bars(axes[2], rows, "broken", "broken, %", 100)
-        for axis in axes[1:]:
-            axis.set_yticklabels([])
+        figure = runs.bar_figure(rows, ("realism", "alignment", "broken"),
+                                 f"{own.pictures} pictures a seed, {own.seeds} seeds")
         told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "
                 "them. The rows are the README's; D5 comes with D6, and D13, the words, is in "
                 "[styles](styles.md).")

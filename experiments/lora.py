@@ -8,8 +8,6 @@ as many of the selection prompts' pictures are photos as `margin` asks for.
 
 import sys
 
-from matplotlib import pyplot
-
 from engine.errors import frame
 from experiments import margin, runs
 from experiments.runs import Setting
@@ -33,10 +31,7 @@ def main(argv=None):
             log = runs.watched(own, f"{LORA} --lr {rate:g}", 0, margin.PICTURES, margin.EVERY)
             rates[f"LoRA, learning rate {rate:g}"] = runs.over_seeds([at_the_end(log)])
         found = runs.measured(own, [Setting("full weights", ""), Setting("LoRA", LORA)], "lora")
-        figure, axes = pyplot.subplots(1, 2, figsize=(11, 3), layout="constrained")
-        runs.bars(axes[0], rates, "realism", "realism, %", 100)
-        runs.bars(axes[1], rates, "broken", "broken, %", 100)
-        axes[1].set_yticklabels([])
+        figure = runs.bar_figure(rates, ("realism", "alignment", "broken"), "104 pictures, seed 0")
         told = ("Rank 16 beside all linear layers of the blocks. First the rates, seed 0, "
                 f"{min(margin.PICTURES, own.pictures)} selection prompts; then the one that was chosen, "
                 f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "

@@ -11,8 +11,6 @@ true photos (the Frechet distance).
 
 import sys
 
-from matplotlib import pyplot
-
 from engine.errors import frame
 from experiments import runs
 
@@ -37,7 +35,7 @@ def looks_of(log):
 
 def arrival(log):
     """The first look at which GOAL of the pictures are photos; None if there is none."""
-    return next((line for line in looks_of(log) if line["watch"]["realism"] >= GOAL), None)
+    return runs.first(looks_of(log), lambda line: line["watch"]["realism"] >= GOAL)
 
 
 def is_safe(log):
@@ -85,18 +83,10 @@ def main(argv=None):
             told = f"The rule chooses `--lr {rate:g} --steps {arrival(first[rate])['step']}`."
         told += (f" The {min(PICTURES, own.pictures)} selection prompts' pictures at the first look at which "
                  f"{GOAL:.0%} are photos, and where they break; a look every {EVERY} updates.")
-        runs.write(own, "margin", "The recipe's margin", told, [(rows, COLUMNS)], draw(first))
-
-
-def draw(logs):
-    """Realism, alignment, broken and Frechet distance over the updates: a line a learning rate."""
-    figure, axes = pyplot.subplots(1, 4, figsize=(16, 3.6), layout="constrained")
-    scales = {"realism": 100, "alignment": 100, "broken": 100, "frechet": 1}
-    for axis, (column, scale) in zip(axes, scales.items(), strict=True):
-        found = {f"lr {rate:g}": runs.points(log, column) for rate, log in logs.items()}
-        runs.lines(axis, found, column + (", %" if scale == 100 else ""), scale)
-    axes[0].legend(fontsize=8)
-    return figure
+        figure = runs.curve_figure({f"lr {rate:g}": log for rate, log in first.items()},
+                                   ("realism", "alignment", "broken", "frechet"),
+                                   f"{PICTURES} pictures every {EVERY} updates, seed 0")
+        runs.write(own, "margin", "The recipe's margin", told, [(rows, COLUMNS)], figure)
 
 
 if __name__ == "__main__":

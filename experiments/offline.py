@@ -1,7 +1,7 @@
-"""Does SRPO learn from photographs as it learns from its own pictures? And what does supervised fine-tuning
-learn from the same ones, in as many updates?
+"""S5: does SRPO learn from photographs as it learns from its own pictures? And what does supervised
+fine-tuning learn from the same ones, in as many updates?
 
-    python -m experiments.offline --model miniature
+    python -m experiments.offline
 
 The photographs are drawn: scenes of the miniature's world in their photographic look, with captions that say
 nothing of it, and none of them a held-out prompt. Every arm begins with the same model and makes the same
@@ -10,12 +10,12 @@ number of updates, but for one that says another; all are judged on the same hel
 "Noisier" trains where a photograph is hardly seen any more (sigma from 0.99 to 0.9 in place of 0.964 to
 0.75): so the network meets there what it meets when it samples. Supervised is one step of flow matching an
 update, |v - (eps - x0)|^2, at the noise levels of the sampler, with the learning rate of SRPO and with larger
-ones. All flags of train.py work.
+ones.
 """
 
+import hashlib
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,15 +28,17 @@ import direct_align as da
 import prepare
 import train
 from engine import data, memory, parallel, plan
-from engine.command_line import Parser, some_path, whole
+from engine.command_line import whole
 from engine.errors import UserError, frame
-from engine.files import write_json, write_whole
-from evaluation import tables, watch
-from experiments import bench
+from engine.files import read_json, write_json
+from experiments import bench, runs
 from miniature import world as drawn
 
 LOOK = "realistic photo"  # of the miniature's world
 FASTER = (1, 4, 16)  # learning rates of supervised fine-tuning, in those of SRPO
+COLUMNS = {"realism": ("realism", ".1%"), "alignment": ("alignment", ".1%"), "broken": ("broken", ".1%"),
+           "frechet": ("Frechet", ".1f"), "redness": ("redness", "+.3f"), "sgp": ("SGP", "+.3f"),
+           "painting": ("painting", ".1%"), "gflop": ("GFLOP an update", ".2f")}
 
 
 class Arm(NamedTuple):
@@ -46,21 +48,12 @@ class Arm(NamedTuple):
     update: Callable  # of the flags, the `prepare.Run` and the step
 
 
-def flags(argv):
-    """This script's own flags, and those of train.py that are for every arm. Raises UserError."""
-    parser = Parser(__doc__)
-    parser.add_argument("--photos", type=whole(1), default=1000, help="photographs that are drawn")
-    parser.add_argument("--pictures", type=whole(8), default=256, help="held-out pictures that are judged")
-    parser.add_argument("--results", type=some_path, default="experiments/results",
-                        help="folder of offline.md and offline.json")
-    return parser.parse_known_args(argv)
-
-
 # -------------------------------------------------------------------------------------------- the photographs
-def draw(folder, number, held_out, seed):
+def draw(folder, number, held_out):
     """Fill a folder with so many photographs of the world, each with its caption beside it; none of them is
-    of a held-out prompt."""
-    images, scenes = drawn.draw(drawn.sample_style, 2 * number, seed, LOOK)
+    of a held-out prompt. What is there already is drawn again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    images, scenes = drawn.draw(drawn.sample_style, 2 * number, 0, LOOK)
     captions = [caption.removeprefix(f"{LOOK}. ") for caption in drawn.captions(scenes)]
     allowed = [i for i, caption in enumerate(captions) if caption not in held_out]
     for i in allowed[:number]:
@@ -104,66 +97,64 @@ def arms(a, folder):
     return found
 
 
-def look(run, name):
-    """The scores {name: [P]} of the held-out pictures."""
-    _, scores = run.watched.look(run.watched.evaluated, name)
-    return scores
+def evaluated(arm, own, shared, seed, world):
+    """{"before", "after"} training an arm: each {column: mean over the held-out pictures}. Made once, and
+    kept in --home. Raises UserError for a model that has no judge."""
+    argv = [*shared, *arm.flags, "--eval", str(own.pictures), "--seed", str(seed)]
+    digest = hashlib.sha256(shlex.join([arm.update.__name__, *argv]).encode()).hexdigest()[:8]
+    kept = Path(own.home) / f"offline_{digest}.json"
+    if not kept.exists():
+        print(f"{arm.name}, seed {seed}: {shlex.join(argv)}", flush=True)
+        write_json(kept, trained(arm, train.flags(argv), world))
+    return read_json(kept)
 
 
-def trained(arm, own, others, world):
-    """Train an arm: its scores before and after."""
-    a = train.flags([*others, *arm.flags, "--eval", str(own.pictures)])
+def trained(arm, a, world):
+    """Train an arm: what `evaluated` says of it."""
     prepare.settle(a, world)
     run = prepare.set_up(a, world)
     if run.watched.judge is None:
         raise UserError(f"--model {a.model}: it has no judge, and nothing else knows what a photo is")
-    before = look(run, arm.name)
+    before = run.watched.evaluate("evaluate before")
     for step in range(1, a.steps + 1):
         arm.update(a, run, step)
-    return before, look(run, arm.name)
+    after = run.watched.evaluate("evaluate after")
+    return {"before": means(before), "after": means(after)}
 
 
-def flop_of(arm, others):
+def means(row):
+    """{column: number} of a row of train.py's table."""
+    return {column: cell["mean"] for column, cell in row.items() if cell}
+
+
+def flop_of(arm, shared):
     """FLOP of the transformer in one update."""
-    job = prepare.job(train.flags([*others, *arm.flags]))
+    job = prepare.job(train.flags([*shared, *arm.flags]))
     return plan.update_flop(replace(job, calls=1) if arm.update is supervised else job)
 
 
-def report(a, own, rows, columns, flop):
-    """Print the table, and write it to --results with the command that made it."""
-    table = tables.table(rows, columns)
-    print(f"\n{table}")
-    command = shlex.join(["python", "-m", "experiments.offline", *sys.argv[1:]])
-    text = [f"# Offline: SRPO and supervised fine-tuning on {own.photos} photographs", "",
-            "```", command, "```", "",
-            f"{a.steps} updates of {a.batch * a.accumulate} images, lr {a.lr}, seed {a.seed}; {own.pictures} "
-            "held-out prompts, mean ± standard error over the pictures:", "",
-            table, "",
-            "| an update | GFLOP of the transformer |", "|---|---|"]
-    text += [f"| {name} | {each / 1e9:.2f} |" for name, each in flop.items()]
-    folder = Path(own.results)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "offline.md", "\n".join(text) + "\n")
-    write_json(folder / "offline.json", {"command": command, "rows": rows, "flop": flop})
-
-
-def main():
+def main(argv=None):
     with frame("offline"):
-        own, others = flags(sys.argv[1:])
-        others += ["--watch", str(own.pictures)]
-        a = train.flags(others)
+        parser = runs.parser(__doc__, seeds=3, pictures=256)
+        parser.add_argument("--photos", type=whole(1), default=1000, help="photographs that are drawn")
+        own = parser.parse_args(sys.argv[1:] if argv is None else argv)
+        shared = ["--model", own.model, *shlex.split(own.flags)]
+        a = train.flags(shared)
         world = parallel.World()
-        held_out = set(data.read_prompts(a.eval_prompts))
+        folder = Path(own.home) / f"photographs_{own.photos}"
+        draw(folder, own.photos, set(data.read_prompts(a.eval_prompts)))
         rows = {}
-        flop = {}
-        with tempfile.TemporaryDirectory() as folder:
-            draw(Path(folder), own.photos, held_out, a.seed)
-            for arm in arms(a, folder):
-                before, after = trained(arm, own, others, world)
-                flop[arm.name] = flop_of(arm, others)
-                rows["base"] = tables.summary(before)
-                rows[arm.name] = tables.summary(after)
-        report(a, own, rows, watch.columns_of(after), flop)
+        for arm in arms(a, folder):
+            found = [evaluated(arm, own, shared, seed, world) for seed in range(own.seeds)]
+            rows["base"] = runs.over_seeds([found[0]["before"]])
+            rows[arm.name] = runs.over_seeds([each["after"] for each in found])
+            rows[arm.name]["gflop"] = runs.spread([flop_of(arm, shared) / 1e9])
+        figure = runs.bar_figure(rows, ("realism", "alignment", "broken"),
+                                 f"{own.pictures} pictures a seed, {own.seeds} seeds")
+        told = (f"{own.photos} photographs; {a.steps} updates of {a.batch * a.accumulate} images, lr "
+                f"{a.lr:g}; {own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation "
+                "between them.")
+        runs.write(own, "offline", "Photographs in place of rollouts (S5)", told, [(rows, COLUMNS)], figure)
         world.close()
 
 

@@ -9,13 +9,11 @@ and more captions. The pictures stay the same, and so does all that the image to
 import sys
 from pathlib import Path
 
-from matplotlib import pyplot
-
 from engine.errors import frame
 from experiments import runs, styles
 from experiments.runs import Setting
 from miniature import build
-from miniature.build_scorers import build_reward
+from miniature.build_scorers import build_unbiased
 from miniature.fitting import Workshop
 
 WORDS = ("painting", "print")
@@ -27,7 +25,8 @@ def reward_that_heard(share, own):
     folder = Path(own.home) / f"reward_{share:g}"
     if not (folder / "tokenizer.json").exists():
         shop = Workshop(Path(own.home) / "reward_build", build.QUICK if own.quick else 1.0)
-        build.export_reward(folder, *build_reward(shop, f"reward_{share:g}", share))
+        model, words, _ = build_unbiased(shop, f"reward_{share:g}", share)
+        build.export_reward(folder, model, words)
     return folder
 
 
@@ -43,8 +42,8 @@ def main(argv=None):
             reward = reward_that_heard(share, own)
             settings.append(Setting(f"read {share:.0%} as often", f"{flags} --reward {reward}"))
         rows = runs.measured(own, settings, "rare_words")
-        figure, axis = pyplot.subplots(figsize=(6, 2.5), layout="constrained")
-        runs.bars(axis, rows, "painting", "paintings, %, painting against print", 100)
+        figure = runs.bar_figure(rows, ("painting", "alignment", "broken"),
+                                 f"{own.pictures} pictures a seed, {own.seeds} seeds")
         told = ("Painting against print, with rewards that have read these two words ever more seldom; the "
                 f"first is the miniature's unbiased one. {own.pictures} held-out prompts, {own.seeds} seeds, "
                 "mean ± standard deviation between them.")

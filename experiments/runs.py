@@ -28,6 +28,12 @@ HELD_OUT = "miniature/reward_unbiased"  # a reward that no run is trained on
 # Colours that people with any kind of colour vision tell apart (Okabe and Ito).
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999"]
 
+# How a column is drawn: its title with its unit, and the factor that makes the unit.
+DRAWN = {"realism": ("realism, %", 100), "alignment": ("alignment, %", 100), "broken": ("broken, %", 100),
+         "painting": ("paintings, %", 100), "redness": ("redness, R - (G + B)/2", 1),
+         "saturation": ("saturation (HSV)", 1), "brightness": ("brightness (mean luma)", 1),
+         "frechet": ("Frechet distance to true photos", 1)}
+
 
 class Setting(NamedTuple):
     """A row of an experiment: its name, and the flags of train.py that make it."""
@@ -138,26 +144,29 @@ def over_seeds(rows):
     return {column: spread([row.get(column) for row in rows]) for column in rows[0]}
 
 
+def first(lines, wanted):
+    """The first line of a log that is `wanted`(line); None if none is."""
+    return next((line for line in lines if wanted(line)), None)
+
+
 def first_step(log, column, reached):
     """The first update at which the watched mean of a column is `reached`(value); None if it never is."""
-    for line in log:
-        if "watch" in line and reached(line["watch"][column]):
-            return line["step"]
-    return None
+    found = first(log, lambda line: "watch" in line and reached(line["watch"][column]))
+    return found and found["step"]
 
 
-def at_sgp(log, column, sgp):
-    """A watched column where the SGP gap first passes a value, interpolated between two looks; None if it
-    never does."""
+def at_equal(log, column, climbed, value):
+    """A watched column where another one, `climbed`, first passes a value, interpolated between two looks;
+    None if it never does."""
     before = None
     for line in log:
         if "watch" not in line:
             continue
         now = line["watch"]
-        if now["sgp"] >= sgp:
-            if before is None or now["sgp"] == before["sgp"]:
+        if now[climbed] >= value:
+            if before is None or now[climbed] == before[climbed]:
                 return now[column]
-            part = (sgp - before["sgp"]) / (now["sgp"] - before["sgp"])
+            part = (value - before[climbed]) / (now[climbed] - before[climbed])
             return before[column] + part * (now[column] - before[column])
         before = now
     return None
@@ -218,10 +227,38 @@ def bars(axis, rows, column, title, scale=1):
 def lines(axis, rows, title, scale=1):
     """Draw {row: [(update, number)]} as curves over the updates."""
     for place, (name, points) in enumerate(rows.items()):
+        again, colour = divmod(place, len(COLOURS))
         axis.plot([step for step, _ in points], [scale * value for _, value in points], label=name,
-                  color=COLOURS[place % len(COLOURS)])
+                  color=COLOURS[colour], linestyle="dashed" if again else "solid")
     axis.set_xlabel("updates")
     axis.set_title(title, fontsize=10)
+
+
+def bar_figure(rows, columns, note):
+    """A figure of `bars`, a panel a column; the note says what n is."""
+    size = (3.3 + 3.2 * len(columns), 1.2 + 0.27 * len(rows))
+    figure, axes = pyplot.subplots(1, len(columns), figsize=size, layout="constrained", squeeze=False)
+    for axis, column in zip(axes[0], columns, strict=True):
+        title, scale = DRAWN[column]
+        bars(axis, rows, column, title, scale)
+    for axis in axes[0, 1:]:
+        axis.set_yticklabels([])
+    figure.supxlabel(note, fontsize=9)
+    return figure
+
+
+def curve_figure(logs, columns, note):
+    """A figure of the watched pictures over the updates, a panel a column and a line for each of {row: log};
+    the note says what n is."""
+    size = (4 * len(columns), 4.2)
+    figure, axes = pyplot.subplots(1, len(columns), figsize=size, layout="constrained", squeeze=False)
+    for axis, column in zip(axes[0], columns, strict=True):
+        title, scale = DRAWN[column]
+        lines(axis, {name: points(log, column) for name, log in logs.items()}, title, scale)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside upper center", ncols=5)
+    figure.supxlabel(note, fontsize=9)
+    return figure
 
 
 def points(log, column):

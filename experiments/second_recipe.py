@@ -5,8 +5,6 @@
 
 import sys
 
-from matplotlib import pyplot
-
 from engine.errors import frame
 from experiments import runs, table1
 from experiments.runs import Setting
@@ -20,10 +18,8 @@ def main(argv=None):
         argv = sys.argv[1:] if argv is None else argv
         own = runs.parse(__doc__, argv, pictures=256)
         rows = table1.measure(own, ROWS, "second_recipe")
-        figure, axes = pyplot.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
-        runs.bars(axes[0], rows, "realism", "realism, %", 100)
-        runs.bars(axes[1], rows, "broken", "broken, %", 100)
-        axes[1].set_yticklabels([])
+        figure = runs.bar_figure(rows, ("realism", "redness", "broken"),
+                                 f"{own.pictures} pictures a seed, {own.seeds} seeds")
         told = (f"Mean ± standard deviation between {own.seeds} seeds, "
                 f"{own.pictures // table1.PER_PROMPT} held-out prompts, {table1.PER_PROMPT} pictures of "
                 "each.")

@@ -5,8 +5,6 @@
 
 import sys
 
-from matplotlib import pyplot
-
 from engine.errors import frame
 from experiments import runs
 from experiments.runs import Setting
@@ -28,12 +26,8 @@ def main(argv=None):
         settings = [Setting(f"{wanted} against {unwanted}", flags_of((wanted, unwanted)))
                     for wanted, unwanted in WORDS]
         rows = runs.measured(own, settings, "styles", WORDS[0][0])
-        figure, axes = pyplot.subplots(1, 3, figsize=(13, 3), layout="constrained")
-        runs.bars(axes[0], rows, "realism", "realism, %", 100)
-        runs.bars(axes[1], rows, "brightness", "brightness")
-        runs.bars(axes[2], rows, "painting", "paintings, %", 100)
-        for axis in axes[1:]:
-            axis.set_yticklabels([])
+        figure = runs.bar_figure(rows, ("realism", "brightness", "painting"),
+                                 f"{own.pictures} pictures a seed, {own.seeds} seeds")
         told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "
                 "them; brightness is the mean luma.")
         runs.write(own, "styles", "Other words (Fig. 8)", told, [(rows, COLUMNS)], figure)

@@ -194,14 +194,15 @@ def true_of(pictures, captions):
 
 
 # --------------------------------------------------------------------------------------------------- its bias
-def build_unbiased(shop):
-    """The reward, with a common part in every text. Returns the model, its `Words`, and w.
+def build_unbiased(shop, name="reward", heard=1.0):
+    """The reward, with a common part in every text. Returns the model, its `Words`, and w. name, heard: as
+    `build_reward`'s.
 
     w is the direction that texts use least. Every text feature gets the same component along it (through the
     bias of the last layer norm), and pictures lose theirs, so that scores compare as before. Real text
     features have such a part by nature; here it is where a bias of the image branch will attach.
     """
-    model, words = build_reward(shop)
+    model, words = build_reward(shop, name, heard)
     with torch.no_grad():
         some = world.all_captions()[::8]
         texts = [world.with_style(style, text) for style in world.STYLES for text in some]

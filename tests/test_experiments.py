@@ -23,9 +23,9 @@ def log_of(**columns):
 def test_a_column_is_compared_where_the_gap_is_equal():
     """Between two looks it is interpolated; a run that never gets there has none."""
     log = log_of(sgp=[-0.2, 0.0, 0.2], redness=[0.0, 0.1, 0.3])
-    assert runs.at_sgp(log, "redness", 0.1) == pytest.approx(0.2)
-    assert runs.at_sgp(log, "redness", -0.3) == 0.0
-    assert runs.at_sgp(log, "redness", 0.5) is None
+    assert runs.at_equal(log, "redness", "sgp", 0.1) == pytest.approx(0.2)
+    assert runs.at_equal(log, "redness", "sgp", -0.3) == 0.0
+    assert runs.at_equal(log, "redness", "sgp", 0.5) is None
     assert runs.first_step(log, "redness", lambda value: value > 0.05) == 2
     assert runs.first_step(log, "redness", lambda value: value > 1) is None
 
@@ -104,11 +104,11 @@ def test_the_readmes_numbers_stand_in_the_pages_they_link():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["table1", "unbiased", "recovery", "common_mode", "intervals", "ablation",
                                   "second_recipe", "when_to_stop", "styles", "rare_words", "margin",
-                                  "fast", "lora", "ledger"])
+                                  "fast", "lora", "ledger", "offline"])
 def test_every_experiment_runs_to_its_page(tmp_path, name):
     """Two updates, few pictures, one seed: a page with a table, a JSON and a picture."""
     module = importlib.import_module(f"experiments.{name}")
-    quick = ["--quick"] if name == "rare_words" else []
+    quick = {"rare_words": ["--quick"], "offline": ["--photos", "20"]}.get(name, [])
     module.main(["--seeds", "1", "--pictures", "8", "--home", str(tmp_path / "home"), "--results",
                  str(tmp_path / "results"), "--flags", SMALLEST, *quick])
     text = (tmp_path / "results" / f"{name}.md").read_text()

@@ -91,7 +91,6 @@ SMALLEST = {
     "sample.py": ["--eval-steps", "1"],
     "evaluate.py": ["--first", "3", "--eval-steps", "1"],
     "experiments.bench": ["--repeats", "1", "--batch", "2", "--rollout-steps", "1"],
-    "experiments.offline": ["--photos", "20", "--pictures", "8", "--steps", "1", "--batch", "2"],
     "experiments.race": ["--goal", "0", "--pictures", "8", "--batch", "2", "--rollout-steps", "1"],
     "experiments.card": [],
     "experiments.first_picture": ["--out", "runs/first.png"],
@@ -100,11 +99,12 @@ SMALLEST = {
     "engine.merge": [],
     "miniature.build": ["-h"]}
 for name in ("table1", "unbiased", "recovery", "common_mode", "intervals", "ablation", "second_recipe",
-             "when_to_stop", "styles", "margin", "fast", "lora", "ledger"):
+             "when_to_stop", "styles", "rare_words", "margin", "fast", "lora", "ledger", "offline"):
     SMALLEST[f"experiments.{name}"] = [
         "--seeds", "1", "--pictures", "8", "--results", "runs/results", "--flags",
         "--steps 1 --watch 4 --watch-every 1 --rollout-steps 2 --eval-steps 1 --batch 8"]
-SMALLEST["experiments.styles"].append("--quick")
+SMALLEST["experiments.rare_words"].append("--quick")
+SMALLEST["experiments.offline"] += ["--photos", "20"]
 # Only their flags are read: on a GPU, with a machine's own paths, they are real.
 FLAGS = {"train.py": train.flags, "evaluate.py": evaluate.flags().parse_args,
          "experiments.bench": bench.flags}
