@@ -1,19 +1,20 @@
 """The rows of the miniature's model card that need no training: python -m experiments.card
 
 How much texture the VAE keeps, whether the reward's words stand at right angles, what its bias is worth, how
-often the judge is right, and what the Frechet distance says of the truth itself.
+often the judge is right, and what the Frechet distance and the diversity say of the truth itself.
 """
 
 import sys
 
 import torch
 import torch.nn.functional as F
+from torchvision.transforms.functional import to_pil_image
 
 import flux
 from engine.command_line import Parser
 from engine.data import read_prompts
 from engine.errors import frame
-from evaluation.metrics import frechet
+from evaluation.metrics import diversity, frechet
 from evaluation.metrics.statistics import pixel_statistics
 from evaluation.watch import measure
 from miniature import world
@@ -24,6 +25,8 @@ N = 1024  # pictures of a row
 PHOTO = "realistic photo"
 CG = "CG render"
 CAST = (0.12, -0.06, -0.06)  # that is added to R, G and B
+SEED = 60_000_000  # of the true pictures
+PER_PROMPT = 4  # pictures, between which the diversity is measured, as in table1
 
 
 @torch.no_grad()
@@ -82,13 +85,26 @@ def batches(items, size):
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
-def from_truth(prompts, style, seed):
-    """The Frechet distance of true pictures of the prompts, in one style, from other true photos."""
+def true_pictures(prompts, style):
+    """True pictures of the prompts, in one style: [P, 3, 64, 64]."""
     scenes = [world.parse(prompt) for prompt in prompts]
     kind = torch.tensor([kind for kind, _ in scenes])
     layout = torch.tensor([layout for _, layout in scenes])
-    images, _ = world.draw(world.scenes_of, len(prompts), seed, kind, layout, style)
-    return frechet.of_pictures(images, prompts)["frechet"]["mean"]
+    images, _ = world.draw(world.scenes_of, len(prompts), SEED, kind, layout, style)
+    return images
+
+
+def from_truth(prompts, style):
+    """The Frechet distance of true pictures of the prompts, in one style, from other true photos."""
+    return frechet.of_pictures(true_pictures(prompts, style), prompts)["frechet"]["mean"]
+
+
+def true_diversity(folder, prompts, style):
+    """How far apart true pictures of one prompt are, in one style, in a reward's features: what table1's
+    column says of a model's."""
+    texts = [prompt for prompt in prompts[:diversity.PROMPTS] for _ in range(PER_PROMPT)]
+    pictures = [to_pil_image(image) for image in true_pictures(texts, style)]
+    return diversity.Scorer(load_rewards(folder))(pictures, texts)["diversity"].mean().item()
 
 
 def main(argv=None):
@@ -105,8 +121,11 @@ def main(argv=None):
             rows[f"{name}: largest cosine between two axes' words"] = f"{largest_cosine(folder, prompts):.3f}"
             rows[f"{name}: what a red cast adds"] = f"{worth_of_red(folder):+.3f}"
         rows |= {name: f"{share:.1%}" for name, share in judged(own.model).items()}
-        rows["Frechet distance of true photos from others"] = f"{from_truth(prompts, PHOTO, 60_000_000):.1f}"
-        rows["Frechet distance of true CG renders"] = f"{from_truth(prompts, CG, 60_000_000):.1f}"
+        rows["Frechet distance of true photos from others"] = f"{from_truth(prompts, PHOTO):.1f}"
+        rows["Frechet distance of true CG renders"] = f"{from_truth(prompts, CG):.1f}"
+        reward = f"{own.model}/reward"
+        rows["diversity of true photos of a prompt"] = f"{true_diversity(reward, prompts, PHOTO):.4f}"
+        rows["diversity of true CG renders of a prompt"] = f"{true_diversity(reward, prompts, CG):.4f}"
         print("| | |\n|---|---|")
         for name, value in rows.items():
             print(f"| {name} | {value} |")
