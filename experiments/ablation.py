@@ -30,16 +30,17 @@ ROWS = [Setting("all of it", f"{LONG} {EARLY_TO_LATE} {SRP} {LAMBDA}"),
                 f"{LONG} {EARLY_TO_LATE} --form cfg {LAMBDA} --branches denoise"),
         Setting("one noise for all images", f"{LONG} {EARLY_TO_LATE} {SRP} {LAMBDA} --noise shared"),
         Setting("the same, fresh to inject", f"{LONG} {EARLY_TO_LATE} {SRP} {LAMBDA} --noise fresh")]
-SGP = 0.2
+SGP = 0.28  # where the main run ends
 COLUMNS = {"realism_50": ("realism passes 50 % at update", ".1f"),
            "broken_5": ("broken passes 5 % at update", ".1f"),
            "breaks": ("runs that break", ".0f"),
            "realism_at": ("realism at equal SGP", ".1%"),
+           "broken_at": ("broken at equal SGP", ".1%"),
            "alignment_at": ("alignment at equal SGP", ".1%"),
            "redness_at": ("redness at equal SGP", "+.3f"),
            "saturation_at": ("saturation at equal SGP", ".3f"),
            "texture_at": ("texture at equal SGP", ".4f")}
-AT_EQUAL = ("realism", "alignment", "redness", "saturation", "texture")
+AT_EQUAL = ("realism", "broken", "alignment", "redness", "saturation", "texture")
 
 
 def numbers(log):

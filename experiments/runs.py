@@ -218,6 +218,8 @@ def bars(axis, rows, column, title, scale=1):
         if value is not None:
             axis.barh(place, scale * value.mean, xerr=scale * (value.std or 0),
                       color=COLOURS[place % len(COLOURS)])
+    if not any(row[column] and row[column].mean for row in rows.values()):
+        axis.set_xlim(0, 1)
     axis.set_yticks(range(len(rows)), list(rows))
     axis.invert_yaxis()
     axis.axvline(0, color="black", linewidth=0.5)

@@ -1,10 +1,12 @@
-"""Fig. 8: other words than "realistic photo".
+"""Fig. 8: other words than "realistic photo", in the recipe's updates and in half of them: some words are
+quicker.
 
     python -m experiments.styles
 """
 
 import sys
 
+import train
 from engine.errors import frame
 from experiments import runs
 from experiments.runs import Setting
@@ -23,8 +25,12 @@ def flags_of(words):
 def main(argv=None):
     with frame("styles"):
         own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv, seeds=3)
-        settings = [Setting(f"{wanted} against {unwanted}", flags_of((wanted, unwanted)))
-                    for wanted, unwanted in WORDS]
+        half = train.flags(["--model", own.model]).steps // 2
+        settings = []
+        for wanted, unwanted in WORDS:
+            name = f"{wanted} against {unwanted}"
+            flags = flags_of((wanted, unwanted))
+            settings += [Setting(name, flags), Setting(f"{name}, {half} updates", f"{flags} --steps {half}")]
         rows = runs.measured(own, settings, "styles", WORDS[0][0])
         figure = runs.bar_figure(rows, ("realism", "brightness", "painting"),
                                  f"{own.pictures} pictures a seed, {own.seeds} seeds")
