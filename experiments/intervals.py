@@ -58,8 +58,7 @@ def main(argv=None):
                 setting = Setting(f"{reward}, {name}", f"{LONG} {climb.flags} --sigma-range {sigmas}")
                 logs = [runs.watched(own, setting.flags, seed) for seed in range(own.seeds)]
                 rows[setting.name] = runs.over_seeds([numbers(log, climb) for log in logs])
-        figure = runs.bar_figure(rows, ("redness", "broken", "frechet"),
-                                 f"at the end; 48 pictures a seed, {own.seeds} seeds")
+        figure = runs.bar_figure(rows, ("redness", "broken", "frechet"), runs.note(own, 48))
         plain = CLIMBS["plain"].height
         relative = CLIMBS["relative"].height
         told = (f"48 watched pictures, {own.seeds} seeds, mean ± standard deviation between them. The rows "

@@ -18,8 +18,7 @@ def main(argv=None):
         argv = sys.argv[1:] if argv is None else argv
         own = runs.parse(__doc__, argv, pictures=256)
         rows = table1.measure(own, ROWS, "second_recipe")
-        figure = runs.bar_figure(rows, ("realism", "frechet", "redness"),
-                                 f"{own.pictures} pictures a seed, {own.seeds} seeds")
+        figure = runs.bar_figure(rows, ("realism", "frechet", "redness"), runs.note(own))
         told = (f"Mean ± standard deviation between {own.seeds} seeds, "
                 f"{own.pictures // table1.PER_PROMPT} held-out prompts, {table1.PER_PROMPT} pictures of "
                 "each.")

@@ -67,24 +67,23 @@ def curves(own, rows):
     return found
 
 
-def draw(found, lines):
-    """Bars of realism, redness and broken for every row; and realism over FLOP."""
-    figure, axes = pyplot.subplots(1, 4, figsize=(15, 4.2), width_ratios=[1, 1, 1, 1.5])
-    names = list(found)
-    seeds = found[names[-1]]["realism"].n
-    runs.bars(axes[0], found, "realism", f"realism, % ({seeds} seeds)", 100)
-    runs.bars(axes[1], found, "redness", "redness, R - (G + B)/2")
-    runs.bars(axes[2], found, "broken", "broken, %", 100)
+def draw(found, curves, note):
+    """Bars of realism, redness and broken for every row; and realism over FLOP. The note says what n is."""
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 4.4), width_ratios=[1, 1, 1, 1.5], layout="constrained")
+    for axis, column in zip(axes[:3], ("realism", "redness", "broken"), strict=True):
+        title, scale = runs.DRAWN[column]
+        runs.bars(axis, found, column, title, scale)
     for axis in axes[1:3]:
         axis.set_yticklabels([])
-    for name, line in lines.items():
-        axes[3].plot(line["tflop"], [100 * value for value in line["realism"]], label=name,
+    names = list(found)
+    for name, curve in curves.items():
+        axes[3].plot(curve["tflop"], [100 * value for value in curve["realism"]], label=name,
                      color=runs.COLOURS[names.index(name) % len(runs.COLOURS)])
     axes[3].set_xlabel("TFLOP of the transformer")
-    axes[3].set_title("realism of the watched pictures, %, seed 0", fontsize=10)
+    axes[3].set_title("realism of 48 watched pictures, %, seed 0", fontsize=10)
     axes[3].set_xscale("log")
     axes[3].legend(fontsize=8)
-    figure.tight_layout()
+    figure.supxlabel(note, fontsize=9)
     return figure
 
 
@@ -95,12 +94,12 @@ def main(argv=None, name="table1", title="Table 1", reward=None):
         if reward:
             own.flags = f"--reward {reward} {own.flags}"
         found = measure(own, ROWS, name)
-        lines = curves(own, ROWS)
+        over_flop = curves(own, ROWS)
         told = (f"{own.pictures // PER_PROMPT} held-out prompts, {PER_PROMPT} pictures of each; mean ± "
                 f"standard deviation between {own.seeds} seeds; every row has as many updates, of as "
                 "many images, at the same learning rate. TFLOP: the transformer's; seconds: one CPU thread.")
-        runs.write(own, name, f"{title} on the miniature", told, [(found, COLUMNS)], draw(found, lines),
-                   curves=lines)
+        runs.write(own, name, f"{title} on the miniature", told, [(found, COLUMNS)],
+                   draw(found, over_flop, runs.note(own)), curves=over_flop)
 
 
 if __name__ == "__main__":
