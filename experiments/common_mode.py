@@ -6,7 +6,8 @@ both.
 In an update f moves along a C1 - b C2, summed over the branches, whose network terms have opposite signs:
 that is (a - b)/2 (C1 + C2) + (a + b)/2 (C1 - C2). The first part is common mode: what both texts share, and
 with it every bias of the image side. The second is what the words say. So the hacked statistic, redness,
-should follow (a - b) / (a + b).
+should follow (a - b) / (a + b). The denoising branch of --form branches is that of --form sgp, and is made
+once.
 """
 
 import sys
@@ -17,9 +18,8 @@ from engine.errors import frame
 from experiments import runs
 from experiments.runs import Setting
 
-# a and b of a branch, by form; the released discounts at the middle of their ranges.
-DENOISE = {"plain": None, "sgp": (1, 0), "cfg": (1.5, 0.5), "branches": (1, 0), "released": (1.175, 1),
-           "srp": (1, 1)}
+# a and b of a form, None where all is common mode; the released discounts at the middle of their ranges.
+DENOISE = {"plain": None, "sgp": (1, 0), "cfg": (1.5, 0.5), "released": (1.175, 1), "srp": (1, 1)}
 BOTH = {"plain": None, "sgp": (2, 0), "cfg": (2, 2), "branches": (1, 1), "released": (2.175, 2.155),
         "srp": (2, 2)}
 COLUMNS = {"predicted": ("common mode, predicted", ".2f"), "redness": ("redness", "+.3f"),
@@ -29,14 +29,13 @@ COLUMNS = {"predicted": ("common mode, predicted", ".2f"), "redness": ("redness"
 def settings():
     """{`Setting`: predicted common mode per unit of difference, None where it is all there is}."""
     found = {}
-    for form in DENOISE:
-        for branches, weights in (("denoise", DENOISE), ("denoise,invert", BOTH)):
-            name = f"{form}, {'both' if ',' in branches else 'denoise only'}"
-            mode = None
-            if weights[form] is not None:
-                a, b = weights[form]
-                mode = (a - b) / (a + b)
-            found[Setting(name, f"--form {form} --branches {branches} --threshold off")] = mode
+    for name, branches, weights in (("denoise only", "denoise", DENOISE), ("both", "denoise,invert", BOTH)):
+        for form, each in weights.items():
+            setting = Setting(f"{form}, {name}", f"--form {form} --branches {branches} --threshold off")
+            found[setting] = None
+            if each is not None:
+                a, b = each
+                found[setting] = (a - b) / (a + b)
     return found
 
 
@@ -44,30 +43,39 @@ def main(argv=None):
     with frame("common_mode"):
         own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv)
         rows = runs.measured(own, list(settings()), "common_mode")
+        rows["base"]["predicted"] = None
         for setting, mode in settings().items():
             rows[setting.name]["predicted"] = runs.spread([mode])
         order = sorted(rows, key=lambda name: rows[name]["redness"].mean, reverse=True)
         rows = {name: rows[name] for name in order}
-        figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-        draw(axes, rows)
         told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "
                 "them. Common mode per unit of difference, predicted from the weights of the two texts; the "
                 "plain reward has nothing else.")
         runs.write(own, "common_mode", "Common mode: what inversion cancels", told,
-                   [(rows, COLUMNS)], figure)
+                   [(rows, COLUMNS)], draw(own, rows))
 
 
-def draw(axes, rows):
-    """Redness against the predicted common mode, and as bars."""
+def draw(own, rows):
+    """Redness against the predicted common mode, a colour a form and a marker for its branches; and as
+    bars."""
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
+    left = axes[0]
     for name, row in rows.items():
-        if row.get("predicted"):
-            axes[0].errorbar(row["predicted"].mean, row["redness"].mean, yerr=row["redness"].std, fmt="o",
-                             color=runs.COLOURS[5])
-            axes[0].annotate(name, (row["predicted"].mean, row["redness"].mean), fontsize=7,
-                             xytext=(4, 4), textcoords="offset points")
-    axes[0].set_xlabel("common mode per unit of difference, predicted: (a - b) / (a + b)")
-    axes[0].set_ylabel("redness, measured")
-    runs.bars(axes[1], rows, "redness", "redness")
+        if row["predicted"] is None:
+            continue
+        form, branches = name.split(", ")
+        colour = runs.COLOURS[list(BOTH).index(form)]
+        marker = "o" if branches == "both" else "s"
+        left.errorbar(row["predicted"].mean, row["redness"].mean, yerr=row["redness"].std, fmt=marker,
+                      markersize=8, color=colour, label=name)
+    left.axhline(rows["base"]["redness"].mean, color="grey", linestyle="dashed", label="base")
+    left.set_xlabel("common mode per unit of difference, predicted: (a - b) / (a + b)")
+    left.set_ylabel("redness, R - (G + B)/2, measured")
+    left.legend(fontsize=8, loc="upper left")
+    title, scale = runs.DRAWN["redness"]
+    runs.bars(axes[1], rows, "redness", title, scale)
+    figure.supxlabel(runs.note(own), fontsize=9)
+    return figure
 
 
 if __name__ == "__main__":
