@@ -11,6 +11,7 @@ once.
 """
 
 import sys
+from statistics import mean
 
 from matplotlib import pyplot
 
@@ -22,8 +23,10 @@ from experiments.runs import Setting
 DENOISE = {"plain": None, "sgp": (1, 0), "cfg": (1.5, 0.5), "released": (1.175, 1), "srp": (1, 1)}
 BOTH = {"plain": None, "sgp": (2, 0), "cfg": (2, 2), "branches": (1, 1), "released": (2.175, 2.155),
         "srp": (2, 2)}
+MORE = 4  # what is common to two branches cancels in the mean: so it does better with more pictures
 COLUMNS = {"predicted": ("common mode, predicted", ".2f"), "redness": ("redness", "+.3f"),
-           "realism": ("realism", ".1%"), "broken": ("broken", ".1%"), "sgp": ("SGP", "+.3f")}
+           "realism": ("realism", ".1%"), "alignment": ("alignment", ".1%"), "broken": ("broken", ".1%"),
+           "sgp": ("SGP", "+.3f"), "grad_norm": ("gradient norm", ".2f")}
 
 
 def settings():
@@ -36,7 +39,14 @@ def settings():
             if each is not None:
                 a, b = each
                 found[setting] = (a - b) / (a + b)
+    more = f"--form cfg --branches denoise,invert --threshold off --accumulate {MORE}"
+    found[Setting(f"cfg, both, {MORE} times the pictures", more)] = 0.0
     return found
+
+
+def norm_of(run):
+    """The mean norm of a run's gradients, before they were clipped."""
+    return mean(line["grad_norm"] for line in runs.read_log(run / "log.jsonl"))
 
 
 def main(argv=None):
@@ -46,6 +56,8 @@ def main(argv=None):
         rows["base"]["predicted"] = None
         for setting, mode in settings().items():
             rows[setting.name]["predicted"] = runs.spread([mode])
+            norms = [norm_of(runs.trained(own, setting.flags, seed)) for seed in range(own.seeds)]
+            rows[setting.name]["grad_norm"] = runs.spread(norms)
         order = sorted(rows, key=lambda name: rows[name]["redness"].mean, reverse=True)
         rows = {name: rows[name] for name in order}
         told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "
@@ -63,7 +75,7 @@ def draw(own, rows):
     for name, row in rows.items():
         if row["predicted"] is None:
             continue
-        form, branches = name.split(", ")
+        form, branches, *_ = name.split(", ")
         colour = runs.COLOURS[list(BOTH).index(form)]
         marker = "o" if branches == "both" else "s"
         left.errorbar(row["predicted"].mean, row["redness"].mean, yerr=row["redness"].std, fmt=marker,
