@@ -48,14 +48,19 @@ def is_safe(log):
     return all(line["watch"]["broken"] <= BROKEN for line in until)
 
 
+def alignment_falls(log):
+    """The first look at which alignment is FALL below the first look's; None if there is none."""
+    least = looks_of(log)[0]["watch"]["alignment"] - FALL
+    return runs.first_step(log, "alignment", lambda value: value < least)
+
+
 def numbers(log):
     """{column: number} of a run, where it arrives; None for what it never reaches."""
     arrived = arrival(log)
     row = {name: arrived and arrived["watch"][name]
            for name in ("realism", "alignment", "broken", "frechet", "saturation")}
     row["updates"] = arrived and arrived["step"]
-    least = looks_of(log)[0]["watch"]["alignment"] - FALL
-    row["fallen"] = runs.first_step(log, "alignment", lambda value: value < least)
+    row["fallen"] = alignment_falls(log)
     row["broken_2"] = runs.first_step(log, "broken", lambda value: value > 0.02)
     row["broken_5"] = runs.first_step(log, "broken", lambda value: value > 0.05)
     return row

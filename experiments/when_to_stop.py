@@ -2,40 +2,41 @@
 first, and how many updates ahead.
 
     python -m experiments.when_to_stop
+
+Quality is how near the pictures are to true photos (the Frechet distance): realism alone is soon at 100 %,
+and stays there while the shapes melt.
 """
 
 import sys
 
 import train
 from engine.errors import frame
-from experiments import runs
+from experiments import margin, runs
 
 FACTORS = (0.5, 1, 2)  # of the model's own learning rate
 STEPS = 200
 EVERY = 4  # updates between two looks
 BROKEN = 0.05
-COLUMNS = {"best": ("best quality", ".1%"), "best_at": ("at update", ".1f"),
-           "kept": ("quality of weights_best", ".1%"), "kept_at": ("from update", ".1f"),
-           "warned": ("first warning at", ".1f"), "broken_5": ("broken passes 5 % at", ".1f"),
-           "ahead": ("updates ahead", "+.1f"), "in_time": ("runs warned in time", ".0f"),
-           "broke": ("runs that broke", ".0f")}
-
-
-def quality(look):
-    """One number of a look: how many pictures are photos, less those that are broken."""
-    return look["watch"]["realism"] - look["watch"]["broken"]
+COLUMNS = {"best": ("nearest to the truth: Frechet", ".1f"), "best_at": ("at update", ".0f"),
+           "kept": ("weights_best: Frechet", ".1f"), "kept_at": ("of update", ".0f"),
+           "kept_realism": ("its realism", ".1%"), "kept_alignment": ("its alignment", ".1%"),
+           "warned": ("first warning at", ".0f"), "fallen": ("alignment falls 5 points at", ".0f"),
+           "broken_5": ("broken passes 5 % at", ".0f"), "ahead": ("updates ahead of that", ".0f"),
+           "in_time": ("runs warned in time", ".0f"), "broke": ("runs that broke", ".0f")}
 
 
 def numbers(log):
     """{column: number} of a run; None for what never comes."""
-    looks = [line for line in log if "watch" in line]
+    looks = margin.looks_of(log)
     calm = [look for look in looks if not look["hacking"]]
-    best = max(looks, key=quality)
+    best = min(looks, key=lambda look: look["watch"]["frechet"])
     kept = max(calm, key=lambda look: look["watch"]["sgp"])  # train.py's weights_best
     warned = runs.first(looks, lambda look: look["hacking"])
     broken = runs.first_step(log, "broken", lambda value: value > BROKEN)
-    row = {"best": quality(best), "best_at": best["step"], "kept": quality(kept), "kept_at": kept["step"],
-           "warned": warned and warned["step"], "broken_5": broken, "ahead": None}
+    row = {"best": best["watch"]["frechet"], "best_at": best["step"], "kept": kept["watch"]["frechet"],
+           "kept_at": kept["step"], "kept_realism": kept["watch"]["realism"],
+           "kept_alignment": kept["watch"]["alignment"], "warned": warned and warned["step"],
+           "fallen": margin.alignment_falls(log), "broken_5": broken, "ahead": None}
     if warned and broken is not None:
         row["ahead"] = broken - warned["step"]
     return row
@@ -69,10 +70,10 @@ def main(argv=None):
             curves[name] = logs[0]
         gauges = "\n".join(f"- {name}: {', '.join(which)}" for name, which in first.items())
         told = (f"{STEPS} updates, {own.seeds} seeds, 48 watched pictures every {EVERY} updates, mean ± "
-                "standard deviation between the runs that get there; quality is realism less broken. "
-                "weights_best, which train.py keeps, has the highest SGP gap of the looks without a warning. "
-                f"Which gauge warned first:\n\n{gauges}")
-        figure = runs.curve_figure(curves, ("realism", "alignment", "broken", "saturation"),
+                "standard deviation between the runs that get there. weights_best, which train.py keeps, "
+                "has the highest SGP gap of the looks without a warning. Which gauge warned first:\n\n"
+                f"{gauges}")
+        figure = runs.curve_figure(curves, ("realism", "alignment", "broken", "frechet"),
                                    f"48 watched pictures every {EVERY} updates, seed 0")
         runs.write(own, "when_to_stop", "When to stop", told, [(rows, COLUMNS)], figure, first=first)
 
