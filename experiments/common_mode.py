@@ -46,7 +46,7 @@ def settings():
 
 def norm_of(run):
     """The mean norm of a run's gradients, before they were clipped."""
-    return mean(line["grad_norm"] for line in runs.read_log(run / "log.jsonl"))
+    return mean(line["grad_norm"] for line in runs.log_of(run))
 
 
 def main(argv=None):

@@ -63,9 +63,14 @@ def parse(doc, argv, seeds=5, pictures=128):
 SELDOM = "--watch 2 --watch-every 1000"  # for runs of which only the end is looked at
 
 
+def watching(own, pictures=48, every=2):
+    """Flags of train.py, for runs that are looked at on the way: the watched pictures, and how often."""
+    return f"--watch {min(pictures, own.pictures)} --watch-every {every}"
+
+
 def trained(own, flags, seed, looks=SELDOM):
     """The folder of the finished run of train.py with these flags (one line) and a seed, made now if it is
-    not there."""
+    not there; looks: flags, too, that change nothing but what is watched."""
     argv = ["--model", own.model, *shlex.split(looks), *shlex.split(flags), *shlex.split(own.flags)]
     argv += ["--seed", str(seed)]
     name = re.sub(r"[^\w.]+", "_", flags).strip("_")[:60] or "main"
@@ -80,9 +85,12 @@ def trained(own, flags, seed, looks=SELDOM):
 def watched(own, flags, seed, pictures=48, every=2):
     """A run's log: a list of dicts, of which those of every so many steps have the means over the watched
     pictures under "watch"."""
-    looks = f"--watch {min(pictures, own.pictures)} --watch-every {every}"
-    out = trained(own, flags, seed, looks)
-    return read_log(out / "log.jsonl")
+    return log_of(trained(own, flags, seed, watching(own, pictures, every)))
+
+
+def log_of(folder):
+    """The log of a run's folder: a list of dicts, one an update."""
+    return read_log(folder / "log.jsonl")
 
 
 def evaluated(own, weights, name, prefix=None, per_prompt=1):
@@ -105,12 +113,12 @@ def evaluated(own, weights, name, prefix=None, per_prompt=1):
     return rows
 
 
-def measured(own, settings, name, prefix=None, per_prompt=1):
+def measured(own, settings, name, prefix=None, per_prompt=1, looks=SELDOM):
     """{row: {column: `Spread`}} of what `evaluated` says of the base (and of the base with the words) and of
-    every `Setting`, over the seeds."""
+    every `Setting`, over the seeds; looks: as in `trained`."""
     per_seed = {setting.name: [] for setting in settings}
     for seed in range(own.seeds):
-        weights = {setting.name: trained(own, setting.flags, seed) for setting in settings}
+        weights = {setting.name: trained(own, setting.flags, seed, looks) for setting in settings}
         found = evaluated(own, weights, f"{name}_{seed}", prefix, per_prompt)
         for row in per_seed:
             per_seed[row].append(found[row])

@@ -26,6 +26,7 @@ ROWS = [Setting("ReFL", f"--method refl {BASELINE}"),
         Setting("SRPO", ""),
         Setting("SRPO fast", "--recipe fast")]
 WORDS = "realistic photo"
+EVERY = 4  # updates between two looks at the watched pictures
 PER_PROMPT = 4  # pictures, between which the diversity is measured
 COLUMNS = {"reward": ("reward", ".3f"), "clip": ("held-out reward", ".3f"), "sgp": ("SGP", "+.3f"),
            "realism": ("realism", ".1%"), "broken": ("broken", ".1%"), "alignment": ("alignment", ".1%"),
@@ -42,14 +43,14 @@ def cost(own, flags, log):
             "seconds": a.steps * runs.seconds_of(log), "optimizer_steps": a.steps * each}
 
 
-def measure(own, rows, name):
+def measure(own, rows, name, looks=runs.SELDOM):
     """{row: {column: `Spread`}} of the base, of the base with the words, and of every setting, with what it
-    cost."""
-    found = runs.measured(own, rows, name, WORDS, PER_PROMPT)
+    cost; looks: as in `runs.trained`."""
+    found = runs.measured(own, rows, name, WORDS, PER_PROMPT, looks)
     for setting in rows:
         costs = []
         for seed in range(own.seeds):
-            log = runs.read_log(runs.trained(own, setting.flags, seed) / "log.jsonl")
+            log = runs.log_of(runs.trained(own, setting.flags, seed, looks))
             costs.append(cost(own, setting.flags, log))
         found[setting.name] |= runs.over_seeds(costs)
     return found
@@ -59,7 +60,7 @@ def curves(own, rows):
     """{row: {"tflop", "realism"}} of every look at the watched pictures, of seed 0."""
     found = {}
     for setting in rows:
-        log = runs.watched(own, setting.flags, 0, every=4)
+        log = runs.watched(own, setting.flags, 0, every=EVERY)
         flop = cost(own, setting.flags, log)["tflop"] / log[-1]["step"]  # of an update
         looks = [line for line in log if "watch" in line]
         found[setting.name] = {"tflop": [flop * line["step"] for line in looks],
@@ -93,7 +94,7 @@ def main(argv=None, name="table1", title="Table 1", reward=None):
         own = runs.parse(__doc__, argv, pictures=256)
         if reward:
             own.flags = f"--reward {reward} {own.flags}"
-        found = measure(own, ROWS, name)
+        found = measure(own, ROWS, name, runs.watching(own, every=EVERY))
         over_flop = curves(own, ROWS)
         told = (f"{own.pictures // PER_PROMPT} held-out prompts, {PER_PROMPT} pictures of each; mean ± "
                 f"standard deviation between {own.seeds} seeds; every row has as many updates, of as "
