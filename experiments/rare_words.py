@@ -37,7 +37,7 @@ def main(argv=None):
                             help=f"rewards of {build.QUICK:.0%}% of the steps, to try whether all works")
         own = parser.parse_args(sys.argv[1:] if argv is None else argv)
         flags = styles.flags_of(WORDS)
-        settings = [Setting("read in every caption", f"{flags} --reward {runs.HELD_OUT}")]
+        settings = [Setting("read 100% as often", f"{flags} --reward {runs.HELD_OUT}")]
         for share in HEARD:
             reward = reward_that_heard(share, own)
             settings.append(Setting(f"read {share:.0%} as often", f"{flags} --reward {reward}"))
