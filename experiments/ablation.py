@@ -33,6 +33,7 @@ ROWS = [Setting("all of it", f"{LONG} {EARLY_TO_LATE} {SRP} {LAMBDA}"),
 SGP = 0.28  # where the main run ends
 COLUMNS = {"realism_50": ("realism passes 50 % at update", ".1f"),
            "broken_5": ("broken passes 5 % at update", ".1f"),
+           "warned": ("first warning at update", ".1f"),
            "breaks": ("runs that break", ".0f"),
            "realism_at": ("realism at equal SGP", ".1%"),
            "broken_at": ("broken at equal SGP", ".1%"),
@@ -46,7 +47,8 @@ AT_EQUAL = ("realism", "broken", "alignment", "redness", "saturation", "texture"
 def numbers(log):
     """{column: number} of a run; None for what it never reaches."""
     row = {"realism_50": runs.first_step(log, "realism", lambda value: value >= 0.5),
-           "broken_5": runs.first_step(log, "broken", lambda value: value > 0.05)}
+           "broken_5": runs.first_step(log, "broken", lambda value: value > 0.05),
+           "warned": runs.first_warning(log)}
     for column in AT_EQUAL:
         row[f"{column}_at"] = runs.at_equal(log, column, "sgp", SGP)
     return row

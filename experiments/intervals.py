@@ -32,7 +32,8 @@ CLIMBS = {"plain": Climb("--form plain", "reward", 0.8), "relative": Climb("--fo
 COLUMNS = {"at_update": ("equally far at update", ".1f"),
            "realism_at": ("realism there", ".1%"), "redness_at": ("redness there", "+.3f"),
            "broken_at": ("broken there", ".1%"), "alignment_at": ("alignment there", ".1%"),
-           "broken_5": ("broken passes 5 % at update", ".1f"), "redness": ("redness at the end", "+.3f"),
+           "broken_5": ("broken passes 5 % at update", ".1f"),
+           "warned": ("first warning at update", ".1f"), "redness": ("redness at the end", "+.3f"),
            "broken": ("broken at the end", ".1%"), "frechet": ("Frechet at the end", ".1f")}
 THERE = ("realism", "redness", "broken", "alignment")
 AT_THE_END = ("realism", "redness", "broken", "frechet")
@@ -41,7 +42,8 @@ AT_THE_END = ("realism", "redness", "broken", "frechet")
 def numbers(log, climb):
     """{column: number} of a run; None for what it never reaches."""
     row = {"at_update": runs.first_step(log, climb.column, lambda value: value >= climb.height),
-           "broken_5": runs.first_step(log, "broken", lambda value: value > 0.05)}
+           "broken_5": runs.first_step(log, "broken", lambda value: value > 0.05),
+           "warned": runs.first_warning(log)}
     for column in THERE:
         row[f"{column}_at"] = runs.at_equal(log, column, climb.column, climb.height)
     for column in AT_THE_END:

@@ -163,6 +163,12 @@ def first_step(log, column, reached):
     return found and found["step"]
 
 
+def first_warning(log):
+    """The first update at which the gauge of hacking spoke; None if it never did."""
+    found = first(log, lambda line: line.get("hacking"))
+    return found and found["step"]
+
+
 def at_equal(log, column, climbed, value):
     """A watched column where another one, `climbed`, first passes a value, interpolated between two looks;
     None if it never does."""

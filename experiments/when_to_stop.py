@@ -31,14 +31,14 @@ def numbers(log):
     calm = [look for look in looks if not look["hacking"]]
     best = min(looks, key=lambda look: look["watch"]["frechet"])
     kept = max(calm, key=lambda look: look["watch"]["sgp"])  # train.py's weights_best
-    warned = runs.first(looks, lambda look: look["hacking"])
+    warned = runs.first_warning(log)
     broken = runs.first_step(log, "broken", lambda value: value > BROKEN)
     row = {"best": best["watch"]["frechet"], "best_at": best["step"], "kept": kept["watch"]["frechet"],
            "kept_at": kept["step"], "kept_realism": kept["watch"]["realism"],
-           "kept_alignment": kept["watch"]["alignment"], "warned": warned and warned["step"],
+           "kept_alignment": kept["watch"]["alignment"], "warned": warned,
            "fallen": margin.alignment_falls(log), "broken_5": broken, "ahead": None}
-    if warned and broken is not None:
-        row["ahead"] = broken - warned["step"]
+    if warned is not None and broken is not None:
+        row["ahead"] = broken - warned
     return row
 
 

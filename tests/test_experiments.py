@@ -30,6 +30,13 @@ def test_a_column_is_compared_where_the_gap_is_equal():
     assert runs.first_step(log, "redness", lambda value: value > 1) is None
 
 
+def test_the_first_warning_is_that_of_the_gauge():
+    calm = {"step": 2, "watch": {}, "hacking": []}
+    loud = {"step": 4, "watch": {}, "hacking": ["saturation drifted"]}
+    assert runs.first_warning([{"step": 1}, calm, {"step": 3}, loud, loud | {"step": 6}]) == 4
+    assert runs.first_warning([calm]) is None
+
+
 def test_seeds_become_a_mean_and_a_deviation():
     """What a seed does not reach is left out, and n says so; one seed has no deviation."""
     rows = runs.over_seeds([{"a": 1.0, "b": None}, {"a": 3.0, "b": 5.0}])
