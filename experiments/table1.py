@@ -1,7 +1,7 @@
 """Table 1 of the paper on the miniature: SRPO, its parts and the baselines, at equal updates and over FLOP.
 
     python -m experiments.table1                 five seeds
-    python -m experiments.table1 --seeds 1       under ten minutes on 2 cores
+    python -m experiments.table1 --seeds 1       about six minutes on one core
 
 experiments/unbiased.py calls it with a reward into which no bias was built.
 """

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import common_mode, margin, recovery, runs, styles, table1
+from experiments import common_mode, margin, recovery, runs, styles, table1, when_to_stop
 
 SMALLEST = "--steps 2 --watch 4 --watch-every 1 --rollout-steps 2 --refl-steps 1 --eval-steps 2 --batch 8"
 
@@ -74,6 +74,22 @@ def test_the_common_mode_of_a_form_is_that_of_its_weights():
     assert found["srp, both"] == found["cfg, both"] == found["branches, both"] == 0
     assert found["cfg, denoise only"] == 0.5 and found["sgp, both"] == 1
     assert found["plain, denoise only"] is None
+
+
+def test_what_is_kept_is_the_best_gap_before_the_gauge_speaks():
+    """And not the best of all, nor what is nearest to the truth; the warning is as far ahead as it was."""
+    log = log_of(sgp=[0.0, 0.2, 0.3, 0.4], frechet=[9.0, 7.0, 8.0, 20.0], broken=[0.0, 0.0, 0.01, 0.2],
+                 realism=[0.1, 0.8, 0.9, 1.0], alignment=[0.95, 0.95, 0.93, 0.5])
+    for line in log:
+        line["hacking"] = ["saturation drifted"] if line["step"] >= 3 else []
+    row = when_to_stop.numbers(log)
+    assert (row["kept_at"], row["best_at"], row["warned"], row["broken_5"], row["ahead"]) == (2, 2, 3, 4, 1)
+    assert row["fallen"] == 4 and when_to_stop.gauge(log) == "saturation"
+    for line in log:
+        line["hacking"] = []
+    row = when_to_stop.numbers(log)
+    assert (row["kept_at"], row["best_at"], row["warned"], row["ahead"]) == (4, 2, None, None)
+    assert when_to_stop.gauge(log) == "none"
 
 
 PAGES = {path.stem: json.loads(path.read_text()) for path in Path("experiments/results").glob("*.json")
