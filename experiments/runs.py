@@ -227,12 +227,14 @@ def write(own, name, title, told, tables, figure, **more):
 
 def bars(axis, rows, column, title, scale=1):
     """Draw a column of {row: {column: `Spread`}}: a bar a row, with the deviation between the seeds."""
+    nothing = True
     for place, row in enumerate(rows.values()):
-        value = row[column]
+        value = row.get(column)
         if value is not None:
+            nothing = nothing and value.mean == 0
             axis.barh(place, scale * value.mean, xerr=scale * (value.std or 0),
                       color=COLOURS[place % len(COLOURS)])
-    if not any(row[column] and row[column].mean for row in rows.values()):
+    if nothing:
         axis.set_xlim(0, 1)
     axis.set_yticks(range(len(rows)), list(rows))
     axis.invert_yaxis()

@@ -7,6 +7,7 @@ Quality is how near the pictures are to true photos (the Frechet distance): real
 and stays there while the shapes melt.
 """
 
+import math
 import sys
 
 import train
@@ -25,11 +26,17 @@ COLUMNS = {"best": ("nearest to the truth: Frechet", ".1f"), "best_at": ("at upd
            "in_time": ("runs warned in time", ".0f"), "broke": ("runs that broke", ".0f")}
 
 
+def distance(look):
+    """How far a look is from true photos; infinitely, of too few pictures to say."""
+    frechet = look["watch"]["frechet"]
+    return math.inf if frechet is None else frechet
+
+
 def numbers(log):
     """{column: number} of a run; None for what never comes."""
     looks = margin.looks_of(log)
     calm = [look for look in looks if not look["hacking"]]
-    best = min(looks, key=lambda look: look["watch"]["frechet"])
+    best = min(looks, key=distance)
     kept = max(calm, key=lambda look: look["watch"]["sgp"])  # train.py's weights_best
     warned = runs.first_warning(log)
     broken = runs.first_step(log, "broken", lambda value: value > BROKEN)
