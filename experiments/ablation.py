@@ -47,7 +47,7 @@ AT_EQUAL = ("realism", "broken", "alignment", "redness", "saturation", "texture"
 def numbers(log):
     """{column: number} of a run; None for what it never reaches."""
     row = {"realism_50": runs.first_step(log, "realism", lambda value: value >= 0.5),
-           "broken_5": runs.first_step(log, "broken", lambda value: value > 0.05),
+           "broken_5": runs.breaks(log),
            "warned": runs.first_warning(log)}
     for column in AT_EQUAL:
         row[f"{column}_at"] = runs.at_equal(log, column, "sgp", SGP)

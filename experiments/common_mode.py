@@ -86,7 +86,7 @@ def draw(own, rows):
     left.legend(fontsize=8, loc="upper left")
     title, scale = runs.DRAWN["redness"]
     runs.bars(axes[1], rows, "redness", title, scale)
-    figure.supxlabel(runs.note(own), fontsize=9)
+    figure.supxlabel(runs.what_n_is(own), fontsize=9)
     return figure
 
 

@@ -18,7 +18,6 @@ from experiments.runs import Setting
 LONG = "--lr 8e-5 --steps 26 --threshold off"
 # In sigma: the first quarter of 50 steps with shift 3 ends at 0.9, the last one begins at 0.5.
 RANGES = {"early": "0.99 0.9", "all": "0.99 0.02", "late": "0.5 0.02"}
-IN_WORDS = "In sigma, early is 0.99 to 0.9, all 0.99 to 0.02, late 0.5 to 0.02"
 
 
 class Climb(NamedTuple):
@@ -42,7 +41,7 @@ AT_THE_END = ("realism", "redness", "broken", "frechet")
 def numbers(log, climb):
     """{column: number} of a run; None for what it never reaches."""
     row = {"at_update": runs.first_step(log, climb.column, lambda value: value >= climb.height),
-           "broken_5": runs.first_step(log, "broken", lambda value: value > 0.05),
+           "broken_5": runs.breaks(log),
            "warned": runs.first_warning(log)}
     for column in THERE:
         row[f"{column}_at"] = runs.at_equal(log, column, climb.column, climb.height)
@@ -60,13 +59,14 @@ def main(argv=None):
                 setting = Setting(f"{reward}, {name}", f"{LONG} {climb.flags} --sigma-range {sigmas}")
                 logs = [runs.watched(own, setting.flags, seed) for seed in range(own.seeds)]
                 rows[setting.name] = runs.over_seeds([numbers(log, climb) for log in logs])
-        figure = runs.bar_figure(rows, ("redness", "broken", "frechet"), runs.note(own, 48))
+        figure = runs.bar_figure(rows, ("redness", "broken", "frechet"), runs.what_n_is(own, 48))
+        in_words = ", ".join(f"{name} is {sigmas.replace(' ', ' to ')}" for name, sigmas in RANGES.items())
         plain = CLIMBS["plain"].height
         relative = CLIMBS["relative"].height
         told = (f"48 watched pictures, {own.seeds} seeds, mean ± standard deviation between them. The rows "
                 f"are compared where they have climbed equally far, the plain reward to {plain}, the SGP "
-                f"gap to {relative}; - where no run gets there. {IN_WORDS}. 26 updates at twice the recipe's "
-                "learning rate.")
+                f"gap to {relative}; - where no run gets there. In sigma, {in_words}. 26 updates at twice the "
+                "recipe's learning rate.")
         runs.write(own, "intervals", "Which part of the trajectory (Fig. 7)", told,
                    [(rows, COLUMNS)], figure)
 

@@ -23,7 +23,7 @@ def main(argv=None):
     with frame("ledger"):
         own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv, seeds=3)
         rows = runs.measured(own, ROWS, "ledger")
-        figure = runs.bar_figure(rows, ("realism", "alignment", "broken"), runs.note(own))
+        figure = runs.bar_figure(rows, ("realism", "alignment", "broken"), runs.what_n_is(own))
         told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "
                 "them. The rows are the README's; D5 comes with D6, and D13, the words, is in "
                 "[styles](styles.md).")

@@ -62,7 +62,7 @@ def numbers(log):
     row["updates"] = arrived and arrived["step"]
     row["fallen"] = alignment_falls(log)
     row["broken_2"] = runs.first_step(log, "broken", lambda value: value > 0.02)
-    row["broken_5"] = runs.first_step(log, "broken", lambda value: value > 0.05)
+    row["broken_5"] = runs.breaks(log)
     return row
 
 

@@ -149,7 +149,7 @@ def main(argv=None):
             rows["base"] = runs.over_seeds([found[0]["before"]])
             rows[arm.name] = runs.over_seeds([each["after"] for each in found])
             rows[arm.name]["gflop"] = runs.spread([flop_of(arm, shared) / 1e9])
-        figure = runs.bar_figure(rows, ("realism", "alignment", "broken"), runs.note(own))
+        figure = runs.bar_figure(rows, ("realism", "alignment", "broken"), runs.what_n_is(own))
         told = (f"{own.photos} photographs; {a.steps} updates of {a.batch * a.accumulate} images, lr "
                 f"{a.lr:g}; {own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation "
                 "between them.")

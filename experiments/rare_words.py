@@ -42,7 +42,7 @@ def main(argv=None):
             reward = reward_that_heard(share, own)
             settings.append(Setting(f"read {share:.0%} as often", f"{flags} --reward {reward}"))
         rows = runs.measured(own, settings, "rare_words")
-        figure = runs.bar_figure(rows, ("painting", "alignment", "broken"), runs.note(own))
+        figure = runs.bar_figure(rows, ("painting", "alignment", "broken"), runs.what_n_is(own))
         told = ("Painting against print, with rewards that have read these two words ever more seldom; the "
                 f"first is the miniature's unbiased one. {own.pictures} held-out prompts, {own.seeds} seeds, "
                 "mean ± standard deviation between them.")

@@ -5,6 +5,7 @@ A run lies in a folder that is named by its flags, so experiments share runs, an
 stopped.
 """
 
+import argparse
 import hashlib
 import re
 import shlex
@@ -28,6 +29,7 @@ HELD_OUT = "miniature/reward_unbiased"  # a reward that no run is trained on
 # Colours that people with any kind of colour vision tell apart (Okabe and Ito).
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999"]
 
+BROKEN = 0.05  # the share of broken pictures from which on a run has broken
 # How a column is drawn: its title with its unit, and the factor that makes the unit.
 DRAWN = {"realism": ("realism, %", 100), "alignment": ("alignment, %", 100), "broken": ("broken, %", 100),
          "painting": ("paintings, %", 100), "redness": ("redness, R - (G + B)/2", 1),
@@ -41,16 +43,34 @@ class Setting(NamedTuple):
     flags: str
 
 
+def with_a_judge(text):
+    """A type for argparse: a model's folder with a judge; one that is not there is named by train.py."""
+    if Path(text).is_dir() and not (Path(text) / "judge").is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: must be a folder with judge/ in it: nothing else knows "
+                                         "what a photo is")
+    return text
+
+
+def flag_line(text):
+    """A type for argparse: flags as a shell reads them."""
+    try:
+        shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text}: must be flags as in a shell: {error}") from error
+    return text
+
+
 def parser(doc, seeds=5, pictures=128):
     """The flags that every experiment has."""
     common = Parser(doc)
     add = common.add_argument
-    add("--model", default="miniature", help="a model folder with a judge")
+    add("--model", type=with_a_judge, default="miniature", help="a model folder with a judge")
     add("--seeds", type=whole(1, 100), default=seeds, help="runs of each row, seeds 0, 1, ...")
     add("--home", default="runs/experiments", help="where the runs are kept, and shared between experiments")
     add("--results", default=str(RESULTS), help="folder of the Markdown, the JSON and the picture")
     add("--pictures", type=whole(4), default=pictures, help="held-out pictures that are evaluated")
-    add("--flags", default="", help="of train.py, for every run, above its own: --steps 2 tries all")
+    add("--flags", type=flag_line, default="",
+        help="of train.py, for every run, above its own: --steps 2 tries all")
     return common
 
 
@@ -163,6 +183,11 @@ def first_step(log, column, reached):
     return found and found["step"]
 
 
+def breaks(log):
+    """The first update at which more than BROKEN of the watched pictures are broken; None if none is."""
+    return first_step(log, "broken", lambda value: value > BROKEN)
+
+
 def first_warning(log):
     """The first update at which the gauge of hacking spoke; None if it never did."""
     found = first(log, lambda line: line.get("hacking"))
@@ -252,7 +277,7 @@ def lines(axis, rows, title, scale=1):
     axis.set_title(title, fontsize=10)
 
 
-def note(own, pictures=None):
+def what_n_is(own, pictures=None):
     """What n is, to be written below a figure of bars; pictures: if they are not the held-out ones."""
     return (f"{pictures or own.pictures} pictures a seed, {own.seeds} seeds; lines on the bars: standard "
             "deviation between the seeds")

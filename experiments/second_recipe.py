@@ -18,7 +18,7 @@ def main(argv=None):
         argv = sys.argv[1:] if argv is None else argv
         own = runs.parse(__doc__, argv, pictures=256)
         rows = table1.measure(own, ROWS, "second_recipe")
-        figure = runs.bar_figure(rows, ("realism", "frechet", "redness"), runs.note(own))
+        figure = runs.bar_figure(rows, ("realism", "frechet", "redness"), runs.what_n_is(own))
         told = (f"Mean ± standard deviation between {own.seeds} seeds, "
                 f"{own.pictures // table1.PER_PROMPT} held-out prompts, {table1.PER_PROMPT} pictures of "
                 "each.")

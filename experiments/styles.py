@@ -32,7 +32,7 @@ def main(argv=None):
             flags = flags_of((wanted, unwanted))
             settings += [Setting(name, flags), Setting(f"{name}, {half} updates", f"{flags} --steps {half}")]
         rows = runs.measured(own, settings, "styles", WORDS[0][0])
-        figure = runs.bar_figure(rows, ("realism", "brightness", "painting"), runs.note(own))
+        figure = runs.bar_figure(rows, ("realism", "brightness", "painting"), runs.what_n_is(own))
         told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "
                 "them; brightness is the mean luma.")
         runs.write(own, "styles", "Other words (Fig. 8)", told, [(rows, COLUMNS)], figure)

@@ -100,7 +100,7 @@ def main(argv=None, name="table1", title="Table 1", reward=None):
                 f"standard deviation between {own.seeds} seeds; every row has as many updates, of as "
                 "many images, at the same learning rate. TFLOP: the transformer's; seconds: one CPU thread.")
         runs.write(own, name, f"{title} on the miniature", told, [(found, COLUMNS)],
-                   draw(found, over_flop, runs.note(own)), curves=over_flop)
+                   draw(found, over_flop, runs.what_n_is(own)), curves=over_flop)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from experiments import margin, runs
 FACTORS = (0.5, 1, 2)  # of the model's own learning rate
 STEPS = 200
 EVERY = 4  # updates between two looks
-BROKEN = 0.05
 COLUMNS = {"best": ("nearest to the truth: Frechet", ".1f"), "best_at": ("at update", ".0f"),
            "kept": ("weights_best: Frechet", ".1f"), "kept_at": ("of update", ".0f"),
            "kept_realism": ("its realism", ".1%"), "kept_alignment": ("its alignment", ".1%"),
@@ -37,13 +36,15 @@ def numbers(log):
     looks = margin.looks_of(log)
     calm = [look for look in looks if not look["hacking"]]
     best = min(looks, key=distance)
-    kept = max(calm, key=lambda look: look["watch"]["sgp"])  # train.py's weights_best
     warned = runs.first_warning(log)
-    broken = runs.first_step(log, "broken", lambda value: value > BROKEN)
-    row = {"best": best["watch"]["frechet"], "best_at": best["step"], "kept": kept["watch"]["frechet"],
-           "kept_at": kept["step"], "kept_realism": kept["watch"]["realism"],
-           "kept_alignment": kept["watch"]["alignment"], "warned": warned,
+    broken = runs.breaks(log)
+    row = {"best": best["watch"]["frechet"], "best_at": best["step"], "kept": None, "kept_at": None,
+           "kept_realism": None, "kept_alignment": None, "warned": warned,
            "fallen": margin.alignment_falls(log), "broken_5": broken, "ahead": None}
+    if calm:
+        kept = max(calm, key=lambda look: look["watch"]["sgp"])  # train.py's weights_best
+        row |= {"kept": kept["watch"]["frechet"], "kept_at": kept["step"],
+                "kept_realism": kept["watch"]["realism"], "kept_alignment": kept["watch"]["alignment"]}
     if warned is not None and broken is not None:
         row["ahead"] = broken - warned
     return row

@@ -76,6 +76,16 @@ def test_the_common_mode_of_a_form_is_that_of_its_weights():
     assert found["plain, denoise only"] is None
 
 
+def test_a_model_without_a_judge_and_flags_that_no_shell_reads_are_one_line(tmp_path, capsys):
+    """Exit status 2, before any run is made."""
+    for argv in (["--model", str(tmp_path)], ["--flags", "--steps '1"]):
+        with pytest.raises(SystemExit) as stopped:
+            when_to_stop.main([*argv, "--home", str(tmp_path / "home")])
+        assert stopped.value.code == 2 and not (tmp_path / "home").exists()
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and argv[0] in said and "Traceback" not in said
+
+
 def test_what_is_kept_is_the_best_gap_before_the_gauge_speaks():
     """And not the best of all, nor what is nearest to the truth; the warning is as far ahead as it was."""
     log = log_of(sgp=[0.0, 0.2, 0.3, 0.4], frechet=[9.0, 7.0, 8.0, 20.0], broken=[0.0, 0.0, 0.01, 0.2],
@@ -85,6 +95,9 @@ def test_what_is_kept_is_the_best_gap_before_the_gauge_speaks():
     row = when_to_stop.numbers(log)
     assert (row["kept_at"], row["best_at"], row["warned"], row["broken_5"], row["ahead"]) == (2, 2, 3, 4, 1)
     assert row["fallen"] == 4 and when_to_stop.gauge(log) == "saturation"
+    for line in log:
+        line["hacking"] = ["saturation drifted"]
+    assert when_to_stop.numbers(log)["kept"] is None
     for line in log:
         line["hacking"] = []
     row = when_to_stop.numbers(log)
