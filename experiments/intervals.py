@@ -65,8 +65,8 @@ def main(argv=None):
         relative = CLIMBS["relative"].height
         told = (f"48 watched pictures, {own.seeds} seeds, mean ± standard deviation between them. The rows "
                 f"are compared where they have climbed equally far, the plain reward to {plain}, the SGP "
-                f"gap to {relative}; - where no run gets there. In sigma, {in_words}. 26 updates at twice the "
-                "recipe's learning rate.")
+                f"gap to {relative}; - where no run gets there. In sigma, {in_words}. 26 updates at twice "
+                "the recipe's learning rate.")
         runs.write(own, "intervals", "Which part of the trajectory (Fig. 7)", told,
                    [(rows, COLUMNS)], figure)
 
