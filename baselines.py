@@ -1,9 +1,10 @@
 """What the paper compares SRPO with: ReFL (Eq. 2), DRaFT-LV (Eq. 1) and DanceGRPO, each a generator of loss
 terms like `train.srpo`, driven by the same loop.
 
-All three climb the plain reward of the bare prompt, r = f.C0 (Eq. 7). Symbols as in direct_align.py; a step
-goes from the noise level s to s_next < s, and d = s - s_next. B images, N tokens, C channels. Table 1's row
-"Direct-Align" needs no code of its own: it is `train.srpo` with --recipe direct-align.
+They climb the plain reward of the bare prompt, r = f.C0 (Eq. 7), unless --form says otherwise: then the denoising
+row of srpo_reward.branch_reward. Symbols as in direct_align.py; a step goes from the noise level s to s_next < s, and
+d = s - s_next. B images, N tokens, C channels. How often each calls the network stands in recipe.METHODS. Table 1's
+row "Direct-Align" needs no code of its own: it is `train.srpo` with --recipe direct-align.
 """
 
 from typing import NamedTuple
@@ -12,46 +13,30 @@ import torch
 
 import direct_align as da
 import srpo_reward as sr
+from recipe import DANCE_OPTIMIZER_STEPS, DRAFT_EXTRA, transitions_kept
 
 STEP = "step"  # yielded in place of a loss: the optimizer steps now, and not at the end of the update alone
 
-DRAFT_EXTRA = 2    # n of DRaFT-LV: fresh noises, beside the rollout's own last step
 ETA = 0.3          # DanceGRPO: noise of its SDE
-KEPT = 0.6         # the share of the transitions that are trained on
-RATIO_BAND = 1e-4  # the probability ratio is clipped to 1 +- this
+RATIO_BAND = 1e-4  # DanceGRPO: the probability ratio is clipped to 1 +- this
 LARGEST_ADVANTAGE = 5.0
-OPTIMIZER_STEPS = 3  # of a rollout; only the first is on-policy
 
 
 class Term(NamedTuple):
-    """What the loop logs and checks of a loss term."""
+    """What is known of a loss term: for the log, for what looks for a NaN and, of srpo's, for --explain."""
     prompts: list
-    branch: str             # the method's name
-    x_t: torch.Tensor       # [B, N, C] what the network was called with
-    v_theta: torch.Tensor   # [B, N, C], with gradient
-    image: torch.Tensor     # [B, 3, H, W]
-    reward: torch.Tensor    # [B]
-    sgp: torch.Tensor       # [B] f.(C1 - C2), the SGP gap; watched, not trained on
-
-
-class Calls(NamedTuple):
-    """How often a method calls the network for an image."""
-    without: float  # gradient, in the mean
-    with_gradient: int
-
-
-def calls(a):
-    """The `Calls` of --method in one update, for the plan."""
-    if a.method == "refl":
-        return Calls(a.rollout_steps - (1 + min(a.refl_steps, a.rollout_steps)) / 2, 1)
-    if a.method == "draft-lv":
-        return Calls(a.rollout_steps - 1, 1 + DRAFT_EXTRA)
-    return Calls(a.rollout_steps, transitions_kept(a.rollout_steps))  # dancegrpo
-
-
-def transitions_kept(rollout_steps):
-    """How many of a stochastic rollout's transitions are trained on: of all but the last."""
-    return max(1, int(KEPT * (rollout_steps - 1)))
+    branch: str                    # "denoise" or "invert"; the method's name
+    x_t: torch.Tensor              # [B, N, C] what the network was called with
+    v_theta: torch.Tensor          # [B, N, C], with gradient
+    image: torch.Tensor = None     # [B, 3, H, W], with gradient
+    reward: torch.Tensor = None    # [B], with gradient
+    sgp: torch.Tensor = None       # [B] f.(C1 - C2), the SGP gap; watched, not trained on
+    sigma: torch.Tensor = None     # [B] where srpo calls the network
+    sigma_to: torch.Tensor = None  # [B] where it lands
+    x0: torch.Tensor = None        # [B, N, C]
+    x0_hat: torch.Tensor = None    # [B, N, C], with gradient
+    f: torch.Tensor = None         # [B, D] the image's feature, with gradient
+    d: torch.Tensor = None         # [B] the released discount
 
 
 def sampling_levels(a, net, batch):
@@ -70,12 +55,17 @@ def one_step(net, x, s, c, guidance):
     return x.detach() - s * v_theta, v_theta
 
 
-def rewarded(net, reward, batch, x0_hat):
-    """(image [B, 3, H, W], r [B], SGP gap [B]) of recovered latents [B, N, C], with gradient but for the
-    gap."""
+def rewarded(a, net, reward, batch, x0_hat):
+    """(image [B, 3, H, W], r [B], SGP gap [B]) of recovered latents [B, N, C], with gradient but for the gap.
+
+    r is --form's, as in a denoising branch; d of the released form is the middle of its range, for there is no training
+    grid to look it up in.
+    """
     image = net.decode(x0_hat, batch.c.grid)
     f = reward.image_features(image)
-    return image, sr.preference(f, batch.C0), sr.relative(f.detach(), batch.C1, batch.C2)
+    d = sum(a.discount_denoise) / 2
+    r = sr.branch_reward(a.form, "denoise", f, batch.C0, batch.C1, batch.C2, d, a.cfg_k)
+    return image, r, sr.relative(f.detach(), batch.C1, batch.C2)
 
 
 # ---------------------------------------------------------------------------------------------- Eq. 2: ReFL
@@ -92,7 +82,7 @@ def refl(a, net, reward, batch):
     x = net.rollout(batch.start, batch.c, levels[:len(levels) - k], a.rollout_guidance)  # at levels[-1 - k]
     s = levels[-1 - k].item()
     x0_hat, v_theta = one_step(net, x, s, batch.c, a.guidance)
-    image, r, sgp = rewarded(net, reward, batch, x0_hat)
+    image, r, sgp = rewarded(a, net, reward, batch, x0_hat)
     yield sr.loss(r, a.threshold).mean(), Term(batch.prompts, "refl", x, v_theta, image, r, sgp)
 
 
@@ -117,7 +107,7 @@ def draft_lv(a, net, reward, batch):
         x0_hat, v_theta = one_step(net, x, s, batch.c, a.guidance)
         if x0 is None:
             x0 = x0_hat.detach()
-        image, r, sgp = rewarded(net, reward, batch, x0_hat)
+        image, r, sgp = rewarded(a, net, reward, batch, x0_hat)
         loss = sr.loss(r, a.threshold).mean() / (1 + DRAFT_EXTRA)
         yield loss, Term(batch.prompts, "draft-lv", x, v_theta, image, r, sgp)
 
@@ -195,10 +185,10 @@ def dancegrpo(a, net, reward, batch):
     """
     x0, path = stochastic_rollout(a, net, batch)
     with torch.no_grad():
-        image, r, sgp = rewarded(net, reward, batch, x0)
+        image, r, sgp = rewarded(a, net, reward, batch, x0)
     A = advantages(r, a.group).to(x0.device)
     kept = batch.chance.some(len(path), transitions_kept(a.rollout_steps))
-    parts = torch.arange(len(r)).chunk(OPTIMIZER_STEPS)
+    parts = torch.arange(len(r)).chunk(DANCE_OPTIMIZER_STEPS)
     for number, rows in enumerate(parts):
         c = batch.c.rows(rows)
         for each in kept:

@@ -21,12 +21,15 @@ import torch
 from tqdm import tqdm
 
 import flux
+import recipe
 import rewards
-from engine import data, parallel, trained
-from engine.command_line import Parser, must_differ, parse, phrase, real, some_path, whole
+from engine.command_line import WEIGHTS, Parser, must_differ, phrase, real, some_path, whole
+from engine.data import prompt_files
 from engine.errors import UserError, frame, one_line, printable
 from engine.files import write_json, write_whole
-from engine.stopping import Stopping
+from engine.memory import parallel
+from engine.model import trained
+from engine.run.stopping import Stopping
 from evaluation import metrics, picture_folders, tables
 from evaluation.scores import Scores, settings_of
 
@@ -68,10 +71,10 @@ def main():
 
 def run(argv):
     """Both stages, then the table. Returns the exit status: 1 if a picture could not be read."""
-    args = parse(flags(), argv, flux.defaults_of)
-    methods, prompts = rows(args)
+    args, model = recipe.of_script(flags(), argv)
+    methods, prompts = rows(args, model)
     world = parallel.World(patience=timedelta(days=30))
-    for note in [] if args.images else flux.notes(args.model, vars(args)):
+    for note in [] if args.images else model.notes(vars(args)):
         world.say(note)
     benchmark = picture_folders.benchmark(prompts, args.seed, args.first)
     tasks, missing = available(args, methods, benchmark, world)
@@ -79,7 +82,7 @@ def run(argv):
 
     if not args.images:
         for pictures in groups:
-            generate(args, methods, pictures, prompts, world)
+            generate(args, model, methods, pictures, prompts, world)
     world.gather(None)  # what one process sampled another may score
 
     outcome = Outcome({method.name: {} for method in methods}, missing)
@@ -101,7 +104,7 @@ def flags():
     add = parser.add_argument
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
     add("--weights", nargs="+", default=[], metavar="[NAME=]PATH",
-        help="several, each compared with the base: " + trained.HELP)
+        help="several, each compared with the base: " + WEIGHTS)
     add("--prefix", type=phrase, help="words that a further row has before its prompts, sampled from the "
         "base: what a prompt alone can do [paper, Fig. 9 b]")
     add("--images", nargs="+", default=[], metavar="[NAME=]PATH",
@@ -130,7 +133,7 @@ def flags():
     return parser
 
 
-def rows(args):
+def rows(args, model):
     """(the table's rows, `Method`s; their prompts). Raises UserError for flags that do not fit."""
     if args.per_prompt > 1 and "diversity" not in metrics.parse_metrics(args.metrics):
         args.metrics += ",diversity"
@@ -146,11 +149,11 @@ def rows(args):
     picture_folders.must_be_own(args.out)
     if args.images:
         return picture_folders.existing(args)
-    flux.needs_gpu(args.model)
-    flux.check_size(args.model, args.size)
+    flux.needs_gpu(model)
+    model.grid(args.size, args.size)
     for path in picture_folders.named("--weights", args.weights).values():
-        flux.check_weights(args.model, path)
-    prompts = data.read_prompts_by_category(args.eval_prompts)
+        trained.check(path, model)
+    prompts = prompt_files.read_prompts_by_category(args.eval_prompts)
     return picture_folders.planned(args, prompts), prompts
 
 
@@ -211,7 +214,7 @@ def share(pictures, size, world):
 
 
 @torch.no_grad()
-def generate(args, methods, pictures, benchmark, world):
+def generate(args, model, methods, pictures, benchmark, world):
     """Sample what is not there yet, or was cut short. A chunk that lacks one picture is sampled as a whole,
     and what it lacks is written, when all is loaded that it takes; `benchmark` is what the folders list."""
     lacking = {}
@@ -224,7 +227,8 @@ def generate(args, methods, pictures, benchmark, world):
     prompts = list(dict.fromkeys(prompts))
     if not prompts:
         return
-    embeddings = flux.encode_prompts(args.model, prompts, world.device, world.dtype)
+    model.fetch()
+    embeddings = flux.encode_prompts(model, prompts, world.device, world.dtype)
     if embeddings.truncated:
         world.say(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
                   f"they are truncated")
@@ -232,19 +236,19 @@ def generate(args, methods, pictures, benchmark, world):
     for method in methods:
         if not lacking[method.name]:
             continue
-        model = flux.load(args.model, method.weights, world.device, world.dtype)
-        grid = model.grid(args.size, args.size)
+        net = flux.load(model, method.weights, world.device, world.dtype)
+        grid = net.grid(args.size, args.size)
         picture_folders.begin(method, benchmark)
         for chunk in tqdm(lacking[method.name], f"sample {method.name}", leave=False, disable=not world.main):
             numbers = [number[method.asks(p)] for p in chunk]
-            noise = flux.noise(model, grid, [p.seed for p in chunk])
-            images = flux.sample(model, embeddings.txt[numbers], embeddings.pooled[numbers], noise, grid,
+            noise = flux.noise(net, grid, [p.seed for p in chunk])
+            images = flux.sample(net, embeddings.txt[numbers], embeddings.pooled[numbers], noise, grid,
                                  args.eval_steps, args.guidance, len(chunk))  # [B, 3, H, W]
             wanted = lacks(method, chunk)
             for picture, image in zip(chunk, images, strict=True):
                 if picture in wanted:
                     picture_folders.save_picture(image, method.path(picture))
-        del model
+        del net
         free()
 
 

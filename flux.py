@@ -1,8 +1,7 @@
-"""FLUX.1 as this project uses it: load, encode prompts, velocity, roll out, decode.
+"""FLUX.1 as this project uses it: the network. Velocity, rollout, decode, encode, sample; loading.
 
-A model is a folder in FLUX.1-dev's layout, or a hub id: the miniature and FLUX.1-dev take the same path
-through this file. Every constant (patch, channels, VAE factor, scaling, shift, token length) comes from the
-model's own config.
+The miniature and FLUX.1-dev take the same path through this file. Every constant (channels, VAE factor, scaling,
+shift, token length) comes from the model's own config, which engine/model/folder.py has read and checked.
 
 Shapes: B images, N image tokens, L text tokens; C = 64 channels a token (2 x 2 latents of 16 channels).
 """
@@ -10,144 +9,20 @@ Shapes: B images, N image tokens, L text tokens; C = 64 channels a token (2 x 2 
 import math
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import diffusers
 import torch
-from huggingface_hub import snapshot_download
 
 from direct_align import sigma_steps
-from engine import configs as con
-from engine import lora, model_folder, parallel, text, trained
-from engine.cache import OFF
-from engine.contents import known_digest
-from engine.errors import NotFinite, UserError, one_line
-from engine.files import not_a_path, quiet
-from engine.finite import are_finite, weights_are_finite
-
-PATCH = 2  # a token is 2 x 2 latents: fixed by the FLUX pipeline, stored in no config
-MOST_PIXELS = 2**14  # a side: what a slip of the hand could ask for beyond that fits no machine
-
-
-# ------------------------------------------------------------------------------------------- a model's folder
-def check_folder(model):
-    """Raise UserError if `model` is a local path without a FLUX.1 in it; a hub id passes."""
-    why = not_a_path(model)
-    if why:
-        raise UserError(f'--model "{str(model)[:80]}": must be a path or a hub id, and it {why}')
-    path = Path(model)
-    if not path.exists():
-        if str(model).count("/") == 1 and not str(model).startswith((".", "/")):
-            return
-        raise UserError(f"--model {model}: no such folder (give a folder in FLUX.1-dev's layout, or a "
-                        f"hub id such as black-forest-labs/FLUX.1-dev)")
-    model_folder.check_parts(path)
-
-
-def configs(model):
-    """The `Configs` of a model's folder, all of which are checked; of a hub id, what is known of it, or else
-    FLUX.1-dev's, so that nothing need be downloaded. Raises UserError."""
-    folder = Path(model)
-    if folder.exists():
-        return model_folder.read_configs(folder, PATCH)
-    return model_folder.KNOWN.get(model, model_folder.FLUX_DEV)
-
-
-def defaults_of(flags):
-    """The flags' defaults that suit flags.model: what its configs say, under srpo.json, which its folder may
-    carry: (the path of that, {flag: value}). Raises UserError for what it may not say."""
-    check_folder(flags.model)
-    path, own = model_folder.own_flags(flags.model)
-    return path, suited(flags.model) | own
-
-
-def suited(model):
-    """The flags that a model's configs say, where they are not FLUX.1-dev's: {flag: value}."""
-    try:
-        found = configs(model)
-    except UserError:
-        return {}  # said where the model is checked
-    return model_folder.suited(found, pixels_per_token(found.vae))
-
-
-def notes(model, flags):
-    """What a model's configs decided of the flags (a dict), or what had to be guessed: a list of lines."""
-    return model_folder.notes(model, suited(model), flags)
-
-
-def pixels_per_token(vae_config):
-    """Side of the square of pixels behind one token: VAE factor x patch, 16."""
-    return PATCH * 2 ** (len(vae_config["block_out_channels"]) - 1)
-
-
-def token_grid(vae_config, height, width):
-    """(rows, columns) of tokens of a picture. Raises UserError for a size that the model cannot make."""
-    unit = pixels_per_token(vae_config)
-    if height % unit or width % unit or height < unit or width < unit:
-        raise UserError(f"--size {width} x {height}: both sides must be multiples of {unit} pixels for "
-                        f"this model")
-    if max(height, width) > MOST_PIXELS:
-        raise UserError(f"--size {width} x {height}: {MOST_PIXELS} pixels a side are the most")
-    return height // unit, width // unit
-
-
-def check_size(model, side):
-    """Raise UserError if a model cannot make pictures of side x side pixels; read from its VAE's config."""
-    check_folder(model)
-    token_grid(configs(model).vae, side, side)
-
-
-def is_full_size(model):
-    """Whether a model is one of billions of parameters, as all are that are not on this machine yet."""
-    size = sum(f.stat().st_size for f in Path(model).glob("transformer/*.safetensors"))
-    return not Path(model).exists() or size > 4e9
-
-
-def needs_gpu(model):
-    """Raise UserError for a full-size model on a machine without a GPU."""
-    if is_full_size(model) and not torch.cuda.is_available():
-        raise UserError(f"--model {model} needs a GPU and there is none; what works here: --model miniature")
-
-
-def here(model, *parts):
-    """The model's folder on this machine: itself, or what the hub gives of these parts, fetched now."""
-    if Path(model).exists():
-        return Path(model)
-    return Path(snapshot_download(model, allow_patterns=[f"{part}/*" for part in parts]))
-
-
-def files_of(model, weights=None):
-    """The folders of all parts of a model that are read: trained weights, unless they are a LoRA, take the
-    place of its transformer."""
-    parts = list(model_folder.PARTS)
-    if trained.is_full(weights):
-        parts.remove("transformer")
-    folder = here(model, *parts)
-    return [folder / part for part in parts]
-
-
-def cannot_load(model, error):
-    """The UserError for a model whose files cannot be read or fetched."""
-    hub = "" if Path(model).exists() else " (on the hub: is its licence accepted, and `hf auth login` done?)"
-    return UserError(f"--model {model}: cannot be loaded as FLUX.1: {one_line(error)}{hub}")
-
-
-def config_folder(model):
-    """The folder of a model's transformer, of a hub id with nothing but its config. Raises UserError."""
-    if Path(model).exists():
-        return Path(model) / "transformer"
-    try:
-        return Path(snapshot_download(model, allow_patterns=["transformer/config.json"])) / "transformer"
-    except Exception as error:
-        raise cannot_load(model, error) from error
-
-
-def check_weights(model, weights, rank=None):
-    """Raise UserError if --weights are none for this model; or a LoRA that adapters of a rank, if one is
-    given, cannot go on with."""
-    if weights is not None:
-        trained.check(weights, config_folder(model), rank)
+from engine.data.cache import OFF
+from engine.errors import NotFinite, UserError
+from engine.hub import quiet
+from engine.memory import parallel
+from engine.model import configs, lora, tensor_files, text, trained
+from engine.model.folder import PATCH, token_grid
+from engine.model.tensors import are_finite
+from engine.run.finite import weights_are_finite
 
 
 # ------------------------------------------------------------------------------------------------ the network
@@ -291,40 +166,42 @@ def unpack(x, grid):
 
 
 # ---------------------------------------------------------------------------------------------------- loading
-def load(model, weights=None, device="cpu", dtype=torch.float32, world=None, layout=None):
-    """A `Flux` from a folder or hub id; `weights`, a folder or a single file, are used instead of the
-    transformer's own, and a LoRA beside them: read into adapters of its rank, if the layout has any, or else
-    merged. A `parallel.World` shards the transformer over its mesh, for training. The VAE is frozen. Every
-    tensor of both networks must be in the files, and the files hold no other.
+def is_full_size(model):
+    """Whether a `Model` is one of billions of parameters, counted from its config."""
+    return tensor_files.is_full_size(trained.KIND, model.configs.transformer)
 
-    Raises UserError if the folder is not a FLUX.1.
+
+def needs_gpu(model):
+    """Raise UserError for a full-size model on a machine without a GPU."""
+    if not torch.cuda.is_available() and is_full_size(model):
+        raise UserError(f"--model {model.name} needs a GPU and there is none; what works here: --model miniature")
+
+
+def load(model, weights=None, device="cpu", dtype=torch.float32, world=None, layout=None):
+    """A `Flux` of a `Model`; `weights`, a folder or a single file, are used instead of the transformer's own, and a
+    LoRA beside them: read into adapters of its rank, if the layout has any, or else merged. A `parallel.World` shards
+    the transformer over its mesh, for training. The VAE is frozen. Every tensor of both networks must be in the files,
+    and the files hold no other. Raises UserError.
     """
     quiet()
-    check_folder(model)
-    check_weights(model, weights, None if layout is None else layout.lora)
+    trained.check(weights, model, None if layout is None else layout.lora)
     try:
-        folder = here(model, "vae", "scheduler")
-        if trained.is_full(weights):
-            place, file = trained.places(weights, config_folder(model))
-        else:
-            place, file = here(model, "transformer") / "transformer", None
-        transformer = parallel.load_sharded(diffusers.FluxTransformer2DModel, place, device, dtype, world,
-                                            layout, file)
-        vae = con.strict(diffusers.AutoencoderKL, folder / "vae", dtype, use_safetensors=True)
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.load_config(folder / "scheduler")
+        source = trained.source(weights, model)
+        transformer = parallel.load_sharded(trained.KIND, source, device, dtype, world, layout)
+        vae = configs.strict(diffusers.AutoencoderKL, model.part("vae"), dtype, use_safetensors=True, checked=True)
     except Exception as error:
-        raise cannot_load(model, error) from error
+        raise model.cannot_load(error) from error
     if vae.config.shift_factor is None:
         vae.register_to_config(shift_factor=0.0)
-    if weights is not None and lora.is_lora(weights):
+    if weights is not None and not trained.is_full(weights):
         take = lora.load_into if lora.adapters(transformer) else lora.merge_into
         take(transformer, weights)
     if not weights_are_finite(transformer.parameters(), world):
-        whose = f"--model {model}" if weights is None else f"--weights {weights}"
+        whose = f"--model {model.name}" if weights is None else f"--weights {weights}"
         raise UserError(f"{whose}: its weights hold numbers that are not finite")
     if not are_finite(vae.parameters()):
-        raise UserError(f"--model {model}: its VAE holds numbers that are not finite")
-    return Flux(transformer, vae.to(device), dict(scheduler), torch.device(device), dtype)
+        raise UserError(f"--model {model.name}: its VAE holds numbers that are not finite")
+    return Flux(transformer, vae.to(device), model.configs.scheduler, torch.device(device), dtype)
 
 
 class Embeddings(NamedTuple):
@@ -343,24 +220,16 @@ class Embeddings(NamedTuple):
         return Condition(self.txt[rows].to(device), self.pooled[rows].to(device), grid)
 
 
-def of_vae(model, device, dtype, cache):
-    """What latents depend on beside their picture: a list."""
-    digest = known_digest([here(model, "vae") / "vae"], cache)
-    return [digest, str(dtype), torch.device(device).type]
-
-
 def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, cache=OFF):
-    """The `Embeddings` of all prompts, through both text encoders or out of a `Cache`.
+    """The `Embeddings` of all prompts, through both text encoders of a `Model` or out of a `Cache`.
 
     Raises UserError if an encoder or its tokenizer cannot be loaded whole, or makes what is not finite.
     """
     quiet()
-    check_folder(model)
     try:
-        folder = here(model, *text.PARTS)
-        found = text.embeddings(folder, prompts, configs(model).text_tokens, device, dtype, cache)
+        found = text.embeddings(model, prompts, device, dtype, cache)
     except Exception as error:
-        raise cannot_load(model, error) from error
+        raise model.cannot_load(error) from error
     each = [found[prompt] for prompt in prompts]
     return Embeddings(torch.stack([one["txt"] for one in each]), torch.stack([one["pooled"] for one in each]),
                       sum(bool(one["truncated"]) for one in each))

@@ -1,19 +1,27 @@
-"""All that an update of train.py needs, read, encoded and loaded; and the batch that it begins with."""
+"""All that an update of train.py needs, read, encoded and loaded; and the batches that it begins with."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
 
-import baselines
 import direct_align as da
 import flux
+import recipe
 import rewards
 import srpo_reward as sr
-from engine import cache, cards, data, memory, parallel, photographs, plan
-from engine.cache import Cache
-from engine.contents import Contents
+from engine.data import cache, draws, photographs, prompt_files
+from engine.data.cache import Cache
+from engine.data.digests import known_digest
+from engine.memory import adamw, cards, layouts, modes, parallel, plan
+from engine.model import trained
+from engine.model.folder import Model
+from engine.run import made_by
+from engine.run.contents import Contents
+from engine.run.folder import RunFolder
+from engine.run.stopping import Stopping
 from evaluation import watch
 
 
@@ -28,29 +36,47 @@ class Batch(NamedTuple):
     C1: torch.Tensor       # [B, D] the same, of "<control>. <prompt>"
     C2: torch.Tensor       # [B, D] the same, of "<neg>. <prompt>"
     middles: list          # --injections draws m [B] of where in the training grid the branches meet
-    chance: data.Chance = None  # for what else a method draws
+    chance: draws.Chance = None  # for what else a method draws
+    step: int = 0          # the update's number, from 1
 
 
 @dataclass
 class Run:
     """All that the loop needs beside the flags."""
     world: parallel.World
+    model: Model
     net: flux.Flux
     reward: sr.Rewards
-    curriculum: data.Curriculum
+    losses: Callable       # of the --method: (flags, net, reward, `Batch`) -> loss terms
+    share: recipe.Share    # of an update, that this process makes
+    job: plan.Job
+    curriculum: draws.Curriculum
     embeddings: flux.Embeddings
     watched: watch.Watch
     optimizer: torch.optim.Optimizer
     grid: tuple            # (rows, columns) of tokens of a picture
-    contents: Contents = None  # of what was read, to be compared when the run is resumed
+    contents: Contents = None   # of what was read, to be compared when the run is resumed
+    folder: RunFolder = None    # None: nothing is written
+    stopping: Stopping = None   # None: nobody asks
+    made_by: dict = None        # the code, libraries and devices
+
+    def check_stop(self):
+        """Raise Stopped, in all processes at the same place, if any was asked to stop."""
+        if self.stopping is not None:
+            self.stopping.check(self.world)
+
+    def batches(self, a, step):
+        """The `Batch`es of this process in an update, one after the other."""
+        for part in range(self.share.accumulate):
+            yield self.batch(a, step, part)
 
     def batch(self, a, step, part):
-        """The part-th of the --accumulate batches of an update, a `Batch`."""
+        """The part-th of this process's batches in an update, a `Batch`."""
         device = self.net.device
-        first = (self.world.rank * a.accumulate + part) * a.batch
-        images = a.batch * a.accumulate * self.world.size
-        chance = data.Chance(a.seed, step, images, slice(first, first + a.batch))
-        rows = self.curriculum.rows[step][part * a.batch:(part + 1) * a.batch]
+        size = self.share.batch
+        first = self.world.rank * self.share.images + part * size
+        chance = draws.Chance(a.seed, step, a.global_batch, slice(first, first + size))
+        rows = self.curriculum.rows[step][part * size:(part + 1) * size]
         texts = [self.curriculum.prompts[row] for row in rows]
         grid = self.curriculum.grid(step) or self.grid
         x0 = self.curriculum.latents(rows)
@@ -60,89 +86,94 @@ class Run:
         eps = chance.normal_shared(*shape) if a.noise == "fresh" else start
         middles = []
         for _ in range(a.injections):
-            middles.append(da.draw_middle(images, a.cells, chance.generator)[chance.mine])
+            middles.append(da.draw_middle(a.global_batch, a.cells, chance.generator)[chance.mine])
         x0 = None if x0 is None else x0.to(device)
         C0, C1, C2 = self.reward.conditions(texts, *words_of(a, step))  # [B, D] each
-        return Batch(texts, self.embeddings.condition(rows, grid, device), x0, start.to(device),
-                     eps.to(device), C0, C1, C2, middles, chance)
+        return Batch(texts, self.embeddings.condition(rows, grid, device), x0, start.to(device), eps.to(device), C0, C1,
+                     C2, middles, chance, step)
 
 
-def job(a):
-    """What the plan needs to know of a run."""
-    configs = flux.configs(a.model)
-    rows, columns = flux.token_grid(configs.vae, a.size, a.size)
-    calls = calls_of(a)
+def job(a, model):
+    """What the plan needs to know of a run with a `Model`."""
+    configs = model.configs
+    rows, columns = model.grid(a.size, a.size)
+    calls = recipe.METHODS[a.method].calls(a)
     return plan.Job(
-        model=a.model, transformer=configs.transformer, vae=configs.vae, text_tokens=configs.text_tokens,
-        size=a.size, image_tokens=rows * columns, batch=a.batch,
-        accumulate=a.accumulate, rollout_steps=calls.without, calls=calls.with_gradient,
-        checkpointing=a.checkpointing, replicas=a.replicas,
-        reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora,
-        memory=a.memory)
+        model=model.name, transformer=configs.transformer, vae=configs.vae, text_tokens=configs.text_tokens,
+        size=a.size, image_tokens=rows * columns, images=a.global_batch, batch=a.batch, updates=a.steps,
+        rollout_steps=calls.without_gradient, calls=calls.with_gradient, checkpointing=a.checkpointing,
+        replicas=a.replicas, reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora, memory=a.memory)
 
 
-def calls_of(a):
-    """How often an update calls the network for an image."""
-    if a.method != "srpo":
-        return baselines.calls(a)
-    return baselines.Calls(a.rollout_steps if a.images is None else 0, a.injections * len(a.branches))
-
-
-def settle(a, world):
+def settle(a, model, world):
     """Decide --memory auto, and say why. Raises UserError, with the command that would do, if nothing
     fits."""
-    a.memory, why = world.decide(cards.settle, job(a), world)
+    a.memory, why = world.decide(cards.settle, job(a, model), world)
     if why:
         world.say(why)
 
 
-def set_up(a, world, stopping=None):
+def set_up(a, model, world, folder=None, stopping=None):
     """Read, encode and load everything: a `Run`. Nothing is written but to the cache. Raises UserError."""
-    flux.needs_gpu(a.model)
-    flux.check_weights(a.model, a.weights, a.lora)
-    curriculum = curriculum_of(a, world)
-    evaluated = data.read_prompts(a.eval_prompts, "--eval-prompts")
-    held_out = evaluated[:a.eval]
-    chosen_by = data.read_prompts(a.watch_prompts, "--watch-prompts") if a.watch_prompts else evaluated
-    chosen_by = chosen_by[:a.watch]
-    both = curriculum.prompts + chosen_by + held_out
-    kept = Cache(cache.folder_of(a.cache, flux.is_full_size(a.model)))
-    embeddings = flux.encode_prompts(a.model, both, world.device, world.dtype, kept)
+    flux.needs_gpu(model)
+    trained.check(a.weights, model, a.lora)
+    parts = trained.parts_read(a.weights)
+    model.fetch(parts)
+    share = recipe.share_of(a, world.size)
+    curriculum = curriculum_of(a, model, world, share)
+    watched, held_out = prompts_to_watch(a)
+    both = curriculum.prompts + watched + held_out
+    kept = Cache(cache.folder_of(a.cache, flux.is_full_size(model)))
+    embeddings = flux.encode_prompts(model, both, world.device, world.dtype, kept)
     if embeddings.truncated:
         world.say(f"{embeddings.truncated} of {len(both)} prompts are longer than the text encoder takes, "
                   "and are truncated")
     reward = rewards.load_rewards(a.reward, world.device)
-    layout = memory.Layout(a.lora, a.memory, a.seed)
-    net = flux.load(a.model, a.weights, world.device, world.dtype, world, layout)
+    net = flux.load(model, a.weights, world.device, world.dtype, world, layouts.Layout(a.lora, a.memory, a.seed))
     if a.images is not None:
-        made_by = flux.of_vae(a.model, world.device, world.dtype, kept)
-        curriculum.encode(net.encode, made_by, kept, world)
-    optimizer = make_ready(a, net, reward, curriculum, chosen_by + held_out)
+        # what latents depend on beside their picture
+        vae = [known_digest([model.part("vae")], kept), str(world.dtype), world.device.type]
+        curriculum.encode(net.encode, vae, kept, world)
+    optimizer = make_ready(a, net, reward, curriculum, watched + held_out)
     first = len(curriculum.prompts)
-    last = first + len(chosen_by)
-    watched = watch.Watch(a, world, net, reward, watch.Prompts(chosen_by, embeddings.part(first, last)),
-                          watch.Prompts(held_out, embeddings.part(last, len(both))), stopping)
-    texts = curriculum.texts | {"--watch-prompts": chosen_by, "--eval-prompts": held_out}
-    places = curriculum.places | {"--model": flux.files_of(a.model, a.weights)}
+    last = first + len(watched)
+    watching = watch.Watch(a, model, world, net, reward, watch.Prompts(watched, embeddings.part(first, last)),
+                           watch.Prompts(held_out, embeddings.part(last, len(both))), stopping)
+    texts = curriculum.texts | {"--watch-prompts": watched, "--eval-prompts": held_out}
+    places = curriculum.places | {"--model": [model.part(part) for part in parts]}
+    return Run(world, model, net, reward, recipe.METHODS[a.method].load(), share, job(a, model), curriculum, embeddings,
+               watching, optimizer, net.grid(a.size, a.size), contents_of(a, texts, places), folder, stopping,
+               made_by.now(world))
+
+
+def prompts_to_watch(a):
+    """(the prompts that are watched while training, those that are evaluated before and after)."""
+    evaluated = prompt_files.read_prompts(a.eval_prompts, "--eval-prompts")
+    watched = evaluated
+    if a.watch_prompts:
+        watched = prompt_files.read_prompts(a.watch_prompts, "--watch-prompts")
+    return watched[:a.watch], evaluated[:a.eval]
+
+
+def contents_of(a, texts, places):
+    """The `Contents` of what a run reads: texts {what: texts} and places {what: files or folders}, with --weights and
+    every reward."""
     if a.weights:
         places["--weights"] = [a.weights]
     for number, part in enumerate(rewards.parse_rewards(a.reward), 1):
         texts[f"the weight of reward {number}"] = [str(part.weight)]
         places[f"reward {number}"] = [rewards.fetch(part.name, part.where)]
-    return Run(world, net, reward, curriculum, embeddings, watched, optimizer, net.grid(a.size, a.size),
-               Contents(texts, places))
+    return Contents(texts, places)
 
 
-def curriculum_of(a, world):
+def curriculum_of(a, model, world, share):
     """What this process learns from, in its order: prompts or, with --images, photographs. Raises
     UserError."""
-    mine = a.batch * a.accumulate  # images of an update that this process makes
-    order = (a.steps, mine * world.size, world.rows(mine), a.seed)
+    order = (a.steps, a.global_batch, world.rows(share.images), a.seed)
     if a.images is None:
-        group = a.group if a.method == "dancegrpo" else 1
-        return data.Curriculum(data.read_prompts(a.prompts), *order, group)
-    unit = flux.pixels_per_token(flux.configs(a.model).vae)
-    return photographs.Album(photographs.read(a.images, a.size, unit, world), unit, *order)
+        group = recipe.METHODS[a.method].group(a)
+        return draws.Curriculum(prompt_files.read_prompts(a.prompts), *order, group)
+    return photographs.Album(photographs.read(a.images, a.size, model.unit, world), model.unit, *order)
 
 
 def make_ready(a, net, reward, curriculum, held_out):
@@ -152,7 +183,7 @@ def make_ready(a, net, reward, curriculum, held_out):
     if a.compile:
         for block in parallel.blocks_of(net.transformer):
             block.compile()
-    if memory.is_lean(a.memory):
+    if modes.is_lean(a.memory):
         # A small card saves here too: the decoder is recomputed in the backward; every text is encoded now,
         # so that the rewards' text sides can leave the card, and their image sides compute as the network.
         net.vae.enable_gradient_checkpointing()
@@ -162,8 +193,8 @@ def make_ready(a, net, reward, curriculum, held_out):
             if held_out:
                 part.conditions(held_out, *words_of(a, 0))
             part.keep_image_side(net.dtype)
-    parameters = memory.trainable(net.transformer)
-    return memory.optimizer_of(parameters, a.lr, a.weight_decay, a.memory, net.device)
+    parameters = layouts.trainable(net.transformer)
+    return adamw.optimizer_of(parameters, a.lr, a.weight_decay, a.memory, net.device)
 
 
 def words_of(a, step):

@@ -7,11 +7,14 @@ import torch
 from tqdm import tqdm
 
 import flux
-from engine import data, parallel, trained
-from engine.command_line import Parser, parse, real, some_path, whole
+import recipe
+from engine.command_line import WEIGHTS, Parser, real, some_path, whole
+from engine.data import prompt_files
 from engine.errors import UserError, frame, printable
 from engine.files import read_json, stamp, write_json
-from engine.stopping import Stopping
+from engine.memory import parallel
+from engine.model import trained
+from engine.run.stopping import Stopping
 from evaluation.picture_folders import check_out, is_whole, list_prompts, make_folder, save_grid, save_picture
 from rewards.pictures import pixels, read_picture
 
@@ -22,7 +25,7 @@ def flags():
     add = parser.add_argument
     add("prompt", nargs="*", help="the prompts; none: those of --prompts")
     add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
-    add("--weights", help=trained.HELP)
+    add("--weights", help=WEIGHTS)
     add("--prompts", "--eval-prompts", dest="eval_prompts", default="hpdv2-benchmark",
         help="text file, one prompt a line, or hpdv2-benchmark")
     add("--first", type=whole(1), default=16, help="how many of the prompts of the file, from the first")
@@ -38,34 +41,35 @@ def flags():
 
 def run(argv, stopping):
     """Sample what a command line asks for. Raises UserError and Stopped."""
-    args = parse(flags(), argv, flux.defaults_of)
-    flux.needs_gpu(args.model)
-    flux.check_size(args.model, args.size)
-    flux.check_weights(args.model, args.weights)
+    args, model = recipe.of_script(flags(), argv)
+    flux.needs_gpu(model)
+    model.grid(args.size, args.size)
+    trained.check(args.weights, model)
     if args.prompt:
-        data.check_prompts(args.prompt, "prompt")
-    prompts = args.prompt or data.read_prompts(args.eval_prompts)[:args.first]
+        prompt_files.check_prompts(args.prompt, "prompt")
+    prompts = args.prompt or prompt_files.read_prompts(args.eval_prompts)[:args.first]
     check_out(args.out)
     folder = Folder(args, prompts)
-    for note in flux.notes(args.model, vars(args)):
+    for note in model.notes(vars(args)):
         print(printable(note))
 
     parallel.one_thread_on_a_cpu()
     device, dtype = parallel.device_and_dtype()
-    embeddings = flux.encode_prompts(args.model, prompts, device, dtype)
+    model.fetch(trained.parts_read(args.weights))
+    embeddings = flux.encode_prompts(model, prompts, device, dtype)
     if embeddings.truncated:
         print(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
               f"they are truncated")
-    model = flux.load(args.model, args.weights, device, dtype)
-    grid = model.grid(args.size, args.size)
+    net = flux.load(model, args.weights, device, dtype)
+    grid = net.grid(args.size, args.size)
     folder.open()
     for first in tqdm(range(0, len(prompts), args.batch), "sample"):
         stopping.check()
         rows = range(first, min(first + args.batch, len(prompts)))
         if not all(is_whole(folder.files[i]) for i in rows):
             part = slice(rows.start, rows.stop)
-            noise = flux.noise(model, grid, [args.seed + i for i in rows])
-            images = flux.sample(model, embeddings.txt[part], embeddings.pooled[part], noise, grid,
+            noise = flux.noise(net, grid, [args.seed + i for i in rows])
+            images = flux.sample(net, embeddings.txt[part], embeddings.pooled[part], noise, grid,
                                  args.eval_steps, args.guidance, args.batch)  # [B, 3, H, W]
             for i, image in zip(rows, images, strict=True):
                 save_picture(image, folder.files[i])

@@ -43,10 +43,6 @@ def relative_released(f, C1, C2, d):
 
 
 # --------------------------------------------------------------------------------------------- Eqs. 12 and 13
-# The rows of the table below.
-FORMS = ("released", "srp", "cfg", "branches", "sgp", "plain")
-
-
 def branch_reward(form, branch, f, C0, C1, C2, d, k):
     """Eqs. 12 and 13: the reward of one branch, to be maximised in either: f, C0, C1, C2 [B, D] -> r [B].
 
@@ -81,7 +77,7 @@ def branch_reward(form, branch, f, C0, C1, C2, d, k):
         return sign * preference(f, C1)
     if form == "plain":
         return sign * preference(f, C0)
-    raise ValueError(f"{form}: not one of the forms {', '.join(FORMS)}")
+    raise ValueError(f"{form}: not a row of the table")
 
 
 def loss(r, threshold=None):

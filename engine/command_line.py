@@ -1,23 +1,36 @@
-"""The command line, the same for every script: flags whose range is checked where they are read; a model's
-own defaults, and named recipes, are flags too."""
+"""The command line, the same for every script: flags whose range is checked where they are read, made by hand or
+from the fields of a dataclass. Nothing here needs torch."""
 
 import argparse
+import dataclasses
 import math
 import re
 import shlex
 import unicodedata
 
-from engine import memory
 from engine.errors import UserError
-from engine.files import not_a_path
+from engine.paths import not_a_path
 
 MOST = 10**6          # of anything that is counted: more would only be a slip of the hand
 LARGEST = 1e6         # of any number: float32 holds its products
 LONGEST_WORDS = 1000  # characters
 
 
+WEIGHTS = ("the transformer's weights instead of the model's own, such as runs/miniature/weights: a folder with "
+           "config.json and safetensors; one .safetensors with the names of diffusers, black-forest-labs or "
+           "ComfyUI; or a LoRA, a folder or file with the names of diffusers")
+
+
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The description as it is written, and every flag's default behind its help."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False, argparse.SUPPRESS):
+            return action.help
+        default = action.default
+        if isinstance(default, list):
+            default = (" " if action.nargs else ",").join(map(str, default))
+        return f"{action.help} (default: {default})"
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,6 +87,8 @@ def or_off(read):
     """A type for argparse: what `read` takes, or the word off, which is None."""
     def read_or_off(text):
         return None if text == "off" else read(text)
+
+    read_or_off.takes_off = True
     return read_or_off
 
 
@@ -114,101 +129,136 @@ def must_differ(control, neg):
                         "and unwanted, so there is nothing to learn")
 
 
-# --------------------------------------------------------------------------------------- reading and printing
-def as_arguments(values):
-    """{"drift_band": [0.2, 0.1], "threshold": None} -> ["--drift-band", "0.2", "0.1", "--threshold=off"]."""
+# ------------------------------------------------------------------------------------------- flags from fields
+def flag(default, read=str, help="", choices=None, metavar=None, model=False, resume=False):
+    """A field of a dataclass that is a flag.
+
+    read: the type for argparse; metavar: its word in the help, or a tuple of as many as it takes numbers; model:
+    whether a model's srpo.json may set it; resume: whether --resume may change it.
+    """
+    about = {"read": read, "help": help, "choices": choices, "metavar": metavar, "model": model, "resume": resume}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=about)
+    return dataclasses.field(default=default, metadata=about)
+
+
+def fields_of(groups):
+    """The fields of some dataclasses, in order."""
+    return [field for group in groups for field in dataclasses.fields(group)]
+
+
+def defaults(groups):
+    """{flag: default} of some dataclasses."""
+    found = {}
+    for group in groups:
+        found |= vars(group())
+    return found
+
+
+def name_of(field):
+    """A field as it is typed: --rollout-steps."""
+    return "--" + field.name.replace("_", "-")
+
+
+def is_switch(field):
+    """Whether a field is a flag without a value."""
+    return field.type is bool
+
+
+def add_group(parser, group, texts):
+    """Add the flags of a dataclass to a parser. In their help {name} stands for texts[name]."""
+    add = parser.add_argument_group(group.__doc__).add_argument
+    defaults_here = vars(group())
+    for field in dataclasses.fields(group):
+        about = field.metadata
+        default = defaults_here[field.name]
+        for name, text in texts.items():
+            about = about | {"help": about["help"].replace("{" + name + "}", text)}
+        options = {"default": default, "help": about["help"]}
+        if is_switch(field):
+            options["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        else:
+            options |= {"type": about["read"], "choices": about["choices"], "metavar": about["metavar"]}
+        if isinstance(about["metavar"], tuple):
+            options["nargs"] = len(about["metavar"])
+        add(name_of(field), **options)
+
+
+def shown(name, value):
+    """A flag and its value as they are typed, for a message."""
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
+    return f"--{name.replace('_', '-')} {'off' if value is None else value}"
+
+
+def as_line(groups, values):
+    """Flags {name: value} as one line that can be pasted back into a shell. None is "off" where a flag has a default,
+    and nothing where it has none."""
+    parts = []
+    usual = defaults(groups)
+    for field in fields_of(groups):
+        if field.name not in values:
+            continue
+        name = name_of(field)
+        value = values[field.name]
+        if is_switch(field):
+            if value != usual[field.name]:
+                parts.append(name if value else "--no-" + name.removeprefix("--"))
+        elif value is None:
+            if usual[field.name] is not None:
+                parts += [name, "off"]
+        elif isinstance(value, list) and isinstance(field.metadata["metavar"], tuple):
+            parts += [name, *map(str, value)]
+        elif isinstance(value, list):
+            parts += [name, ",".join(value)]
+        else:
+            parts += [name, str(value)]
+    return shlex.join(parts)
+
+
+# ------------------------------------------------------------------------------------------------------ reading
+NOT_GIVEN = object()
+
+
+def given(parser, argv):
+    """{name: value} of the flags that a command line gives, and of no other. Raises UserError."""
+    actions = [action for action in parser._actions if action.dest != argparse.SUPPRESS and action.dest != "help"]
+    space = argparse.Namespace(**{action.dest: NOT_GIVEN for action in actions})
+    parser.parse_args(argv, space)
+    return {name: value for name, value in vars(space).items() if value is not NOT_GIVEN}
+
+
+def read_values(parser, values, where):
+    """{name: value} of a file, read as flags, so that all pass the same checks. Raises UserError, which says where they
+    stand; a name that is no flag of this parser is left out."""
+    actions = {action.dest: action for action in parser._actions}
     arguments = []
     for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        if value is True:
-            arguments.append(flag)
-        elif value is False:
-            arguments.append("--no-" + name.replace("_", "-"))
-        elif value is None:
-            arguments.append(f"{flag}=off")
-        elif isinstance(value, list):
-            if not all(type(number) in (int, float) for number in value):  # a text could be another flag
-                raise UserError(f"{name}: a list must hold numbers, and nothing else")
-            arguments += [flag, *map(str, value)]
-        else:
-            arguments.append(f"{flag}={value}")
-    return arguments
+        if name in actions:
+            arguments += as_arguments(actions[name], value, where)
+    try:
+        return given(parser, arguments)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
-def parse(parser, argv, defaults_of=None, recipes=None):
-    """The flags that a script runs with. Raises UserError.
-
-    Who says it: the command line, before the recipe of `recipes` {name: a line of flags} that it names,
-    before the model's own defaults, defaults_of(flags) -> (where they stand, {flag: value}), before the
-    parser's own. All but the last are read as flags, so that all pass the same checks.
-    """
-    first, _ = parser.parse_known_args(argv)
-    before = []
-    if defaults_of is not None:
-        where, values = defaults_of(first)
-        known = {k: v for k, v in values.items() if hasattr(first, k)}
-        try:
-            own = as_arguments(known)
-            parser.parse_args(own)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
-        before += own
-    if recipes is not None:
-        before += shlex.split(recipes[first.recipe])
-    return parser.parse_args([*before, *argv])
-
-
-def as_line(parser, values):
-    """Every flag as one line that can be pasted back into a shell. None is "off" where a flag has a default,
-    and nothing where it has none."""
-    line = []
-    for action in parser._actions:
-        if action.dest not in values or not action.option_strings:
-            continue
-        flag = action.option_strings[0]
-        value = values[action.dest]
-        if value is True:
-            line.append(flag)
-        elif value is False and isinstance(action, argparse.BooleanOptionalAction):
-            line.append(action.option_strings[1])
-        elif value is None and action.default is not None:
-            line += [flag, "off"]
-        elif isinstance(value, list) and action.nargs is None:
-            line += [flag, ",".join(value)]
-        elif isinstance(value, list):
-            line += [flag, *map(str, value)]
-        elif value is not None and value is not False:
-            line += [flag, str(value)]
-    return shlex.join(line)
-
-
-def add_machine_flags(parser):
-    """What only a machine cares for: no weight depends on it."""
-    add = parser.add_argument_group("the run's folder").add_argument
-    add("--out", type=some_path, help="folder of the run (None: runs/<model>)")
-    add("--save-every", type=whole(1), default=10, help="updates between checkpoints")
-    add("--keep", type=whole(1), default=2, help="checkpoints that stay")
-    add("--resume", action="store_true", help="continue the run in --out from its last checkpoint")
-    add("--overwrite", action="store_true", help="delete the run in --out first")
-    add("--tensorboard", action="store_true",
-        help="also write out/tensorboard (needs: pip install tensorboard)")
-    add = parser.add_argument_group("the machine").add_argument
-    add("--lora", type=or_off(whole(1, 4096)), default=None, metavar="R", help="train adapters of this rank "
-        "beside frozen weights; off: all weights")
-    add("--memory", choices=memory.NAMES, default="auto", help="how it fits: engine/memory.py; "
-        "auto: the first that the plan says fits this GPU")
-    add("--cache", type=or_off(some_path), default="auto", metavar="DIR", help="folder where embeddings of "
-        "prompts and latents of --images are kept for other runs, 32 GiB at most; auto: ~/.cache/srpo, and "
-        "none for a miniature; off")
-    add("--replicas", type=whole(1), default=1, help="HSDP: parameters are sharded inside each of so many "
-        "groups and copied between them; the number of nodes")
-    add("--checkpointing", action=argparse.BooleanOptionalAction, default=True,
-        help="recompute activations in the backward: 21 GiB less for FLUX.1-dev at 720 pixels, "
-             "a quarter more work in the update [released code]")
-    add("--compile", action="store_true", help="torch.compile every transformer block")
-    add = parser.add_argument_group("the plan").add_argument
-    add("--plan", action="store_true", help="print the predicted memory, work and seconds of an update, "
-        "and stop: no GPU and no weights needed")
-    add("--world-size", type=whole(1), default=8, help="processes that are planned for")
-    add("--card", default="H200", help="GPU that is planned for: H200, H100, A100, H20, L40S or 'RTX 4090'")
-    add("--share", type=real(0, 1, open_low=True), default=0.4, help="of the card's peak that is reached")
+def as_arguments(action, value, where):
+    """A value of a file as it is typed. Raises UserError."""
+    name = action.option_strings[0]
+    if isinstance(action, argparse.BooleanOptionalAction | argparse._StoreTrueAction):
+        if not isinstance(value, bool):
+            raise UserError(f"{where}: {action.dest} {value!r} must be true or false")
+        if value == action.default:
+            return []
+        return [action.option_strings[0 if value else 1]]
+    if value is None:
+        return [f"{name}=off"] if action.default is not None else []
+    if isinstance(value, list) and action.nargs:
+        if not all(type(number) in (int, float) for number in value):  # a text could be another flag
+            raise UserError(f"{where}: {action.dest}: a list must hold numbers, and nothing else")
+        return [name, *map(str, value)]
+    if isinstance(value, list) and all(isinstance(text, str) for text in value):
+        value = ",".join(value)
+    if not isinstance(value, str | int | float):
+        raise UserError(f"{where}: {action.dest} {str(value)[:40]!r} is no value of {name}")
+    return [f"{name}={value}"]

@@ -5,9 +5,6 @@ import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
-import torch
-import torch.distributed as dist
-
 
 class UserError(ValueError):
     """What a user can mend, in one line."""
@@ -60,18 +57,25 @@ def say_last(text, file):
 
 def is_out_of_memory(error):
     """Whether an error is that of a machine, or its GPU, that holds no more."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
 
 
+def processes():
+    """torch.distributed, if it has been imported: a mistake in the flags is answered before. Otherwise None."""
+    return sys.modules.get("torch.distributed")
+
+
 def are_many():
     """Whether this process has met others."""
-    return dist.is_initialized() and dist.get_world_size() > 1
+    dist = processes()
+    return dist is not None and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def leave_note(name, text):
     """Leave a note where all processes can look, for as long as the first one lives."""
+    dist = processes()
     try:
         dist.distributed_c10d._get_default_store().set(name, text)
     except dist.DistError:
@@ -81,6 +85,7 @@ def leave_note(name, text):
 def find_note(name, seconds, if_gone=None):
     """What another process noted; None if it does not within some seconds; `if_gone` if the first process has
     left, and took the notes along."""
+    dist = processes()
     store = dist.distributed_c10d._get_default_store()
     try:
         store.wait([name], timedelta(seconds=seconds))

@@ -1,16 +1,8 @@
-"""Files: written whole or not at all, found on this machine or fetched from the hub, told apart, and given on
-the command line as NAME=PATH."""
+"""Files: written whole or not at all, read as JSON, listed and told apart."""
 
 import json
-import logging
 import os
-import warnings
 from pathlib import Path
-
-from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import snapshot_download
-from huggingface_hub.utils import logging as hub_logging
-from transformers.utils import logging as transformers_logging
 
 from engine.errors import UserError
 
@@ -80,100 +72,6 @@ def read_json(path):
         raise UserError(f"{path}: not JSON") from error
 
 
-# ---------------------------------------------------------------------------------------- on the command line
-def not_a_path(text):
-    """Why no file can have this path, as "is empty"; None if one could."""
-    text = str(text)
-    if not text:
-        return "is empty"
-    if "\0" in text:
-        return "holds a NUL character"
-    if len(os.fsencode(text)) > 4000 or any(len(os.fsencode(part)) > 255 for part in text.split("/")):
-        return "is too long"
-    return None
-
-
-def is_there(text):
-    """Whether a text is the path of a file or a folder that exists."""
-    return not_a_path(text) is None and Path(text).exists()
-
-
-def items_of(text, weighted=False):
-    """"A,B" -> ["A", "B"], where each may be NAME, PATH or NAME=PATH and, if `weighted`, with :WEIGHT behind
-    it. A comma in a path that exists divides nothing."""
-    pieces = text.split(",")
-    items = []
-    while pieces:
-        n = len(pieces)
-        while n > 1 and not is_item(",".join(pieces[:n]), weighted):
-            n -= 1
-        items.append(",".join(pieces[:n]).strip())
-        pieces = pieces[n:]
-    return items
-
-
-def is_item(text, weighted):
-    """Whether a text is PATH or NAME=PATH, perhaps with :WEIGHT, of a path that exists."""
-    start, _, weight = text.rpartition(":")
-    return leads_somewhere(text) or (weighted and "," not in weight and leads_somewhere(start))
-
-
-def leads_somewhere(text):
-    """Whether a text is PATH or NAME=PATH of a path that exists."""
-    name, _, path = text.strip().partition("=")
-    is_name = not set(name) & set(",:/")
-    return is_there(text.strip()) or (is_name and is_there(path))
-
-
-def named_path(text):
-    """"NAME=PATH" -> (NAME, PATH); "PATH" -> (None, PATH). A path that exists is taken as it stands, and what
-    has a slash before its first "=" is a path."""
-    name, sign, path = text.partition("=")
-    if not sign or "/" in name or is_there(text):
-        name = None
-        path = text
-    elif not name or not path:
-        raise UserError(f'"{text}": give NAME=PATH')
-    why = not_a_path(path)
-    if why and text:  # whoever reads an empty text says so in its own words
-        raise UserError(f'"{text[:80]}": give NAME=PATH; this path {why}')
-    return name, path
-
-
-# -------------------------------------------------------------------------------------- here, or from the hub
-def quiet():
-    """Keep the libraries' own progress bars and notices out of the terminal: what is wrong they raise too."""
-    for log in (diffusers_logging, transformers_logging):
-        log.set_verbosity(logging.CRITICAL)
-        log.disable_progress_bar()
-    hub_logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
-
-
-def fetched(where, files):
-    """The local path of `where`: itself if it exists; otherwise the folder of a hub repository's `files` (a
-    list of names or patterns; pickled .bin files stand in for *.safetensors that it lacks), downloaded now if
-    they are not cached.
-
-    Raises UserError if it is neither.
-    """
-    if Path(where).is_file() or Path(where).is_dir():
-        return Path(where)
-    if Path(where).exists():  # reading from a pipe would wait for ever
-        raise UserError(f"{where}: neither a file nor a folder")
-    if str(where).count("/") != 1 or str(where).startswith((".", "/")):
-        raise UserError(f"{where}: no such file or folder")
-    quiet()
-    try:
-        folder = Path(snapshot_download(where, allow_patterns=files))
-        if "*.safetensors" in files and not list(folder.glob("*.safetensors")):
-            snapshot_download(where, allow_patterns="*.bin")
-        return folder
-    except Exception as error:
-        raise UserError(f"{where}: not on this machine, and the hub does not give it "
-                        f"({type(error).__name__})") from error
-
-
 def files_under(place):
     """A file itself, or all files in a folder, in order."""
     place = Path(place)
@@ -189,3 +87,22 @@ def stamp(*places):
         for file in files_under(place):
             stamps.append([file.name, file.stat().st_size, file.stat().st_mtime_ns])
     return stamps
+
+
+def check_outputs(outputs, inputs, overwrite, why=""):
+    """Raises UserError if an output is also an input, or another output, or cannot be a file there, or lies
+    there already and must stay. Links are followed: what counts is the file that a path leads to."""
+    read = {os.path.realpath(path) for path in inputs}
+    written = set()
+    for path in map(Path, outputs):
+        place = os.path.realpath(path)
+        if place in read:
+            raise UserError(f"{path}: is read here, so it cannot be written as well; give another name")
+        if place in written:
+            raise UserError(f"{path}: two files would be written there; give each its own name")
+        written.add(place)
+        irregular = os.path.exists(path) and not os.path.isfile(path)
+        if irregular or not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
+            raise UserError(f"{path}: a file cannot be written there")
+        if os.path.lexists(path) and not overwrite:
+            raise UserError(f"{path} exists already{why}; --overwrite replaces it")

@@ -7,13 +7,14 @@ names.
 
 from pathlib import Path
 
-import diffusers
 import torch
 
-from engine import checkpoint, lora, model_folder, parallel, trained
-from engine.command_line import Parser, some_path
+from engine.command_line import WEIGHTS, Parser, some_path
 from engine.errors import UserError, frame, printable
-from engine.files import fetched, quiet
+from engine.hub import quiet
+from engine.memory import parallel
+from engine.model import export, lora, trained
+from engine.model.folder import Model
 
 
 def main(argv=None):
@@ -22,24 +23,23 @@ def main(argv=None):
     parser = Parser(__doc__, prog="python -m engine.merge")
     add = parser.add_argument
     add("--model", required=True, help="folder in FLUX.1-dev's layout, or hub id: the base")
-    add("--weights", required=True, help=trained.HELP)
+    add("--weights", required=True, help=WEIGHTS)
     add("--out", required=True, type=some_path, help="folder that is not there yet, or empty")
     with frame("merge"):
         a = parser.parse_args(argv)
-        base = fetched(a.model, ["transformer/*"]) / "transformer"
-        model_folder.check_transformer(base)
-        trained.check(a.weights, base)
+        model = Model(a.model)
+        trained.check(a.weights, model)
         if Path(a.out).exists() and (not Path(a.out).is_dir() or any(Path(a.out).iterdir())):
             raise UserError(f"--out {a.out}: is there, and not an empty folder")
-        folder, file = trained.places(a.weights, base) if trained.is_full(a.weights) else (base, None)
-        kind = diffusers.FluxTransformer2DModel
-        _, tensors = parallel.on_meta(kind, folder, file)
-        in_bf16 = all(tensor.get_dtype() in ("BF16", "F8_E4M3", "F8_E5M2") for tensor in tensors.values())
+        if not trained.is_full(a.weights):
+            model.fetch(["transformer"])
+        source = trained.source(a.weights, model)
+        in_bf16 = all(tensor.get_dtype() in ("BF16", "F8_E4M3", "F8_E5M2") for tensor in source.tensors.values())
         dtype = torch.bfloat16 if in_bf16 else torch.float32  # which holds every number of the file
-        network = parallel.load_sharded(kind, folder, "cpu", dtype, file=file)
+        network = parallel.load_sharded(trained.KIND, source, "cpu", dtype)
         if not trained.is_full(a.weights):
             lora.merge_into(network, a.weights)
-        checkpoint.export(network, a.out, parallel.World(), dtype)
+        export.export(network, a.out, parallel.World(), dtype)
         print(printable(f"weights in {a.out}/, {dtype}"))
 
 

@@ -1,8 +1,8 @@
 """`train.py --explain`: one update told, each step with its equation, symbols, shapes and ranges, and drawn
 in the order of the equations.
 
-It listens to what `train.srpo` yields. The words are not written a second time: they are the functions' own
-docstrings.
+It listens to the terms that `train.srpo` yields. The words are not written a second time: they are the functions'
+own docstrings.
 """
 
 import inspect
@@ -43,12 +43,13 @@ def tell(function, **values):
 
 
 class Explanation:
-    """The story of one update, batch by batch and term by term, and its picture."""
+    """The story of one update, batch by batch and term by term, and its picture: a listener of `train.update`."""
 
-    def __init__(self, a, net):
-        """a: the run's flags; net: the `flux.Flux` that decodes what is drawn."""
+    def __init__(self, a, run):
+        """a: the flags; run: a `prepare.Run` of one process."""
         self.a = a
-        self.net = net
+        self.run = run
+        self.net = run.net
         self.rows = []
         self.batch = None
         self.rolled_out = False
@@ -59,7 +60,11 @@ class Explanation:
         self.rolled_out = False
         tell(sr.Rewards.conditions, prompts=batch.prompts, C0=batch.C0, C1=batch.C1, C2=batch.C2)
 
-    def hear(self, loss, term):
+    def before(self, term):
+        """A term before its backward: what the reward asks of each pixel is kept."""
+        term.image.retain_grad()
+
+    def after(self, loss, term):
         """One term of Eq. 6's sum, after its backward."""
         a = self.a
         if not self.rolled_out:
@@ -127,20 +132,8 @@ class Explanation:
         write_whole(path, buffer.getvalue())
         print(f"the same as a picture: {path}")
 
-
-def explain(a, run, method, out):
-    """Tell and draw one update of `method` (train.srpo); out/explain.png is all that is written.
-
-    run: what prepare.set_up gives, of one process.
-    """
-    explanation = Explanation(a, run.net)
-    for part in range(a.accumulate):
-        batch = run.batch(a, 1, part)
-        explanation.begin(batch)
-        for loss, term in method(a, run.net, run.reward, batch):
-            term.image.retain_grad()
-            loss.backward()
-            explanation.hear(loss, term)
-    norm = torch.nn.utils.clip_grad_norm_(run.net.transformer.parameters(), a.clip)
-    print(f"\ngradient norm {norm:.4g}, clipped to {a.clip}; then AdamW with lr {a.lr} would step.")
-    explanation.draw(out / "explain.png")
+    def close(self, told, path):
+        """The end of the update, of which the log tells {name: number}; and the picture."""
+        print(f"\ngradient norm {told['grad_norm']:.4g}, clipped to {self.a.clip}; then a step of AdamW with lr "
+              f"{self.a.lr}. Nothing is kept.")
+        self.draw(path)

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torchvision.utils import save_image
 
-from engine import data
+from engine.data import prompt_files
 from engine.errors import UserError, printable
-from engine.files import named_path, read_json, stamp, write_json, write_whole
+from engine.files import read_json, stamp, write_json, write_whole
+from engine.paths import named_path
 from rewards.pictures import fitted, pixels, read_picture
 from srpo_reward import with_words
 
@@ -138,7 +139,7 @@ def listed(folder):
     entries = read_json(path)
     if not isinstance(entries, list) or not all(is_entry(entry) for entry in entries):
         raise UserError(f'{path}: must be a list of {{"prompt": ..., "category": ...}}')
-    return [data.Prompt(entry["prompt"], entry.get("category", "")) for entry in entries]
+    return [prompt_files.Prompt(entry["prompt"], entry.get("category", "")) for entry in entries]
 
 
 def is_entry(entry):
@@ -270,8 +271,8 @@ def existing(args):
     if lists:
         first, prompts = next(iter(lists.items()))
     else:
-        prompts = data.read_prompts_by_category(args.eval_prompts)
-    data.check_prompts([prompt.text for prompt in prompts], "--images: prompts.json")
+        prompts = prompt_files.read_prompts_by_category(args.eval_prompts)
+    prompt_files.check_prompts([prompt.text for prompt in prompts], "--images: prompts.json")
     for folder, others in lists.items():
         if others != prompts:
             same = [a == b for a, b in zip(others, prompts, strict=False)]

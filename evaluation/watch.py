@@ -11,32 +11,15 @@ from tqdm import tqdm
 
 import flux
 import srpo_reward as sr
-from engine import lora
-from engine.command_line import real, whole
 from engine.errors import NotFinite
 from engine.files import write_json, write_whole
-from evaluation import report, tables
+from engine.model import lora
+from evaluation import tables
 from evaluation.metrics import frechet, judge, reward, statistics
 from evaluation.metrics.statistics import STATISTICS, pixel_statistics
 from evaluation.picture_folders import save_grid
+from evaluation.report import page as report
 from rewards.base import Column
-
-
-def add_flags(parser):
-    """What is watched while a run trains."""
-    add = parser.add_argument_group("watching for collapse").add_argument
-    add("--eval-prompts", default="hpdv2-benchmark",
-        help="text file, or hpdv2-benchmark: the first of them are sampled at fixed seeds [paper 4.2]")
-    add("--watch-prompts", help="text file: the prompts that are watched while training, and by which "
-        "weights_best is chosen, if they are not to be the first of --eval-prompts [ours]")
-    add("--eval-steps", type=whole(1), default=50, help="sampling steps, of samples and evaluation [paper]")
-    add("--watch", type=whole(1), default=4, help="pictures sampled at fixed seeds while training [ours]")
-    add("--watch-every", type=whole(1), default=5, help="updates between them [ours]")
-    add("--eval", type=whole(0), default=0, help="pictures evaluated before and after; 0: none [ours]")
-    add("--drift-band", type=real(0), nargs=4, default=[0.25, 0.1, 0.2, 0.04],
-        metavar=[name.upper() for name in STATISTICS],
-        help="largest change of these mean statistics of the watched pictures before the run is called "
-             "hacked [ours]")
 
 
 @torch.no_grad()
@@ -108,15 +91,15 @@ class Prompts(NamedTuple):
 class Watch:
     """Held-out prompts of a run: their pictures, at noise seeds 0, 1, ..., and the pictures' scores."""
 
-    def __init__(self, a, world, net, rewards, watched, evaluated, stopping):
-        """a: the run's flags; rewards: `srpo_reward.Rewards`; watched, evaluated: the `Prompts` that are
-        looked at while it trains, and those before and after; stopping: a `Stopping`, asked between two
-        batches, or None."""
+    def __init__(self, a, model, world, net, rewards, watched, evaluated, stopping):
+        """a: the run's flags; model: a `Model`, whose folder may hold a judge; rewards: `srpo_reward.Rewards`;
+        watched, evaluated: the `Prompts` that are looked at while it trains, and those before and after; stopping:
+        a `Stopping`, asked between two batches, or None."""
         self.a = a
         self.world = world
         self.net = net
         self.rewards = rewards
-        self.judge = judge.load_judge(a.model, a.size)
+        self.judge = judge.load_judge(model.name, a.size)
         self.watched = watched
         self.evaluated = evaluated
         self.stopping = stopping
@@ -174,7 +157,7 @@ class Watch:
             evaluated = self.evaluate("evaluate before")
         if self.world.main:
             save_grid(images, folder.out / "samples" / "step_00000.png")
-        return {"run": folder.id, "images": folder.images, "step": 0, "unlogged": None,
+        return {"run": folder.id, "images": self.a.global_batch, "step": 0, "unlogged": None,
                 "best": None, "best_step": None, "warned": False,
                 "before": {name: values.tolist() for name, values in scores.items()},
                 "evaluated": evaluated}

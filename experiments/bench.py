@@ -16,11 +16,15 @@ import torch
 
 import flux
 import prepare
+import recipe
 import srpo_reward as sr
 import train
-from engine import data, memory, parallel, plan
 from engine.command_line import Parser, whole
+from engine.data import draws
 from engine.errors import UserError, frame
+from engine.memory import layouts, modes, parallel, plan
+from engine.model import tensors, trained
+from engine.model.tensor_files import meta_network
 from rewards import clip_model
 
 PHASES = ["rollout", "branches", "optimizer"]
@@ -28,37 +32,35 @@ HABITS = ["one image at a time", "text features four times", "VAE not frozen", "
 
 
 def flags(argv):
-    """The flags of a command line: this script's own, and train.py's. Raises UserError."""
+    """(this script's own flags, those of train.py, the `Model`) of a command line. Raises UserError."""
     parser = Parser(__doc__)
     parser.add_argument("--random-init", action="store_true",
                         help="random weights: --model gives the size, and ViT-H/14 is the reward")
     parser.add_argument("--released", action="store_true", help="compare with the released loop's habits")
     parser.add_argument("--repeats", type=whole(1), default=5, help="timed updates, after one that is not")
     own, others = parser.parse_known_args(argv)
-    a = train.flags(others)
+    a, model = recipe.read(others)
     for name in ("plan", "explain", "resume", "overwrite", "tensorboard", "out", "weights", "images"):
         if getattr(a, name):
             raise UserError(f"--{name}: an update is timed here, and nothing else; it is train.py's")
-    return own, a
+    return own, a, model
 
 
 # --------------------------------------------------------------------------------------------- random weights
 def random_flux(model, world, layout):
     """A `flux.Flux` of a model's size. The transformer is sharded before it takes any memory, as when it is
     loaded."""
-    configs = flux.configs(model)
-    with torch.device("meta"):
-        transformer = diffusers.FluxTransformer2DModel.from_config(configs.transformer)
+    transformer = meta_network(trained.KIND, model.configs.transformer)
     transformer.to_empty(device=layout.prepare(transformer, world))
-    for name, parameter in parallel.own_parameters(transformer).items():
+    for name, parameter in tensors.own_parameters(transformer).items():
         if "norm_" in name and parameter.ndim == 1:  # the gains of RMSNorm
-            parallel.fill(parameter, torch.ones(parameter.shape))
+            tensors.fill(parameter, torch.ones(parameter.shape))
         else:
-            local = memory.local_part(parameter).data
+            local = tensors.local_part(parameter).data
             local.copy_(0.02 * torch.randn(local.shape, device=local.device))
     layout.start(transformer)
     with world.device:
-        vae = plan.create(diffusers.AutoencoderKL, configs.vae, world.dtype).eval().requires_grad_(False)
+        vae = plan.create(diffusers.AutoencoderKL, model.configs.vae, world.dtype).eval().requires_grad_(False)
     scheduler = {"use_dynamic_shifting": False, "shift": 3.0}
     return flux.Flux(transformer, vae, scheduler, world.device, world.dtype)
 
@@ -79,18 +81,20 @@ def random_embeddings(net, prompts, text_tokens):
     return flux.Embeddings(txt, pooled, truncated=0)
 
 
-def random_run(a, world):
+def random_run(a, model, world):
     """What prepare.set_up loads, with random weights."""
-    flux.needs_gpu(a.model)
+    flux.needs_gpu(model)
     torch.manual_seed(0)
-    mine = a.batch * a.accumulate  # images of an update that this process makes
-    prompts = [f"prompt {i}" for i in range(mine * world.size)]
-    curriculum = data.Curriculum(prompts, a.steps, len(prompts), world.rows(mine), a.seed)
-    net = random_flux(a.model, world, memory.Layout(a.lora, a.memory, a.seed))
-    embeddings = random_embeddings(net, curriculum.prompts, flux.configs(a.model).text_tokens)
+    share = recipe.share_of(a, world.size)
+    prompts = [f"prompt {i}" for i in range(a.global_batch)]
+    group = recipe.METHODS[a.method].group(a)
+    curriculum = draws.Curriculum(prompts, a.steps, a.global_batch, world.rows(share.images), a.seed, group)
+    net = random_flux(model, world, layouts.Layout(a.lora, a.memory, a.seed))
+    embeddings = random_embeddings(net, curriculum.prompts, model.configs.text_tokens)
     reward = random_reward(world)
     optimizer = prepare.make_ready(a, net, reward, curriculum, [])
-    return prepare.Run(world, net, reward, curriculum, embeddings, None, optimizer, net.grid(a.size, a.size))
+    return prepare.Run(world, model, net, reward, recipe.METHODS[a.method].load(), share, prepare.job(a, model),
+                       curriculum, embeddings, None, optimizer, net.grid(a.size, a.size))
 
 
 # ------------------------------------------------------------------------------------------------- one update
@@ -113,28 +117,22 @@ def text_again(a, reward, batch):
     return batch._replace(C0=C0, C1=C1, C2=C2)
 
 
-def one_update(a, run, habits, step=1):
-    """One update, as train.py makes it but for `habits`, some of HABITS. Returns {phase: seconds}."""
-    net = run.net
-    net.vae.requires_grad_("VAE not frozen" in habits)
-    net.seconds_in_rollout = 0.0
-    began = parallel.clock(net.device)
-    for part in range(a.accumulate):
-        whole_batch = run.batch(a, step, part)
-        batches = one_by_one(whole_batch) if "one image at a time" in habits else [whole_batch]
-        for batch in batches:
+def batches_of(a, run, habits, step):
+    """The batches of an update, as some of HABITS make them."""
+    for whole_batch in run.batches(a, step):
+        for batch in one_by_one(whole_batch) if "one image at a time" in habits else [whole_batch]:
             if "text features four times" in habits:
                 batch = text_again(a, run.reward, batch)
-            with torch.autograd.set_detect_anomaly("anomaly detection" in habits):
-                for loss, _ in train.srpo(a, net, run.reward, batch):
-                    loss.backward()
-    computed = parallel.clock(net.device)
-    torch.nn.utils.clip_grad_norm_(memory.trainable(net.transformer), a.clip)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    stepped = parallel.clock(net.device)
-    return {"rollout": net.seconds_in_rollout, "branches": computed - began - net.seconds_in_rollout,
-            "optimizer": stepped - computed}
+            yield batch
+
+
+def one_update(a, run, habits, step=1):
+    """One update of `train.update` but for `habits`, some of HABITS. Returns {phase: seconds}."""
+    run.net.vae.requires_grad_("VAE not frozen" in habits)
+    with torch.autograd.set_detect_anomaly("anomaly detection" in habits):
+        told = train.update(a, run, step, batches_of(a, run, habits, step))
+    return {"rollout": told["seconds_rollout"], "branches": told["seconds_update"] - told["seconds_optimizer"],
+            "optimizer": told["seconds_optimizer"]}
 
 
 # ------------------------------------------------------------------------------------------------- the report
@@ -142,8 +140,9 @@ def report(a, run, rungs, measured):
     """Print a line for each rung, of the medians of what was measured: a list of {phase: seconds} a rung."""
     device = run.world.device
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, one thread"
-    print(f"{card}, {run.world.size} process(es), batch {a.batch} each, {a.size} x {a.size}, "
-          f"{a.rollout_steps} rollout steps, median of {len(measured[0])}\n")
+    print(f"{card}, {run.world.size} process(es), --method {a.method}, an update of {a.global_batch} images, "
+          f"{run.share.batch} at a time, {a.size} x {a.size}, {a.rollout_steps} rollout steps, median of "
+          f"{len(measured[0])}\n")
     print(f"{'':46}{'rollout':>9}{'branches':>10}{'optimizer':>10}{'total':>9}{'ratio':>7}")
     totals = []
     for habits, updates in zip(rungs, measured, strict=True):
@@ -153,17 +152,17 @@ def report(a, run, rungs, measured):
         for phase in PHASES:
             line += f"{median(update[phase] for update in updates):>9.3f} "
         print(line + f"{totals[-1]:>8.3f} {totals[-1] / totals[0]:>6.2f}")
-    reached = plan.achieved(plan.update_flop(prepare.job(a)), totals[0], device)
+    reached = plan.achieved(plan.update_flop(run.job, run.world.size), totals[0], device)
     print("\n" + ", ".join(f"{name} {value}" for name, value in reached.items()))
 
 
 def main():
     with frame("bench"):
-        own, a = flags(sys.argv[1:])
+        own, a, model = flags(sys.argv[1:])
         a.steps = 1  # the same update again and again
-        world = parallel.World(a.replicas, mesh=memory.needs_mesh(a.memory))
-        prepare.settle(a, world)
-        run = random_run(a, world) if own.random_init else prepare.set_up(a, world)
+        world = parallel.World(a.replicas, mesh=modes.needs_mesh(a.memory))
+        prepare.settle(a, model, world)
+        run = random_run(a, model, world) if own.random_init else prepare.set_up(a, model, world)
         rungs = [[]]
         if own.released:
             rungs = [HABITS[:n] for n in range(len(HABITS) + 1)]

@@ -12,8 +12,9 @@ from torchvision.transforms.functional import to_pil_image
 
 import flux
 from engine.command_line import Parser
-from engine.data import read_prompts
+from engine.data.prompt_files import read_prompts
 from engine.errors import frame
+from engine.model.folder import Model
 from evaluation.metrics import diversity, frechet
 from evaluation.metrics.statistics import pixel_statistics
 from evaluation.watch import measure
@@ -32,7 +33,7 @@ PER_PROMPT = 4  # pictures, between which the diversity is measured, as in table
 @torch.no_grad()
 def textures(model):
     """The mean texture of true photos, and of the same through the VAE."""
-    vae = flux.load(model).vae
+    vae = flux.load(Model(model)).vae
     photos, _ = world.draw(world.sample_style, N, 8, PHOTO, True)
     again = []
     for part in photos.split(64):

@@ -39,7 +39,7 @@ def settings():
             if each is not None:
                 a, b = each
                 found[setting] = (a - b) / (a + b)
-    more = f"--form cfg --branches denoise,invert --threshold off --accumulate {MORE}"
+    more = f"--form cfg --branches denoise,invert --threshold off --global-batch {MORE * 16}"
     found[Setting(f"cfg, both, {MORE} times the pictures", more)] = 0.0
     return found
 

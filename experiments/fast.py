@@ -10,7 +10,7 @@ branch is enough where the form leaves no common mode (Eq. 10).
 import sys
 from argparse import Namespace
 
-import train
+import recipe
 from engine.errors import frame
 from experiments import margin, runs
 from experiments.runs import Setting
@@ -34,7 +34,7 @@ def settings():
 
 def cliffs(own):
     """({row: {column: `Spread`}}, {row: log}) of runs that go on to where they break: `margin`'s columns."""
-    rate = train.flags(["--model", own.model]).lr
+    rate = recipe.flags(["--model", own.model]).lr
     long = f"--lr {rate:g} --steps {margin.UPDATES} --threshold off"
     rows = {}
     logs = {}

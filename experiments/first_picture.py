@@ -11,10 +11,11 @@ import torch
 from matplotlib import pyplot
 
 import flux
-import train
+import recipe
 from engine.command_line import Parser, some_path
-from engine.data import read_prompts
+from engine.data.prompt_files import read_prompts
 from engine.errors import frame
+from engine.model.folder import Model
 from miniature import world
 
 matplotlib.use("Agg")
@@ -24,7 +25,7 @@ SEED = 70_000_000  # of the true photos
 
 def sampled(net, model, prompts, a):
     """What a network makes of prompts, at noise seeds 0, 1, ...: [P, 3, H, W]."""
-    embeddings = flux.encode_prompts(model, prompts)
+    embeddings = flux.encode_prompts(Model(model), prompts)
     grid = net.grid(a.size, a.size)
     start = flux.noise(net, grid, range(len(prompts)))
     return flux.sample(net, embeddings.txt, embeddings.pooled, start, grid, a.eval_steps, a.guidance)
@@ -61,11 +62,11 @@ def main(argv=None):
         parser.add_argument("--weights", type=some_path, required=True, help="of a run of train.py")
         parser.add_argument("--out", type=some_path, default="assets/first.png", help="the picture")
         own = parser.parse_args(sys.argv[1:] if argv is None else argv)
-        a = train.flags(["--model", own.model])
+        a = recipe.flags(["--model", own.model])
         prompts = read_prompts(a.eval_prompts)[:COLUMNS]
         words = [f"realistic photo. {prompt}" for prompt in prompts]
-        base = flux.load(own.model)
-        aligned = flux.load(own.model, own.weights)
+        base = flux.load(Model(own.model))
+        aligned = flux.load(Model(own.model), own.weights)
         draw({"base": sampled(base, own.model, prompts, a),
               'base, with\n"realistic\nphoto" before': sampled(base, own.model, words, a),
               "SRPO": sampled(aligned, own.model, prompts, a),

@@ -16,8 +16,6 @@ ones.
 import hashlib
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,12 +24,15 @@ from torchvision.transforms.functional import to_pil_image
 
 import direct_align as da
 import prepare
+import recipe
 import train
-from engine import data, memory, parallel, plan
+from baselines import Term
 from engine.command_line import whole
+from engine.data import prompt_files
 from engine.errors import UserError, frame
 from engine.files import read_json, write_json
-from experiments import bench, runs
+from engine.memory import parallel, plan
+from experiments import runs
 from miniature import world as drawn
 
 LOOK = "realistic photo"  # of the miniature's world
@@ -42,10 +43,9 @@ COLUMNS = {"realism": ("realism", ".1%"), "alignment": ("alignment", ".1%"), "br
 
 
 class Arm(NamedTuple):
-    """A way to train: flags of train.py, and how an update is made."""
+    """A way to train: flags of train.py."""
     name: str
     flags: list
-    update: Callable  # of the flags, the `prepare.Run` and the step
 
 
 # -------------------------------------------------------------------------------------------- the photographs
@@ -61,25 +61,25 @@ def draw(folder, number, held_out):
         (folder / f"{i:05d}.txt").write_text(captions[i] + "\n")
 
 
-# ------------------------------------------------------------------------------------------------ the updates
-def srpo(a, run, step):
-    """An update as train.py makes it."""
-    bench.one_update(a, run, [], step)
+# --------------------------------------------------------------------------------------------------- supervised
+def flow_matching(a, net, reward, batch):
+    """A method of one loss term: |v_theta - (eps - x0)|^2 on the batches that SRPO would have had, with the same
+    noise."""
+    u = torch.rand(len(batch.prompts), generator=torch.Generator().manual_seed(batch.step))
+    sigma = da.shift(u, a.shift or net.shift(batch.x0.shape[1])).to(batch.x0.device)  # [B]
+    x_t = da.inject(batch.x0, batch.eps, sigma)
+    v_theta = net.velocity(x_t, sigma, batch.c, a.guidance)
+    loss = (v_theta - (batch.eps - batch.x0)).square().mean()
+    yield loss, Term(batch.prompts, "supervised", x_t, v_theta)
 
 
-def supervised(a, run, step):
-    """An update of flow matching on the batches that SRPO would have had, with the same noise."""
-    levels = torch.Generator().manual_seed(step)
-    for part in range(a.accumulate):
-        batch = run.batch(a, step, part)
-        u = torch.rand(len(batch.prompts), generator=levels)
-        sigma = da.shift(u, a.shift or run.net.shift(batch.x0.shape[1])).to(batch.x0.device)  # [B]
-        v = run.net.velocity(da.inject(batch.x0, batch.eps, sigma), sigma, batch.c, a.guidance)
-        loss = (v - (batch.eps - batch.x0)).square().mean()
-        (loss / a.accumulate).backward()
-    torch.nn.utils.clip_grad_norm_(memory.trainable(run.net.transformer), a.clip)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+def one_call(a):
+    """Flow matching calls the network once an image."""
+    return recipe.Calls(0, 1)
+
+
+recipe.METHODS["supervised"] = recipe.Method(flow_matching, "flow matching on photographs", one_call,
+                                             takes_photographs=True)
 
 
 # --------------------------------------------------------------------------------------------------- the arms
@@ -88,12 +88,11 @@ def arms(a, folder):
     offline = ["--images", str(folder)]
     noisier = [*offline, "--sigma-range", "0.99", "0.9"]
     longer = a.steps + a.steps // 6
-    found = [Arm("SRPO online", [], srpo), Arm("SRPO offline", offline, srpo),
-             Arm("SRPO offline, noisier", noisier, srpo),
-             Arm(f"SRPO offline, noisier, {longer} updates", [*noisier, "--steps", str(longer)], srpo)]
+    found = [Arm("SRPO online", []), Arm("SRPO offline", offline), Arm("SRPO offline, noisier", noisier),
+             Arm(f"SRPO offline, noisier, {longer} updates", [*noisier, "--steps", str(longer)])]
     for faster in FASTER:
         name = "supervised" if faster == 1 else f"supervised, {faster} x lr"
-        found.append(Arm(name, [*offline, "--lr", str(faster * a.lr)], supervised))
+        found.append(Arm(name, [*offline, "--method", "supervised", "--lr", str(faster * a.lr)]))
     return found
 
 
@@ -101,23 +100,24 @@ def evaluated(arm, own, shared, seed, world):
     """{"before", "after"} training an arm: each {column: mean over the held-out pictures}. Made once, and
     kept in --home. Raises UserError for a model that has no judge."""
     argv = [*shared, *arm.flags, "--eval", str(own.pictures), "--seed", str(seed)]
-    digest = hashlib.sha256(shlex.join([arm.update.__name__, *argv]).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(shlex.join(argv).encode()).hexdigest()[:8]
     kept = Path(own.home) / f"offline_{digest}.json"
     if not kept.exists():
         print(f"{arm.name}, seed {seed}: {shlex.join(argv)}", flush=True)
-        write_json(kept, trained(arm, train.flags(argv), world))
+        write_json(kept, trained(argv, world))
     return read_json(kept)
 
 
-def trained(arm, a, world):
-    """Train an arm: what `evaluated` says of it."""
-    prepare.settle(a, world)
-    run = prepare.set_up(a, world)
+def trained(argv, world):
+    """Train with the flags of an arm: what `evaluated` says of it."""
+    a, model = recipe.read(argv)
+    prepare.settle(a, model, world)
+    run = prepare.set_up(a, model, world)
     if run.watched.judge is None:
         raise UserError(f"--model {a.model}: it has no judge, and nothing else knows what a photo is")
     before = run.watched.evaluate("evaluate before")
     for step in range(1, a.steps + 1):
-        arm.update(a, run, step)
+        train.update(a, run, step)
     after = run.watched.evaluate("evaluate after")
     return {"before": means(before), "after": means(after)}
 
@@ -129,8 +129,7 @@ def means(row):
 
 def flop_of(arm, shared):
     """FLOP of the transformer in one update."""
-    job = prepare.job(train.flags([*shared, *arm.flags]))
-    return plan.update_flop(replace(job, calls=1) if arm.update is supervised else job)
+    return plan.update_flop(prepare.job(*recipe.read([*shared, *arm.flags])))
 
 
 def main(argv=None):
@@ -139,10 +138,10 @@ def main(argv=None):
         parser.add_argument("--photos", type=whole(1), default=1000, help="photographs that are drawn")
         own = parser.parse_args(sys.argv[1:] if argv is None else argv)
         shared = ["--model", own.model, *shlex.split(own.flags)]
-        a = train.flags(shared)
+        a = recipe.flags(shared)
         world = parallel.World()
         folder = Path(own.home) / f"photographs_{own.photos}"
-        draw(folder, own.photos, set(data.read_prompts(a.eval_prompts)))
+        draw(folder, own.photos, set(prompt_files.read_prompts(a.eval_prompts)))
         rows = {}
         for arm in arms(a, folder):
             found = [evaluated(arm, own, shared, seed, world) for seed in range(own.seeds)]
@@ -150,7 +149,7 @@ def main(argv=None):
             rows[arm.name] = runs.over_seeds([each["after"] for each in found])
             rows[arm.name]["gflop"] = runs.spread([flop_of(arm, shared) / 1e9])
         figure = runs.bar_figure(rows, ("realism", "alignment", "broken"), runs.what_n_is(own))
-        told = (f"{own.photos} photographs; {a.steps} updates of {a.batch * a.accumulate} images, lr "
+        told = (f"{own.photos} photographs; {a.steps} updates of {a.global_batch} images, lr "
                 f"{a.lr:g}; {own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation "
                 "between them.")
         runs.write(own, "offline", "Photographs in place of rollouts (S5)", told, [(rows, COLUMNS)], figure)

@@ -11,10 +11,10 @@ from statistics import median
 from typing import NamedTuple
 
 import prepare
-import train
-from engine import parallel, plan
+import recipe
 from engine.command_line import Parser, real, whole
 from engine.errors import UserError, frame
+from engine.memory import parallel, plan
 from experiments import bench
 
 LIMIT = 60  # updates after which a recipe has not arrived
@@ -39,10 +39,10 @@ def flags(argv):
 
 def race(name, others, own, world):
     """Train with a recipe until the goal; its `Lap`. Raises UserError for a model that has no judge."""
-    a = train.flags([*others, "--recipe", name, "--watch", str(own.pictures)])
+    a, model = recipe.read([*others, "--recipe", name, "--watch", str(own.pictures)])
     a.steps = LIMIT
-    prepare.settle(a, world)
-    run = prepare.set_up(a, world)
+    prepare.settle(a, model, world)
+    run = prepare.set_up(a, model, world)
     if run.watched.judge is None:
         raise UserError(f"--model {a.model}: it has no judge, and nothing else knows what a photo is")
     seconds = []
@@ -54,14 +54,14 @@ def race(name, others, own, world):
             break
     else:
         raise UserError(f"--recipe {name}: {LIMIT} updates did not reach a realism of {own.goal:.0%}")
-    return Lap(len(seconds), median(seconds), sum(seconds), plan.update_flop(prepare.job(a)))
+    return Lap(len(seconds), median(seconds), sum(seconds), plan.update_flop(run.job))
 
 
 def with_habits(others, world, repeats=3):
     """Median seconds of one released update made with the released loop's habits."""
-    a = train.flags([*others, "--recipe", "released"])
-    prepare.settle(a, world)
-    run = prepare.set_up(a, world)
+    a, model = recipe.read([*others, "--recipe", "released"])
+    prepare.settle(a, model, world)
+    run = prepare.set_up(a, model, world)
     times = [sum(bench.one_update(a, run, bench.HABITS).values()) for _ in range(repeats)]
     return median(times)
 

@@ -11,9 +11,10 @@ from matplotlib import pyplot
 
 import direct_align as da
 import flux
-import train
-from engine.data import read_prompts
+import recipe
+from engine.data.prompt_files import read_prompts
 from engine.errors import frame
+from engine.model.folder import Model
 from experiments import runs
 
 SIGMAS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # 5 to 50 % of the way from noise
@@ -39,11 +40,11 @@ def recovered(net, x0, eps, c, guidance):
 def main(argv=None):
     with frame("recovery"):
         own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv, seeds=1)
-        a = train.flags(["--model", own.model])
+        a = recipe.flags(["--model", own.model])
         prompts = read_prompts(a.eval_prompts)[:min(own.pictures, 64)]
-        net = flux.load(own.model)
+        net = flux.load(Model(own.model))
         grid = net.grid(a.size, a.size)
-        embeddings = flux.encode_prompts(own.model, prompts)
+        embeddings = flux.encode_prompts(Model(own.model), prompts)
         c = embeddings.condition(slice(None), grid, "cpu")
         start = flux.noise(net, grid, range(len(prompts)))
         x0 = net.rollout(start, c, da.sigma_steps(a.eval_steps, net.shift(start.shape[1])), a.guidance)

@@ -21,7 +21,7 @@ import train
 from engine.command_line import Parser, whole
 from engine.errors import UserError
 from engine.files import read_json, write_json, write_whole
-from evaluation.curves import read_log
+from evaluation.report.curves import read_log
 
 matplotlib.use("Agg")
 RESULTS = Path(__file__).resolve().parent / "results"

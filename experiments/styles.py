@@ -6,7 +6,7 @@ quicker.
 
 import sys
 
-import train
+import recipe
 from engine.errors import frame
 from experiments import runs
 from experiments.runs import Setting
@@ -25,7 +25,7 @@ def flags_of(words):
 def main(argv=None):
     with frame("styles"):
         own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv, seeds=3)
-        half = train.flags(["--model", own.model]).steps // 2
+        half = recipe.flags(["--model", own.model]).steps // 2
         settings = []
         for wanted, unwanted in WORDS:
             name = f"{wanted} against {unwanted}"

@@ -10,11 +10,10 @@ import sys
 
 from matplotlib import pyplot
 
-import baselines
 import prepare
-import train
-from engine import plan
+import recipe
 from engine.errors import frame
+from engine.memory import plan
 from experiments import runs
 from experiments.runs import Setting
 
@@ -37,9 +36,9 @@ COLUMNS = {"reward": ("reward", ".3f"), "clip": ("held-out reward", ".3f"), "sgp
 
 def cost(own, flags, log):
     """{column: number} of what a run took: TFLOP of the transformer, seconds, optimizer steps."""
-    a = train.flags(["--model", own.model, *flags.split(), *own.flags.split()])
-    each = baselines.OPTIMIZER_STEPS if a.method == "dancegrpo" else 1
-    return {"tflop": a.steps * plan.update_flop(prepare.job(a)) / plan.TERA,
+    a, model = recipe.read(["--model", own.model, *flags.split(), *own.flags.split()])
+    each = recipe.METHODS[a.method].optimizer_steps
+    return {"tflop": a.steps * plan.update_flop(prepare.job(a, model)) / plan.TERA,
             "seconds": a.steps * runs.seconds_of(log), "optimizer_steps": a.steps * each}
 
 

@@ -10,7 +10,7 @@ and stays there while the shapes melt.
 import math
 import sys
 
-import train
+import recipe
 from engine.errors import frame
 from experiments import margin, runs
 
@@ -61,7 +61,7 @@ def gauge(log):
 def main(argv=None):
     with frame("when_to_stop"):
         own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv, seeds=3)
-        rate = train.flags(["--model", own.model]).lr
+        rate = recipe.flags(["--model", own.model]).lr
         rows = {}
         first = {}
         curves = {}

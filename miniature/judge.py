@@ -33,6 +33,8 @@ class Judge(nn.Module):
     """Pictures [B, 3, 64, 64] in [0, 1] -> logits of what is seen, a dict: realism, painting and broken [B],
     layout [B, 3], and "first size" [B, 3], "second colour" [B, 5] and so on: indices of the world's lists."""
 
+    size = world.SIZE  # pixels a side of what it sees
+
     def __init__(self, width=32):
         super().__init__()
         self.trunk = nn.Sequential(

@@ -1,5 +1,5 @@
 """Every reward by its name: each is a file of this folder, `hpsv2_1.py` for "hpsv2.1". Nothing else names
-them: to add a reward, add its file. A file is imported when its reward is asked for, not before.
+them: to add a reward, add its file. A file is imported when its reward is asked for, not before; nor is torch.
 
 A reward's file offers
 
@@ -24,12 +24,8 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
-
 from engine.errors import UserError, one_line
-from engine.files import items_of, leads_somewhere, named_path
-from engine.finite import are_finite
-from srpo_reward import Rewards
+from engine.paths import items_of, leads_somewhere, named_path
 
 LIGHTEST, HEAVIEST = 1e-6, 1e6  # of the weights; beyond them float32 would lose one reward or all
 HELPERS = ("base", "pictures", "clip_model")    # the files of this folder that are no reward
@@ -93,9 +89,8 @@ def load_reward(name, device="cpu", where=None, **options):
         reward = module(name).load(path, device, **options)
     except Exception as error:
         raise UserError(f"{name}: not a reward model, in {path}: {one_line(error)}") from error
-    for network in vars(reward).values():
-        if isinstance(network, nn.Module) and not are_finite(network.state_dict().values()):
-            raise UserError(f"{name}: {path} holds numbers that are not finite")
+    if not reward.is_finite():
+        raise UserError(f"{name}: {path} holds numbers that are not finite")
     return reward
 
 
@@ -154,7 +149,7 @@ def load_rewards(spec, device="cpu"):
             parts[part.label] = (load_reward(part.name, device, part.where), part.weight)
         except UserError as error:
             raise UserError(f"--reward {error}") from error
-    return Rewards(parts)
+    return importlib.import_module("srpo_reward").Rewards(parts)
 
 
 def image_networks(spec):

@@ -10,9 +10,9 @@ import transformers
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from engine.configs import strict
 from engine.errors import UserError, one_line
-from engine.files import fetched
+from engine.hub import fetched
+from engine.model.configs import strict
 from rewards import base
 
 COLUMNS = {"aesthetic": base.Column("Aes", ".3f")}

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from engine.memory import keep_only_what_is_used
+from engine.memory.lean import keep_only_what_is_used
+from engine.model.tensors import are_finite
 from rewards.pictures import differentiable, exact
 from srpo_reward import with_words
 
@@ -67,6 +68,11 @@ class Reward:
         """f_img for evaluation: B PIL pictures, prepared as the scorer's authors do -> f [B, D] float32."""
         pixels = [exact(picture, self.size, self.mean, self.std, self.fit) for picture in pictures]
         return self.features(torch.stack(pixels).to(self.device))
+
+    def is_finite(self):
+        """Whether every number of its networks is finite."""
+        networks = [value for value in vars(self).values() if isinstance(value, nn.Module)]
+        return all(are_finite(network.state_dict().values()) for network in networks)
 
     def keep_image_side(self, dtype):
         """Leave on the device what a picture passes through, in dtype; the rest goes to the host. From now on

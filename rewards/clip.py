@@ -1,6 +1,6 @@
 """CLIP ViT-H/14 of LAION: a plain cosine of picture and text, with no preference learned."""
 
-from engine.files import fetched
+from engine.hub import fetched
 from rewards import clip_model
 from rewards.base import Column
 

@@ -13,9 +13,9 @@ import open_clip
 import torch
 import torch.nn.functional as F
 
-from engine.configs import check_folder, read_config
 from engine.errors import UserError
-from engine.files import fetched
+from engine.hub import fetched
+from engine.model.configs import check_folder, fitting
 from rewards import base
 
 ARCH = "ViT-H-14"                         # HPSv2.1's, and the one that PickScore was made of
@@ -149,8 +149,7 @@ def network_config(folder):
     trust_remote_code, and would offer to run that of a config with auto_map, be it the folder's or that of a
     text model on the hub that hf_model_name names. timm would fetch a network by its name.
     """
-    check_folder(folder)
-    config = read_config(folder / CONFIG, {}).get("model_cfg")
+    config = fitting(folder / CONFIG, check_folder(folder), {}).get("model_cfg")
     parts = [config.get(name) for name in ("vision_cfg", "text_cfg")] if isinstance(config, dict) else []
     if not parts or not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{CONFIG} has no model_cfg with a text_cfg and a vision_cfg")

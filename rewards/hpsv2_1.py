@@ -1,6 +1,6 @@
 """HPSv2.1 (github.com/tgxs002/HPSv2), the paper's reward: CLIP ViT-H/14 fine-tuned on people's choices."""
 
-from engine.files import fetched
+from engine.hub import fetched
 from rewards import clip_model
 from rewards.base import Column
 

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from engine.configs import check_folder, strict
 from engine.errors import UserError
-from engine.files import fetched
+from engine.hub import fetched
+from engine.model.configs import check_folder, strict
 from rewards import clip, clip_model
 from rewards.base import Column, Reward
 

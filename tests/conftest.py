@@ -10,7 +10,8 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 import flux  # noqa: E402
-import train  # noqa: E402
+import recipe
+from engine.model.folder import Model
 
 # Tests that run in the background inherit ignored signals, and train.py leaves what is ignored ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -22,7 +23,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def miniature():
     """The miniature, loaded as train.py loads any model."""
-    return flux.load("miniature")
+    return flux.load(Model("miniature"))
 
 
 @pytest.fixture
@@ -30,5 +31,5 @@ def flags():
     """flags("--form", "srp") -> the namespace that train.py has with these flags and the released
     defaults."""
     def parsed(*argv):
-        return train.parser().parse_args(argv)
+        return recipe.parser().parse_args(argv)
     return parsed

@@ -12,11 +12,14 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 import flux
-from engine import checkpoint, memory, parallel
-from engine.finite import weights_are_finite
+from engine.memory import adamw, layouts, modes, parallel
+from engine.model import tensors
+from engine.model.tensor_files import of_folder
+from engine.run import checkpoint
+from engine.run.finite import weights_are_finite
 
 LR, RANK, SEED = 2.5e-5, 4, 3
-KINDS = [(None, name) for name in memory.FULL] + [(RANK, name) for name in memory.LORA]
+KINDS = [(None, name) for name in modes.FULL] + [(RANK, name) for name in modes.LORA]
 
 
 def as_on_a_gpu(local_rank=0):
@@ -30,14 +33,14 @@ class Small:
     def __init__(self, world, lora, name):
         self.world = world
         self.name = name
-        layout = memory.Layout(lora, name, SEED)
+        layout = layouts.Layout(lora, name, SEED)
         kind = diffusers.FluxTransformer2DModel
-        transformer = parallel.load_sharded(kind, "miniature/transformer", world.device, world.dtype, world,
+        transformer = parallel.load_sharded(kind, of_folder("miniature/transformer"), world.device, world.dtype, world,
                                             layout)
         self.net = flux.Flux(transformer, None, None, world.device, world.dtype)
-        self.parameters = memory.trainable(transformer)
+        self.parameters = layouts.trainable(transformer)
         lr = 10 * LR if lora else LR
-        self.optimizer = memory.optimizer_of(self.parameters, lr, 1e-4, name, world.device)
+        self.optimizer = adamw.optimizer_of(self.parameters, lr, 1e-4, name, world.device)
 
     def gradient(self, step):
         """Leave the mean gradient of four images, and return the loss of this process's."""
@@ -61,7 +64,7 @@ class Small:
         return loss
 
     def gradients(self):
-        return {f"gradient {name}": parallel.full(parameter.grad).float()
+        return {f"gradient {name}": tensors.full(parameter.grad).float()
                 for name, parameter in self.net.transformer.named_parameters() if parameter.requires_grad}
 
     def weights(self):
@@ -69,10 +72,10 @@ class Small:
         found = {}
         for name, parameter in self.net.transformer.named_parameters():
             if parameter.requires_grad:
-                whole = parallel.full(parameter.detach())
+                whole = tensors.full(parameter.detach())
                 if self.name == "split" and parameter in self.optimizer.state:
-                    low = parallel.full(self.optimizer.state[parameter]["low"])
-                    whole = memory.join(whole, low.view(torch.int16))
+                    low = tensors.full(self.optimizer.state[parameter]["low"])
+                    whole = adamw.join(whole, low.view(torch.int16))
                 found[f"weight {name}"] = whole.float().clone()  # a later update leaves it as it is
         return found
 

@@ -17,15 +17,17 @@ from safetensors.torch import load_file, save_file
 from scripts import call
 
 import evaluate
+import recipe
 import sample
 import train
-from engine import data
+from engine.data import prompt_files
 from engine.errors import frame
+from engine.model.folder import Model
 from experiments import bench
 from miniature import build
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["--model", "miniature", "--steps", "1", "--batch", "1", "--rollout-steps", "1", "--eval-steps", "1",
+SMALL = ["--model", "miniature", "--steps", "1", "--global-batch", "1", "--rollout-steps", "1", "--eval-steps", "1",
          "--watch", "1", "--eval", "0"]
 FLUX_DEV = "black-forest-labs/FLUX.1-dev"
 
@@ -74,7 +76,7 @@ NUMBERS = {  # every float flag, and how many numbers it takes
     "lr": 1, "weight-decay": 1, "clip": 1, "rollout-guidance": 1, "shift": 1, "sigma-range": 2,
     "groundtruth-ratio": 1, "guidance": 1, "lam": 2, "cfg-k": 1, "discount-denoise": 2, "discount-invert": 2,
     "threshold": 1, "drift-band": 4, "share": 1}
-WHOLE_NUMBERS = ("size steps batch accumulate rollout-steps injections eval-steps watch watch-every "
+WHOLE_NUMBERS = ("size steps batch global-batch rollout-steps injections eval-steps watch watch-every "
                  "save-every keep replicas world-size").split()
 FLAGS = []
 for flag, n in NUMBERS.items():
@@ -99,7 +101,7 @@ FLAGS += [
     Mistake("train.py", "--shift 0", "--shift 0: must be a finite number, at least 0.001"),
     Mistake("train.py", "--steps many", "--steps many: must be a whole number"),
     Mistake("train.py", "--cells 19", "--cells 19: must be a whole number, at least 20"),
-    Mistake("train.py", "--steps 1000000 --batch 1000", "--steps 1000000: with 1000 images an update"),
+    Mistake("train.py", "--steps 1000000 --global-batch 1000 --batch 1000", "--steps 1000000: with 1000 images an update"),
     Mistake("train.py", "--groundtruth-ratio 1.5", "--groundtruth-ratio 1.5: must be a finite number"),
     Mistake("train.py", "--sigma-range 0.5 0.9", "give MAX then MIN"),
     Mistake("train.py", "--sigma-range 0.5 0.5", "give MAX then MIN"),
@@ -231,8 +233,11 @@ FILES = [
     Mistake("bench", "--images pictures", "--images: an update is timed here"),
     Mistake("train.py", "--images pictures --method refl", "only srpo takes photographs"),
     Mistake("train.py", "--explain --method draft-lv", "--explain --method draft-lv: only srpo is told"),
-    Mistake("train.py", "--method dancegrpo --batch 3 --group 2", "must be a multiple of --group 2"),
-    Mistake("train.py", "--method dancegrpo --batch 4 --group 2 --accumulate 2", "the others 1 and at least"),
+    Mistake("train.py", "--method dancegrpo --global-batch 4 --group 3", "are no multiple of --group 3; --global-batch 3 is"),
+    Mistake("train.py", "--method dancegrpo --global-batch 4 --group 2 --rollout-steps 1", "must be at least 2"),
+    Mistake("train.py", "--method refl --recipe paper", "the recipes are srpo's"),
+    Mistake("train.py", "--global-batch 6 --batch 4", "--batch 4: does not divide the 6 images of a process"),
+    Mistake("train.py", "--plan --global-batch 12", "8 processes do not divide it; 1, 2, 3, 4, 6 and 12 do"),
     Mistake("train.py", "--method dancegrpo --group 1", "--group 1: must be a whole number"),
     Mistake("train.py", "--method reinforce", "invalid choice: 'reinforce'"),
     Mistake("evaluate.py", "--images a --prefix photo", "--images and --prefix: pictures that exist"),
@@ -687,7 +692,7 @@ def one_line(monkeypatch, capsys, *argv):
     (b"\xef\xbb\xbfa fox\r\n\r\na dog", ["a fox", "a dog"]), (b"a \x1b[2J fox\n", ["a \x1b[2J fox"])])
 def test_a_text_file_is_read_as_it_is_meant(tmp_path, content, prompts):
     (tmp_path / "p.txt").write_bytes(content)
-    assert data.read_prompts(tmp_path / "p.txt") == prompts
+    assert prompt_files.read_prompts(tmp_path / "p.txt") == prompts
 
 
 def test_the_papers_prompts_come_from_the_hub_each_once(monkeypatch, tmp_path):
@@ -696,13 +701,13 @@ def test_the_papers_prompts_come_from_the_hub_each_once(monkeypatch, tmp_path):
     (tmp_path / "train.json").write_text(json.dumps([{"prompt": "a fox"}, {"prompt": "a dog"},
                                                      {"prompt": "a fox"}]))
     (tmp_path / "list.json").write_text(json.dumps(["a street", "a fox"]))
-    monkeypatch.setattr(data, "hf_hub_download", lambda dataset, name, repo_type: tmp_path / (
+    monkeypatch.setattr(prompt_files, "hf_hub_download", lambda dataset, name, repo_type: tmp_path / (
         "train.json" if name == "train.json" else "list.json"))
-    assert data.read_prompts("hpdv2") == ["a fox", "a dog"]
-    assert data.read_prompts("hpdv2-benchmark") == ["a street", "a fox"]
-    monkeypatch.setattr(data, "hf_hub_download", lambda *_, **__: 1 / 0)
+    assert prompt_files.read_prompts("hpdv2") == ["a fox", "a dog"]
+    assert prompt_files.read_prompts("hpdv2-benchmark") == ["a street", "a fox"]
+    monkeypatch.setattr(prompt_files, "hf_hub_download", lambda *_, **__: 1 / 0)
     with pytest.raises(ValueError, match="ymhao/HPDv2 cannot be fetched .*; give a text file"):
-        data.read_prompts("hpdv2")
+        prompt_files.read_prompts("hpdv2")
 
 
 @pytest.mark.usefixtures("signals")
@@ -743,7 +748,7 @@ def test_long_prompts_are_counted_once(monkeypatch, capsys, tmp_path):
     ("released", "denoise,invert", "0.7", False), ("srp", "denoise,invert", "0.7", False)])
 def test_a_threshold_that_stops_one_branch_only_is_told(flags, form, branches, threshold, told):
     a = flags("--form", form, "--branches", branches, "--threshold", threshold)
-    assert bool(train.notes(a)) == told
+    assert bool(recipe.notes(a, Model(a.model))) == told
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "sample.py"])

@@ -9,7 +9,7 @@ from torch import nn
 import baselines
 import direct_align as da
 import flux
-from engine.data import Chance
+from engine.data.draws import Chance
 
 B, N, C, D = 6, 4, 8, 5
 LEVELS = 7

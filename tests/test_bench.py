@@ -6,14 +6,16 @@ import open_clip
 import pytest
 
 import prepare
+import recipe
 import train
-from engine import parallel
+from engine.memory import parallel
+from engine.model.folder import Model
 from experiments import bench
 
 TINY_CLIP = {"embed_dim": 32,
              "vision_cfg": {"image_size": 64, "layers": 1, "width": 64, "patch_size": 16, "head_width": 32},
              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 1, "layers": 1}}
-SMALL = ["--model", "miniature", "--batch", "2", "--rollout-steps", "2"]
+SMALL = ["--model", "miniature", "--global-batch", "2", "--rollout-steps", "2"]
 
 
 def run(monkeypatch, *argv):
@@ -29,7 +31,7 @@ def tiny_clip(monkeypatch):
 
 def test_random_weights_of_flux_1_devs_classes(monkeypatch, capsys, tiny_clip, miniature):
     """As large as --model, every tensor finite, and the same update runs on them."""
-    made = bench.random_run(train.flags([*SMALL, "--memory", "masters"]), parallel.World())
+    made = bench.random_run(recipe.flags([*SMALL, "--memory", "masters"]), parallel.World())
     shapes = {name: p.shape for name, p in miniature.transformer.named_parameters()}
     assert {name: p.shape for name, p in made.net.transformer.named_parameters()} == shapes
     assert all(p.isfinite().all() for p in made.net.transformer.parameters())
@@ -65,8 +67,8 @@ def test_the_released_habits_are_compared_on_the_same_work(monkeypatch, capsys):
 
 def test_image_by_image_is_the_same_work(monkeypatch):
     """The gradient of a batch is the mean of its images' gradients."""
-    a = train.flags([*SMALL, "--noise", "independent"])
-    made = prepare.set_up(a, parallel.World())
+    a = recipe.flags([*SMALL, "--noise", "independent"])
+    made = prepare.set_up(a, Model(a.model), parallel.World())
     batch = made.batch(a, 1, 0)
     for loss, _ in train.srpo(a, made.net, made.reward, batch):
         loss.backward()

@@ -9,15 +9,16 @@ import torch
 from safetensors.torch import load_file
 
 import flux
-from engine import cache as caching
-from engine import contents, text
-from engine.cache import Cache
+from engine.data import cache, digests
+from engine.data.cache import Cache
+from engine.model import text
+from engine.model.folder import Model
 
 PROMPTS = ["a red circle", "a blue square above a white circle", "a red circle"]
 
 
 def entries(folder):
-    return sorted(path for path in folder.iterdir() if caching.ENTRY.fullmatch(path.name))
+    return sorted(path for path in folder.iterdir() if cache.ENTRY.fullmatch(path.name))
 
 
 def of_prompts(folder):
@@ -83,7 +84,7 @@ def test_half_of_the_disk_is_left_to_others(tmp_path, monkeypatch):
         kept.put(kept.key(n), {"a": torch.zeros(1000)})
         os.utime(kept.path(kept.key(n)), (100 + n, 100 + n))
     size = kept.path(kept.key(0)).stat().st_size
-    monkeypatch.setattr(caching.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, size))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, size))
     kept.trim()
     assert entries(tmp_path) == sorted(kept.path(kept.key(n)) for n in (2, 3))  # of five, all that there is
 
@@ -92,7 +93,7 @@ def test_a_full_disk_is_told_once_and_ends_nothing(kept, monkeypatch, capsys):
     def full(path, content):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(caching, "write_whole", full)
+    monkeypatch.setattr(cache, "write_whole", full)
     for n in range(3):
         kept.put(kept.key(n), {"a": torch.zeros(3)})
     assert capsys.readouterr().out.count("No space left on device; nothing more is cached there") == 1
@@ -117,19 +118,19 @@ def test_two_runs_at_once_do_each_other_no_harm(tmp_path, capfd):
         process.join()
     assert [process.exitcode for process in processes] == [0, 0] and "damaged" not in capfd.readouterr().out
     assert 0 < len(entries(tmp_path)) <= 12
-    assert all(caching.ENTRY.fullmatch(path.name) for path in tmp_path.iterdir())
+    assert all(cache.ENTRY.fullmatch(path.name) for path in tmp_path.iterdir())
 
 
 def test_files_that_look_as_they_did_are_hashed_once_for_all_runs(kept, tmp_path, monkeypatch):
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "weights").write_bytes(b"1234")
-    known = contents.known_digest([tmp_path / "encoder"], kept)
-    assert known == contents.digest_of_files([tmp_path / "encoder"])
+    known = digests.known_digest([tmp_path / "encoder"], kept)
+    assert known == digests.digest_of_files([tmp_path / "encoder"])
     (tmp_path / "encoder" / "weights").write_bytes(b"12345")
-    other = contents.known_digest([tmp_path / "encoder"], kept)
+    other = digests.known_digest([tmp_path / "encoder"], kept)
     assert other != known
-    monkeypatch.setattr(contents, "digest_of_files", lambda places: 1 / 0)
-    assert contents.known_digest([tmp_path / "encoder"], Cache(kept.folder)) == other
+    monkeypatch.setattr(digests, "digest_of_files", lambda places: 1 / 0)
+    assert digests.known_digest([tmp_path / "encoder"], Cache(kept.folder)) == other
 
 
 # ------------------------------------------------------------------------------------------------- embeddings
@@ -139,17 +140,17 @@ def equal(a, b):
 
 def test_embeddings_are_the_same_from_the_cache_which_spares_the_encoders(kept, monkeypatch):
     long = "a red circle " * 20
-    plain = flux.encode_prompts("miniature", [*PROMPTS, long])
+    plain = flux.encode_prompts(Model("miniature"), [*PROMPTS, long])
     assert plain.truncated == 1
-    first = flux.encode_prompts("miniature", [*PROMPTS, long], cache=kept)
+    first = flux.encode_prompts(Model("miniature"), [*PROMPTS, long], cache=kept)
     assert len(of_prompts(kept.folder)) == 3  # a text is there once
     monkeypatch.setattr(text, "load", lambda folder, dtype: 1 / 0)
-    again = flux.encode_prompts("miniature", [*PROMPTS, long], cache=kept)
+    again = flux.encode_prompts(Model("miniature"), [*PROMPTS, long], cache=kept)
     assert equal(first, plain) and equal(again, plain)
 
 
 def test_only_what_is_missing_is_encoded(kept, monkeypatch):
-    flux.encode_prompts("miniature", PROMPTS[:1], cache=kept)
+    flux.encode_prompts(Model("miniature"), PROMPTS[:1], cache=kept)
     encoded = []
     encode = text.encode
 
@@ -158,7 +159,7 @@ def test_only_what_is_missing_is_encoded(kept, monkeypatch):
         return encode(pipe, prompt, most)
 
     monkeypatch.setattr(text, "encode", noted)
-    flux.encode_prompts("miniature", PROMPTS, cache=kept)
+    flux.encode_prompts(Model("miniature"), PROMPTS, cache=kept)
     assert set(encoded) == {PROMPTS[1]}
 
 
@@ -166,21 +167,21 @@ def test_only_what_is_missing_is_encoded(kept, monkeypatch):
 def test_another_encoder_has_other_embeddings(kept, tmp_path, part):
     model = tmp_path / "model"
     shutil.copytree("miniature", model, ignore=shutil.ignore_patterns("*.py", "reward*", "judge", ".build"))
-    flux.encode_prompts(model, PROMPTS, cache=kept)
+    flux.encode_prompts(Model(model), PROMPTS, cache=kept)
     dtype = torch.bfloat16 if part == "dtype" else torch.float32
     if part != "dtype":
         (model / part / "note").write_text("other")
-    flux.encode_prompts(model, PROMPTS, dtype=dtype, cache=kept)
+    flux.encode_prompts(Model(model), PROMPTS, dtype=dtype, cache=kept)
     assert len(of_prompts(kept.folder)) == 4
     (model / "vae" / "note").write_text("other")  # what makes no embedding does not matter
-    flux.encode_prompts(model, PROMPTS, dtype=dtype, cache=kept)
+    flux.encode_prompts(Model(model), PROMPTS, dtype=dtype, cache=kept)
     assert len(of_prompts(kept.folder)) == 4
 
 
 def test_the_home_is_used_for_full_size_models_alone(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert caching.folder_of("auto", is_full_size=True) == tmp_path / "srpo"
-    assert caching.folder_of("auto", is_full_size=False) is None
-    assert caching.folder_of(None, is_full_size=True) is None
-    assert caching.folder_of(str(tmp_path / "new"), is_full_size=False) == str(tmp_path / "new")
+    assert cache.folder_of("auto", is_full_size=True) == tmp_path / "srpo"
+    assert cache.folder_of("auto", is_full_size=False) is None
+    assert cache.folder_of(None, is_full_size=True) is None
+    assert cache.folder_of(str(tmp_path / "new"), is_full_size=False) == str(tmp_path / "new")
     assert not list(tmp_path.iterdir()) and not flux.is_full_size("miniature")

@@ -4,8 +4,9 @@ import shutil
 
 import pytest
 
-from engine import contents
+from engine.data import digests
 from engine.errors import UserError
+from engine.run import contents
 
 
 def of(folder, prompts=("a fox",)):
@@ -53,5 +54,5 @@ def test_what_was_learnt_from_and_is_gone_is_named(begun):
 
 def test_files_that_look_as_they_did_are_not_hashed_again(begun, monkeypatch):
     folder, then = begun
-    monkeypatch.setattr(contents, "digest_of_files", lambda places: 1 / 0)
+    monkeypatch.setattr(digests, "digest_of_files", lambda places: 1 / 0)
     of(folder).compare(then)

@@ -1,8 +1,8 @@
-"""Claims about engine/data.py: the files that prompts come in."""
+"""Claims about engine/data/: the files that prompts come in."""
 
 import pytest
 
-from engine import data
+from engine.data import prompt_files
 
 FOX, DOG = "a fox, asleep", 'a "dog"'
 FILES = {
@@ -23,11 +23,11 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_prompts_come_in_any_of_these_files(tmp_path, name):
     (tmp_path / name).write_bytes(FILES[name].encode())
-    assert data.read_prompts(tmp_path / name) == [FOX, DOG]
+    assert prompt_files.read_prompts(tmp_path / name) == [FOX, DOG]
 
 
 def test_a_prompt_may_run_over_lines_and_hold_a_line_break_of_unicode(tmp_path):
     (tmp_path / "p.csv").write_text('prompt,id\n"a fox\nasleep",1\na dog,2\n')
-    assert data.read_prompts(tmp_path / "p.csv") == ["a fox\nasleep", "a dog"]
+    assert prompt_files.read_prompts(tmp_path / "p.csv") == ["a fox\nasleep", "a dog"]
     (tmp_path / "p.jsonl").write_text('"a fox\u2028asleep"\n"a dog"\n')
-    assert data.read_prompts(tmp_path / "p.jsonl") == ["a fox\u2028asleep", "a dog"]
+    assert prompt_files.read_prompts(tmp_path / "p.jsonl") == ["a fox\u2028asleep", "a dog"]

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import direct_align as da
+import recipe
 import srpo_reward as sr
 
 B, N, C = 3, 16, 64
@@ -125,7 +126,7 @@ def test_eq12_and_eq13_every_form_wants_the_same_thing_in_both_branches():
     C2 below.)"""
     f, C0, C1, C2 = features()
     weights = {}
-    for form in sr.FORMS:
+    for form in recipe.FORMS:
         for branch in ("denoise", "invert"):
             probe = f.clone().requires_grad_()
             sr.branch_reward(form, branch, probe, C0, C1, C2, 0.25, 1.5).sum().backward()

@@ -26,7 +26,7 @@ from scripts import call, start
 
 import evaluate
 import flux
-from engine import data
+from engine.data import prompt_files
 from evaluation import metrics, picture_folders, tables
 from evaluation.metrics import diversity, geneval
 
@@ -384,7 +384,7 @@ def test_every_column_of_table_1_from_a_benchmark_in_four_categories(monkeypatch
     monkeypatch.setattr(geneval, "TASKS", {tag: sum(e["tag"] == tag for e in few) for tag in geneval.TASKS})
     monkeypatch.setattr(geneval, "SHORT", 64)
     write_lines(files["geneval"] / geneval.METADATA, few)
-    prompts = data.read_prompts("miniature/prompts_eval.txt")
+    prompts = prompt_files.read_prompts("miniature/prompts_eval.txt")
     (tmp_path / "benchmark").mkdir()
     for i, category in enumerate(("anime", "concept-art", "paintings", "photo")):
         (tmp_path / "benchmark" / f"{category}.json").write_text(json.dumps(prompts[5 * i:5 * i + 5]))
@@ -448,7 +448,7 @@ def test_a_prefixed_base_is_sampled_with_the_words_and_scored_without(tmp_path):
     assert evaluate.run([*common, "--prefix", "realistic photo", "--out", str(out)]) == 0
     rows = json.loads((out / "results.json").read_text())["rows"]
     assert list(rows) == ["base", picture_folders.PREFIXED] and rows[picture_folders.PREFIXED]["overall"]
-    lines = [f"realistic photo. {prompt.text}" for prompt in data.read_prompts_by_category(
+    lines = [f"realistic photo. {prompt.text}" for prompt in prompt_files.read_prompts_by_category(
         "miniature/prompts_eval.txt")[:4]]
     (tmp_path / "longer.txt").write_text("\n".join(lines))
     argv = [*common, "--prompts", str(tmp_path / "longer.txt"), "--out", str(tmp_path / "longer")]

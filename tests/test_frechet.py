@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import evaluate
-from engine.data import read_prompts
+from engine.data.prompt_files import read_prompts
 from evaluation.metrics import frechet
 from miniature import world
 

@@ -11,8 +11,9 @@ from builders import a_batch, backward
 
 import direct_align as da
 import flux
+import recipe
 import srpo_reward as sr
-import train
+from engine.model.folder import Model
 
 
 def unit(*shape):
@@ -93,7 +94,7 @@ def test_d4_as_printed_a_branch_sees_one_text_and_as_released_both(flags):
     released."""
     one = torch.ones(1, 1)  # f and every text feature: the reward is the sum of the texts' weights
     total = {form: sr.branch_reward(form, "denoise", one, one, one, one, 0.2, 1.5).item()
-             for form in sr.FORMS}
+             for form in recipe.FORMS}
     assert total["branches"] == pytest.approx(1) and total["released"] == pytest.approx(0.2)
     assert total["srp"] == pytest.approx(0)
 
@@ -131,7 +132,7 @@ def test_d7_the_threshold_stops_a_reward_above_it(flags):
 
 
 def test_d8_guidance_1_and_3_5_are_different_networks(miniature):
-    txt, pooled, _ = flux.encode_prompts("miniature", ["a red circle left of a blue square"])
+    txt, pooled, _ = flux.encode_prompts(Model("miniature"), ["a red circle left of a blue square"])
     x = flux.noise(miniature, (4, 4), [0])
     c = flux.Condition(txt, pooled, (4, 4))
     v1, v35 = (miniature.velocity(x, 0.9, c, g) for g in (1.0, 3.5))
@@ -144,7 +145,7 @@ def test_d9_the_released_range_is_a_fifth_of_the_trajectory(flags):
 
 
 def test_d10_shared_noise_is_one_noise_and_the_injected_one(flags):
-    assert flags().noise == "shared" and "--noise independent" in train.RECIPES["paper"]
+    assert flags().noise == "shared" and "--noise independent" in recipe.RECIPES["paper"]
     other = torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(1))
     toy = Toy()
     own, fresh = (((da.inject(toy.x0, e, 0.9) - 0.9 * e) / 0.1 - toy.x0).abs().max()

@@ -1,4 +1,4 @@
-"""Claims about engine/memory.py and engine/lora.py: every --memory trains what the plain path trains, on one
+"""Claims about engine/memory/layouts.py and engine/model/lora.py: every --memory trains what the plain path trains, on one
 process and on two. On the CPU, through the code that runs on GPUs."""
 
 import json
@@ -17,8 +17,11 @@ from scripts import call
 import direct_align as da
 import flux
 import rewards
-from engine import lora, memory, parallel
 from engine.errors import UserError
+from engine.memory import adamw, layouts, lean, modes, parallel
+from engine.model import lora
+from engine.model.folder import Model
+from engine.model.tensor_files import of_folder
 
 MODES = [name for _, name in KINDS]
 
@@ -72,7 +75,7 @@ def distance(a, b):
 
 def same_as(name):
     """The path that a --memory is compared with."""
-    return "masters" if name in memory.FULL else "bf16"
+    return "masters" if name in modes.FULL else "bf16"
 
 
 @pytest.mark.parametrize("name", ["offload", "stream"])
@@ -99,7 +102,7 @@ def test_two_ranks_train_as_one_process(one, two, name):
     into more, and with split the gradients themselves are bf16."""
     near = 4e-3 if name == "split" else 1e-6
     assert distance(two.flat(name, "gradient"), one.flat(name, "gradient")) < near
-    near = 1e-3 if name in memory.LORA else 1e-5
+    near = 1e-3 if name in modes.LORA else 1e-5
     assert distance(two.flat(name, "weight"), one.flat(name, "weight")) < near
 
 
@@ -134,7 +137,7 @@ def test_state_takes_the_bytes_that_the_names_promise(one, as_a_gpu):
     assert one.facts["split"]["state_bytes"] == 8 * parameters
     trained = one.flat("bf16", "weight").numel()
     base = {}
-    for name in memory.LORA:
+    for name in modes.LORA:
         facts = as_a_gpu.facts[name]
         assert facts["state_bytes"] == 12 * trained
         base[name] = (facts["all_bytes"] - facts["state_bytes"]) / parameters
@@ -150,13 +153,13 @@ def test_a_float32_is_split_and_joined_to_the_bit():
     ties = torch.tensor([0x3F808000, 0x3F818000, -0x407F8000, 0x3F80FFFF, 0x3F817FFF, 0, -2**31])
     numbers = torch.cat([bits, ties]).to(torch.int32).view(torch.float32)
     numbers = numbers[numbers.isfinite()]
-    high, low = memory.split(numbers)
-    assert torch.equal(memory.join(high, low).view(torch.int32), numbers.view(torch.int32))
+    high, low = adamw.split(numbers)
+    assert torch.equal(adamw.join(high, low).view(torch.int32), numbers.view(torch.int32))
     is_tie = numbers.view(torch.int32) & 0xFFFF == 0x8000
     assert torch.equal(high[~is_tie], numbers[~is_tie].to(torch.bfloat16))
     broken = torch.tensor([0x7F800000, 0x7FFFFFFF, 0x7FC00000, -0x800000], dtype=torch.int32)
-    high, low = memory.split(broken.view(torch.float32))
-    assert not high.isfinite().any() and not memory.join(high, low).isfinite().any()
+    high, low = adamw.split(broken.view(torch.float32))
+    assert not high.isfinite().any() and not adamw.join(high, low).isfinite().any()
 
 
 def test_split_adamw_is_adamw():
@@ -166,7 +169,7 @@ def test_split_adamw_is_adamw():
     weights = [0.05 * torch.randn(shape, generator=generator) for shape in ((40, 30), (30,))]
     halves = [torch.nn.Parameter(weight.to(torch.bfloat16)) for weight in weights]
     masters = [torch.nn.Parameter(half.detach().float()) for half in halves]
-    ours = memory.SplitAdamW(halves, 5e-6, weight_decay=1e-4, moments=torch.float32)
+    ours = adamw.SplitAdamW(halves, 5e-6, weight_decay=1e-4, moments=torch.float32)
     torchs = torch.optim.AdamW(masters, 5e-6, weight_decay=1e-4)
     for _ in range(50):
         for half, master in zip(halves, masters, strict=True):
@@ -175,9 +178,9 @@ def test_split_adamw_is_adamw():
         ours.step()
         torchs.step()
     for half, master in zip(halves, masters, strict=True):
-        joined = memory.join(half.detach(), ours.state[half]["low"].view(torch.int16))
+        joined = adamw.join(half.detach(), ours.state[half]["low"].view(torch.int16))
         assert torch.equal(joined, master.detach())
-        assert torch.equal(half.detach(), memory.split(master.detach())[0])
+        assert torch.equal(half.detach(), adamw.split(master.detach())[0])
 
 
 def test_split_adamw_keeps_what_bf16_would_lose():
@@ -185,12 +188,12 @@ def test_split_adamw_keeps_what_bf16_would_lose():
     direction move a weight by 9.5e-5. Plain AdamW on bf16 weights moves none."""
     start = torch.full((1000,), 0.02).to(torch.bfloat16)
     ours, plain = torch.nn.Parameter(start.clone()), torch.nn.Parameter(start.clone())
-    optimizers = [memory.SplitAdamW([ours], 5e-6), torch.optim.AdamW([plain], 5e-6, weight_decay=0)]
+    optimizers = [adamw.SplitAdamW([ours], 5e-6), torch.optim.AdamW([plain], 5e-6, weight_decay=0)]
     for _ in range(19):
         for parameter, optimizer in zip((ours, plain), optimizers, strict=True):
             parameter.grad = torch.full_like(parameter, 1e-3)
             optimizer.step()
-    moved = start.float() - memory.join(ours.detach(), optimizers[0].state[ours]["low"].view(torch.int16))
+    moved = start.float() - adamw.join(ours.detach(), optimizers[0].state[ours]["low"].view(torch.int16))
     assert moved == pytest.approx(19 * 5e-6, rel=0.01)
     assert torch.equal(plain.detach(), start)
 
@@ -200,10 +203,10 @@ def test_the_distance_of_split_masters_from_float32(flags):
     """200 updates of SRPO on the miniature, all fed the same gradients; distance of the weights from AdamW's
     in float32, in units of the way that those have gone. (pytest -m slow -s)"""
     a = flags("--threshold", "off", "--form", "srp", "--branches", "denoise")
-    net = flux.load("miniature")
+    net = flux.load(Model("miniature"))
     reward = rewards.load_rewards("miniature/reward")
     prompts = Path("miniature/prompts.txt").read_text().splitlines()
-    embeddings = flux.encode_prompts("miniature", prompts)
+    embeddings = flux.encode_prompts(Model("miniature"), prompts)
     start = [p.detach().to(torch.bfloat16) for p in net.transformer.parameters()]
     masters = list(net.transformer.parameters())
     with torch.no_grad():
@@ -214,7 +217,7 @@ def test_the_distance_of_split_masters_from_float32(flags):
     halves = {}
     for name, moments in (("float32 moments", torch.float32), ("bf16 moments", torch.bfloat16)):
         parameters = [torch.nn.Parameter(weight.clone()) for weight in start]
-        halves[name] = memory.SplitAdamW(parameters, **options, moments=moments)
+        halves[name] = adamw.SplitAdamW(parameters, **options, moments=moments)
     plain = torch.optim.AdamW([torch.nn.Parameter(weight.clone()) for weight in start], **options)
     off = {}
     for step in range(1, 201):
@@ -237,7 +240,7 @@ def test_the_distance_of_split_masters_from_float32(flags):
         if step in (19, 200):
             way = [m.detach() - w.float() for m, w in zip(masters, start, strict=True)]
             length = torch.cat([w.flatten() for w in way]).norm()
-            found = {name: [memory.join(p.detach(), optimizer.state[p]["low"].view(torch.int16))
+            found = {name: [adamw.join(p.detach(), optimizer.state[p]["low"].view(torch.int16))
                             for p in optimizer.param_groups[0]["params"]]
                      for name, optimizer in halves.items()}
             weights = [p.detach().float() for p in plain.param_groups[0]["params"]]
@@ -258,8 +261,8 @@ def world():
 
 def with_adapters(miniature, world, rank=RANK, seed=0):
     """The miniature with adapters whose B is not zero, so that they matter."""
-    transformer = parallel.load_sharded(diffusers.FluxTransformer2DModel, "miniature/transformer",
-                                        world.device, world.dtype, world, memory.Layout(rank, "bf16", seed))
+    transformer = parallel.load_sharded(diffusers.FluxTransformer2DModel, of_folder("miniature/transformer"),
+                                        world.device, world.dtype, world, layouts.Layout(rank, "bf16", seed))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in lora.adapters(transformer).items():
@@ -278,8 +281,8 @@ def velocity(net):
 
 
 def test_adapters_start_as_the_base_and_can_be_switched_off(miniature, world):
-    layout = memory.Layout(RANK, "bf16", 0)
-    fresh = parallel.load_sharded(diffusers.FluxTransformer2DModel, "miniature/transformer", world.device,
+    layout = layouts.Layout(RANK, "bf16", 0)
+    fresh = parallel.load_sharded(diffusers.FluxTransformer2DModel, of_folder("miniature/transformer"), world.device,
                                   world.dtype, world, layout)
     base = velocity(miniature)
     assert torch.equal(velocity(replace(miniature, transformer=fresh)), base)
@@ -298,7 +301,7 @@ def test_adapters_stand_beside_all_linear_layers_of_the_blocks(miniature, world)
     first, again, other = (with_adapters(miniature, world, seed=seed).transformer for seed in (0, 0, 1))
     found = lora.adapters(first)
     assert len(found) == 2 * (2 * 12 + 4 * 5) and 19 * 12 + 38 * 5 == 418
-    assert set(map(id, memory.trainable(first))) == set(map(id, found.values()))
+    assert set(map(id, layouts.trainable(first))) == set(map(id, found.values()))
     key = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
     assert torch.equal(found[key], lora.adapters(again)[key])
     assert not torch.equal(found[key], lora.adapters(other)[key])
@@ -316,7 +319,7 @@ def test_the_file_loads_in_diffusers_and_merged_is_loaded(tmp_path, miniature, w
     pipe.load_lora_weights(str(tmp_path))
     loaded = velocity(replace(miniature, transformer=pipe.transformer))
     assert (loaded - velocity(net)).abs().max() < 1e-5
-    merged = flux.load("miniature").transformer
+    merged = flux.load(Model("miniature")).transformer
     lora.merge_into(merged, tmp_path)
     assert distance(velocity(replace(miniature, transformer=merged)), loaded) < 1e-6
 
@@ -336,8 +339,8 @@ def test_the_file_has_the_names_that_comfyui_maps(tmp_path, miniature, world):
 def test_a_lora_is_read_back_into_adapters(tmp_path, miniature, world):
     net = with_adapters(miniature, world)
     lora.export_adapters(net.transformer, tmp_path, world)
-    fresh = parallel.load_sharded(diffusers.FluxTransformer2DModel, "miniature/transformer", world.device,
-                                  world.dtype, world, memory.Layout(RANK, "bf16", 5))
+    fresh = parallel.load_sharded(diffusers.FluxTransformer2DModel, of_folder("miniature/transformer"), world.device,
+                                  world.dtype, world, layouts.Layout(RANK, "bf16", 5))
     lora.load_into(fresh, tmp_path)
     assert torch.equal(velocity(replace(miniature, transformer=fresh)), velocity(net))
 
@@ -376,7 +379,7 @@ def test_a_lora_that_is_not_of_this_model_is_one_line(tmp_path, miniature, world
     assert torch.equal(velocity(net), before)
     if words != "another rank":  # it can be merged all the same
         with pytest.raises(UserError, match=words):
-            lora.merge_into(flux.load("miniature").transformer, tmp_path)
+            lora.merge_into(flux.load(Model("miniature")).transformer, tmp_path)
 
 
 def test_a_lora_that_cannot_be_read_is_one_line(tmp_path):
@@ -390,9 +393,9 @@ def test_a_lora_that_cannot_be_read_is_one_line(tmp_path):
 @pytest.mark.parametrize("rank, name", [(None, "fp8"), (8, "split")])
 def test_a_memory_that_is_for_something_else_is_one_line(rank, name):
     with pytest.raises(UserError, match=f"--memory {name}: is for"):
-        memory.check(rank, name)
-    for allowed in ("auto", *memory.choices(rank)):
-        memory.check(rank, allowed)
+        modes.check(rank, name)
+    for allowed in ("auto", *modes.choices(rank)):
+        modes.check(rank, allowed)
 
 
 # -------------------------------------------------------------------------------------------- the reward path
@@ -406,8 +409,8 @@ def test_of_a_reward_the_image_side_alone_stays(tmp_path):
     def look():
         return reward.image_features(images)
 
-    assert memory.parts_used(network, look) == [network.visual]
-    memory.keep_only_what_is_used(network, look, torch.bfloat16)
+    assert lean.parts_used(network, look) == [network.visual]
+    lean.keep_only_what_is_used(network, look, torch.bfloat16)
     assert {p.dtype for p in network.visual.parameters()} == {torch.bfloat16}
     assert network.token_embedding.weight.dtype == torch.float32
     images.requires_grad_(True)
@@ -419,7 +422,7 @@ def test_of_a_reward_the_image_side_alone_stays(tmp_path):
 
 def test_the_decoder_recomputed_gives_the_same_gradient(miniature):
     z = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0))
-    vae = flux.load("miniature").vae
+    vae = flux.load(Model("miniature")).vae
     vae.enable_gradient_checkpointing()
     gradients = []
     for net in (miniature, replace(miniature, vae=vae)):

@@ -24,15 +24,18 @@ from safetensors.torch import load_file, save_file
 import evaluate
 import flux
 import prepare
+import recipe
 import rewards
 import sample
 import train
-from engine import command_line, lora, merge, single_file
+from engine import command_line, merge
 from engine.errors import UserError
+from engine.model import lora, single_file
+from engine.model.folder import Model
 from rewards import clip_model
 
 SCHNELL = "black-forest-labs/FLUX.1-schnell"
-SMALL = ["--model", "miniature", "--batch", "2", "--rollout-steps", "1", "--eval-steps", "1", "--watch", "2",
+SMALL = ["--model", "miniature", "--global-batch", "2", "--rollout-steps", "1", "--eval-steps", "1", "--watch", "2",
          "--watch-every", "1", "--eval", "0"]
 
 
@@ -67,12 +70,12 @@ def no_hub(monkeypatch):
 @pytest.mark.usefixtures("no_hub")
 def test_schnell_is_planned_by_its_name_without_a_network():
     """No guidance embedding, 256 text tokens, 4 steps, its own time shift, which is none; flags go before."""
-    a = train.flags(["--model", SCHNELL])
-    job = prepare.job(a)
+    a = recipe.flags(["--model", SCHNELL])
+    job = prepare.job(a, Model(a.model))
     assert job.transformer == {"guidance_embeds": False} and job.text_tokens == 256
     assert (a.rollout_steps, a.eval_steps, a.shift, a.size) == (4, 4, None, 720)
-    assert train.flags(["--model", SCHNELL, "--eval-steps", "8"]).eval_steps == 8
-    assert train.notes(a) == [f"--rollout-steps 4: what the configs of {SCHNELL} say",
+    assert recipe.flags(["--model", SCHNELL, "--eval-steps", "8"]).eval_steps == 8
+    assert recipe.notes(a, Model(a.model)) == [f"--rollout-steps 4: what the configs of {SCHNELL} say",
                               f"--eval-steps 4: what the configs of {SCHNELL} say",
                               f"--shift off: what the configs of {SCHNELL} say"]
 
@@ -83,11 +86,11 @@ def test_schnell_is_planned_by_its_name_without_a_network():
     ("someone/flux", ["--model someone/flux: not a model known here; its defaults and its plan are "
                       "FLUX.1-dev's"])])
 def test_krea_is_planned_as_dev_and_so_is_what_is_not_known_which_is_said(name, notes):
-    a = train.flags(["--model", name])
-    job = prepare.job(a)
+    a = recipe.flags(["--model", name])
+    job = prepare.job(a, Model(a.model))
     assert job.transformer == {"guidance_embeds": True} and job.text_tokens == 512
     assert (a.rollout_steps, a.eval_steps, a.shift, a.size) == (25, 50, 3.0, 720)
-    assert train.notes(a) == notes
+    assert recipe.notes(a, Model(a.model)) == notes
 
 
 def test_a_schnell_samples_as_fluxpipeline(tmp_path):
@@ -95,10 +98,10 @@ def test_a_schnell_samples_as_fluxpipeline(tmp_path):
     model = make_schnell(tmp_path / "schnell")
     pipe = FluxPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    net = flux.load(model)
+    net = flux.load(Model(model))
     grid = net.grid(32, 32)
     assert net.shift(16) == 1.0
-    embeddings = flux.encode_prompts(model, ["a red circle"])
+    embeddings = flux.encode_prompts(Model(model), ["a red circle"])
     assert embeddings.txt.shape[1] == 256
     eps = flux.noise(net, grid, [3])
     ours = flux.sample(net, embeddings.txt, embeddings.pooled, eps, grid, steps=4, guidance=3.5)
@@ -156,7 +159,7 @@ def test_one_file_is_the_same_network_as_the_folder(layout, tmp_path, miniature)
     if "all" in layout:
         state["vae.decoder.conv_in.weight"] = torch.zeros(3)
     save_file(state, tmp_path / "one.safetensors")
-    found = flux.load("miniature", str(tmp_path / "one.safetensors")).transformer.state_dict()
+    found = flux.load(Model("miniature"), str(tmp_path / "one.safetensors")).transformer.state_dict()
     for name, tensor in miniature.transformer.state_dict().items():
         assert torch.equal(found[name], tensor), name
 
@@ -171,11 +174,11 @@ def test_with_full_weights_the_hubs_transformer_is_not_fetched(tmp_path, monkeyp
 
     monkeypatch.setattr(flux, "snapshot_download", give)
     shutil.copy(Path("miniature") / PART, tmp_path / "one.safetensors")
-    flux.load("someone/flux", str(tmp_path / "one.safetensors"))
+    flux.load(Model("someone/flux"), str(tmp_path / "one.safetensors"))
     read = flux.files_of("someone/flux", str(tmp_path / "one.safetensors"))
     assert "transformer/config.json" in asked and "transformer/*" not in asked
     assert Path("miniature/transformer") not in read and Path("miniature/vae") in read
-    flux.load("someone/flux")
+    flux.load(Model("someone/flux"))
     assert "transformer/*" in asked
 
 
@@ -269,7 +272,7 @@ def test_a_lora_goes_on_or_is_merged(tmp_path, run):
     assert run(train, *SMALL, "--steps", "1", "--lr", "1e-9", "--out", merged, "--weights",
                one / "weights")[0] == 0
     ours = load_file(merged / "weights" / "diffusion_pytorch_model.safetensors")
-    theirs = flux.load("miniature", str(tmp_path / "my.safetensors")).transformer.state_dict()
+    theirs = flux.load(Model("miniature"), str(tmp_path / "my.safetensors")).transformer.state_dict()
     for name, tensor in theirs.items():
         assert (ours[name] - tensor).abs().max() < 1e-6, name
 
@@ -286,7 +289,7 @@ def test_a_lora_is_merged_into_full_weights_that_diffusers_loads(tmp_path, capsy
                  f"{tmp_path}/{name}"]
         merge.main(flags)
         theirs = FluxTransformer2DModel.from_pretrained(tmp_path / name).state_dict()
-        ours = flux.load("miniature", f"{tmp_path}/{name}.safetensors").transformer.state_dict()
+        ours = flux.load(Model("miniature"), f"{tmp_path}/{name}.safetensors").transformer.state_dict()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
         with pytest.raises(SystemExit):
             merge.main(flags)
@@ -313,31 +316,31 @@ def test_the_other_scripts_take_one_file_too(tmp_path, run):
 def test_a_foreign_folder_says_its_size_in_a_line(tmp_path):
     """32 pixels, and not 720: what its VAE was made for; srpo.json and flags go before."""
     model = make_foreign_flux(tmp_path / "theirs")
-    for parser in (sample.flags(), evaluate.flags(), train.parser()):
+    for parser in (sample.flags(), evaluate.flags(), recipe.parser()):
         a = command_line.parse(parser, ["--model", str(model)], flux.defaults_of)
         assert a.size == 32
         assert flux.notes(str(model), vars(a)) == [f"--size 32: what the configs of {model} say"]
-    assert train.flags(["--model", str(model), "--size", "48"]).size == 48
+    assert recipe.flags(["--model", str(model), "--size", "48"]).size == 48
     edit_json(model / "vae" / "config.json", sample_size=1024)  # FLUX.1-dev's
-    assert train.flags(["--model", str(model)]).size == 720
+    assert recipe.flags(["--model", str(model)]).size == 720
     edit_json(model / "vae" / "config.json", sample_size=None)
-    assert train.flags(["--model", str(model)]).size == 720
+    assert recipe.flags(["--model", str(model)]).size == 720
     edit_json(model / "vae" / "config.json", sample_size=100)   # to whole tokens
-    assert train.flags(["--model", str(model)]).size == 96
+    assert recipe.flags(["--model", str(model)]).size == 96
     (model / "srpo.json").write_text('{"size": 64}')
-    a = train.flags(["--model", str(model)])
-    assert a.size == 64 and train.notes(a) == []
+    a = recipe.flags(["--model", str(model)])
+    assert a.size == 64 and recipe.notes(a, Model(a.model)) == []
 
 
 def test_what_a_foreign_folder_leaves_out_is_the_libraries_own(tmp_path, miniature):
     """A VAE without a shift has none; a tokenizer without a limit has its encoder's: CLIP's positions, T5's
     512."""
     model = make_foreign_flux(tmp_path / "theirs")
-    embeddings = flux.encode_prompts(model, ["a red circle left of a blue square"])
+    embeddings = flux.encode_prompts(Model(model), ["a red circle left of a blue square"])
     assert embeddings.txt.shape[1] == flux.configs(model).text_tokens == 512
-    ours = flux.encode_prompts("miniature", ["a red circle left of a blue square"])
+    ours = flux.encode_prompts(Model("miniature"), ["a red circle left of a blue square"])
     assert torch.allclose(embeddings.pooled, ours.pooled, atol=1e-5)
-    net = flux.load(model)
+    net = flux.load(Model(model))
     x = torch.randn(1, 4, 64)
     z = flux.unpack(x, (2, 2)) / net.vae.config.scaling_factor
     with torch.no_grad():

@@ -12,14 +12,18 @@ from safetensors.torch import load_file
 from scripts import call, start
 
 import prepare
+import recipe
 import train
-from engine import lora, memory, parallel, run_folder
+from engine.memory import modes, parallel
+from engine.model import lora
+from engine.model.folder import Model
+from engine.run import folder as run_folder
 
 SMALL = ["train.py", "--model", "miniature", "--rollout-steps", "2", "--eval-steps", "2", "--watch", "2",
          "--eval", "0"]
 RECIPE = json.loads(Path("miniature/srpo.json").read_text())
-OF_FULL = [["--memory", name] for name in memory.FULL[1:]]
-OF_LORA = [["--lora", "4", "--memory", name] for name in memory.LORA]
+OF_FULL = [["--memory", name] for name in modes.FULL[1:]]
+OF_LORA = [["--lora", "4", "--memory", name] for name in modes.LORA]
 
 
 def trained(out):
@@ -44,9 +48,9 @@ def test_every_path_trains_as_the_plain_one(tmp_path, flags):
     printed = tmp_path / "printed"
     common = [*SMALL, "--steps", "3"]
     plain = [] if flags[0] == "--memory" else flags[:2]
-    call(printed, *common, "--batch", 2, "--out", tmp_path / "plain", *plain)
-    call(printed, *common, "--batch", 2, "--out", tmp_path / "one", *flags)
-    call(printed, *common, "--batch", 1, "--out", tmp_path / "two", *flags, ranks=2)
+    call(printed, *common, "--global-batch", 2, "--out", tmp_path / "plain", *plain)
+    call(printed, *common, "--global-batch", 2, "--out", tmp_path / "one", *flags)
+    call(printed, *common, "--global-batch", 1, "--out", tmp_path / "two", *flags, ranks=2)
     for out in ("one", "two"):
         rounding = 2**-8 if flags[-1] == "split" else 0
         off = farthest(trained(tmp_path / out), trained(tmp_path / "plain"), rounding)
@@ -61,7 +65,7 @@ def test_killed_it_goes_on_to_the_same_end(tmp_path, flags, ranks):
     """kill -9 of every process, some time after the first checkpoint; bit-identical with a run that nobody
     killed."""
     printed = tmp_path / "printed"
-    common = [*SMALL, "--batch", "1", "--steps", "3", "--save-every", "1", *flags]
+    common = [*SMALL, "--global-batch", "1", "--steps", "3", "--save-every", "1", *flags]
     call(printed, *common, "--out", tmp_path / "whole", ranks=ranks)
     processes = start(printed, *common, "--out", tmp_path / "killed", ranks=ranks)
     while not run_folder.finished(tmp_path / "killed"):
@@ -83,9 +87,9 @@ def test_a_small_card_saves_on_the_reward_path():
     left the device, the decoder is recomputed; an update's loss is the plain path's."""
     losses = []
     for layout in ("bf16", "fp8"):
-        a = train.flags([*SMALL[1:], "--lora", "4", "--memory", layout, "--batch", "2", "--steps", "2"])
-        world = parallel.World(mesh=memory.needs_mesh(layout))
-        run = prepare.set_up(a, world)
+        a = recipe.flags([*SMALL[1:], "--lora", "4", "--memory", layout, "--global-batch", "2", "--steps", "2"])
+        world = parallel.World(mesh=modes.needs_mesh(layout))
+        run = prepare.set_up(a, Model(a.model), world)
         known = set(run.reward.trained[0][0].cache)
         terms = list(train.srpo(a, run.net, run.reward, run.batch(a, 2, 0)))
         losses.append(torch.stack([loss for loss, _ in terms]).detach())
@@ -101,6 +105,6 @@ def test_a_small_card_saves_on_the_reward_path():
                                          (("--lora", "16", "--lr", "1e-3"), 1e-3)])
 def test_a_lora_has_a_learning_rate_of_its_own(flags, rate):
     """The miniature's, from its srpo.json; for a model that does not say, a guess; a flag goes before."""
-    assert train.flags(["--model", "miniature", *flags]).lr == rate
-    assert train.flags(["--lora", "8"]).lr == train.LORA_LR
-    assert train.flags([]).lr == 5e-6
+    assert recipe.flags(["--model", "miniature", *flags]).lr == rate
+    assert recipe.flags(["--lora", "8"]).lr == train.LORA_LR
+    assert recipe.flags([]).lr == 5e-6

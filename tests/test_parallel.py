@@ -16,7 +16,11 @@ from safetensors.torch import load_file
 from scripts import call, start
 
 import flux
-from engine import checkpoint, parallel, run_folder
+from engine.memory import parallel
+from engine.model import export
+from engine.model.folder import Model
+from engine.run import checkpoint
+from engine.run import folder as run_folder
 
 SMALL = ["train.py", "--model", "miniature", "--rollout-steps", "3", "--eval-steps", "2",
          "--watch", "2", "--watch-every", "1", "--eval", "0"]
@@ -88,7 +92,7 @@ if os.environ["RANK"] == "1":
 train.main()
 """)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, str(script), *SMALL[1:], "--batch", "1", "--steps", "3",
+    done = subprocess.run([*torchrun, str(script), *SMALL[1:], "--global-batch", "1", "--steps", "3",
                            "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stderr.count("ArithmeticError: the cause") == 1 and "RuntimeError" not in done.stderr
@@ -108,9 +112,9 @@ def test_two_ranks_train_as_one_process_and_resume_on_one_and_three(tmp_path, ra
     """Two ranks x batch 3 = one process x batch 6, weights and log; a run saved on 2 ranks goes on, on 1 and
     on 3."""
     two, one, printed = (tmp_path / n for n in ("two", "one", "printed"))
-    call(printed, *SMALL, "--batch", 3, "--steps", 1, "--out", two, ranks=2)
-    call(printed, *SMALL, "--batch", 6, "--steps", 2, "--out", one)
-    call(printed, *SMALL, "--batch", batch, "--steps", 2, "--out", two, "--resume", ranks=ranks)
+    call(printed, *SMALL, "--global-batch", 3, "--steps", 1, "--out", two, ranks=2)
+    call(printed, *SMALL, "--global-batch", 6, "--steps", 2, "--out", one)
+    call(printed, *SMALL, "--global-batch", batch, "--steps", 2, "--out", two, "--resume", ranks=ranks)
     reference = weights(one)
     difference = max((reference[k] - w).abs().max().item() for k, w in weights(two).items())
     # an update moves a weight by 4e-5: Adam turns 1e-8 of a small gradient into more
@@ -126,7 +130,7 @@ def test_killed_at_any_moment_it_resumes_bit_identically(tmp_path):
     version); the end is that of the uninterrupted run."""
     whole, killed, printed = tmp_path / "whole", tmp_path / "killed", tmp_path / "printed"
     kills = int(os.environ.get("KILLS", 2))
-    flags = [*SMALL, "--batch", "2", "--steps", str(kills + 6), "--save-every", "1"]
+    flags = [*SMALL, "--global-batch", "2", "--steps", str(kills + 6), "--save-every", "1"]
     call(printed, *flags, "--out", whole)
     for after in (0.8 * random.random() for _ in range(kills)):
         resume = ["--resume"] if finished(killed) else ["--overwrite"]
@@ -146,7 +150,7 @@ def test_killed_at_any_moment_it_resumes_bit_identically(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_exits_0(tmp_path, number):
     out = tmp_path / "run"
-    process, = start(tmp_path / "printed", *SMALL, "--batch", 1, "--steps", 500, "--out", out)
+    process, = start(tmp_path / "printed", *SMALL, "--global-batch", 1, "--steps", 500, "--out", out)
     while not (out / "log.jsonl").exists() or not (out / "log.jsonl").read_text():
         time.sleep(0.05)
     os.kill(process.pid, number)
@@ -164,7 +168,7 @@ def test_a_signal_saves_and_exits_0(tmp_path, number):
 def test_a_process_whose_neighbour_never_comes_can_be_stopped(tmp_path, number):
     """The first of two waits for the other, which was stopped before it could say that it is there."""
     printed = tmp_path / "printed"
-    first, second = start(printed, *SMALL, "--batch", 1, "--steps", 1, "--out", tmp_path / "run", ranks=2)
+    first, second = start(printed, *SMALL, "--global-batch", 1, "--steps", 1, "--out", tmp_path / "run", ranks=2)
     second.kill()
     time.sleep(3)  # it is waiting by now
     os.kill(first.pid, number)
@@ -178,7 +182,7 @@ def test_a_process_whose_neighbour_never_comes_can_be_stopped(tmp_path, number):
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, monkeypatch, capsys):
     import train
     save, out = checkpoint.dcp.save, tmp_path / "run"
-    monkeypatch.setattr(sys, "argv", [*SMALL, "--batch", "1", "--steps", "3", "--save-every", "1",
+    monkeypatch.setattr(sys, "argv", [*SMALL, "--global-batch", "1", "--steps", "3", "--save-every", "1",
                                       "--out", str(out)])
 
     def full(*args, **kwargs):
@@ -197,17 +201,17 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, monke
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_export_is_one_file_in_diffusers_layout(tmp_path, miniature, dtype):
-    checkpoint.export(miniature.transformer, tmp_path / "w", parallel.World(), dtype)
+    export.export(miniature.transformer, tmp_path / "w", parallel.World(), dtype)
     again = FluxTransformer2DModel.from_pretrained(tmp_path / "w")
     assert all(torch.equal(x, y.to(dtype).float())
                for x, y in zip(again.parameters(), miniature.transformer.parameters(), strict=True))
-    ours = flux.load("miniature", tmp_path / "w").transformer
+    ours = flux.load(Model("miniature"), tmp_path / "w").transformer
     assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), again.parameters(), strict=True))
 
 
 def test_the_export_has_the_keys_that_comfyui_converts(tmp_path, miniature):
     """ComfyUI knows a diffusers FLUX by these names, all of them, and needs one file."""
-    checkpoint.export(miniature.transformer, tmp_path, parallel.World())
+    export.export(miniature.transformer, tmp_path, parallel.World())
     def linear(prefix, *names):
         return [f"{prefix}{n}.{end}" for n in names for end in ("weight", "bias")]
     keys = linear("", "x_embedder", "context_embedder", "norm_out.linear", "proj_out")
@@ -230,13 +234,13 @@ def test_the_export_has_the_keys_that_comfyui_converts(tmp_path, miniature):
 def test_a_transformer_in_several_files_loads_too(tmp_path, miniature):
     miniature.transformer.save_pretrained(tmp_path, max_shard_size="3MB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    ours = flux.load("miniature", tmp_path).transformer
+    ours = flux.load(Model("miniature"), tmp_path).transformer
     assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), miniature.transformer.parameters(),
                                               strict=True))
 
 
 def test_a_size_that_does_not_divide_is_one_line(tmp_path):
-    printed = call(tmp_path / "printed", *SMALL, "--batch", 1, "--replicas", 3, "--out", tmp_path / "x",
+    printed = call(tmp_path / "printed", *SMALL, "--global-batch", 1, "--replicas", 3, "--out", tmp_path / "x",
                    ranks=2, status=2)
     ours = [line for line in printed.splitlines() if line.startswith("train.py:")]
     assert ours == ["train.py: --replicas 3: does not divide the 2 processes"]

@@ -13,9 +13,12 @@ from scripts import call
 import direct_align as da
 import flux
 import prepare
+import recipe
 import train
-from engine import parallel, photographs, plan
-from engine.cache import Cache
+from engine.data import photographs
+from engine.data.cache import Cache
+from engine.memory import parallel, plan
+from engine.model.folder import Model
 
 SMALL = ["train.py", "--model", "miniature", "--eval-steps", "2", "--watch", "2", "--eval", "0"]
 UNIT = 16
@@ -142,7 +145,7 @@ def test_a_picture_stands_as_its_camera_was_held_and_any_mode_becomes_rgb(tmp_pa
 def test_encode_is_the_inverse_of_decode(miniature):
     """On pictures of the model's own: decoded, encoded and decoded again they are near, and so are the
     latents."""
-    c = flux.encode_prompts("miniature", ["a red circle", "a blue square"]).condition([0, 1], (4, 4), "cpu")
+    c = flux.encode_prompts(Model("miniature"), ["a red circle", "a blue square"]).condition([0, 1], (4, 4), "cpu")
     x0 = miniature.rollout(flux.noise(miniature, (4, 4), [0, 1]), c, da.sigma_steps(8, 3.0), 3.5)
     image = miniature.decode(x0, (4, 4))
     again = miniature.encode(image)
@@ -222,9 +225,9 @@ def test_every_shape_comes_as_often_as_its_photographs_are_many():
 
 # ------------------------------------------------------------------------------------------------------ a run
 def run_of(folder, *argv):
-    a = train.flags(["--model", "miniature", "--watch", "1", "--eval", "0", "--steps", "3", "--batch", "2",
+    a = recipe.flags(["--model", "miniature", "--watch", "1", "--eval", "0", "--steps", "3", "--global-batch", "2",
                      "--images", str(folder), *argv])
-    return a, prepare.set_up(a, parallel.World())
+    return a, prepare.set_up(a, Model(a.model), parallel.World())
 
 
 def test_an_update_is_srpo_with_x0_given_and_fresh_noise_two_calls_an_image(folder, monkeypatch):
@@ -244,8 +247,8 @@ def test_an_update_is_srpo_with_x0_given_and_fresh_noise_two_calls_an_image(fold
 
 
 def test_the_plan_counts_no_rollout(folder):
-    plain = prepare.job(train.flags(["--model", "miniature"]))
-    offline = prepare.job(train.flags(["--model", "miniature", "--images", str(folder)]))
+    plain = prepare.job(*recipe.read(["--model", "miniature"]))
+    offline = prepare.job(*recipe.read(["--model", "miniature", "--images", str(folder)]))
     counts = plan.count(plain, torch.bfloat16)
     both, without = (plan.divide(job, counts, 2, torch.bfloat16) for job in (plain, offline))
     assert without.rollout == 0 < both.rollout
@@ -272,10 +275,10 @@ def test_two_ranks_and_four_batches_train_as_one_process(folder, tmp_path, train
     (here / "broken.png").write_bytes(b"no")
     (here / "broken.txt").write_text("a fox")
     flags = ["--images", here, "--steps", 2, "--watch-every", 2, "--out"]
-    said = call(tmp_path / "printed", *SMALL, *flags, tmp_path / "two", "--batch", 2, ranks=2)
+    said = call(tmp_path / "printed", *SMALL, *flags, tmp_path / "two", "--global-batch", 2, ranks=2)
     assert said.count("broken.png is skipped: cannot be read as a picture") == 1
-    trained(*flags, tmp_path / "one", "--batch", 4)
-    trained(*flags, tmp_path / "four", "--batch", 1, "--accumulate", 4)
+    trained(*flags, tmp_path / "one", "--global-batch", 4)
+    trained(*flags, tmp_path / "four", "--global-batch", 1, "--accumulate", 4)
     for name in ("two", "four"):
         assert largest_difference(tmp_path / "one", tmp_path / name) < 1e-6
 
@@ -284,7 +287,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(folder, tmp_path, trained, capsy
     """Bit for bit, wherever the photographs lie now; with others it is refused."""
     here = tmp_path / "photographs"
     shutil.copytree(folder, here)
-    flags = ["--batch", 2, "--out"]
+    flags = ["--global-batch", 2, "--out"]
     trained("--images", here, "--steps", 2, "--cache", tmp_path / "cache", *flags, tmp_path / "whole")
     trained("--images", here, "--steps", 1, *flags, tmp_path / "parts")
     shutil.move(here, tmp_path / "elsewhere")

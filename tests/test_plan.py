@@ -1,4 +1,4 @@
-"""Claims about engine/plan.py: the real FLUX.1-dev config, with no GPU and no weights."""
+"""Claims about engine/memory/plan.py: the real FLUX.1-dev config, with no GPU and no weights."""
 
 from dataclasses import replace
 
@@ -8,16 +8,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import flux
 import prepare
+import recipe
 import train
-from engine import cards, lora, memory, parallel, plan
 from engine.errors import UserError
+from engine.memory import adamw, cards, layouts, parallel, plan
+from engine.model import lora
+from engine.model.folder import Model
 
 GIB, TERA = 2**30, 1e12
 
 
 def job(*argv):
     """What train.py plans with these flags."""
-    return prepare.job(train.flags(["--memory", "masters", *argv]))
+    return prepare.job(*recipe.read(["--memory", "masters", "--global-batch", "1", *argv]))
 
 
 def miniature_job(*argv):
@@ -87,8 +90,8 @@ def test_groups_of_processes_average_their_gradients():
 
 def test_accumulated_batches_take_time_and_no_more_activations():
     """All work and communication four times; but the later rollouts have the gradients beside them."""
-    one = miniature_job()
-    four = miniature_job("--accumulate", "4")
+    one = miniature_job("--global-batch", "8", "--batch", "1")
+    four = miniature_job("--global-batch", "32", "--batch", "1")
     once, times = plan.predict(one, 8, torch.bfloat16), plan.predict(four, 8, torch.bfloat16)
     assert (times.flop, times.received) == (4 * once.flop, 4 * once.received)
     assert plan.update_flop(four) == 4 * plan.update_flop(one)
@@ -104,7 +107,7 @@ def test_a_size_that_the_model_cannot_have():
 def test_no_number_of_gpus_is_advised_that_would_not_do():
     """Without recomputed activations the first advice is to recompute them; and a batch that fits no card is
     to be smaller."""
-    huge = replace(miniature_job("--no-checkpointing"), batch=10**6, memory="auto")
+    huge = replace(miniature_job("--no-checkpointing"), images=10**6, batch=10**6, memory="auto")
     with pytest.raises(UserError, match="what helps: --checkpointing, or a smaller --batch$"):
         cards.choose(huge, 1, cards.Machine(80 * GIB))
 
@@ -136,7 +139,7 @@ def test_the_preferred_memory_is_the_fastest_that_fits(counted):
         found = list(on_one_card(counted, rank).values())
         peaks = [p.peak for p in found]
         assert peaks == sorted(peaks, reverse=True)
-        times = [cards.seconds(p, plan.PEAK["H200"], 0.4) for p in found]
+        times = [cards.seconds(p, gpus.PEAK["H200"], 0.4) for p in found]
         assert times == sorted(times)
 
 
@@ -187,7 +190,7 @@ def test_on_a_cpu_auto_is_the_plain_path_and_the_host_is_checked_all_the_same(mo
         assert cards.settle(replace(miniature_job(), lora=rank, memory="auto"), world) == (name, None)
     offload = replace(miniature_job(), memory="offload")
     assert cards.settle(offload, world) == ("offload", None)
-    monkeypatch.setattr(memory, "host_bytes", lambda: 2**20)
+    monkeypatch.setattr(cards, "host_bytes", lambda: 2**20)
     with pytest.raises(UserError, match="of the host's memory a process, 0 are free"):
         cards.settle(offload, world)
 
@@ -196,12 +199,12 @@ def test_the_hosts_free_memory_is_read(tmp_path):
     """Of the machine and of the container, the smaller; files that are kept in memory count as free."""
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable:   50 kB\n")
     where = (tmp_path / "meminfo", tmp_path)
-    assert memory.host_bytes(*where) == 50 * 1024
+    assert cards.host_bytes(*where) == 50 * 1024
     (tmp_path / "memory.max").write_text("40000\n")
     (tmp_path / "memory.current").write_text("30000\n")
     (tmp_path / "memory.stat").write_text("anon 20000\nfile 7000\nfile_mapped 3\n")
-    assert memory.host_bytes(*where) == 17000
-    assert memory.host_bytes(tmp_path / "none", tmp_path) is None
+    assert cards.host_bytes(*where) == 17000
+    assert cards.host_bytes(tmp_path / "none", tmp_path) is None
 
 
 def test_the_table_has_a_line_for_every_card(capsys, counted, monkeypatch):
@@ -209,7 +212,7 @@ def test_the_table_has_a_line_for_every_card(capsys, counted, monkeypatch):
     monkeypatch.setattr(cards, "count", lambda *_: counts)
     cards.show_cards(its_job, 0.4)
     lines = capsys.readouterr().out.splitlines()[-12:]
-    assert [line.split(",")[0].strip() for line in lines[::2]] == [c.name.split(",")[0] for c in cards.CARDS]
+    assert [line.split(",")[0].strip() for line in lines[::2]] == [c.name.split(",")[0] for c in gpus.CARDS]
     assert lines[0].split()[-1] == "no" and "--lora 32 --memory fp8-offload" in lines[1]
     assert "--memory split" in lines[10]
 
@@ -219,11 +222,11 @@ def test_the_miniatures_plan_is_what_a_run_holds():
     after an update; and the parameters that are trained."""
     world = parallel.World()
     for rank, name in ((None, "masters"), (4, "bf16")):
-        net = flux.load("miniature")
+        net = flux.load(Model("miniature"))
         if rank:
             lora.add_adapters(net.transformer, rank)
-        trained = memory.trainable(net.transformer)
-        optimizer = memory.optimizer_of(trained, 1e-4, 0, name, world.device)
+        trained = layouts.trainable(net.transformer)
+        optimizer = adamw.optimizer_of(trained, 1e-4, 0, name, world.device)
         for parameter in trained:
             parameter.grad = torch.ones_like(parameter)
         optimizer.step()
@@ -296,7 +299,7 @@ def test_calls_of_the_transformer_are_counted(monkeypatch, tmp_path):
         return velocity(*arguments)
 
     monkeypatch.setattr(flux.Flux, "velocity", counted)
-    argv = ["--model", "miniature", "--batch", "2", "--rollout-steps", "5", "--eval-steps", "3",
+    argv = ["--model", "miniature", "--global-batch", "2", "--rollout-steps", "5", "--eval-steps", "3",
             "--watch", "1", "--watch-every", "1", "--eval", "0", "--steps", "2",
             "--injections", "2", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["train.py", *argv])

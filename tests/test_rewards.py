@@ -22,11 +22,13 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 
 import evaluate
 import prepare
+import recipe
 import rewards
 import srpo_reward as sr
 import train
-from engine import plan
 from engine.errors import UserError
+from engine.memory import plan
+from engine.model.folder import Model
 from evaluation import metrics, tables
 from rewards import pictures
 from rewards.base import Column
@@ -179,7 +181,7 @@ def test_every_reward_serves_every_form_in_both_branches(pickscore, aesthetic):
     for one_spec in (spec, *single):
         reward = rewards.load_rewards(one_spec)
         conditions = reward.conditions(PROMPTS, "realistic photo", "CG render")
-        for form in sr.FORMS:
+        for form in recipe.FORMS:
             for branch in ("denoise", "invert"):
                 x = torch.rand(2, 3, 64, 64, requires_grad=True)
                 r = sr.branch_reward(form, branch, reward.image_features(x), *conditions, 0.1, 1.5)
@@ -515,7 +517,7 @@ def test_a_weighted_sum_of_rewards_obeys_every_equation():
     both = rewards.load_rewards(f"{names[0]}:0.7,{names[1]}:0.3")
     one, two = (rewards.load_reward(name) for name in names)
     images, d = torch.rand(2, 3, 64, 64), torch.tensor([0.1, 0.2])
-    for form in sr.FORMS:
+    for form in recipe.FORMS:
         for branch in ("denoise", "invert"):
             r = [sr.branch_reward(form, branch, reward.image_features(images),
                                   *reward.conditions(PROMPTS, "dark", "bright"), d, 1.5)
@@ -525,7 +527,7 @@ def test_a_weighted_sum_of_rewards_obeys_every_equation():
 
 def test_a_held_out_reward_is_watched_and_never_trained_on(monkeypatch, tmp_path):
     """The same weights, byte for byte, with and without it; its scores in every line of the log."""
-    small = ["--model", "miniature", "--steps", "2", "--batch", "1", "--rollout-steps", "2",
+    small = ["--model", "miniature", "--steps", "2", "--global-batch", "1", "--rollout-steps", "2",
              "--eval-steps", "1", "--watch", "2", "--watch-every", "1", "--eval", "0"]
     for name, spec in (("a", "miniature/reward"), ("b", "miniature/reward,miniature/reward_unbiased:0")):
         monkeypatch.setattr("sys.argv", ["train.py", *small, "--reward", spec, "--out", str(tmp_path / name)])
@@ -556,8 +558,8 @@ def test_a_reward_that_is_none_is_one_line(spec, words):
 def test_the_plan_counts_every_reward():
     """ViT-H/14 is 986 M parameters, SigLIP's vision side 428 M, both float32; a held-out one is only held."""
     def of(spec):
-        a = train.flags(["--model", "miniature", "--size", "64", "--memory", "masters", "--reward", spec])
-        return plan.count(prepare.job(a), torch.bfloat16)
+        a = recipe.flags(["--model", "miniature", "--size", "64", "--memory", "masters", "--reward", spec])
+        return plan.count(prepare.job(a, Model(a.model)), torch.bfloat16)
 
     one, two, held, aesthetic, own = map(of, ("hpsv2.1", "hpsv2.1,pickscore:0.3", "hpsv2.1,pickscore:0",
                                               "aesthetic", "miniature/reward"))

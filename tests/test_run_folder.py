@@ -24,10 +24,14 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 import flux
 import prepare
 import train
-from engine import checkpoint, parallel, run_folder, stopping
 from engine.errors import Stopped, UserError
 from engine.files import write_whole
-from engine.run_folder import RunFolder
+from engine.memory import parallel
+from engine.model import export
+from engine.model.folder import Model
+from engine.run import checkpoint, stopping
+from engine.run import folder as run_folder
+from engine.run.folder import RunFolder
 from evaluation import watch
 
 ARGS = {"seed": 0, "steps": 200_000, "keep": 2, "resume": False, "overwrite": False}
@@ -197,11 +201,11 @@ def test_what_a_run_may_do_in_a_folder(tmp_path, name):
     args = ARGS | {flag: True for flag in case.flags.split()}
     if case.words is not None:
         with pytest.raises(UserError) as refusal:
-            RunFolder(out, args, images=2)
+            RunFolder(out, args)
         assert case.words in str(refusal.value) and "\n" not in str(refusal.value)
         assert everything(tmp_path) == before
         return
-    folder = RunFolder(out, args, images=2)
+    folder = RunFolder(out, args)
     assert everything(tmp_path) == before  # nothing before all is loaded
     folder.open()
     assert [c.name for c in folder.checkpoints[-1:]] == [case.newest] * (case.newest is not None)
@@ -234,14 +238,14 @@ def test_the_folder_that_one_stands_in(tmp_path, monkeypatch, out):
     monkeypatch.chdir(here)
     for flag in ("resume", "overwrite"):
         with pytest.raises(UserError, match="is not a run's folder, and not empty"):
-            RunFolder(out, ARGS | {flag: True}, images=2)
+            RunFolder(out, ARGS | {flag: True})
     assert (here / "paper.tex").exists()
 
 
 def test_a_file_in_a_checkpoint_is_kept_when_that_goes(tmp_path):
     a_run(tmp_path)
     write(tmp_path / "checkpoints" / "step_00001", "notes.txt")
-    RunFolder(tmp_path, ARGS | {"overwrite": True}, images=2).open()
+    RunFolder(tmp_path, ARGS | {"overwrite": True}).open()
     kept = tmp_path / "checkpoints" / "step_00001.1.kept"
     assert os.listdir(tmp_path / "checkpoints") == [kept.name] and os.listdir(kept) == ["notes.txt"]
 
@@ -252,11 +256,11 @@ def test_one_run_a_folder(tmp_path, flag):
     and went meanwhile. The lock goes with its process."""
     a_run(tmp_path)
     args = ARGS | {flag: True}
-    early = RunFolder(tmp_path, args, images=2) if flag else None
+    early = RunFolder(tmp_path, args) if flag else None
     with open(tmp_path / ".lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is training there"):
-            RunFolder(tmp_path, args, images=2)
+            RunFolder(tmp_path, args)
         if early is not None:
             with pytest.raises(UserError, match="another process is training there"):
                 early.open()
@@ -269,7 +273,7 @@ def test_one_run_a_folder(tmp_path, flag):
 
 def test_the_log_loses_no_line(tmp_path, monkeypatch):
     """A torn line, and one that is none, go; where the disk is full the log stays as it was."""
-    folder = RunFolder(tmp_path / "run", ARGS, images=2)
+    folder = RunFolder(tmp_path / "run", ARGS)
     folder.open()
     path = tmp_path / "run" / "log.jsonl"
     lines = [json.dumps({"step": step}) + "\n" for step in (1, 2, 3)]
@@ -290,11 +294,11 @@ def full_disk(*_):
 
 def test_a_full_disk_leaves_the_export_before_and_says_where(tmp_path, monkeypatch, miniature):
     world = parallel.World()
-    checkpoint.export(miniature.transformer, tmp_path, world)
+    export.export(miniature.transformer, tmp_path, world)
     before = everything(tmp_path)
     monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left on device: .*diffusion_pytorch_model.safetensors"):
-        checkpoint.export(miniature.transformer, tmp_path, world)
+        export.export(miniature.transformer, tmp_path, world)
     assert everything(tmp_path) == before
 
 
@@ -334,7 +338,7 @@ DAMAGES = {"one bit": flipped, "cut in half": lambda content: content[:len(conte
 @pytest.fixture(scope="module")
 def network():
     """A transformer and its optimizer, to load checkpoints into."""
-    transformer = flux.load("miniature").transformer
+    transformer = flux.load(Model("miniature")).transformer
     return transformer, torch.optim.AdamW(transformer.parameters(), 1e-5)
 
 
@@ -349,7 +353,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(whole, network
     if DAMAGES[damage] is not None:
         path.write_bytes(DAMAGES[damage](content))
     args = json.loads((out / "args.json").read_text()) | {"resume": True}
-    folder = RunFolder(out, args, images=2)
+    folder = RunFolder(out, args)
     state = checkpoint.load_newest(folder.checkpoints, *network, parallel.World())
     assert state["step"] == 2
     said = capsys.readouterr().out.splitlines()

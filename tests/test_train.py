@@ -13,14 +13,17 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 
 import direct_align as da
 import flux
+import recipe
 import rewards
 import train
-from engine import command_line, data
+from engine import command_line
+from engine.data import draws
+from engine.model.folder import Model
 from evaluation.watch import hacking
 from rewards.clip_model import ClipReward
 from rewards.pictures import read_picture
 
-SMALL = ["--model", "miniature", "--batch", "2", "--rollout-steps", "3", "--eval-steps", "2",
+SMALL = ["--model", "miniature", "--global-batch", "2", "--rollout-steps", "3", "--eval-steps", "2",
          "--watch", "2", "--watch-every", "1", "--eval", "0"]
 
 
@@ -91,7 +94,7 @@ def reward():
 def gradient_of(miniature, reward):
     """gradient_of(a, batches of rows, middles): the gradient of an update of these rows of PROMPTS, the
     batches' accumulated."""
-    embeddings = flux.encode_prompts("miniature", PROMPTS)
+    embeddings = flux.encode_prompts(Model("miniature"), PROMPTS)
     eps = flux.noise(miniature, (4, 4), range(len(PROMPTS)))
     everyone = embeddings.condition(slice(None), (4, 4), "cpu")
     x0 = miniature.rollout(eps, everyone, da.sigma_steps(4, 3.0), 3.5)
@@ -126,8 +129,8 @@ def test_frozen_models_get_no_gradient(gradient_of, flags, miniature, reward):
 
 def test_accumulate_is_part_of_the_loop(monkeypatch, tmp_path):
     """--batch 4 and --batch 1 --accumulate 4 draw the same prompts, noise and levels, and log the same."""
-    run(monkeypatch, "--batch", 4, "--steps", 2, "--out", tmp_path / "whole")
-    run(monkeypatch, "--batch", 1, "--accumulate", 4, "--steps", 2, "--out", tmp_path / "parts")
+    run(monkeypatch, "--global-batch", 4, "--steps", 2, "--out", tmp_path / "whole")
+    run(monkeypatch, "--global-batch", 1, "--accumulate", 4, "--steps", 2, "--out", tmp_path / "parts")
     for a, b in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "parts"), strict=True):
         assert a["reward_denoise"] == pytest.approx(b["reward_denoise"], abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
@@ -214,7 +217,7 @@ def test_the_hacking_gauge(change, word):
 
 def test_the_paper_recipe_sets_every_printed_form():
     """The command line comes before the recipe, the recipe before the model's srpo.json."""
-    a = train.flags(["--model", "miniature", "--recipe", "paper", "--lam", "1", "0.2"])
+    a = recipe.flags(["--model", "miniature", "--recipe", "paper", "--lam", "1", "0.2"])
     assert (a.form, a.recover, a.meet, a.lam) == ("branches", "epsilon", "call", [1.0, 0.2])
     assert a.threshold is None and a.shift is None
     assert a.size == 64  # from the miniature's srpo.json
@@ -223,15 +226,15 @@ def test_the_paper_recipe_sets_every_printed_form():
 def test_the_printed_line_of_flags_gives_the_same_run():
     argv = ["--model", "miniature", "--control", "it's real,a photo", "--no-checkpointing",
             "--threshold", "0.5"]
-    a = train.flags(argv)
-    line = command_line.as_line(train.parser(), vars(a))
-    assert vars(train.flags(shlex.split(line))) == vars(a)
+    a = recipe.flags(argv)
+    line = command_line.as_line(recipe.parser(), vars(a))
+    assert vars(recipe.flags(shlex.split(line))) == vars(a)
 
 
 def test_prompts_come_in_seeded_permutations():
-    rows = data.prompt_order(5, 12, seed=1)
+    rows = draws.prompt_order(5, 12, seed=1)
     assert sorted(rows[:5]) == sorted(rows[5:10]) == list(range(5)) and len(rows) == 12
-    assert data.prompt_order(5, 7, seed=1) == rows[:7] != data.prompt_order(5, 7, seed=2)
+    assert draws.prompt_order(5, 7, seed=1) == rows[:7] != draws.prompt_order(5, 7, seed=2)
 
 
 def test_a_question_is_answered_without_loading_the_model_libraries():

@@ -51,10 +51,10 @@ from tqdm import tqdm  # noqa: E402
 
 import evaluate  # noqa: E402, F401
 import train  # noqa: E402
-from engine import stopping  # noqa: E402
+from engine.run import stopping  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
-TINY = ["--model", "miniature", "--batch", "2", "--rollout-steps", "1", "--eval-steps", "1", "--watch", "1",
+TINY = ["--model", "miniature", "--global-batch", "2", "--rollout-steps", "1", "--eval-steps", "1", "--watch", "1",
         "--watch-every", "1", "--save-every", "1", "--keep", "1"]
 MEASURED = ("seconds_", "tflop_", "share_", "peak_")  # readings of clocks and memory
 WAIT = 120  # seconds, after which a process counts as one that never ends
@@ -465,7 +465,7 @@ def others(command, whole, tally):
     tally.add("signals: SIGHUP under nohup", problems + differences(whole, out), script.said())
 
     out = fresh("twice")
-    slow = [*command, out, "--batch", "16", "--rollout-steps", "25", "--accumulate", "8"]
+    slow = [*command, out, "--global-batch", "16", "--rollout-steps", "25", "--accumulate", "8"]
     script = Script(slow)
     after_the_first_step(out, script)
     time.sleep(0.1)

@@ -12,9 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import direct_align as da
 import flux
+import recipe
 import rewards
-import train
-from engine import parallel
+from engine.memory import parallel
+from engine.model import tensors
+from engine.model.folder import Model
 
 
 class CountGathers(TorchDispatchMode):
@@ -33,11 +35,11 @@ def as_on_a_gpu(local_rank=0):
 
 out = sys.argv[1]
 replicas, ranks, images, size = map(int, sys.argv[2:6])
-a = train.parser().parse_args(["--threshold", "off"])
+a = recipe.parser().parse_args(["--threshold", "off"])
 if sys.argv[6:] == ["bf16"]:
     parallel.device_and_dtype = as_on_a_gpu
 world = parallel.World(replicas)
-net = flux.load("miniature", None, world.device, world.dtype, world)
+net = flux.load(Model("miniature"), None, world.device, world.dtype, world)
 if sys.argv[6:] == ["bf16"]:
     net.transformer.enable_gradient_checkpointing()  # recomputed activations
     assert net.vae.dtype == torch.bfloat16 and next(net.transformer.parameters()).dtype == torch.float32
@@ -48,13 +50,13 @@ batches = [slice(i, i + size) for i in range(0, images, size)]
 # One process takes all, one after the other.
 mine = batches if world.size == 1 else batches[world.rank::ranks]
 for rows in mine:
-    c = flux.encode_prompts("miniature", prompts[rows]).condition(slice(None), (4, 4), "cpu")
+    c = flux.encode_prompts(Model("miniature"), prompts[rows]).condition(slice(None), (4, 4), "cpu")
     eps = flux.noise(net, (4, 4), range(images))[rows]
     with CountGathers() as count:
         x0 = net.rollout(eps, c, da.sigma_steps(5, 3.0), 3.5)
     C = reward.conditions(prompts[rows], "realistic photo", "CG render")
     backward(a, net, reward, a_batch(prompts[rows], c, x0, eps, *C, [levels[rows]]), times=len(mine))
-gradient = {name: parallel.full(p.grad) for name, p in net.transformer.named_parameters()}
+gradient = {name: tensors.full(p.grad) for name, p in net.transformer.named_parameters()}
 if world.main:
     save_file({**gradient, "gathers": torch.tensor([count.n])}, out)
 world.close()

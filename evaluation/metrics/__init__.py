@@ -29,7 +29,7 @@ import pkgutil
 
 import rewards
 from engine.errors import UserError
-from engine.files import items_of, named_path
+from engine.paths import items_of, named_path
 from evaluation.metrics.reward import RewardMetric
 
 

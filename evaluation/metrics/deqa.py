@@ -19,7 +19,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN as MEAN
 from transformers.image_utils import OPENAI_CLIP_STD as STD
 
 from engine.errors import UserError, one_line
-from engine.files import fetched, read_json
+from engine.files import read_json
+from engine.hub import fetched
 from rewards.base import Column
 from rewards.pictures import exact
 

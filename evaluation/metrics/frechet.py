@@ -4,6 +4,7 @@ statistics of pixels. Nobody trained it, and it sees no network.
 It is a number of a set, not of a picture, and of the miniature's world alone, whose photos can be drawn.
 """
 
+import importlib
 from functools import cache
 
 import torch
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 
 from evaluation.metrics import statistics
 from evaluation.metrics.statistics import pixel_statistics
-from miniature import world
 from rewards.base import Column
 from rewards.pictures import pixels
 
@@ -25,6 +25,11 @@ RESAMPLED = 200  # times, for the standard error
 FEWEST = 24  # pictures: of fewer, twelve statistics have no covariance worth the name
 
 
+def truth():
+    """The miniature's world, imported when its truth is asked for and not before."""
+    return importlib.import_module("miniature.world")
+
+
 def plain_statistics(images):
     """Twelve numbers of B pictures [B, 3, H, W] in [0, 1], PLAIN: [B, 12].
 
@@ -36,6 +41,7 @@ def plain_statistics(images):
     streaks                                  how much more the luma changes downwards than sideways
     vignette                                 mean luma of the inner quarter less that of the whole
     """
+    world = truth()
     luma = world.luma(images)  # [B, H, W]
     high = images.max(1).values
     saturation = (high - images.min(1).values) / high.clamp(min=1e-6)
@@ -57,6 +63,7 @@ def plain_statistics(images):
 @cache
 def photo_statistics(prompts):
     """`plain_statistics` of PHOTOS true photos of each prompt (a tuple), drawn from one seed: [n, 12]."""
+    world = truth()
     scenes = [world.parse(prompt) for prompt in prompts for _ in range(PHOTOS)]
     kind = torch.tensor([kind for kind, _ in scenes])
     layout = torch.tensor([layout for _, layout in scenes])
@@ -91,7 +98,7 @@ def of_set(values, prompts):
     of d^2 is d standard deviations in one of them; se is the spread over bootstrap samples of the pictures.
     """
     x = torch.stack([values[column].double() for column in COLUMNS], 1)  # [P, 12]
-    known = torch.tensor([world.parse(prompt) is not None for prompt in prompts], dtype=torch.bool)
+    known = torch.tensor([truth().parse(prompt) is not None for prompt in prompts], dtype=torch.bool)
     known &= x.isfinite().all(1)
     if known.sum() < FEWEST:
         return {"frechet": None}

@@ -22,9 +22,9 @@ from PIL import Image
 from torch import nn
 from torchvision.transforms.v2.functional import to_image
 
-from engine.configs import strict
 from engine.errors import UserError, one_line
-from engine.files import fetched
+from engine.hub import fetched
+from engine.model.configs import strict
 from evaluation.picture_folders import Picture, first_of_each
 from rewards.base import Column
 from rewards.clip_model import network_config

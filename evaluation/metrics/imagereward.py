@@ -14,9 +14,9 @@ from torch import nn
 from transformers.image_utils import OPENAI_CLIP_MEAN as MEAN
 from transformers.image_utils import OPENAI_CLIP_STD as STD
 
-from engine.configs import check_folder
 from engine.errors import UserError, one_line
-from engine.files import fetched
+from engine.hub import fetched
+from engine.model.configs import check_folder
 from rewards.base import Column
 from rewards.pictures import exact
 

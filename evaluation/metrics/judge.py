@@ -1,11 +1,11 @@
 """The miniature's judge as a metric. It lies in a model's folder, and only the miniature has one."""
 
+import importlib
 from pathlib import Path
 
 import torch
 
 from engine.errors import UserError, one_line
-from miniature import judge, world
 from rewards.base import Column
 from rewards.pictures import pixels
 
@@ -16,18 +16,19 @@ COLUMNS = {"realism": Column("realism", ".1%"),
 UNDEFINED = ("alignment",)  # which a prompt outside the miniature's world does not have
 
 
-def load_judge(model, side=world.SIZE):
-    """The `Judge` that lies in a model's folder, or None. Raises UserError if it cannot be read, or does not
-    see pictures of side x side pixels."""
+def load_judge(model, side=None):
+    """The `miniature.judge.Judge` that lies in a model's folder, or None. Raises UserError if it cannot be read, or
+    does not see pictures of side x side pixels. Nothing of the miniature is imported for a model without a judge."""
     if not (Path(model) / "judge").is_dir():
         return None
-    if side != world.SIZE:
-        raise UserError(f"--size {side}: the judge in {model} sees {world.SIZE} x {world.SIZE} pixels; "
-                        "without that folder any size can be watched")
     try:
-        return judge.load_judge(model)
+        judge = importlib.import_module("miniature.judge").load_judge(model)
     except Exception as error:
         raise UserError(f"{model}/judge: not the miniature's judge: {one_line(error)}") from error
+    if side not in (None, judge.size):
+        raise UserError(f"--size {side}: the judge in {model} sees {judge.size} x {judge.size} pixels; "
+                        "without that folder any size can be watched")
+    return judge
 
 
 def fetch(where, args):
@@ -52,7 +53,7 @@ class Scorer:
         """B PIL pictures and B prompts -> {column: [B]}, 1 for yes, 0 for no. Raises UserError for a picture
         that is not of the miniature's size."""
         for picture in pictures:
-            if picture.size != (world.SIZE, world.SIZE):
-                raise UserError(f"it sees {world.SIZE} x {world.SIZE} pixels, "
+            if picture.size != (self.network.size, self.network.size):
+                raise UserError(f"it sees {self.network.size} x {self.network.size} pixels, "
                                 f"not {picture.width} x {picture.height}")
         return self.network.verdicts(torch.stack([pixels(picture) for picture in pictures]), prompts)

@@ -1,7 +1,6 @@
-"""The study's files: what may be read, what may be written, and several files written all or none."""
+"""The study's files: what may be read, and several files written all or none."""
 
 import os
-from pathlib import Path
 
 from engine.errors import UserError
 from engine.files import write_whole
@@ -12,25 +11,6 @@ def check_inputs(paths):
     for path in paths:
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{path}: not a file")
-
-
-def check_outputs(outputs, inputs, overwrite, why=""):
-    """Raises UserError if an output is also an input, or another output, or cannot be a file there, or lies
-    there already and must stay. Links are followed: what counts is the file that a path leads to."""
-    read = {os.path.realpath(path) for path in inputs}
-    written = set()
-    for path in map(Path, outputs):
-        place = os.path.realpath(path)
-        if place in read:
-            raise UserError(f"{path}: is read here, so it cannot be written as well; give another name")
-        if place in written:
-            raise UserError(f"{path}: two files would be written there; give each its own name")
-        written.add(place)
-        irregular = os.path.exists(path) and not os.path.isfile(path)
-        if irregular or not os.path.isdir(path.parent) or not os.access(path.parent, os.W_OK):
-            raise UserError(f"{path}: a file cannot be written there")
-        if os.path.lexists(path) and not overwrite:
-            raise UserError(f"{path} exists already{why}; --overwrite replaces it")
 
 
 def beside(path, ending):

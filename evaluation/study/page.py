@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 from PIL import Image, ImageOps
 
-from engine.data import Prompt, read_prompts_by_category
+from engine.data.prompt_files import Prompt, read_prompts_by_category
 from engine.errors import UserError, one_line, printable
-from engine.files import named_path
+from engine.files import check_outputs
+from engine.paths import named_path
 from evaluation.picture_folders import files_of, listed
-from evaluation.study.files import check_inputs, check_outputs, write_together
+from evaluation.study.files import check_inputs, write_together
 from evaluation.study.votes import DIMENSIONS, LEVELS
 from rewards.pictures import read_picture
 

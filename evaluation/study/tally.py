@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.errors import printable
+from engine.files import check_outputs
 from evaluation.study.bars import bars
-from evaluation.study.files import check_inputs, check_outputs, write_together
+from evaluation.study.files import check_inputs, write_together
 from evaluation.study.statistics import COLUMNS, agreement, rates
 from evaluation.study.votes import flatten, read_key, read_votes
 from evaluation.tables import PAPER

@@ -24,8 +24,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from engine.errors import UserError, one_line
-from engine.files import read_json, remove_leftovers, write_json, write_whole
-from engine.parallel import INDEX, ONE_FILE, full
+from engine.files import read_json, remove_leftovers, write_json
 
 # one process needs no process group
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -316,44 +315,3 @@ def load_newest(folders, transformer, optimizer, world):
         except Damaged as error:
             world.say(f"{folder} is damaged: {error}; the one before is used")
     raise UserError(f"--resume: no checkpoint in {folders[-1].parent} is whole; start again with --overwrite")
-
-
-def header_of(transformer, dtype):
-    """The head of a safetensors file: its length in 8 bytes, then JSON, padded to a multiple of 8."""
-    code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
-    header = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, parameter in transformer.named_parameters():
-        start, end = end, end + parameter.numel() * dtype.itemsize
-        header[name] = {"dtype": code, "shape": list(parameter.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def bytes_of(transformer, dtype):
-    """The content of a safetensors file piece by piece: its head, then one tensor after the other, in full.
-    Gathering a tensor is a collective: every rank must run through all pieces."""
-    yield header_of(transformer, dtype)
-    for parameter in transformer.parameters():
-        tensor = full(parameter.detach()).to("cpu", dtype).contiguous()
-        yield tensor.view(torch.uint8).numpy().tobytes()
-
-
-def export(transformer, folder, world, dtype=torch.float32):
-    """Write config.json and one diffusion_pytorch_model.safetensors in diffusers layout, which FluxPipeline
-    and ComfyUI load.
-
-    The file is streamed tensor by tensor, so no process ever holds a full copy, and renamed when complete: a
-    full disk leaves the file before, if there was one. Raises OSError.
-    """
-    folder = Path(folder)
-    pieces = bytes_of(transformer, dtype)
-    if not world.main:
-        for _ in pieces:  # only to take part in the gathering
-            pass
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / ONE_FILE, pieces)
-    write_whole(folder / "config.json", transformer.to_json_string())
-    (folder / INDEX).unlink(missing_ok=True)

@@ -14,9 +14,9 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from engine import data
+from engine.data import draws, prompt_files
 from engine.errors import UserError, one_line
-from engine.files import not_a_path
+from engine.paths import not_a_path
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
 METADATA = "metadata.jsonl"
@@ -97,11 +97,11 @@ def captions_of_metadata(folder):
     UserError."""
     captions = {}
     for file in sorted(folder.rglob(METADATA)):
-        for number, line in data.lines_of_jsonl(file, "--images"):
+        for number, line in prompt_files.lines_of_jsonl(file, "--images"):
             if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
                 raise UserError(f'--images {file}: line {number} must be an object with a "file_name" and a '
                                 '"text"; mend it, or take it out')
-            captions[os.path.normpath(file.parent / line["file_name"])] = data.prompt_in(line)
+            captions[os.path.normpath(file.parent / line["file_name"])] = prompt_files.prompt_in(line)
     return captions
 
 
@@ -114,9 +114,9 @@ def caption_of(file, captions):
     try:
         text = captions.get(os.path.normpath(file))
         if beside.exists():
-            text = data.text_of(beside, "its caption")
+            text = prompt_files.text_of(beside, "its caption")
         caption = " ".join((text or "").split())
-        data.check_prompts([caption], "its caption")
+        prompt_files.check_prompts([caption], "its caption")
     except UserError as error:
         raise Skipped(str(error)) from error
     if not caption:
@@ -209,7 +209,7 @@ def pixels(photograph, unit):
 
 
 # ------------------------------------------------------------------------------------------------ their order
-class Album(data.Curriculum):
+class Album(draws.Curriculum):
     """Which photographs a process meets in which update. All of an update are of one shape, on all processes:
     so a batch is one tensor however it is divided, and no process waits for one with larger pictures.
 
@@ -222,12 +222,12 @@ class Album(data.Curriculum):
         """photographs: all of them; unit: pixels a side of a token; the rest is as for `data.Curriculum`.
         Raises UserError."""
         self.unit = unit
-        data.check_count(steps, images)
-        shapes = [photographs[n].grid for n in data.prompt_order(len(photographs), steps, seed)]
+        draws.check_count(steps, images)
+        shapes = [photographs[n].grid for n in draws.prompt_order(len(photographs), steps, seed)]
         coming = {}
         for shape in dict.fromkeys(shapes):
             numbers = [n for n, photograph in enumerate(photographs) if photograph.grid == shape]
-            order = data.prompt_order(len(numbers), shapes.count(shape) * images, seed)
+            order = draws.prompt_order(len(numbers), shapes.count(shape) * images, seed)
             coming[shape] = iter([numbers[i] for i in order])
         drawn = {}
         for step, shape in enumerate(shapes, 1):

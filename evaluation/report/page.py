@@ -11,21 +11,22 @@ import io
 import json
 import math
 import os
-import sys
 import time
 from functools import cache, lru_cache
 from pathlib import Path
 
 from PIL import Image
 
-from engine import checkpoint, run_folder
 from engine.command_line import Parser
 from engine.errors import UserError, frame, one_line, printable
-from engine.files import named_path, read_json, write_whole
-from evaluation import curves, tables
-from evaluation.curves import Run
+from engine.files import check_outputs, read_json, write_whole
+from engine.paths import named_path
+from engine.run import checkpoint
+from engine.run import folder as run_folder
+from evaluation import tables
 from evaluation.picture_folders import is_whole
-from evaluation.study.files import check_outputs
+from evaluation.report import curves
+from evaluation.report.curves import Run
 
 PAGE = "report.html"
 MARK = b'<meta name="generator" content="report of a run">'
@@ -273,5 +274,3 @@ def main(argv=None):
               f"{Path(args.out).stat().st_size / 1e6:.1f} MB")
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -15,15 +15,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from engine import lora
 from engine.errors import UserError
-from engine.memory import HELD_ON_THE_GPU, ON_THE_HOST, is_lean, parts_used, stored_in_fp8
-from engine.parallel import blocks_of
+from engine.memory import gpus
+from engine.memory.lean import parts_used
+from engine.memory.modes import HELD_ON_THE_GPU, ON_THE_HOST, is_lean, stored_in_fp8
+from engine.memory.parallel import blocks_of
+from engine.model import lora
 
 MIB, GIB = 2**20, 2**30
 GIGA, TERA = 1e9, 1e12
-# Dense bf16 TFLOP/s, from the data sheets. H200 stands before H20, which is a part of its name.
-PEAK = {"H200": 989, "H100": 989, "A100": 312, "H20": 148, "L40S": 362, "RTX 4090": 165}
 MOST_PROCESSES = 64  # beyond that, no number of GPUs is advised
 
 
@@ -36,8 +36,9 @@ class Job:
     text_tokens: int     # of a prompt
     size: int            # side of a picture, pixels
     image_tokens: int    # of a picture
-    batch: int           # images of a process at a time
-    accumulate: int      # batches of an update, one after the other
+    images: int          # of an update, of all processes together
+    batch: int           # of them at a time in a process, at most
+    updates: int         # of the run
     rollout_steps: int   # calls of the transformer without a gradient, per image; 0 for photographs
     calls: int           # calls with one, per image: branches x injections
     checkpointing: bool  # activation checkpointing: the backward computes each block's activations again
@@ -48,6 +49,13 @@ class Job:
     reward_networks: Callable
     lora: int | None = None  # rank of the adapters that are trained; None: all weights are
     memory: str = "masters"  # how they lie in memory: a --memory other than auto
+
+    def share(self, processes):
+        """(images at a time, batches one after the other) of each of so many processes; where they do not divide the
+        images, those of the one that has most."""
+        mine = -(-self.images // processes)
+        batch = min(self.batch, mine)
+        return batch, -(-mine // batch)
 
 
 class Counts(NamedTuple):
@@ -259,10 +267,12 @@ def forward_flop(job):
         return flop_of(forward, transformer, job.image_tokens, job.text_tokens, torch.bfloat16)
 
 
-def update_flop(job):
-    """FLOP of the transformer in one update of this process: the rollout, and the calls with a gradient."""
+def update_flop(job, processes=1):
+    """FLOP of the transformer in one update, of each of so many processes: the rollout, and the calls with a
+    gradient."""
     once = forward_flop(job)
-    return job.batch * job.accumulate * (job.rollout_steps * once + job.calls * flop_per_call(job, once))
+    batch, accumulate = job.share(processes)
+    return batch * accumulate * (job.rollout_steps * once + job.calls * flop_per_call(job, once))
 
 
 class Held(NamedTuple):
@@ -277,7 +287,7 @@ class Held(NamedTuple):
 
 
 def held(job, counts, world_size, compute_dtype):
-    """The `Held` of one process of world_size: what FSDP2 does with the layouts of engine/memory.py."""
+    """The `Held` of one process of world_size: what FSDP2 does with the layouts of engine/memory/layouts.py."""
     shards = world_size // job.replicas
     width = compute_dtype.itemsize
     all_of_it = counts.parameters
@@ -345,8 +355,9 @@ def divide(job, counts, world_size, compute_dtype):
     has = held(job, counts, world_size, compute_dtype)
     trained = job.lora * counts.adapters if job.lora else counts.parameters
 
-    activations = job.batch * counts.activations
-    reward_path = job.batch * (counts.lean_path if is_lean(job.memory) else counts.reward_path)
+    batch, accumulate = job.share(world_size)
+    activations = batch * counts.activations
+    reward_path = batch * (counts.lean_path if is_lean(job.memory) else counts.reward_path)
     frozen = counts.lean_frozen if is_lean(job.memory) else counts.frozen
     # Where nothing is rolled out to learn from, the watched pictures still are.
     # The rollout saves no activations, and the first one of an update finds no gradients. So either may be
@@ -354,7 +365,7 @@ def divide(job, counts, world_size, compute_dtype):
     peak_in_update = (has.parameters + has.gradients + has.optimizer + activations + has.gathered
                       + reward_path + frozen)
     peak_in_rollout = has.parameters + has.optimizer + has.gathered_in_rollout + frozen
-    if job.accumulate > 1:
+    if accumulate > 1:
         peak_in_rollout += has.gradients
 
     # What is sharded is gathered for the rollout, once or at every step, and twice a call, in forward and
@@ -370,7 +381,7 @@ def divide(job, counts, world_size, compute_dtype):
     if job.memory in ON_THE_HOST:
         bus = has.copied * passes + job.calls * 4 * trained / shards
 
-    images = job.batch * job.accumulate
+    images = batch * accumulate
     return Prediction(
         all_parameters=counts.parameters, parameters=has.parameters, gradients=has.gradients,
         optimizer=has.optimizer, activations=activations, gathered=has.gathered, reward_path=reward_path,
@@ -380,7 +391,7 @@ def divide(job, counts, world_size, compute_dtype):
         # frozen networks: the backward is once the forward, for there is no gradient for parameters
         decode=images * job.calls * (3 if is_lean(job.memory) else 2) * counts.decode,
         reward=images * job.calls * 2 * counts.reward,
-        received=job.accumulate * received, host=has.host, bus=job.accumulate * bus)
+        received=accumulate * received, host=has.host, bus=accumulate * bus)
 
 
 # ----------------------------------------------------------------------------------- what the scripts ask for
@@ -391,7 +402,7 @@ def achieved(flop, seconds, device):
     reached = {"tflop_per_second": round(rate, 4)}
     if device.type == "cuda":
         card = torch.cuda.get_device_name(device)
-        peaks = [peak for name, peak in PEAK.items() if name in card]
+        peaks = [peak for name, peak in gpus.PEAK.items() if name in card]
         reached["share_of_peak"] = round(rate / peaks[0], 4) if peaks else None
         reached["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / GIB, 2)
     return reached
@@ -407,21 +418,22 @@ def in_flop(amount):
     return f"{amount / TERA:8.1f} TFLOP" if amount >= TERA / 10 else f"{amount / GIGA:8.1f} GFLOP"
 
 
+def in_time(seconds):
+    """95 -> "1.6 min"; 7000 -> "1.9 h"."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
+
+
 def check_replicas(replicas, world_size):
     """Raise UserError if so many groups cannot be made of the processes."""
     if world_size % replicas:
         raise UserError(f"--replicas {replicas}: does not divide the {world_size} processes")
 
 
-def check_card(card):
-    """Raise UserError for a card that no plan can be made for."""
-    if card not in PEAK:
-        raise UserError(f"--card {card}: its peak is not known here; known are {', '.join(PEAK)}")
-
-
 def show(job, world_size, card, share):
     """Print the plan of one process of world_size, and its seconds on a card at a share of its peak."""
-    check_card(card)
+    gpus.check(card)
     check_replicas(job.replicas, world_size)
     plan = predict(job, world_size, torch.bfloat16)
     memory = {"parameters": plan.parameters, "gradients": plan.gradients, "optimizer": plan.optimizer,
@@ -429,11 +441,13 @@ def show(job, world_size, card, share):
               "frozen": plan.frozen, "peak in the update": plan.peak_in_update,
               "peak in the rollout": plan.peak_in_rollout}
     work = {"rollout": plan.rollout, "update": plan.update, "decode": plan.decode, "reward": plan.reward}
-    seconds = plan.flop / TERA / (PEAK[card] * share)
+    seconds = plan.flop / TERA / (gpus.PEAK[card] * share)
 
-    batches = f" x {job.accumulate} batches" if job.accumulate > 1 else ""
+    batch, accumulate = job.share(world_size)
+    batches = f" x {accumulate} batches" if accumulate > 1 else ""
     print(f"predicted, not measured: {job.model}, {plan.all_parameters / 1e6:,.1f} M parameters, "
-          f"{job.size} x {job.size} pixels, {job.batch} image(s){batches} a process, {world_size} processes, "
+          f"{job.size} x {job.size} pixels, an update of {job.images} images: {batch} at a time{batches} a process, "
+          f"{world_size} processes, "
           f"activation checkpointing {'on' if job.checkpointing else 'off'}")
     print("\nmemory per process")
     for name, amount in memory.items():
@@ -442,5 +456,5 @@ def show(job, world_size, card, share):
     for name, amount in work.items():
         print(f"    {name:20}{in_flop(amount)} {100 * amount / plan.flop:6.1f} %")
     print(f"    {'received':20}{plan.received / GIGA:8.1f} GB")
-    print(f"\n{in_flop(plan.flop).strip()} an update: {seconds:.3g} s on {card} at {share:.0%} of its "
-          f"{PEAK[card]} TFLOP/s, communication apart")
+    print(f"\n{in_flop(plan.flop).strip()} an update and process: {seconds:.3g} s on {card} at {share:.0%} of its "
+          f"{gpus.PEAK[card]} TFLOP/s, communication apart; {job.updates} updates: {in_time(job.updates * seconds)}")

@@ -3,41 +3,11 @@ whose files were replaced is another."""
 
 import hashlib
 import json
-from pathlib import Path
 from threading import Thread
 
-import torch
-
+from engine.data.digests import digest_of_files
 from engine.errors import UserError
-from engine.files import files_under, stamp
-
-CHUNK = 2**24  # bytes that are hashed at a time, without holding up the training thread
-
-
-def digest_of_files(places):
-    """SHA-256 of the names and contents of all files in some places (files or folders)."""
-    digest = hashlib.sha256()
-    for place in places:
-        for file in files_under(place):
-            name = file.name if Path(place).is_file() else str(file.relative_to(place))
-            digest.update(f"{name} {file.stat().st_size}\n".encode())
-            with open(file, "rb") as stream:
-                while chunk := stream.read(CHUNK):
-                    digest.update(chunk)
-    return digest.hexdigest()
-
-
-def known_digest(places, cache):
-    """`digest_of_files`, but files that a `Cache` has met are not read again as long as their paths, names,
-    sizes and times of writing stay as they were."""
-    seen = [[str(Path(place).resolve()), *stamp(place)] for place in places]
-    key = cache.key("digest of files", seen)
-    kept = cache.get(key)
-    if kept is not None:
-        return bytes(kept["sha256"].tolist()).hex()
-    found = digest_of_files(places)
-    cache.put(key, {"sha256": torch.tensor(list(bytes.fromhex(found)), dtype=torch.uint8)})
-    return found
+from engine.files import stamp
 
 
 def digest_in(found, name):

@@ -8,7 +8,8 @@ from typing import NamedTuple
 from safetensors import safe_open
 
 from engine.errors import UserError, one_line
-from engine.files import quiet, read_json
+from engine.files import read_json
+from engine.hub import quiet
 
 OF_NETWORKS = ("config.json", "open_clip_config.json", "scheduler_config.json")
 WORD_LISTS = ("tokenizer.json", "vocab.json", "added_tokens.json")  # any word may stand there
@@ -25,16 +26,20 @@ def check_folder(folder):
 
     transformers would run the Python file that `auto_map` names, if `trust_remote_code` says so, and fetch
     and run a kernel of the hub that `attn_implementation` names.
+
+    Returns {file: its config} of all of them, so that none need be read again.
     """
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: not a folder")
+    read = {}
     for file in sorted(Path(folder).iterdir()):
         if not file.is_file() and not file.is_dir():
             raise UserError(f"{file}: not a file")
         if file.name == ADAPTER:
             raise UserError(f"{file}: adapters are not loaded; give the weights that they were merged into")
         if file.suffix == ".json" and file.name not in WORD_LISTS:
-            check_config(file)
+            read[file] = check_config(file)
+    return read
 
 
 def check_config(file):
@@ -129,10 +134,12 @@ def one_of(*allowed):
     return Kind(" or ".join(repr(one) for one in allowed), is_allowed)
 
 
-def read_config(file, needed, optional=None):
-    """A config, a dict, whose keys are what they must be: needed and optional {key: `Kind`}. Raises
-    UserError."""
-    config = check_config(Path(file))
+def fitting(file, read, needed, optional=None):
+    """A config, a dict, out of those that were read {file: config}, whose keys are what they must be: needed and
+    optional {key: `Kind`}. Raises UserError."""
+    if file not in read:
+        raise UserError(f"{file}: cannot be read: No such file or directory")
+    config = read[file]
     for key, kind in (needed | (optional or {})).items():
         if key in config and not kind.fits(config[key]):
             raise UserError(f"{file}: {key} {str(config[key])[:40]!r} must be {kind.words}")
@@ -153,12 +160,13 @@ def check_dtypes(folder):
                     raise UserError(f"{file}: {name} holds {dtype}, which are no weights")
 
 
-def strict(cls, folder, dtype, unread=(), **options):
+def strict(cls, folder, dtype, unread=(), checked=False, **options):
     """cls.from_pretrained(folder, **options) on the CPU in `dtype`, evaluating, frozen. Raises UserError if
-    the file lacks a tensor of the model, or holds one that is not read and starts with none of `unread`; or
-    if a config asks for code to be run."""
+    the file lacks a tensor of the model, or holds one that is not read and starts with none of `unread`; or, unless
+    `check_folder` was there before, if a config asks for code to be run."""
     quiet()
-    check_folder(folder)
+    if not checked:
+        check_folder(folder)
     try:
         check_dtypes(folder)
         model, found = cls.from_pretrained(folder, dtype=dtype, output_loading_info=True, **options)

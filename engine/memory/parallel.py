@@ -9,13 +9,11 @@ import sys
 import time
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from statistics import fmean
 from threading import Thread
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -24,15 +22,10 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Shard
 from tqdm import tqdm
 
-from engine.configs import check_config, check_folder
 from engine.errors import UserError, printable
-from engine.single_file import tensors_of
-
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
-ONE_FILE = "diffusion_pytorch_model.safetensors"
+from engine.model.tensors import fill, own_parameters
 
 
 def device_and_dtype(local_rank=0):
@@ -189,68 +182,15 @@ def shard(transformer, world, offload=False, replicated=(), hold=None):
     transformer.hold_in_rollouts = world.size > 1 if hold is None else hold
 
 
-def my_rows(parameter):
-    """(first, last) of the rows of a full tensor that this rank holds; all of them if it is not sharded."""
-    if not isinstance(parameter, DTensor):
-        return 0, parameter.shape[0]
-    for axis, placement in enumerate(parameter.placements):
-        if isinstance(placement, Shard):
-            rows = parameter.shape[0]
-            parts = parameter.device_mesh.size(axis)
-            chunk = -(-rows // parts)  # as torch.chunk: full chunks first, the last ones short or empty
-            first = min(parameter.device_mesh.get_local_rank(axis) * chunk, rows)
-            return first, min(first + chunk, rows)
-    return 0, parameter.shape[0]
-
-
-def weight_files(folder):
-    """{parameter name: file} of a diffusers transformer folder, sharded or one file."""
-    folder = Path(folder)
-    if (folder / INDEX).exists():
-        index = check_config(folder / INDEX).get("weight_map")
-        if not isinstance(index, dict) or not all(is_file_name(file) for file in index.values()):
-            raise UserError(f"{folder / INDEX}: has no weight_map of tensors and the files beside it")
-        return {name: folder / file for name, file in index.items()}
-    with safe_open(folder / ONE_FILE, "pt") as file:
-        return {name: folder / ONE_FILE for name in file.keys()}
-
-
-def is_file_name(name):
-    """Whether a value is the name of a file in a folder, and leads nowhere else."""
-    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name
-
-
-def own_parameters(network):
-    """{name: parameter} as a network has them without adapters. To a layer that has one, peft gives another
-    name, base_layer, and its adapter's matrices are lora_A and lora_B beside it."""
-    found = {}
-    for name, parameter in network.named_parameters():
-        if ".lora_A." not in name and ".lora_B." not in name:
-            found[name.replace(".base_layer.", ".")] = parameter
-    return found
-
-
-def on_meta(kind, folder, file=None):
-    """(a diffusers model of class `kind`, without memory; {name: slice of a file} of its tensors, which are
-    the folder's or, if one is given, a single file's). Raises UserError if a tensor is missing, or not its
-    own."""
-    check_folder(folder)
-    with torch.device("meta"):
-        network = kind.from_config(kind.load_config(folder))
-    tensors = tensors_in(folder) if file is None else tensors_of(file)
-    must_be_whole(network, tensors, file or folder)
-    return network, tensors
-
-
-def load_sharded(kind, folder, device, dtype, world=None, layout=None, file=None):
-    """A diffusers model of class `kind` from its folder, or of the folder's config with the tensors of a
-    single file; with a world that has a mesh: sharded over it, in float32, or as a `memory.Layout` says.
+def load_sharded(kind, source, device, dtype, world=None, layout=None):
+    """A diffusers model of class `kind` from its `Source`; with a world that has a mesh: sharded over it, in float32,
+    or as a `layouts.Layout` says.
 
     Built on meta, and each rank reads only its own rows of each tensor, so no process ever holds a full copy.
     Raises UserError if names or shapes differ from the config's.
     """
     sharded = world is not None and world.mesh is not None
-    network, tensors = on_meta(kind, folder, file)
+    network = source.on_meta(kind)
     if layout is not None:
         device = layout.prepare(network, world)
     else:
@@ -259,40 +199,10 @@ def load_sharded(kind, folder, device, dtype, world=None, layout=None, file=None
             shard(network, world)
     network.to_empty(device=device)
     for name, parameter in own_parameters(network).items():
-        fill(parameter, tensors[name])
+        fill(parameter, source.tensors[name])
     if layout is not None:
         layout.start(network)
     return network
-
-
-@torch.no_grad()
-def fill(parameter, tensor):
-    """Copy this rank's rows of a full tensor, or of a slice of a file, into a parameter."""
-    first, last = my_rows(parameter)
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    local.copy_(tensor[first:last].to(local.dtype))
-
-
-def tensors_in(folder):
-    """{name: slice of a file} of the tensors of a diffusers transformer folder."""
-    files = weight_files(folder)
-    opened = {file: safe_open(file, "pt") for file in set(files.values())}
-    return {name: opened[file].get_slice(name) for name, file in files.items()}
-
-
-def must_be_whole(network, tensors, where):
-    """Raise UserError unless every tensor of a network is there, of its shape, and no other: known before the
-    network takes any memory."""
-    shapes = {name: list(parameter.shape) for name, parameter in network.named_parameters()}
-    if tensors.keys() != shapes.keys():
-        odd = sorted(tensors.keys() ^ shapes.keys())
-        raise UserError(f"{where}: {len(odd)} tensors are missing or not {type(network).__name__}'s, "
-                        f"such as {odd[0]}")
-    for name, shape in shapes.items():
-        if list(tensors[name].get_shape()) != shape:
-            raise UserError(f"{where}: {name} is {tensors[name].get_shape()}, the config says {shape}")
-        if tensors[name].get_dtype()[0] not in "FB":
-            raise UserError(f"{where}: {name} holds {tensors[name].get_dtype()}, which are no weights")
 
 
 def clock(device):
@@ -300,11 +210,6 @@ def clock(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def full(tensor):
-    """A tensor that may be sharded, in full on every rank."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

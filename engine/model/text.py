@@ -4,33 +4,30 @@ import diffusers
 import torch
 import transformers
 
-from engine import configs
-from engine.contents import known_digest
+from engine.data.digests import known_digest
 from engine.errors import UserError
-from engine.finite import are_finite
-from engine.model_folder import MOST_TOKENS
+from engine.model import configs
+from engine.model.folder import MOST_TOKENS, TEXTS
+from engine.model.tensors import are_finite
 
-PARTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 PADDING = 0.01  # the share of an embedding's rows that may stand for no word
 
 
-def load(folder, dtype):
-    """A FluxPipeline of nothing but the text encoders of a model's folder and their tokenizers. Raises
-    UserError."""
-    clip = configs.strict(transformers.CLIPTextModel, folder / "text_encoder", dtype, use_safetensors=True,
-                          unread=("text_model.embeddings.position_ids",))
-    t5 = configs.strict(transformers.T5EncoderModel, folder / "text_encoder_2", dtype, use_safetensors=True,
-                        unread=("encoder.embed_tokens.weight",))
+def load(model, dtype):
+    """A FluxPipeline of nothing but the text encoders of a `Model` and their tokenizers. Raises UserError."""
+    clip = configs.strict(transformers.CLIPTextModel, model.part("text_encoder"), dtype, use_safetensors=True,
+                          unread=("text_model.embeddings.position_ids",), checked=True)
+    t5 = configs.strict(transformers.T5EncoderModel, model.part("text_encoder_2"), dtype, use_safetensors=True,
+                        unread=("encoder.embed_tokens.weight",), checked=True)
     return diffusers.FluxPipeline(
         scheduler=None, vae=None, transformer=None, text_encoder=clip, text_encoder_2=t5,
-        tokenizer=tokenizer_of(transformers.CLIPTokenizerFast, folder / "tokenizer", clip),
-        tokenizer_2=tokenizer_of(transformers.T5TokenizerFast, folder / "tokenizer_2", t5))
+        tokenizer=tokenizer_of(transformers.CLIPTokenizerFast, model.part("tokenizer"), clip),
+        tokenizer_2=tokenizer_of(transformers.T5TokenizerFast, model.part("tokenizer_2"), t5))
 
 
 def tokenizer_of(kind, folder, encoder):
     """The tokenizer of an encoder, which gives a text no more tokens than that takes. Raises UserError if its
     vocabulary is not the encoder's, which may be padded."""
-    configs.check_folder(folder)
     tokenizer = kind.from_pretrained(folder)
     most = getattr(encoder.config, "max_position_embeddings", MOST_TOKENS)  # T5 has no limit
     tokenizer.model_max_length = min(tokenizer.model_max_length, most)
@@ -54,20 +51,21 @@ def encode(pipe, text, most):
     return {"txt": txt[0].cpu(), "pooled": pooled[0].cpu(), "truncated": torch.tensor(truncated)}
 
 
-def embeddings(folder, prompts, most, device, dtype, cache):
-    """{prompt: what `encode` gives} of a list of prompts. Those that a `Cache` lacks go through the encoders,
-    which are loaded if there is one, and freed on return. Raises UserError."""
+def embeddings(model, prompts, device, dtype, cache):
+    """{prompt: what `encode` gives} of a list of prompts, by a `Model`. Those that a `Cache` lacks go through the
+    encoders, which are loaded if there is one, and freed on return. Raises UserError."""
+    most = model.configs.text_tokens
     keys = {}
     found = dict.fromkeys(prompts)
     if cache.folder is not None:
         # An embedding depends on its text, and on what of the model and the machine makes it.
-        encoders = known_digest([folder / part for part in PARTS], cache)
+        encoders = known_digest([model.part(part) for part in TEXTS], cache)
         computed = [encoders, most, str(dtype), torch.device(device).type]
         keys = {text: cache.key("embedding", text, *computed) for text in found}
         found = {text: cache.get(key) for text, key in keys.items()}
     missing = [text for text, embedding in found.items() if embedding is None]
     if missing:
-        pipe = load(folder, dtype).to(device)
+        pipe = load(model, dtype).to(device)
         for text in missing:
             found[text] = encode(pipe, text, most)
             if cache.folder is not None:

@@ -1,30 +1,19 @@
 """Which --memory fits a machine: chosen for `--memory auto`, checked before anything is loaded, and shown for
-cards of every size by `python train.py --plan`. All of it is predicted by engine/plan.py."""
+cards of every size by `python train.py --plan`. All of it is predicted by engine/memory/plan.py."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from engine import memory
 from engine.errors import UserError
-from engine.plan import GIB, GIGA, MOST_PROCESSES, PEAK, TERA, count, divide
+from engine.memory import gpus, modes
+from engine.memory.plan import GIB, GIGA, MOST_PROCESSES, TERA, count, divide, in_time
 
 CONTEXT = 1.25 * GIB    # what CUDA itself and the libraries' workspaces take of a card
 BUS = 25                # GB/s between host and card: PCIe 4.0 x16, as copies from pinned memory reach it
 USUAL_RANK = 32         # of a LoRA that is advised
-
-
-class Card(NamedTuple):
-    """A GPU that many have."""
-    name: str
-    gib: float    # as torch tells its memory
-    peak: float   # dense bf16 TFLOP/s, from the data sheets
-
-
-CARDS = (Card("RTX 4070, 12 GB", 11.6, 58), Card("RTX 4080, 16 GB", 15.7, 97),
-         Card("RTX 4090, 24 GB", 23.6, PEAK["RTX 4090"]), Card("L40S, 48 GB", 44.4, PEAK["L40S"]),
-         Card("H100, 80 GB", 79.1, PEAK["H100"]), Card("H200, 141 GB", 139.8, PEAK["H200"]))
 
 
 class Machine(NamedTuple):
@@ -51,15 +40,34 @@ def this_machine(world):
         card = torch.cuda.get_device_properties(world.device).total_memory
     else:
         card = float("inf")
-    host = memory.host_bytes()
+    host = host_bytes()
     return Machine(card, None if host is None else host / world.neighbours)
+
+
+def host_bytes(meminfo="/proc/meminfo", group="/sys/fs/cgroup"):
+    """Bytes of the host's memory that can still be taken, by this process or its container; None where Linux
+    does not say."""
+    free = []
+    try:
+        for line in Path(meminfo).read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                free.append(int(line.split()[1]) * 1024)
+        most = (Path(group) / "memory.max").read_text().strip()
+        if most != "max":
+            lines = (Path(group) / "memory.stat").read_text().splitlines()
+            cached = sum(int(line.split()[1]) for line in lines if line.startswith("file "))
+            taken = int((Path(group) / "memory.current").read_text())
+            free.append(int(most) - taken + cached)  # files in memory make room for who needs it
+    except (OSError, ValueError, IndexError):
+        pass
+    return min(free, default=None)
 
 
 # --------------------------------------------------------------------------------------------- what fits them
 def predictions(job, counts, world_size):
     """{--memory: its `plan.Prediction`} for what a job trains, those that are preferred first."""
     found = {}
-    for name in memory.choices(job.lora):
+    for name in modes.choices(job.lora):
         found[name] = divide(replace(job, memory=name), counts, world_size, torch.bfloat16)
     return found
 
@@ -101,7 +109,8 @@ def refuse(job, counts, world_size, machine, prediction):
     more = more_gpus(job, counts, world_size, machine)
     if more is not None:
         helps.append(f"{more} GPUs (torchrun --nproc_per_node)")
-    helps.append("a smaller --batch" if job.batch > 1 else "a smaller --size")
+    batch, _ = job.share(world_size)
+    helps.append("a smaller --batch" if batch > 1 else "a smaller --size")
     if machine.lacks(prediction) == "host":
         seen = (f"predicted {prediction.host / GIB:.0f} GiB of the host's memory a process, "
                 f"{machine.host / GIB:.0f} are free")
@@ -139,13 +148,13 @@ def because(name, prediction, machine, names):
 def settle(job, world):
     """Before anything is loaded: (--memory, a line that says why, or None). What was asked for is checked;
     auto is chosen. Raises UserError if it does not fit, with flags that do."""
-    memory.check(job.lora, job.memory)
+    modes.check(job.lora, job.memory)
     if job.memory == "auto" and world.device.type == "cpu":
-        return memory.on_a_cpu(job.lora), None
+        return modes.on_a_cpu(job.lora), None
     machine = this_machine(world)
     if job.memory == "auto":
         return choose(job, world.size, machine)
-    if world.device.type == "cuda" or job.memory in memory.ON_THE_HOST:
+    if world.device.type == "cuda" or job.memory in modes.ON_THE_HOST:
         counts = count(job, torch.bfloat16)
         prediction = divide(job, counts, world.size, torch.bfloat16)
         if not machine.has_room(prediction):
@@ -163,11 +172,11 @@ def show_cards(job, share):
     """Print what fits one card of every size: a full fine-tune, and a LoRA, each with the first --memory that
     fits."""
     counts = count(job, torch.bfloat16)
-    print(f"\nwhat fits one card, predicted ({CONTEXT / GIB:.2f} GiB of CUDA's own counted; seconds of an "
-          f"update at {share:.0%} of the card's peak,\nor of the bus at {BUS} GB/s where that takes longer; "
+    print(f"\nwhat fits one card, predicted ({CONTEXT / GIB:.2f} GiB of CUDA's own counted; an update of "
+          f"{job.images} images at {share:.0%} of the card's peak,\nor of the bus at {BUS} GB/s if that takes longer; "
           "the optimizer's step on the host apart)")
-    print(f"    {'card':20}{'flags':34}{'GiB':>8}{'host GiB':>10}{'seconds':>9}")
-    for card in CARDS:
+    print(f"    {'card':20}{'flags':34}{'GiB':>8}{'host GiB':>10}{'an update':>11}{f'{job.updates} updates':>12}")
+    for card in gpus.CARDS:
         for rank in (None, job.lora or USUAL_RANK):
             shown = card.name if rank is None else ""
             print(f"    {shown:20}{row(replace(job, lora=rank), counts, card, share)}")
@@ -179,6 +188,7 @@ def row(job, counts, card, share):
         if Machine(card.gib * GIB).has_room(prediction):
             flags = flags_of(job.lora, name)
             host = f"{prediction.host / GIB:.0f}" if prediction.host else "-"
-            return (f"{flags:34}{(prediction.peak + CONTEXT) / GIB:8.1f}{host:>10}"
-                    f"{seconds(prediction, card.peak, share):9.1f}")
+            each = seconds(prediction, card.peak, share)
+            return (f"{flags:34}{(prediction.peak + CONTEXT) / GIB:8.1f}{host:>10}{in_time(each):>11}"
+                    f"{in_time(job.updates * each):>12}")
     return f"{'--lora ' + str(job.lora) if job.lora else 'a full fine-tune':34}{'no':>8}"

@@ -1,6 +1,6 @@
 """The folder of a run: who may write there, what a run leaves there, and where it goes on from.
 
-    run.json        the mark of a folder that a run made, and the run's id
+    run.json        the mark of a folder that a run made: the run's id, and which code, libraries, devices made it
     args.json       every flag
     log.jsonl       a line an update
     samples/        the watched pictures
@@ -16,9 +16,9 @@ import secrets
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine import checkpoint
 from engine.errors import UserError
 from engine.files import append, read_json, remove_leftovers, write_json, write_whole
+from engine.run import checkpoint
 
 # All files that a run makes, but for its checkpoints, and so all that --overwrite removes.
 WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -28,11 +28,6 @@ MADE = ("args.json", "log.jsonl", "summary.json", "before_after.png", "explain.p
         *[f"weights/{name}" for name in WEIGHTS], *[f"weights_best/{name}" for name in WEIGHTS],
         "samples/step_*.png", "tensorboard/events.out.tfevents.*")
 FOLDERS = ("samples", "weights", "weights_best", "checkpoints", "tensorboard")
-
-# Flags that --resume may change: no weight depends on them, or their files are compared by content.
-FREE = ("steps", "resume", "overwrite", "explain", "plan", "out", "save_every", "keep", "replicas", "batch",
-        "accumulate", "checkpointing", "compile", "tensorboard", "world_size", "card", "share",
-        "model", "weights", "prompts", "watch_prompts", "eval_prompts", "reward", "images", "cache")
 
 
 def run_in(out):
@@ -87,16 +82,15 @@ def tensorboard():
 
 
 class RunFolder:
-    """The folder `out` of a run with the flags `args` (a dict), whose updates make `images` images. Raises
-    UserError if the run may not go there; nothing is written or removed before `open`.
+    """The folder `out` of a run with the flags `args` (a dict). Raises UserError if the run may not go there; nothing
+    is written or removed before `open`, but for the lock that `take` makes.
 
     `checkpoints` are those to go on from, oldest first; there are none where a run starts from the beginning.
     """
 
-    def __init__(self, out, args, images):
+    def __init__(self, out, args):
         self.out = Path(out)
         self.args = json.loads(json.dumps(args))  # as a file would give it back
-        self.images = images
         self.board = None
         if args.get("tensorboard"):
             tensorboard()
@@ -138,31 +132,18 @@ class RunFolder:
                             f"{sorted(theirs)[0]}; give another --out")
 
     def continues(self):
-        """Find the checkpoints to go on from, damaged ones among them. Raises UserError if the run in the
-        folder is another one."""
+        """Find the checkpoints to go on from, damaged ones among them. Raises UserError if the run is past --steps."""
         done = [folder for folder, owner in self.found.items() if owner is not None]
         self.checkpoints = list(self.found)
         if not done:
             return
         newest = checkpoint.state_of(done[-1])
-        then = read_json(self.out / "args.json")
-        if not isinstance(then, dict):
-            raise UserError(f"{self.out}/args.json: not the flags of a run; give another --out")
-        for name, now in self.args.items():
-            if name not in FREE and now != then.get(name):
-                raise UserError(f"--resume: the run in {self.out} has --{name.replace('_', '-')} "
-                                f"{then.get(name)}, now {now}; give the same flags, or another --out")
-        if newest.get("images") != self.images:
-            raise UserError(f"--resume: an update of the run in {self.out} makes {newest.get('images')} "
-                            f"images, now {self.images}; --batch x --accumulate x processes stays the same")
         if newest["step"] > self.args["steps"]:
             raise UserError(f"--steps {self.args['steps']}: the run in {self.out} is past it, at "
                             f"{done[-1].name}; give more steps")
 
-    def open(self):
-        """Make the folder, lock it for as long as this process lives, mark it and write args.json. What a
-        kill left half written goes; what an earlier run left too, if --overwrite allows it. Raises
-        UserError."""
+    def take(self):
+        """Make the folder, and lock it for as long as this process lives. Raises UserError."""
         with as_mistakes(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.out / LOCK, "a")
@@ -170,13 +151,22 @@ class RunFolder:
                 print(f"--out {self.out}: its file system has no locks; see that no other process trains "
                       "there")
             self.must_be_as_seen()
+
+    def open(self, made_by=None):
+        """Mark the folder, which was taken, and write args.json; made_by is added to what the mark says of how the run
+        was made. What a kill left half written goes; what an earlier run left too, if --overwrite allows it. Raises
+        UserError."""
+        with as_mistakes(self.out):
             for pattern in (MARK, *MADE):
                 place = self.out / pattern
                 remove_leftovers(place.parent, [place.name])
             checkpoint.remove_unfinished(self.out)
-            if not self.checkpoints:
+            before = []
+            if self.checkpoints:
+                before = read_json(self.out / MARK).get("made_by", [])
+            else:
                 self.clear()
-                write_json(self.out / MARK, {"run": self.id})
+            write_json(self.out / MARK, {"run": self.id, "made_by": [*before, made_by]})
             write_json(self.out / "args.json", self.args)
             (self.out / "samples").mkdir(exist_ok=True)
             if self.args.get("tensorboard"):

@@ -1,0 +1,47 @@
+"""Files from the hub, and the libraries' own messages kept out of the terminal."""
+
+import importlib
+import logging
+import warnings
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.utils import logging as hub_logging
+
+from engine.errors import UserError
+
+
+# -------------------------------------------------------------------------------------- here, or from the hub
+def quiet():
+    """Keep the libraries' own progress bars and notices out of the terminal: what is wrong they raise too."""
+    # Imported here, since flags are read with this module and without these libraries, which take seconds.
+    for library in ("diffusers", "transformers"):
+        log = importlib.import_module(f"{library}.utils.logging")
+        log.set_verbosity(logging.CRITICAL)
+        log.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks` argument is deprecated")
+
+
+def fetched(where, files):
+    """The local path of `where`: itself if it exists; otherwise the folder of a hub repository's `files` (a
+    list of names or patterns; pickled .bin files stand in for *.safetensors that it lacks), downloaded now if
+    they are not cached.
+
+    Raises UserError if it is neither.
+    """
+    if Path(where).is_file() or Path(where).is_dir():
+        return Path(where)
+    if Path(where).exists():  # reading from a pipe would wait for ever
+        raise UserError(f"{where}: neither a file nor a folder")
+    if str(where).count("/") != 1 or str(where).startswith((".", "/")):
+        raise UserError(f"{where}: no such file or folder")
+    quiet()
+    try:
+        folder = Path(snapshot_download(where, allow_patterns=files))
+        if "*.safetensors" in files and not list(folder.glob("*.safetensors")):
+            snapshot_download(where, allow_patterns="*.bin")
+        return folder
+    except Exception as error:
+        raise UserError(f"{where}: not on this machine, and the hub does not give it "
+                        f"({type(error).__name__})") from error

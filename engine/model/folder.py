@@ -1,0 +1,350 @@
+"""`Model`: a FLUX.1 by its folder or hub id, opened and checked once. Afterwards it knows its configs, its parts, the
+flags that suit it and where they stand. No weights are read here, and nothing needs torch."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import hf_hub_download, snapshot_download
+
+from engine.errors import UserError, one_line
+from engine.files import read_json
+from engine.hub import quiet
+from engine.model import configs as con
+from engine.paths import named_path, not_a_path
+
+PATCH = 2  # a token is 2 x 2 latents: fixed by the FLUX pipeline, stored in no config
+MOST_PIXELS = 2**14  # a side: what a slip of the hand could ask for beyond that fits no machine
+INDEX = "model_index.json"
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
+MOST_TOKENS = 512  # of a prompt: FluxPipeline's own limit
+FEWEST_TOKENS = 8  # fewer hold no prompt
+NO_LIMIT = int(1e30)  # what transformers writes for a tokenizer that knows none
+SCHNELL_TOKENS = 256  # of a prompt: FluxPipeline's limit for FLUX.1-schnell, which no config says
+SCRIPTS_OWN = 1024  # pixels a side that FLUX.1's VAE was made for: there --size has each script's own default
+TEXTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")  # the parts that encode prompts
+
+# What the configs must say of what is computed with here; the rest is the libraries' affair.
+TRANSFORMER = {"_class_name": con.one_of("FluxTransformer2DModel"), "in_channels": con.WHOLE,
+               "num_layers": con.WHOLE, "num_single_layers": con.WHOLE, "attention_head_dim": con.WHOLE,
+               "num_attention_heads": con.WHOLE, "joint_attention_dim": con.WHOLE,
+               "pooled_projection_dim": con.WHOLE, "guidance_embeds": con.FLAG}
+OF_TRANSFORMER = {"axes_dims_rope": con.WHOLES, "patch_size": con.one_of(1)}  # may be left out
+VAE = {"_class_name": con.one_of("AutoencoderKL"), "block_out_channels": con.WHOLES,
+       "layers_per_block": con.WHOLE, "norm_num_groups": con.WHOLE, "act_fn": con.TEXT,
+       "latent_channels": con.WHOLE, "in_channels": con.one_of(3), "out_channels": con.one_of(3),
+       "scaling_factor": con.POSITIVE}
+OF_VAE = {"shift_factor": con.NUMBER_OR_NULL}
+CLIP = {"model_type": con.one_of("clip_text_model"), "hidden_size": con.WHOLE, "vocab_size": con.WHOLE,
+        "max_position_embeddings": con.WHOLE, "num_attention_heads": con.WHOLE,
+        "num_hidden_layers": con.WHOLE, "intermediate_size": con.WHOLE, "hidden_act": con.TEXT}
+T5 = {"model_type": con.one_of("t5"), "d_model": con.WHOLE, "vocab_size": con.WHOLE, "num_heads": con.WHOLE,
+      "d_kv": con.WHOLE, "d_ff": con.WHOLE, "num_layers": con.WHOLE, "feed_forward_proj": con.TEXT,
+      "relative_attention_num_buckets": con.WHOLE}
+SCHEDULER = {"_class_name": con.one_of("FlowMatchEulerDiscreteScheduler")}
+DYNAMIC = {"base_shift": con.NUMBER, "max_shift": con.NUMBER, "base_image_seq_len": con.WHOLE,
+           "max_image_seq_len": con.WHOLE}
+# FLUX.1's steps: what would bend them in another way is refused, for nothing here would do it.
+OF_SCHEDULER = {"use_dynamic_shifting": con.FLAG, "shift": con.POSITIVE, "shift_terminal": con.one_of(None),
+                "time_shift_type": con.one_of("exponential"), "invert_sigmas": con.one_of(False),
+                "use_karras_sigmas": con.one_of(False), "use_exponential_sigmas": con.one_of(False),
+                "use_beta_sigmas": con.one_of(False), "stochastic_sampling": con.one_of(False)}
+
+class Configs(NamedTuple):
+    """What a model's files say of it, before anything is loaded."""
+    transformer: dict
+    vae: dict
+    scheduler: dict
+    text_tokens: int
+
+    @property
+    def few_steps(self):
+        """Whether it was distilled to few steps, as FLUX.1-schnell: it has no guidance to embed, and a time
+        shift that does not depend on the picture's size."""
+        static = not self.scheduler.get("use_dynamic_shifting", False)
+        return not self.transformer["guidance_embeds"] and static
+
+
+# -------------------------------------------------------------------------------------------- models by name
+# What the configs of hub ids say, so that nothing need be downloaded to plan, or to refuse --weights.
+FLUX_VAE = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+            "latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+            "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": 1024,
+            "scaling_factor": 0.3611, "shift_factor": 0.1159}
+FLUX_TRANSFORMER = {"_class_name": "FluxTransformer2DModel", "in_channels": 64, "num_layers": 19,
+                    "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
+                    "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True}
+DYNAMIC_SHIFT = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
+                 "max_image_seq_len": 4096, "shift": 3.0}
+FLUX_DEV = Configs(FLUX_TRANSFORMER, FLUX_VAE, DYNAMIC_SHIFT, MOST_TOKENS)
+FLUX_SCHNELL = Configs(FLUX_TRANSFORMER | {"guidance_embeds": False}, FLUX_VAE,
+                       {"use_dynamic_shifting": False, "shift": 1.0}, SCHNELL_TOKENS)
+KNOWN = {"black-forest-labs/FLUX.1-dev": FLUX_DEV,
+         "black-forest-labs/FLUX.1-Krea-dev": FLUX_DEV,
+         "black-forest-labs/FLUX.1-schnell": FLUX_SCHNELL}
+
+
+# --------------------------------------------------------------------------------------------------- the model
+class Model:
+    """A FLUX.1, opened and checked once, and passed on in place of its name."""
+
+    def __init__(self, name):
+        """name: a folder, or a hub id: one that is known here, or whose model_index.json says that it is FLUX.1. Of a
+        hub id nothing but configs is downloaded before `fetch`. Raises UserError."""
+        self.name = str(name)
+        why = not_a_path(name)
+        if why:
+            raise UserError(f'--model "{self.name[:80]}": must be a path or a hub id, and it {why}')
+        self.folder = Path(name) if Path(name).exists() else None  # None: on the hub
+        if self.folder is not None:
+            self.configs = read_configs(self.folder, f"--model {name}")
+        elif self.name in KNOWN:
+            self.configs = KNOWN[self.name]
+        else:
+            self.folder = configs_of_unknown(self.name)
+            self.configs = read_configs(self.folder, f"--model {name}")
+        self.is_remote = not Path(name).exists()
+        self.says = Path(name) / "srpo.json"  # where its own flags stand
+        self.written = {} if self.is_remote else read_own(self.says)
+
+    @property
+    def unit(self):
+        """Side of the square of pixels behind one token: VAE factor x patch, 16."""
+        return pixels_per_token(self.configs.vae)
+
+    def grid(self, height, width):
+        """(rows, columns) of tokens of a picture. Raises UserError for a size that the model cannot make."""
+        return token_grid(self.configs.vae, height, width)
+
+    def part(self, name):
+        """The folder of one of PARTS, which is on this machine: that of a hub id after `fetch`."""
+        return self.folder / name
+
+    def fetch(self, parts=PARTS):
+        """Bring some parts of a hub id to this machine, all before anything is loaded. Raises UserError."""
+        if not self.is_remote:
+            return
+        quiet()
+        try:
+            self.folder = Path(snapshot_download(self.name, allow_patterns=[INDEX, *(f"{part}/*" for part in parts)]))
+        except Exception as error:
+            raise self.cannot_load(error) from error
+        if set(parts) == set(PARTS):
+            self.configs = read_configs(self.folder, f"--model {self.name}")
+            return
+        for part in parts:
+            con.check_folder(self.part(part))
+
+    def cannot_load(self, error):
+        """The UserError for a model whose files cannot be read or fetched."""
+        hub = " (on the hub: is its licence accepted, and `hf auth login` done?)" if self.is_remote else ""
+        return UserError(f"--model {self.name}: cannot be loaded as FLUX.1: {one_line(error)}{hub}")
+
+    def suited(self):
+        """{flag: value} that its configs ask for, where they are not FLUX.1-dev's: the picture's side that its VAE was
+        made for; and few steps, with the model's own time shift."""
+        found = {}
+        side = self.configs.vae.get("sample_size")
+        if type(side) is int and self.unit <= side < SCRIPTS_OWN:
+            found["size"] = side // self.unit * self.unit
+        if self.configs.few_steps:
+            found |= {"rollout_steps": 4, "eval_steps": 4, "shift": None}
+        return found
+
+    def flags(self, may_set):
+        """{flag: value} that suit it: what its configs ask for, below what its srpo.json says. may_set: {flag: `Kind`}
+        of what that may set. Raises UserError."""
+        return self.suited() | own_flags(self.says, self.written, may_set)
+
+    def notes(self, flags):
+        """What its configs decided of the flags (a dict): a list of lines."""
+        lines = []
+        for name, value in self.suited().items():
+            if name not in self.written and name in flags and flags[name] == value:
+                shown = "off" if value is None else value
+                lines.append(f"--{name.replace('_', '-')} {shown}: what the configs of {self.name} say")
+        return lines
+
+
+def pixels_per_token(vae_config):
+    """Side of the square of pixels behind one token: VAE factor x patch, 16."""
+    return PATCH * 2 ** (len(vae_config["block_out_channels"]) - 1)
+
+
+def token_grid(vae_config, height, width):
+    """(rows, columns) of tokens of a picture. Raises UserError for a size that the model cannot make."""
+    unit = pixels_per_token(vae_config)
+    if height % unit or width % unit or height < unit or width < unit:
+        raise UserError(f"--size {width} x {height}: both sides must be multiples of {unit} pixels for "
+                        f"this model")
+    if max(height, width) > MOST_PIXELS:
+        raise UserError(f"--size {width} x {height}: {MOST_PIXELS} pixels a side are the most")
+    return height // unit, width // unit
+
+
+def configs_of_unknown(name):
+    """The folder with the configs of a hub id that is not known here, downloaded if its model_index.json says that it
+    is FLUX.1. Raises UserError, with the known ones, if it does not, or cannot be had."""
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise UserError(f"--model {name}: no such folder (give a folder in FLUX.1-dev's layout, or a hub id such as "
+                        f"{next(iter(KNOWN))})")
+    quiet()
+    known = f"known are {', '.join(KNOWN)}, and folders in their layout"
+    try:
+        kind = read_json(hf_hub_download(name, INDEX)).get("_class_name")
+    except Exception as error:
+        raise UserError(f"--model {name}: not known here, and the hub gives no {INDEX} that says what it is "
+                        f"({type(error).__name__}); {known}") from error
+    if kind != "FluxPipeline":
+        raise UserError(f"--model {name}: its {INDEX} says {kind}, and only FLUX.1 (FluxPipeline) is trained; {known}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=[INDEX, "*/*.json", "*/spiece.model"]))
+    except Exception as error:
+        raise UserError(f"--model {name}: its configs cannot be fetched: {one_line(error)}; {known}") from error
+
+
+# -------------------------------------------------------------------------------------------------- the parts
+def read_configs(folder, whose):
+    """The `Configs` of a folder, each read once and checked, and whether they fit each other; whose: the model, for
+    messages. Raises UserError if a part of a FLUX.1 is missing, or another model's."""
+    missing = [part for part in (INDEX, *PARTS) if not (folder / part).exists()]
+    if missing:
+        raise UserError(f"{whose}: not a FLUX.1 folder, it has no {', '.join(missing)}")
+    kind = con.check_config(folder / INDEX).get("_class_name")
+    if kind != "FluxPipeline":
+        raise UserError(f"{whose}: {INDEX} says {kind}, not FluxPipeline")
+    read = {}  # {file: its config}
+    for part in PARTS:
+        read |= con.check_folder(folder / part)
+
+    def checked(part, file, needed, optional=None):
+        return con.fitting(folder / part / file, read, needed, optional)
+
+    transformer = check_transformer(folder / "transformer", read)
+    vae = checked("vae", "config.json", VAE, OF_VAE)
+    clip = checked("text_encoder", "config.json", CLIP)
+    t5 = checked("text_encoder_2", "config.json", T5)
+    scheduler = check_scheduler(folder / "scheduler" / "scheduler_config.json", read)
+
+    file = folder / "transformer" / "config.json"
+    latents = PATCH**2 * vae["latent_channels"]
+    must_fit(file, transformer, "in_channels", latents, "what the VAE's latents need")
+    must_fit(file, transformer, "joint_attention_dim", t5["d_model"], "T5's d_model")
+    must_fit(file, transformer, "pooled_projection_dim", clip["hidden_size"], "CLIP's hidden_size")
+    if transformer.get("out_channels") is not None:
+        must_fit(file, transformer, "out_channels", latents, "what the VAE's latents need")
+    check_vocabulary(folder / "tokenizer", clip["max_position_embeddings"], read)
+    found = Configs(transformer, vae, scheduler, check_vocabulary(folder / "tokenizer_2", MOST_TOKENS, read))
+    if found.few_steps:
+        found = found._replace(text_tokens=min(found.text_tokens, SCHNELL_TOKENS))
+    return found
+
+
+def check_transformer(folder, read=None):
+    """The config of a FLUX.1 transformer's folder, out of what `configs.check_folder` has read of it. Raises
+    UserError."""
+    if read is None:
+        read = con.check_folder(folder)
+    file = folder / "config.json"
+    config = con.fitting(file, read, TRANSFORMER, OF_TRANSFORMER)
+    axes = config.get("axes_dims_rope", [16, 56, 56])
+    if len(axes) != 3 or any(axis % 2 for axis in axes):
+        raise UserError(f"{file}: axes_dims_rope {axes} must be three even numbers")
+    must_fit(file, config, "attention_head_dim", sum(axes), "the sum of axes_dims_rope")
+    return config
+
+
+def must_fit(file, config, key, wanted, why):
+    """Raise UserError if a key of a config is not as large as another config wants it."""
+    if config[key] != wanted:
+        raise UserError(f"{file}: {key} {config[key]} must be {wanted}, {why}")
+
+
+def check_scheduler(file, read):
+    """A scheduler's config. Raises UserError if it is not of FLUX.1's steps."""
+    steps = con.fitting(file, read, SCHEDULER, OF_SCHEDULER | DYNAMIC)
+    if steps.get("use_dynamic_shifting"):
+        con.fitting(file, read, DYNAMIC)
+        if not steps["base_image_seq_len"] < steps["max_image_seq_len"]:
+            raise UserError(f"{file}: base_image_seq_len must be below max_image_seq_len")
+        if not 0 <= steps["base_shift"] <= steps["max_shift"] <= 10:
+            raise UserError(f"{file}: base_shift and max_shift must be from 0 to 10, the larger one last")
+    return steps
+
+
+def check_vocabulary(folder, most, read):
+    """How many tokens a tokenizer gives a text, at most; where it knows no limit, as many as its encoder
+    takes, `most`. Raises UserError if it says more than that, or if it has no vocabulary."""
+    if not any((folder / name).exists() for name in VOCABULARIES):
+        raise UserError(f"{folder}: has no vocabulary ({' or '.join(VOCABULARIES)})")
+    file = folder / "tokenizer_config.json"
+    config = con.fitting(file, read, {}, {"model_max_length": con.WHOLE})
+    tokens = config.get("model_max_length", NO_LIMIT)
+    if tokens == NO_LIMIT:
+        return most
+    if not FEWEST_TOKENS <= tokens <= most:
+        raise UserError(f"{file}: model_max_length {tokens} must be from {FEWEST_TOKENS} to {most}")
+    return tokens
+
+
+# -------------------------------------------------------------------------------------------------- srpo.json
+def read_own(path):
+    """{flag: value} of a srpo.json; none if there is no such file. Raises UserError."""
+    if not path.exists():
+        return {}
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be an object of flags, such as {{\"size\": 64}}")
+    return values
+
+
+def own_flags(path, written, may_set):
+    """{flag: value} of what is written in a srpo.json. Paths in it are relative to its folder, and stay inside it.
+
+    may_set: {flag: `Kind`}. Raises UserError for a flag that it may not set, and for a path that leads elsewhere.
+    """
+    values = {}
+    for name, value in written.items():
+        if name not in may_set:
+            raise UserError(f"{path}: {name!r} is not a flag that a model may set; "
+                            f"there are {', '.join(sorted(may_set))}")
+        if not may_set[name].fits(value):
+            raise UserError(f"{path}: {name} {str(value)[:40]!r} must be {may_set[name].words}")
+        if name in ("prompts", "watch_prompts", "eval_prompts"):
+            value = inside(path, name, value)
+        if name in ("reward", "metrics"):
+            items = [item_inside(path, name, item) for item in value.split(",")]
+            value = ",".join(items)
+        values[name] = value
+    return values
+
+
+def item_inside(path, flag, item):
+    """NAME, NAME=PATH or, of a reward, PATH, perhaps with :WEIGHT, as srpo.json at `path` means it."""
+    if flag == "metrics" and "=" not in item:
+        return item
+    text, colon, weight = item.strip().partition(":")
+    try:
+        name, where = named_path(text)
+    except UserError as error:
+        raise UserError(f"{path}: {flag} {error}") from error
+    where = inside(path, flag, where, must_exist=name is not None)
+    start = "" if name is None else f"{name}="
+    return start + where + colon + weight
+
+
+def inside(path, flag, where, must_exist=False):
+    """A path as srpo.json at `path` means it: in its folder. What is no path there is left as it is, for it
+    may be a name, such as hpdv2. Raises UserError for a path that leads out, or out of nowhere."""
+    why = not_a_path(where)
+    if why:
+        raise UserError(f"{path}: {flag} {where[:80]!r} must be a path, and it {why}")
+    folder = path.parent
+    place = folder / where
+    if not place.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path}: {flag} {where!r} leads out of the model's folder")
+    if place.exists():
+        return str(place)
+    if must_exist or "/" in where or Path(where).exists():
+        raise UserError(f"{path}: {flag} {where!r} is not in the model's folder")
+    return where

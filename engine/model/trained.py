@@ -1,0 +1,68 @@
+"""--weights, a transformer's instead of the model's own, or a LoRA beside them: what was given, and whether
+it is of this model, known from names and shapes before anything takes memory."""
+
+from pathlib import Path
+
+import diffusers
+
+from engine.errors import UserError, one_line
+from engine.model import lora, single_file
+from engine.model.folder import PARTS, TRANSFORMER, check_transformer
+from engine.model.tensor_files import Source, meta_network, tensors_in
+from engine.paths import not_a_path
+
+KIND = diffusers.FluxTransformer2DModel
+
+
+def is_full(weights):
+    """Whether --weights take the place of the model's own transformer, and do not only go beside it."""
+    return weights is not None and not lora.is_lora(weights)
+
+
+def parts_read(weights):
+    """The parts of a model's folder that are read: full --weights take the place of its transformer."""
+    return [part for part in PARTS if part != "transformer" or not is_full(weights)]
+
+
+def source(weights, model):
+    """The `Source` of the transformer of a `Model`: full --weights, or the model's own. Raises UserError."""
+    if not is_full(weights):
+        folder = model.part("transformer")
+        return Source(model.configs.transformer, tensors_in(folder), folder)
+    if not_a_path(weights) is None:
+        if single_file.is_single_file(weights):
+            return Source(model.configs.transformer, single_file.tensors_of(weights), weights)
+        if (Path(weights) / "config.json").exists():
+            return Source(check_transformer(Path(weights)), tensors_in(weights), weights)
+    raise UserError(f"--weights {weights[:80]!r}: no transformer there (a folder with config.json and "
+                    "safetensors, such as runs/miniature/weights; one .safetensors; or a LoRA)")
+
+
+def check(weights, model, rank=None):
+    """Raise UserError if --weights are not of this model's architecture; or, with the rank of adapters that
+    are to be trained, a LoRA that they cannot go on with."""
+    if weights is None:
+        return
+    if not is_full(weights):
+        lora.fitting(meta_network(KIND, model.configs.transformer), weights, rank)
+        return
+    try:
+        found = source(weights, model)
+    except UserError:
+        raise
+    except Exception as error:
+        raise cannot_load(weights, error) from error
+    ours = model.configs.transformer
+    for key in TRANSFORMER:
+        if found.config[key] != ours[key]:
+            raise UserError(f"--weights {weights}: another architecture: {key} {found.config[key]}, and the "
+                            f"--model's is {ours[key]}")
+    try:
+        found.on_meta(KIND)
+    except Exception as error:
+        raise cannot_load(weights, error) from error
+
+
+def cannot_load(weights, error):
+    """The UserError for --weights that cannot be read."""
+    return UserError(f"--weights {weights}: cannot be loaded as FLUX.1: {one_line(error)}")

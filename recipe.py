@@ -1,0 +1,519 @@
+"""The recipe: every hyper-parameter once, with its default, unit and source; the named recipes; the methods.
+
+The defaults are the released code's recipe, in full. Every other recipe is what differs from it. The command
+line, its help, the printed line of flags, what a model's srpo.json may set and what --resume may change are all
+made from the fields below. Nothing here needs torch, so -h and a refused flag are answered at once.
+
+    [released code]  the authors' training code      [paper N]  section N of arXiv 2509.06942
+    [ours]           chosen here; nobody published a number
+"""
+
+import importlib
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import rewards
+from engine import command_line as line
+from engine.command_line import flag, must_differ, or_off, real, whole, words
+from engine.errors import UserError
+from engine.files import read_json
+from engine.memory import gpus, modes
+from engine.model import configs as con
+from engine.model.folder import Model
+
+FORMS = ("released", "srp", "cfg", "branches", "sgp", "plain")  # the rows of srpo_reward.branch_reward's table
+
+# The learning rate of adapters (--lora) where the model's srpo.json knows none: 20 times that of full weights. Adam
+# steps that move B A x as far as W x need sqrt(3 d_in / R) times the rate, 17 at rank 32. A guess for FLUX.1-dev.
+LORA_LR = 1e-4
+
+
+# ------------------------------------------------------------------------------------------- the released recipe
+@dataclass
+class Trained:
+    """what is trained"""
+    model: str = flag("black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id; its srpo.json, "
+                      "if there is one, holds defaults that suit it", resume=True)
+    weights: str = flag(None, line.some_path, line.WEIGHTS + ", which --lora of its rank goes on with, and a run "
+                        "without --lora merges", resume=True)
+    method: str = flag("srpo", help="what makes the loss: {methods}")
+    prompts: str = flag("hpdv2", help="text file, one training prompt a line; .json, .jsonl or .csv; hpdv2: from the "
+                        "hub [paper 4.1]", model=True, resume=True)
+    images: str = flag(None, help="offline: folder of photographs to inject noise into, in place of a rollout; their "
+                       "captions, in .txt files beside them or a metadata.jsonl, are the prompts [ours]",
+                       metavar="DIR", resume=True)
+    size: int = flag(720, whole(1), "side of a picture, pixels; of --images, the root of their area [released code]",
+                     model=True)
+    seed: int = flag(0, whole(0, 2**31 - 1), "of noise, noise levels and prompt order [ours]")
+
+
+@dataclass
+class Optimizer:
+    """the update, by AdamW with betas 0.9 and 0.999"""
+    steps: int = flag(19, whole(1), "updates; users see collapse by 20 to 50 [released code]", model=True, resume=True)
+    global_batch: int = flag(32, whole(1), "images of an update, of all processes together [released code: 32 GPUs, "
+                             "one image each]", model=True)
+    lr: float = flag(5e-6, real(0, 1e3, open_low=True), f"learning rate, constant [released code]; with --lora "
+                     f"{LORA_LR:g}, a guess, unless the model's srpo.json knows better [ours]", model=True)
+    weight_decay: float = flag(1e-4, real(0, 1e3), "AdamW's [released code]", model=True)
+    clip: float = flag(0.1, real(0, open_low=True), "largest norm of the gradient [released code]", model=True)
+
+
+@dataclass
+class Rollout:
+    """the rollout, from noise to the clean latents x0"""
+    rollout_steps: int = flag(25, whole(1), "Euler steps [paper 4.1]", model=True)
+    rollout_guidance: float = flag(1.0, real(0), "distilled guidance [released code]", model=True)
+    shift: float = flag(3.0, or_off(real(1e-3)), "time shift; off: the model's own [released code]", model=True)
+    noise: str = flag("shared", help="one noise prior for all images of an update [released code], one each, or shared "
+                      "but with fresh noise to inject", choices=("shared", "independent", "fresh"), model=True)
+
+
+@dataclass
+class DirectAlign:
+    """Direct-Align (Eqs. 3-6)"""
+    sigma_range: list = flag([27 / 28, 0.75], real(0, 1, open_high=True), "noise levels that are trained [released "
+                             "code: 0.9643 0.75]", metavar=("MAX", "MIN"), model=True)
+    cells: int = flag(1000, whole(20, 10**6), "grid cells in that range [released code]", model=True)
+    groundtruth_ratio: float = flag(0.92, real(0, 1), "share of the range left to the known noise; the network is "
+                                    "called the rest away from where it lands [released code: 0.92 HPS, 0.9 Pick]",
+                                    model=True)
+    branches: list = flag(["denoise", "invert"], words, "denoise, invert, or both [paper 3.2]", model=True)
+    injections: int = flag(1, whole(1), "n of Eq. 6: noise levels that a branch visits per image [released code]",
+                           model=True)
+    guidance: float = flag(3.5, real(0), "distilled guidance of these calls and of samples [released code]", model=True)
+    meet: str = flag("landing", help="where the branches meet: at the level they land on [released code], or at the "
+                     "level they call the network [paper 3.2]", choices=("landing", "call"), model=True)
+    recover: str = flag("velocity", help="Eq. 5 for a velocity [released code], or as printed",
+                        choices=("velocity", "epsilon"), model=True)
+    lam: list = flag([1.0, 1.0], real(0), "lambda(t) of Eq. 6 at both ends of --sigma-range [released code: none]",
+                     metavar=("EARLY", "LATE"), model=True)
+    lam_shift: float = flag(1.0, real(1e-3), "between them lambda(t) follows the time shift of this strength; 1: a "
+                            "straight line [the authors' second recipe: 3]")
+
+
+@dataclass
+class Reward:
+    """the reward (Eqs. 7-13)"""
+    reward: str = flag("hpsv2.1", help="{rewards} (NAME=PATH: weights from there), a .pt in HPSv2.1's layout, or an "
+                       "open_clip folder; several with weights: hpsv2.1:0.7,pickscore:0.3; weight 0: held out, watched "
+                       "only [paper 4.1]", model=True, resume=True)
+    control: list = flag(["Natural-lighting", "Detail", "Detailed", "Real"], words, "wanted words, comma-separated, "
+                         "cycling with the step [released code]", model=True)
+    neg: list = flag(["Concept art", "Painting", "Anime", "Flat", "Oil"], words, "unwanted words, likewise "
+                     "[released code]", model=True)
+    form: str = flag("released", help="which reward in which branch: the table in srpo_reward.branch_reward [released "
+                     "code]; the baselines', which have no inverting branch: plain", choices=FORMS, model=True)
+    cfg_k: float = flag(1.5, real(), "k of Eq. 11, for --form cfg [ours; the paper gives none]", model=True)
+    discount_denoise: list = flag([0.1, 0.25], real(-1), "d of --form released, denoising branch [released code]",
+                                  metavar=("LATE", "EARLY"), model=True)
+    discount_invert: list = flag([0.3, 0.01], real(-1), "the same, inverting branch [released code]",
+                                 metavar=("LATE", "EARLY"), model=True)
+    threshold: float = flag(0.7, or_off(real()), "relu(threshold - r) in place of -r; or off [released code]",
+                            model=True)
+
+
+@dataclass
+class Baselines:
+    """the baselines"""
+    refl_steps: int = flag(6, whole(1), "refl: a rollout stops 1 to so many steps before its end [as ReFL, the last "
+                           "quarter]", model=True)
+    group: int = flag(12, whole(2), "dancegrpo: images of a prompt, which are compared [DanceGRPO]", model=True)
+
+
+# --------------------------------------------------------------------------- no weight depends on what follows
+@dataclass
+class Watching:
+    """watching for collapse"""
+    eval_prompts: str = flag("hpdv2-benchmark", help="text file, or hpdv2-benchmark: the first of them are sampled at "
+                             "fixed seeds [paper 4.2]", model=True, resume=True)
+    watch_prompts: str = flag(None, help="text file: the prompts that are watched while training, and by which "
+                              "weights_best is chosen, if they are not to be the first of --eval-prompts [ours]",
+                              model=True, resume=True)
+    eval_steps: int = flag(50, whole(1), "sampling steps, of samples and evaluation [paper 4.1]", model=True)
+    watch: int = flag(4, whole(1), "pictures sampled at fixed seeds while training [ours]", model=True)
+    watch_every: int = flag(5, whole(1), "updates between them [ours]", model=True)
+    eval: int = flag(0, whole(0), "pictures evaluated before and after; 0: none [ours]", model=True)
+    drift_band: list = flag([0.25, 0.1, 0.2, 0.04], real(0), "largest change of these mean statistics of the watched "
+                            "pictures; beyond it the drift warning says that the reward is hacked [ours]",
+                            metavar=("SATURATION", "REDNESS", "BRIGHTNESS", "TEXTURE"), model=True)
+
+
+@dataclass
+class Folder:
+    """the run's folder"""
+    out: str = flag(None, line.some_path, "folder of the run (None: runs/<model>)", resume=True)
+    save_every: int = flag(10, whole(1), "updates between checkpoints", resume=True)
+    keep: int = flag(2, whole(1), "checkpoints that stay", resume=True)
+    resume: bool = flag(False, help="go on with the run in --out, with its own flags", resume=True)
+    overwrite: bool = flag(False, help="delete the run in --out first", resume=True)
+    tensorboard: bool = flag(False, help="also write out/tensorboard (needs: pip install tensorboard)", resume=True)
+    explain: bool = flag(False, help="tell one update call by call, with equations and shapes, and draw it: "
+                         "explain.png in --out; nothing is trained", resume=True)
+
+
+@dataclass
+class Machine:
+    """the machine"""
+    batch: int = flag(1, whole(1), "images that a process computes at a time, at most; its share of --global-batch is "
+                      "made in as many batches as that takes (gradient accumulation)", model=True, resume=True)
+    lora: int = flag(None, or_off(whole(1, 4096)), "rank of adapters to train beside frozen weights; off: train all "
+                     "weights", metavar="R")
+    memory: str = flag("auto", help="how it fits: engine/memory/modes.py; auto: the first that the plan says fits this "
+                       "GPU", choices=modes.NAMES)
+    cache: str = flag("auto", or_off(line.some_path), "folder where embeddings of prompts and latents of --images are "
+                      "kept for other runs, 32 GiB at most; auto: ~/.cache/srpo, and none for a miniature; off",
+                      metavar="DIR", resume=True)
+    replicas: int = flag(1, whole(1), "HSDP: parameters are sharded inside each of so many groups and copied between "
+                         "them; the number of nodes", resume=True)
+    checkpointing: bool = flag(True, help="recompute activations in the backward: 21 GiB less for FLUX.1-dev at 720 "
+                               "pixels, a quarter more work in the update [released code]", resume=True)
+    compile: bool = flag(False, help="torch.compile every transformer block", resume=True)
+
+
+@dataclass
+class Plan:
+    """the plan"""
+    plan: bool = flag(False, help="print the predicted memory, work and seconds of an update, and stop: no GPU and no "
+                      "weights needed", resume=True)
+    world_size: int = flag(8, whole(1), "processes that are planned for", resume=True)
+    card: str = flag("H200", help=f"GPU that is planned for: {', '.join(gpus.PEAK)}", resume=True)
+    share: float = flag(0.4, real(0, 1, open_low=True), "of the card's peak that is reached", resume=True)
+
+
+GROUPS = (Trained, Optimizer, Rollout, DirectAlign, Reward, Baselines, Watching, Folder, Machine, Plan)
+
+
+# ------------------------------------------------------------------------------------------- the named recipes
+class Recipe(NamedTuple):
+    """A named recipe: how it differs from the released one."""
+    says: str
+    differs: dict
+
+
+RECIPES = {
+    "released": Recipe("the defaults, from the released code", {}),
+    # Any x0 can be recovered from known noise, so a bad rollout does. Eq. 10 leaves nothing common to both texts that
+    # a second branch would cancel.
+    "fast": Recipe("a quarter of FLUX.1-dev's work [ours]",
+                  {"form": "srp", "branches": ["denoise"], "rollout_steps": 4}),
+    # The printed form of Eqs. 5, 6, 12 and 13, of the noise and of the guidance. It leaves out Eq. 11 (--form cfg),
+    # the whole trajectory (--sigma-range 0.99 0.01) and the words of the evaluation.
+    "paper": Recipe("the printed forms [ours where the paper gives no number]",
+                   {"form": "branches", "recover": "epsilon", "meet": "call", "lam": [1.0, 0.4], "injections": 2,
+                    "threshold": None, "noise": "independent", "rollout_guidance": 3.5, "shift": None}),
+    "direct-align": Recipe("section 3.1 alone, a row of Table 1 [2 and 0.4 are ours]",
+                          {"form": "plain", "branches": ["denoise"], "injections": 2, "lam": [1.0, 0.4],
+                           "threshold": None}),
+    "2026": Recipe("the authors' recipe for Qwen-Image; words, reward and learning rate are left to the flags",
+                  {"form": "srp", "branches": ["denoise"], "injections": 2, "lam": [1.0, 0.0], "lam_shift": 3.0,
+                   "sigma_range": [0.9, 0.2], "cells": 100, "groundtruth_ratio": 0.6, "threshold": None})}
+
+
+# -------------------------------------------------------------------------------------------------- the methods
+class Calls(NamedTuple):
+    """How often a method calls the network for an image of an update."""
+    without_gradient: float  # in the mean
+    with_gradient: int
+
+
+def one(a):
+    """Images of one prompt in an update, for a method that does not compare them."""
+    return 1
+
+
+class Method(NamedTuple):
+    """How a loss is made, and what that costs. A method is added here, and nowhere else."""
+    losses: str | Callable  # "file.function", which yields (loss, Term): see train.srpo
+    says: str               # for the help
+    calls: Callable         # flags -> Calls
+    flags: dict = {}        # defaults that suit it
+    group: Callable = one   # flags -> images of one prompt, which stay in one batch
+    optimizer_steps: int = 1      # of an update; more than one needs all its images in one batch
+    takes_photographs: bool = False  # instead of rollouts, --images
+
+    def load(self):
+        """The generator of loss terms."""
+        if callable(self.losses):
+            return self.losses
+        file, _, name = self.losses.rpartition(".")
+        return getattr(importlib.import_module(file), name)
+
+
+DRAFT_EXTRA = 2            # n of DRaFT-LV: fresh noises, beside the rollout's own last step
+DANCE_KEPT = 0.6           # the share of DanceGRPO's transitions that are trained on
+DANCE_OPTIMIZER_STEPS = 3  # of a rollout; only the first is on-policy
+
+
+def srpo_calls(a):
+    """The rollout, unless photographs take its place; then one call a branch and injection."""
+    return Calls(0 if a.images else a.rollout_steps, a.injections * len(a.branches))
+
+
+def refl_calls(a):
+    """A rollout that stops early, then one call."""
+    return Calls(a.rollout_steps - (1 + min(a.refl_steps, a.rollout_steps)) / 2, 1)
+
+
+def draft_lv_calls(a):
+    """All steps but the last; that one, and again from fresh noises, with a gradient."""
+    return Calls(a.rollout_steps - 1, 1 + DRAFT_EXTRA)
+
+
+def transitions_kept(rollout_steps):
+    """How many of a stochastic rollout's transitions are trained on: of all but the last."""
+    return max(1, int(DANCE_KEPT * (rollout_steps - 1)))
+
+
+def dancegrpo_calls(a):
+    """The rollout, then every transition that is trained on once more."""
+    return Calls(a.rollout_steps, transitions_kept(a.rollout_steps))
+
+
+def dancegrpo_group(a):
+    """Images of one prompt, which are compared."""
+    return a.group
+
+
+METHODS = {
+    "srpo": Method("train.srpo", "the paper's", srpo_calls, takes_photographs=True),
+    "refl": Method("baselines.refl", "Eq. 2", refl_calls, {"form": "plain"}),
+    "draft-lv": Method("baselines.draft_lv", "Eq. 1", draft_lv_calls, {"form": "plain"}),
+    "dancegrpo": Method("baselines.dancegrpo", "a baseline of the paper", dancegrpo_calls, {"form": "plain"},
+                        dancegrpo_group, DANCE_OPTIMIZER_STEPS)}
+
+
+# --------------------------------------------------------------------------------------- images among processes
+class Share(NamedTuple):
+    """What one of all processes does of an update."""
+    images: int      # of the update, that it makes
+    batch: int       # of them at a time
+    accumulate: int  # batches whose gradients are averaged
+
+
+def share_of(a, processes):
+    """The `Share` of each of so many processes: --global-batch is divided among them, so an update is the same on any
+    number that divides it. Raises UserError, with the counts that do."""
+    if a.global_batch % processes:
+        raise UserError(f"--global-batch {a.global_batch}: {processes} processes do not divide it; "
+                        f"{divisors(a.global_batch)} do")
+    images = a.global_batch // processes
+    batch = min(a.batch, images)
+    if images % batch:
+        raise UserError(f"--batch {a.batch}: does not divide the {images} images of a process (--global-batch "
+                        f"{a.global_batch}, {processes} processes); {divisors(images)} do")
+    method = METHODS[a.method]
+    if images % method.group(a):
+        raise UserError(f"--method {a.method}: {images} images of a process (--global-batch {a.global_batch}, "
+                        f"{processes} processes) are no multiple of --group {method.group(a)}; --global-batch "
+                        f"{processes * method.group(a)} is")
+    if method.optimizer_steps > 1:
+        batch = images  # it steps inside an update, so it needs all its images at once
+    return Share(images, batch, images // batch)
+
+
+def divisors(n):
+    """The whole numbers that divide n, in words: 1, 2 or 4."""
+    found = [str(d) for d in range(1, n + 1) if n % d == 0]
+    if len(found) == 1:
+        return found[0]
+    return f"{', '.join(found[:-1])} and {found[-1]}"
+
+
+# --------------------------------------------------------------------------------------------- the command line
+def parser():
+    """The command line of train.py, from the fields above."""
+    methods = "; ".join(f"{name}, {method.says}" for name, method in METHODS.items())
+    p = line.Parser("SRPO: align FLUX.1 with the difference between two prompts (arXiv 2509.06942).",
+                    epilog=recipes_in_words(), prog="train.py")
+    texts = {"methods": methods, "rewards": ", ".join(rewards.names())}
+    for group in GROUPS:
+        line.add_group(p, group, texts)
+    p.add_argument("--recipe", choices=list(RECIPES), default="released", help="a named set of flags, see below")
+    return p
+
+
+def as_line(a):
+    """All flags as one line that can be pasted back into a shell."""
+    return f"{line.as_line(GROUPS, vars(a))} --recipe {a.recipe}"
+
+
+def recipes_in_words():
+    """What each recipe sets, for the help."""
+    told = ["recipes:"]
+    for name, recipe in RECIPES.items():
+        flags = line.as_line(GROUPS, recipe.differs)
+        told.append(f"  {name}: {recipe.says}" + (f":\n      {flags}" if flags else ""))
+    return "\n".join(told)
+
+
+def may_set():
+    """{flag: `Kind`} of what a model's srpo.json may set. lora_lr is --lr with --lora; metrics are evaluate.py's."""
+    kinds = {"lora_lr": con.NUMBER, "metrics": con.TEXT}
+    for field in line.fields_of(GROUPS):
+        if not field.metadata["model"]:
+            continue
+        if field.type is str or field.metadata["read"] is words:
+            kinds[field.name] = con.TEXT
+        elif field.type is list:
+            kinds[field.name] = con.NUMBERS
+        elif hasattr(field.metadata["read"], "takes_off"):
+            kinds[field.name] = con.NUMBER_OR_NULL
+        else:
+            kinds[field.name] = con.NUMBER
+    return kinds
+
+
+def flags(argv):
+    """The flags of a command line of train.py, checked as far as no weights are needed. Raises UserError."""
+    a, _ = read(argv)
+    return a
+
+
+def read(argv):
+    """(flags, the `Model` that they name). Who says it: the command line, before --recipe, before the method's own
+    defaults, before the model's, before the fields above; with --resume, the run that is there. Raises UserError."""
+    p = parser()
+    given = line.given(p, argv)
+    check_method(given)
+    values = None
+    if given.get("resume"):
+        values = goes_on(p, given)
+    if values is not None:
+        a = Namespace(**values)
+        model = Model(a.model)
+    else:
+        a, model = begins(p, given)
+    check(a, model)
+    return a, model
+
+
+def begins(p, given):
+    """(flags, `Model`) of a run that starts from the beginning."""
+    values = line.defaults(GROUPS) | {"recipe": given.get("recipe", "released")}
+    model = Model(given.get("model", values["model"]))
+    own = model.flags(may_set())
+    rate = own.pop("lora_lr", LORA_LR)
+    if given.get("lora"):
+        own["lr"] = rate
+    values |= line.read_values(p, own, model.says)
+    values |= METHODS[given.get("method", values["method"])].flags
+    values |= RECIPES[values["recipe"]].differs
+    return Namespace(**values | given), model
+
+
+def of_script(p, argv):
+    """(flags, `Model`) of sample.py or evaluate.py, whose parser p has a --model: what the model says comes before the
+    parser's defaults. Raises UserError."""
+    given = line.given(p, argv)
+    args = p.parse_args(argv)
+    model = Model(args.model)
+    for name, value in line.read_values(p, model.flags(may_set()), model.says).items():
+        if name not in given:
+            setattr(args, name, value)
+    return args, model
+
+
+# ------------------------------------------------------------------------------------------------------- --resume
+def goes_on(p, given):
+    """{flag: value} of the run that --resume goes on with: its own, and of those that are given the ones that may
+    change. None if there is no such run. Raises UserError for a flag that is given and disagrees, by the name under
+    which it is given."""
+    out = Path(given.get("out") or f"runs/{Path(given.get('model', Trained().model)).name}")
+    if not (out / "run.json").is_file() or not (out / "args.json").is_file():
+        return None
+    where = out / "args.json"
+    then = read_json(where)
+    if not isinstance(then, dict):
+        raise UserError(f"{where}: not the flags of a run; give another --out")
+    values = line.defaults(GROUPS) | {"recipe": "released"} | line.read_values(p, then, where)
+    once = ("resume", "overwrite", "explain", "plan")  # of the command that was typed then
+    values |= {name: False for name in once}
+    odd = disagreement(values, given)
+    if odd is None:
+        changes = {name: value for name, value in given.items() if name in may_change()}
+        return values | changes
+    has_begun = any((out / "checkpoints").glob("step_*"))
+    if not has_begun:
+        return None  # nothing is lost by starting with the flags that are given
+    raise UserError(f"--resume: the run in {out} has {odd}; leave it out, or give another --out")
+
+
+def may_change():
+    """The flags that --resume may change: no weight depends on them, or their files are compared by content."""
+    return {field.name for field in line.fields_of(GROUPS) if field.metadata["resume"]}
+
+
+def disagreement(values, given):
+    """The first flag that is given and is not a run's own, in words: "--lora 4, and --lora off is given"."""
+    for name, value in given.items():
+        if name in may_change() or (name == "memory" and value == "auto"):
+            continue
+        if name == "recipe":
+            for inner, wanted in RECIPES[value].differs.items():
+                if values[inner] != wanted and inner not in given:
+                    return f"{line.shown(inner, values[inner])}, and --recipe {value} is given"
+        elif values[name] != value:
+            return f"{line.shown(name, values[name])}, and {line.shown(name, value)} is given"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+def check_method(given):
+    """Raise UserError for a method that is not known, or a recipe that it would not read."""
+    name = given.get("method", "srpo")
+    if name not in METHODS:
+        raise UserError(f"--method: invalid choice: {name!r} (choose from {', '.join(METHODS)})")
+    recipe = given.get("recipe", "released")
+    if name != "srpo" and recipe != "released":
+        raise UserError(f"--method {name} --recipe {recipe}: the recipes are srpo's; give the flags that {name} reads")
+
+
+def check(a, model):
+    """Raise UserError for flags that do not fit each other, or the model."""
+    high, low = a.sigma_range
+    if high - low < 1e-3:
+        raise UserError(f"--sigma-range {high} {low}: give MAX then MIN, 0.001 apart at least")
+    if a.lam == [0, 0]:
+        raise UserError("--lam 0 0: every loss would be 0, and there is nothing to learn")
+    if not a.branches or len(set(a.branches)) < len(a.branches) or set(a.branches) - {"denoise", "invert"}:
+        raise UserError(f"--branches {','.join(a.branches)}: must be denoise, invert or denoise,invert")
+    must_differ(a.control, a.neg)
+    check_what_learns(a)
+    if a.resume and a.overwrite:
+        raise UserError("--resume --overwrite: go on with the run in --out, or start again; give one")
+    gpus.check(a.card)
+    model.grid(a.size, a.size)
+    rewards.parse_rewards(a.reward)
+    modes.check(a.lora, a.memory)
+
+
+def check_what_learns(a):
+    """Raise UserError for flags that --method, --images and --explain do not do together."""
+    method = METHODS[a.method]
+    if a.explain and a.method != "srpo":
+        raise UserError(f"--explain --method {a.method}: only srpo is told")
+    if a.images is not None and not method.takes_photographs:
+        raise UserError(f"--images --method {a.method}: it learns from its own rollouts, and not from photographs")
+    if a.images is not None and a.noise == "fresh":
+        raise UserError("--images --noise fresh: there is no rollout whose noise could be another; every photograph "
+                        "gets noise of its own")
+    if method.optimizer_steps > 1 and a.rollout_steps < 2:
+        raise UserError(f"--method {a.method} --rollout-steps {a.rollout_steps}: must be at least 2, for the last step "
+                        "is not trained")
+
+
+def notes(a, model):
+    """What the flags come to that nobody may have meant: a list of lines."""
+    lines = model.notes(vars(a))
+    if a.threshold is not None and a.form in ("plain", "sgp") and len(a.branches) == 2 and a.method == "srpo":
+        lines.append(f"--form {a.form} --threshold {a.threshold}: the reward of the inverting branch is that of the "
+                     "denoising one with its sign turned, so the threshold stops one of the two at most; --threshold "
+                     "off stops neither")
+    if a.images is not None:
+        lines.append(f"--images {a.images}: captions are the prompts, nothing is rolled out, and every photograph gets "
+                     "noise of its own in every update; --prompts, --noise and --rollout-* are not read")
+    return lines
