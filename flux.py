@@ -168,7 +168,7 @@ def unpack(x, grid):
 # ---------------------------------------------------------------------------------------------------- loading
 def is_full_size(model):
     """Whether a `Model` is one of billions of parameters, counted from its config."""
-    return tensor_files.is_full_size(trained.KIND, model.configs.transformer)
+    return tensor_files.is_full_size(trained.kind(), model.configs.transformer)
 
 
 def needs_gpu(model):
@@ -187,7 +187,7 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, world=None, lay
     trained.check(weights, model, None if layout is None else layout.lora)
     try:
         source = trained.source(weights, model)
-        transformer = parallel.load_sharded(trained.KIND, source, device, dtype, world, layout)
+        transformer = parallel.load_sharded(trained.kind(), source, device, dtype, world, layout)
         vae = configs.strict(diffusers.AutoencoderKL, model.part("vae"), dtype, use_safetensors=True, checked=True)
     except Exception as error:
         raise model.cannot_load(error) from error

@@ -25,11 +25,9 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     """The description as it is written, and every flag's default behind its help."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False, argparse.SUPPRESS):
-            return action.help
-        default = action.default
-        if isinstance(default, list):
-            default = (" " if action.nargs else ",").join(map(str, default))
+        if not isinstance(action.default, list):
+            return super()._get_help_string(action)
+        default = (" " if action.nargs else ",").join(map(str, action.default))
         return f"{action.help} (default: {default})"
 
 

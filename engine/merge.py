@@ -36,7 +36,7 @@ def main(argv=None):
         source = trained.source(a.weights, model)
         in_bf16 = all(tensor.get_dtype() in ("BF16", "F8_E4M3", "F8_E5M2") for tensor in source.tensors.values())
         dtype = torch.bfloat16 if in_bf16 else torch.float32  # which holds every number of the file
-        network = parallel.load_sharded(trained.KIND, source, "cpu", dtype)
+        network = parallel.load_sharded(trained.kind(), source, "cpu", dtype)
         if not trained.is_full(a.weights):
             lora.merge_into(network, a.weights)
         export.export(network, a.out, parallel.World(), dtype)

@@ -50,7 +50,7 @@ def flags(argv):
 def random_flux(model, world, layout):
     """A `flux.Flux` of a model's size. The transformer is sharded before it takes any memory, as when it is
     loaded."""
-    transformer = meta_network(trained.KIND, model.configs.transformer)
+    transformer = meta_network(trained.kind(), model.configs.transformer)
     transformer.to_empty(device=layout.prepare(transformer, world))
     for name, parameter in tensors.own_parameters(transformer).items():
         if "norm_" in name and parameter.ndim == 1:  # the gains of RMSNorm

@@ -108,7 +108,7 @@ def resumed(small, lora, folder):
     again.update(3)
     one, other = small.weights(), again.weights()
     return {"resumed": all(torch.equal(one[key], other[key]) for key in one),
-            "saved_bytes": sum(file.stat().st_size for file in saved.glob("*.distcp"))}
+            "saved_bytes": sum(file.stat().st_size for file in saved.glob("*.safetensors"))}
 
 
 def main():

@@ -101,7 +101,8 @@ FLAGS += [
     Mistake("train.py", "--shift 0", "--shift 0: must be a finite number, at least 0.001"),
     Mistake("train.py", "--steps many", "--steps many: must be a whole number"),
     Mistake("train.py", "--cells 19", "--cells 19: must be a whole number, at least 20"),
-    Mistake("train.py", "--steps 1000000 --global-batch 1000 --batch 1000", "--steps 1000000: with 1000 images an update"),
+    Mistake("train.py", "--steps 1000000 --global-batch 1000",
+            "--steps 1000000: with 1000 images an update"),
     Mistake("train.py", "--groundtruth-ratio 1.5", "--groundtruth-ratio 1.5: must be a finite number"),
     Mistake("train.py", "--sigma-range 0.5 0.9", "give MAX then MIN"),
     Mistake("train.py", "--sigma-range 0.5 0.5", "give MAX then MIN"),
@@ -118,7 +119,7 @@ FLAGS += [
     Mistake("train.py", "--plan --card B7", "--card B7: its peak is not known here; known are H200"),
     Mistake("train.py", "--card B7", "--card B7: its peak is not known here"),
     Mistake("train.py", "--replicas 2", "does not divide"),
-    Mistake("train.py", "--plan --replicas 3", "--replicas 3: does not divide the 8 processes"),
+    Mistake("train.py", "--plan --global-batch 8 --replicas 3", "--replicas 3: does not divide the 8 processes"),
     Mistake("train.py", "--resume --overwrite", "give one"),
     # words
     Mistake("train.py", ["--control", ""], "--control"),
@@ -231,9 +232,10 @@ FILES = [
     Mistake("train.py", ["--images", "a\0b"], "no such folder"),
     Mistake("train.py", "--images pictures --noise fresh", "there is no rollout whose noise could"),
     Mistake("bench", "--images pictures", "--images: an update is timed here"),
-    Mistake("train.py", "--images pictures --method refl", "only srpo takes photographs"),
+    Mistake("train.py", "--images pictures --method refl", "it learns from its own rollouts, and not from photographs"),
     Mistake("train.py", "--explain --method draft-lv", "--explain --method draft-lv: only srpo is told"),
-    Mistake("train.py", "--method dancegrpo --global-batch 4 --group 3", "are no multiple of --group 3; --global-batch 3 is"),
+    Mistake("train.py", "--method dancegrpo --rollout-steps 3 --global-batch 4 --group 3",
+            "4 images of a process (--global-batch 4, 1 processes) are no multiple of --group 3; --global-batch 3 is"),
     Mistake("train.py", "--method dancegrpo --global-batch 4 --group 2 --rollout-steps 1", "must be at least 2"),
     Mistake("train.py", "--method refl --recipe paper", "the recipes are srpo's"),
     Mistake("train.py", "--global-batch 6 --batch 4", "--batch 4: does not divide the 6 images of a process"),
@@ -719,13 +721,13 @@ def test_a_run_is_not_overwritten_by_accident(monkeypatch, capsys, tmp_path):
     log = (out / "log.jsonl").read_bytes()
     assert "already holds a run; --resume continues it, --overwrite deletes it" in one_line(
         monkeypatch, capsys, "--out", out)
-    assert "--lr 4e-05, now 0.1" in one_line(monkeypatch, capsys, "--out", out, "--resume", "--lr", "0.1")
+    assert "--lr 4e-05, and --lr 0.1 is given" in one_line(monkeypatch, capsys, "--out", out, "--resume", "--lr", "0.1")
     monkeypatch.setattr(sys, "argv", ["train.py", *SMALL, "--out", str(out), "--resume", "--steps", "2"])
     train.main()
     capsys.readouterr()
     assert "is past it, at step_00002" in one_line(monkeypatch, capsys, "--out", out, "--resume")
     log = (out / "log.jsonl").read_bytes()
-    assert "--form released, now plain" in one_line(monkeypatch, capsys, "--out", out, "--resume",
+    assert "--form released, and --form plain is given" in one_line(monkeypatch, capsys, "--out", out, "--resume",
                                                     "--form", "plain")
     assert (out / "log.jsonl").read_bytes() == log
 

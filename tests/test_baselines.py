@@ -66,7 +66,7 @@ def a_batch(seed=0):
 
 def flags(**changes):
     options = dict(rollout_steps=LEVELS, shift=3.0, rollout_guidance=1.0, guidance=3.5, threshold=None,
-                   refl_steps=4, group=3)
+                   refl_steps=4, group=3, form="plain", cfg_k=1.5, discount_denoise=[0.1, 0.25])
     return SimpleNamespace(**options | changes)
 
 

@@ -31,7 +31,7 @@ def tiny_clip(monkeypatch):
 
 def test_random_weights_of_flux_1_devs_classes(monkeypatch, capsys, tiny_clip, miniature):
     """As large as --model, every tensor finite, and the same update runs on them."""
-    made = bench.random_run(recipe.flags([*SMALL, "--memory", "masters"]), parallel.World())
+    made = bench.random_run(*recipe.read([*SMALL, "--memory", "masters"]), parallel.World())
     shapes = {name: p.shape for name, p in miniature.transformer.named_parameters()}
     assert {name: p.shape for name, p in made.net.transformer.named_parameters()} == shapes
     assert all(p.isfinite().all() for p in made.net.transformer.parameters())

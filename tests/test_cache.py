@@ -184,4 +184,4 @@ def test_the_home_is_used_for_full_size_models_alone(monkeypatch, tmp_path):
     assert cache.folder_of("auto", is_full_size=False) is None
     assert cache.folder_of(None, is_full_size=True) is None
     assert cache.folder_of(str(tmp_path / "new"), is_full_size=False) == str(tmp_path / "new")
-    assert not list(tmp_path.iterdir()) and not flux.is_full_size("miniature")
+    assert not list(tmp_path.iterdir()) and not flux.is_full_size(Model("miniature"))

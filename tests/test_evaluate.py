@@ -354,7 +354,7 @@ def test_with_no_path_given_every_scorer_is_asked_of_the_hub_by_its_authors_name
     asked = []
     for name in ("ImageReward.pt", "a.safetensors", "model.safetensors"):
         (tmp_path / name).touch()
-    monkeypatch.setattr("engine.files.snapshot_download",
+    monkeypatch.setattr("engine.hub.snapshot_download",
                         lambda at, allow_patterns: asked.append(at) or tmp_path)
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda at, **_: asked.append(at.split("/")[4]))
     monkeypatch.setattr(geneval, "metadata_file", lambda where: asked.append(geneval.URL.split("/")[4]))

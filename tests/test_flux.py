@@ -68,6 +68,6 @@ def test_noise_does_not_depend_on_the_batch_it_is_made_in(miniature):
 
 
 def test_the_constants_are_the_models_own(miniature):
-    assert flux.pixels_per_token(miniature.vae.config) == 16 and miniature.grid(64, 64) == (4, 4)
+    assert Model("miniature").unit == 16 and miniature.grid(64, 64) == (4, 4)
     config = json.load(open("miniature/vae/config.json"))
     assert miniature.vae.config.scaling_factor == config["scaling_factor"] != 0.3611

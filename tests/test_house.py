@@ -4,8 +4,8 @@ import ast
 from pathlib import Path
 
 # From the ground up: a room imports only from those before it, and from itself.
-FLOORS = ["engine", "direct_align", "srpo_reward", "flux", "rewards", "miniature", "evaluation", "baselines",
-          "prepare", "train", "sample", "evaluate", "experiments"]
+FLOORS = ["engine", "direct_align", "srpo_reward", "flux", "rewards", "recipe", "miniature", "evaluation",
+          "baselines", "prepare", "train", "sample", "evaluate", "experiments"]
 FILES = [path for room in FLOORS for path in (Path(f"{room}.py"), *Path(room).rglob("*.py")) if path.exists()]
 
 

@@ -1,4 +1,4 @@
-"""Claims about engine/memory/layouts.py and engine/model/lora.py: every --memory trains what the plain path trains, on one
+"""Claims about engine/memory/ and engine/model/lora.py: every --memory trains what the plain path trains, on one
 process and on two. On the CPU, through the code that runs on GPUs."""
 
 import json

@@ -28,9 +28,10 @@ import recipe
 import rewards
 import sample
 import train
-from engine import command_line, merge
+from engine import merge
 from engine.errors import UserError
-from engine.model import lora, single_file
+from engine.model import folder as model_folder
+from engine.model import lora, single_file, trained
 from engine.model.folder import Model
 from rewards import clip_model
 
@@ -63,34 +64,71 @@ def few_tokens(model):
 @pytest.fixture
 def no_hub(monkeypatch):
     """A machine without a network."""
-    monkeypatch.setattr(flux, "snapshot_download", lambda *_, **__: 1 / 0)
+    for name in ("snapshot_download", "hf_hub_download"):
+        monkeypatch.setattr(model_folder, name, lambda *_, **__: 1 / 0)
 
 
 # --------------------------------------------------------------------------------------------- models by name
 @pytest.mark.usefixtures("no_hub")
 def test_schnell_is_planned_by_its_name_without_a_network():
     """No guidance embedding, 256 text tokens, 4 steps, its own time shift, which is none; flags go before."""
-    a = recipe.flags(["--model", SCHNELL])
-    job = prepare.job(a, Model(a.model))
-    assert job.transformer == {"guidance_embeds": False} and job.text_tokens == 256
+    a, model = recipe.read(["--model", SCHNELL])
+    job = prepare.job(a, model)
+    assert not job.transformer["guidance_embeds"] and job.text_tokens == 256
     assert (a.rollout_steps, a.eval_steps, a.shift, a.size) == (4, 4, None, 720)
     assert recipe.flags(["--model", SCHNELL, "--eval-steps", "8"]).eval_steps == 8
-    assert recipe.notes(a, Model(a.model)) == [f"--rollout-steps 4: what the configs of {SCHNELL} say",
+    assert recipe.notes(a, model) == [f"--rollout-steps 4: what the configs of {SCHNELL} say",
                               f"--eval-steps 4: what the configs of {SCHNELL} say",
                               f"--shift off: what the configs of {SCHNELL} say"]
 
 
 @pytest.mark.usefixtures("no_hub")
-@pytest.mark.parametrize("name, notes", [
-    ("black-forest-labs/FLUX.1-dev", []), ("black-forest-labs/FLUX.1-Krea-dev", []),
-    ("someone/flux", ["--model someone/flux: not a model known here; its defaults and its plan are "
-                      "FLUX.1-dev's"])])
-def test_krea_is_planned_as_dev_and_so_is_what_is_not_known_which_is_said(name, notes):
-    a = recipe.flags(["--model", name])
-    job = prepare.job(a, Model(a.model))
-    assert job.transformer == {"guidance_embeds": True} and job.text_tokens == 512
+@pytest.mark.parametrize("name", ["black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Krea-dev"])
+def test_krea_is_planned_as_dev(name):
+    a, model = recipe.read(["--model", name])
+    job = prepare.job(a, model)
+    assert job.transformer["guidance_embeds"] and job.text_tokens == 512
     assert (a.rollout_steps, a.eval_steps, a.shift, a.size) == (25, 50, 3.0, 720)
-    assert recipe.notes(a, Model(a.model)) == notes
+    assert recipe.notes(a, model) == [] and flux.is_full_size(model)
+
+
+def hub_of(monkeypatch, folder):
+    """The hub gives a folder's files; a list of what it is asked for."""
+    asked = []
+
+    def one(name, file):
+        asked.append(file)
+        return str(folder / file)
+
+    def some(name, allow_patterns):
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr(model_folder, "hf_hub_download", one)
+    monkeypatch.setattr(model_folder, "snapshot_download", some)
+    return asked
+
+
+def test_a_hub_id_that_is_not_known_is_refused_before_anything_is_downloaded(monkeypatch, tmp_path, no_hub):
+    """But for its model_index.json, which says what it is."""
+    with pytest.raises(UserError, match="FLUX.2-dev: not known here, and the hub gives no model_index.json.*; known "
+                                        "are black-forest-labs/FLUX.1-dev, "):
+        recipe.read(["--plan", "--model", "black-forest-labs/FLUX.2-dev"])
+    (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2Pipeline"}')
+    asked = hub_of(monkeypatch, tmp_path)
+    with pytest.raises(UserError, match="its model_index.json says Flux2Pipeline, and only FLUX.1"):
+        recipe.read(["--plan", "--model", "someone/flux2"])
+    assert asked == ["model_index.json"]
+
+
+def test_a_hub_id_that_is_flux_1_is_planned_by_its_own_configs(monkeypatch):
+    """And is as large as they say."""
+    asked = hub_of(monkeypatch, Path("miniature"))
+    a, model = recipe.read(["--model", "someone/flux", "--size", "64"])
+    assert not any(pattern.endswith(("/*", "safetensors")) for pattern in asked)
+    assert prepare.job(a, model).transformer["num_layers"] == 2 and not flux.is_full_size(model)
+    model.fetch()
+    assert "transformer/*" in asked and flux.load(model).transformer.config.num_layers == 2
 
 
 def test_a_schnell_samples_as_fluxpipeline(tmp_path):
@@ -165,20 +203,14 @@ def test_one_file_is_the_same_network_as_the_folder(layout, tmp_path, miniature)
 
 
 def test_with_full_weights_the_hubs_transformer_is_not_fetched(tmp_path, monkeypatch):
-    """But for its config; a LoRA needs it."""
-    asked = []
-
-    def give(model, allow_patterns):
-        asked.extend(allow_patterns)
-        return "miniature"
-
-    monkeypatch.setattr(flux, "snapshot_download", give)
+    """A LoRA needs it."""
+    asked = hub_of(monkeypatch, Path("miniature"))
     shutil.copy(Path("miniature") / PART, tmp_path / "one.safetensors")
-    flux.load(Model("someone/flux"), str(tmp_path / "one.safetensors"))
-    read = flux.files_of("someone/flux", str(tmp_path / "one.safetensors"))
-    assert "transformer/config.json" in asked and "transformer/*" not in asked
-    assert Path("miniature/transformer") not in read and Path("miniature/vae") in read
-    flux.load(Model("someone/flux"))
+    model = Model("someone/flux")
+    model.fetch(trained.parts_read(str(tmp_path / "one.safetensors")))
+    assert "transformer/*" not in asked and "vae/*" in asked
+    flux.load(model, str(tmp_path / "one.safetensors"))
+    model.fetch(trained.parts_read(None))
     assert "transformer/*" in asked
 
 
@@ -189,7 +221,7 @@ def test_one_file_of_another_model_is_one_line(tmp_path):
     def said(state, rank=None):
         save_file(state, file)
         with pytest.raises(UserError) as error:
-            flux.check_weights("miniature", str(file), rank)
+            trained.check(str(file), Model("miniature"), rank)
         assert len(str(error.value).splitlines()) == 1
         return str(error.value)
 
@@ -211,7 +243,7 @@ def test_one_file_of_another_model_is_one_line(tmp_path):
     assert "has no layer" in said({name.replace("_blocks.0", "_blocks.7"): t for name, t in pair.items()})
     file.write_bytes(b"not what it should be")
     with pytest.raises(UserError, match="one.safetensors: cannot be read"):
-        flux.check_weights("miniature", str(file))
+        trained.check(str(file), Model("miniature"))
 
 
 # ------------------------------------------------------------------------------------ training from --weights
@@ -238,7 +270,7 @@ def test_a_run_starts_from_full_weights_and_resumes_with_the_same_alone(tmp_path
     any place, and no others."""
     one, two, moved = tmp_path / "one", tmp_path / "two", tmp_path / "moved"
     assert run(train, *SMALL, "--steps", "1", "--lr", "1e-3", "--out", one)[0] == 0
-    assert is_refused(run, "has --lora None, now 2", *SMALL, "--lr", "1e-3", "--resume", "--lora", "2",
+    assert is_refused(run, "has --lora off, and --lora 2 is given", *SMALL, "--lr", "1e-3", "--resume", "--lora", "2",
                       "--out", one)
     flags = [*SMALL, "--lr", "1e-3", "--out", two]
     status, said = run(train, *flags, "--steps", "1", "--weights", one / "weights")
@@ -257,8 +289,8 @@ def test_a_lora_goes_on_or_is_merged(tmp_path, run):
     file is as good as its folder, and both are where the run before ended."""
     one, on, merged = tmp_path / "one", tmp_path / "on", tmp_path / "merged"
     assert run(train, *SMALL, "--steps", "1", "--lora", "2", "--lr", "1e-2", "--out", one)[0] == 0
-    assert is_refused(run, "has --lora 2, now None", *SMALL, "--lr", "1e-2", "--resume", "--out", one)
-    assert is_refused(run, "has --lora 2, now 4", *SMALL, "--lr", "1e-2", "--resume", "--lora", "4",
+    assert is_refused(run, "has --lora 2, and --lora off is given", *SMALL, "--resume", "--lora", "off", "--out", one)
+    assert is_refused(run, "has --lora 2, and --lora 4 is given", *SMALL, "--lr", "1e-2", "--resume", "--lora", "4",
                       "--out", one)
     shutil.copy(one / "weights" / lora.FILE, tmp_path / "my.safetensors")
     status, said = run(train, *SMALL, "--steps", "1", "--lora", "2", "--lr", "1e-2", "--out", on,
@@ -317,9 +349,9 @@ def test_a_foreign_folder_says_its_size_in_a_line(tmp_path):
     """32 pixels, and not 720: what its VAE was made for; srpo.json and flags go before."""
     model = make_foreign_flux(tmp_path / "theirs")
     for parser in (sample.flags(), evaluate.flags(), recipe.parser()):
-        a = command_line.parse(parser, ["--model", str(model)], flux.defaults_of)
+        a, opened = recipe.of_script(parser, ["--model", str(model)])
         assert a.size == 32
-        assert flux.notes(str(model), vars(a)) == [f"--size 32: what the configs of {model} say"]
+        assert opened.notes(vars(a)) == [f"--size 32: what the configs of {model} say"]
     assert recipe.flags(["--model", str(model), "--size", "48"]).size == 48
     edit_json(model / "vae" / "config.json", sample_size=1024)  # FLUX.1-dev's
     assert recipe.flags(["--model", str(model)]).size == 720
@@ -337,7 +369,7 @@ def test_what_a_foreign_folder_leaves_out_is_the_libraries_own(tmp_path, miniatu
     512."""
     model = make_foreign_flux(tmp_path / "theirs")
     embeddings = flux.encode_prompts(Model(model), ["a red circle left of a blue square"])
-    assert embeddings.txt.shape[1] == flux.configs(model).text_tokens == 512
+    assert embeddings.txt.shape[1] == Model(model).configs.text_tokens == 512
     ours = flux.encode_prompts(Model("miniature"), ["a red circle left of a blue square"])
     assert torch.allclose(embeddings.pooled, ours.pooled, atol=1e-5)
     net = flux.load(Model(model))

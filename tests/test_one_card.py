@@ -16,7 +16,6 @@ import recipe
 import train
 from engine.memory import modes, parallel
 from engine.model import lora
-from engine.model.folder import Model
 from engine.run import folder as run_folder
 
 SMALL = ["train.py", "--model", "miniature", "--rollout-steps", "2", "--eval-steps", "2", "--watch", "2",
@@ -50,7 +49,7 @@ def test_every_path_trains_as_the_plain_one(tmp_path, flags):
     plain = [] if flags[0] == "--memory" else flags[:2]
     call(printed, *common, "--global-batch", 2, "--out", tmp_path / "plain", *plain)
     call(printed, *common, "--global-batch", 2, "--out", tmp_path / "one", *flags)
-    call(printed, *common, "--global-batch", 1, "--out", tmp_path / "two", *flags, ranks=2)
+    call(printed, *common, "--global-batch", 2, "--out", tmp_path / "two", *flags, ranks=2)
     for out in ("one", "two"):
         rounding = 2**-8 if flags[-1] == "split" else 0
         off = farthest(trained(tmp_path / out), trained(tmp_path / "plain"), rounding)
@@ -87,9 +86,10 @@ def test_a_small_card_saves_on_the_reward_path():
     left the device, the decoder is recomputed; an update's loss is the plain path's."""
     losses = []
     for layout in ("bf16", "fp8"):
-        a = recipe.flags([*SMALL[1:], "--lora", "4", "--memory", layout, "--global-batch", "2", "--steps", "2"])
+        argv = [*SMALL[1:], "--lora", "4", "--memory", layout, "--global-batch", "2", "--steps", "2"]
+        a, model = recipe.read(argv)
         world = parallel.World(mesh=modes.needs_mesh(layout))
-        run = prepare.set_up(a, Model(a.model), world)
+        run = prepare.set_up(a, model, world)
         known = set(run.reward.trained[0][0].cache)
         terms = list(train.srpo(a, run.net, run.reward, run.batch(a, 2, 0)))
         losses.append(torch.stack([loss for loss, _ in terms]).detach())
@@ -106,5 +106,5 @@ def test_a_small_card_saves_on_the_reward_path():
 def test_a_lora_has_a_learning_rate_of_its_own(flags, rate):
     """The miniature's, from its srpo.json; for a model that does not say, a guess; a flag goes before."""
     assert recipe.flags(["--model", "miniature", *flags]).lr == rate
-    assert recipe.flags(["--lora", "8"]).lr == train.LORA_LR
+    assert recipe.flags(["--lora", "8"]).lr == recipe.LORA_LR
     assert recipe.flags([]).lr == 5e-6

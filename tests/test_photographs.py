@@ -254,7 +254,7 @@ def test_the_plan_counts_no_rollout(folder):
     assert without.rollout == 0 < both.rollout
     assert (without.update, without.decode, without.reward) == (both.update, both.decode, both.reward)
     assert without.received < both.received
-    assert plan.update_flop(offline) == without.update
+    assert plan.update_flop(offline, 2) == without.update
 
 
 @pytest.fixture
@@ -275,10 +275,10 @@ def test_two_ranks_and_four_batches_train_as_one_process(folder, tmp_path, train
     (here / "broken.png").write_bytes(b"no")
     (here / "broken.txt").write_text("a fox")
     flags = ["--images", here, "--steps", 2, "--watch-every", 2, "--out"]
-    said = call(tmp_path / "printed", *SMALL, *flags, tmp_path / "two", "--global-batch", 2, ranks=2)
+    said = call(tmp_path / "printed", *SMALL, *flags, tmp_path / "two", "--global-batch", 4, ranks=2)
     assert said.count("broken.png is skipped: cannot be read as a picture") == 1
     trained(*flags, tmp_path / "one", "--global-batch", 4)
-    trained(*flags, tmp_path / "four", "--global-batch", 1, "--accumulate", 4)
+    trained(*flags, tmp_path / "four", "--global-batch", 4, "--batch", 1)
     for name in ("two", "four"):
         assert largest_difference(tmp_path / "one", tmp_path / name) < 1e-6
 

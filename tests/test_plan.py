@@ -11,7 +11,7 @@ import prepare
 import recipe
 import train
 from engine.errors import UserError
-from engine.memory import adamw, cards, layouts, parallel, plan
+from engine.memory import adamw, cards, gpus, layouts, parallel, plan
 from engine.model import lora
 from engine.model.folder import Model
 

@@ -14,7 +14,7 @@ from builders import make_foreign_flux, make_foreign_reward, make_photographs
 from scripts import call
 
 import evaluate
-import train
+import recipe
 from experiments import bench
 
 READMES = [Path("README.md"), *sorted(Path(".").glob("[a-z]*/README.md"))]
@@ -106,7 +106,7 @@ for name in ("table1", "unbiased", "recovery", "common_mode", "intervals", "abla
 SMALLEST["experiments.rare_words"].append("--quick")
 SMALLEST["experiments.offline"] += ["--photos", "20"]
 # Only their flags are read: on a GPU, with a machine's own paths, they are real.
-FLAGS = {"train.py": train.flags, "evaluate.py": evaluate.flags().parse_args,
+FLAGS = {"train.py": recipe.flags, "evaluate.py": evaluate.flags().parse_args,
          "experiments.bench": bench.flags}
 
 

@@ -52,7 +52,7 @@ def made(folder, lines, *flags, pictures=4, size=64):
 
 def written(folder, args, finished=False, **more):
     """The text of the page that `write` makes."""
-    report.write(folder, args, as_line(recipe.parser(), args), finished, prompts=PROMPTS, **more)
+    report.write(folder, args, as_line(recipe.GROUPS, args), finished, prompts=PROMPTS, **more)
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -85,7 +85,7 @@ def test_the_page_tells_whether_a_run_goes_on_and_what_it_does(tmp_path):
     run = data_of(written(folder, args, state={"images": 32, "before": {"sgp": [0.1, 0.3]}}))["runs"][0]
     assert (run["status"], run["step"], run["steps"], run["images"]) == ("running", 2, 4, 32)
     assert run["seconds"] == pytest.approx(0.4) and run["left"] is not None
-    assert run["flags"] == as_line(recipe.parser(), args)
+    assert run["flags"] == as_line(recipe.GROUPS, args)
     assert data_of(written(folder, args, stopped=True))["runs"][0]["status"] == "stopped"
     run = data_of(written(folder, args, finished=True))["runs"][0]
     assert run["status"] == "finished" and run["left"] is None
@@ -360,7 +360,7 @@ def test_in_a_browser_text_stays_text_and_the_flags_are_copied(browser, tmp_path
     browser.js("window.copied = null; addEventListener('copy', () => copied = String(getSelection()) || "
                "document.activeElement.value)")
     browser.click("#flags button")
-    assert browser.js("return copied") == as_line(recipe.parser(), args)
+    assert browser.js("return copied") == as_line(recipe.GROUPS, args)
     assert browser.js("return document.querySelector('#flags button').textContent") == "Copied"
     assert nothing_went_wrong(browser)
 

@@ -271,7 +271,7 @@ def test_the_reward_gives_the_image_a_gradient_and_the_text_none():
 
 
 def test_what_the_hub_does_not_give_says_where_to_put_it(monkeypatch):
-    monkeypatch.setattr("engine.files.snapshot_download", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("engine.hub.snapshot_download", lambda *_, **__: 1 / 0)
     repositories = {"hpsv2.1": "xswu/HPSv2", "pickscore": "yuvalkirstain/PickScore_v1",
                     "clip": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
                     "aesthetic": "google/siglip-so400m-patch14-384"}
@@ -283,7 +283,7 @@ def test_what_the_hub_does_not_give_says_where_to_put_it(monkeypatch):
 
 def test_pickscores_tokenizer_and_the_aesthetic_head_fail_before_anything_is_loaded(
         monkeypatch, pickscore, aesthetic, tmp_path):
-    monkeypatch.setattr("engine.files.snapshot_download", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("engine.hub.snapshot_download", lambda *_, **__: 1 / 0)
     monkeypatch.setattr("torch.hub.load_state_dict_from_url", lambda *_, **__: 1 / 0)
     for name, folder, lacks in (("pickscore", pickscore, "tokenizer_config.json"),
                                 ("aesthetic", aesthetic, "aesthetic_predictor_v2_5.pth")):

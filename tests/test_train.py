@@ -16,7 +16,6 @@ import flux
 import recipe
 import rewards
 import train
-from engine import command_line
 from engine.data import draws
 from engine.model.folder import Model
 from evaluation.watch import hacking
@@ -35,7 +34,7 @@ def run(monkeypatch, *argv):
 def log_of(out):
     """The log without its readings of clock and memory: all the rest must repeat byte for byte."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if not k.startswith(("seconds_", "tflop_", "share_", "peak_"))}
+    return [{k: v for k, v in line.items() if not k.startswith(("seconds_", "images_per_", "tflop_", "share_", "peak_"))}
             for line in lines]
 
 
@@ -128,9 +127,9 @@ def test_frozen_models_get_no_gradient(gradient_of, flags, miniature, reward):
 
 
 def test_accumulate_is_part_of_the_loop(monkeypatch, tmp_path):
-    """--batch 4 and --batch 1 --accumulate 4 draw the same prompts, noise and levels, and log the same."""
+    """Four images at once, or one by one: the same prompts, noise and levels, and the same log."""
     run(monkeypatch, "--global-batch", 4, "--steps", 2, "--out", tmp_path / "whole")
-    run(monkeypatch, "--global-batch", 1, "--accumulate", 4, "--steps", 2, "--out", tmp_path / "parts")
+    run(monkeypatch, "--global-batch", 4, "--batch", 1, "--steps", 2, "--out", tmp_path / "parts")
     for a, b in zip(log_of(tmp_path / "whole"), log_of(tmp_path / "parts"), strict=True):
         assert a["reward_denoise"] == pytest.approx(b["reward_denoise"], abs=1e-5)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
@@ -227,7 +226,7 @@ def test_the_printed_line_of_flags_gives_the_same_run():
     argv = ["--model", "miniature", "--control", "it's real,a photo", "--no-checkpointing",
             "--threshold", "0.5"]
     a = recipe.flags(argv)
-    line = command_line.as_line(recipe.parser(), vars(a))
+    line = recipe.as_line(a)
     assert vars(recipe.flags(shlex.split(line))) == vars(a)
 
 

@@ -56,7 +56,7 @@ from engine.run import stopping  # noqa: E402
 FORK = multiprocessing.get_context("fork")
 TINY = ["--model", "miniature", "--global-batch", "2", "--rollout-steps", "1", "--eval-steps", "1", "--watch", "1",
         "--watch-every", "1", "--save-every", "1", "--keep", "1"]
-MEASURED = ("seconds_", "tflop_", "share_", "peak_")  # readings of clocks and memory
+MEASURED = ("seconds_", "images_per_", "tflop_", "share_", "peak_")  # readings of clocks and memory
 WAIT = 120  # seconds, after which a process counts as one that never ends
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 
@@ -207,8 +207,7 @@ def differences(whole, other):
 
 def half_written(folder):
     """The files and folders in a folder that are no end product."""
-    fine = (".lock", ".metadata")
-    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob(".*") if path.name not in fine)
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob(".*") if path.name != ".lock")
 
 
 class Tally:
@@ -381,7 +380,7 @@ def phase_of(asked):
 
 def signals(arguments, tally):
     """See the top of this file."""
-    train_flags = ["train.py", *TINY, "--watch", "4", "--eval", "8", "--accumulate", "2", "--steps", "3",
+    train_flags = ["train.py", *TINY, "--watch", "4", "--eval", "8", "--batch", "1", "--steps", "3",
                    "--save-every", "2", "--out"]
     commands = {
         "train.py": (0, train_flags, ["--resume"]),
@@ -465,7 +464,7 @@ def others(command, whole, tally):
     tally.add("signals: SIGHUP under nohup", problems + differences(whole, out), script.said())
 
     out = fresh("twice")
-    slow = [*command, out, "--global-batch", "16", "--rollout-steps", "25", "--accumulate", "8"]
+    slow = [*command, out, "--global-batch", "128", "--batch", "16", "--rollout-steps", "25"]
     script = Script(slow)
     after_the_first_step(out, script)
     time.sleep(0.1)

@@ -16,12 +16,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from engine.errors import UserError, one_line
 from engine.files import write_whole
-from engine.model import single_file, tensors
+from engine.model import single_file
 from engine.model.export import export as export_full
+from engine.model.tensors import fill, full, local_part, my_rows, own_parameters
 from engine.paths import not_a_path
 
 FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
@@ -73,7 +73,7 @@ def start(transformer, seed):
         if "lora_A" in name:
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             nn.init.kaiming_uniform_(values, a=5**0.5, generator=generator)  # as peft, and nn.Linear
-        tensors.fill(parameter, values)
+        fill(parameter, values)
 
 
 @contextmanager
@@ -107,7 +107,7 @@ def export_adapters(transformer, folder, world, dtype=torch.float32):
     ComfyUI load. Raises OSError."""
     tensors = {}
     for name, parameter in adapters(transformer).items():  # gathering takes every process
-        tensors[name] = tensors.full(parameter.detach()).to("cpu", dtype).contiguous()
+        tensors[name] = full(parameter.detach()).to("cpu", dtype).contiguous()
     if world.main:
         Path(folder).mkdir(parents=True, exist_ok=True)
         write_whole(Path(folder) / FILE, save(tensors, {"format": "pt"}))
@@ -159,7 +159,7 @@ def fitting(transformer, place, rank=None):
     """{layer: (A, B)} of the LoRA in a folder or file, which fits a transformer, perhaps one on the meta
     device; and, if a rank is given, adapters of that rank, which are to go on with it. Raises UserError."""
     path, pairs = read(place)
-    parameters = tensors.own_parameters(transformer)
+    parameters = own_parameters(transformer)
     for layer, (A, B) in pairs.items():
         weight = parameters.get(f"{layer}.weight")
         if weight is None:
@@ -184,7 +184,7 @@ def load_into(transformer, place):
     rank = next(len(parameter) for name, parameter in parameters.items() if ".lora_A." in name)
     for layer, pair in fitting(transformer, place, rank).items():
         for side, tensor in zip("AB", pair, strict=True):
-            tensors.fill(parameters[f"{PREFIX}{layer}.lora_{side}.weight"], tensor)
+            fill(parameters[f"{PREFIX}{layer}.lora_{side}.weight"], tensor)
 
 
 @torch.no_grad()
@@ -195,9 +195,9 @@ def merge_into(transformer, place):
     Raises UserError if it is of another architecture; nothing has been changed then.
     """
     pairs = fitting(transformer, place)
-    parameters = tensors.own_parameters(transformer)
+    parameters = own_parameters(transformer)
     for layer, (A, B) in pairs.items():
         weight = parameters[f"{layer}.weight"]
-        first, last = tensors.my_rows(weight)
-        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        first, last = my_rows(weight)
+        local = local_part(weight)
         local.copy_(local.float() + (B[first:last] @ A).to(local.device))

@@ -11,7 +11,10 @@ from engine.model.folder import PARTS, TRANSFORMER, check_transformer
 from engine.model.tensor_files import Source, meta_network, tensors_in
 from engine.paths import not_a_path
 
-KIND = diffusers.FluxTransformer2DModel
+
+def kind():
+    """The class of the network, which diffusers imports when it is asked for."""
+    return diffusers.FluxTransformer2DModel
 
 
 def is_full(weights):
@@ -44,7 +47,7 @@ def check(weights, model, rank=None):
     if weights is None:
         return
     if not is_full(weights):
-        lora.fitting(meta_network(KIND, model.configs.transformer), weights, rank)
+        lora.fitting(meta_network(kind(), model.configs.transformer), weights, rank)
         return
     try:
         found = source(weights, model)
@@ -58,7 +61,7 @@ def check(weights, model, rank=None):
             raise UserError(f"--weights {weights}: another architecture: {key} {found.config[key]}, and the "
                             f"--model's is {ours[key]}")
     try:
-        found.on_meta(KIND)
+        found.on_meta(kind())
     except Exception as error:
         raise cannot_load(weights, error) from error
 

@@ -1,26 +1,19 @@
-"""Checkpoints, which hold all that a run needs to go on, and the exported weights, which hold what users
-load.
+"""Checkpoints, which hold all that a run needs to go on.
 
-A checkpoint is a folder step_NNNNN of torch.distributed.checkpoint's files, sharded, with two more:
-state.json, what the run remembers beside the weights, and checksums.json, a CRC-32 of every tensor's bytes
-and of the other files.
+A checkpoint is a folder step_NNNNN of safetensors files, which torch.distributed.checkpoint writes, every
+process its own, with two more: state.json, what the run remembers beside the tensors, and checksums.json, a
+CRC-32 of every other file. Nothing in it is a pickle.
 """
 
-import io
-import json
-import mmap
-import pickle
 import re
 import warnings
 import zlib
 from itertools import count
 from pathlib import Path
 
-import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from engine.errors import UserError, one_line
@@ -32,13 +25,19 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 # Frozen weights are not saved: beside a LoRA they are the base model's, which is loaded anyway. What is saved
 # must be there when it is loaded, all the same: torch.distributed.checkpoint sees to it.
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
-METADATA = ".metadata"
+TENSORS = "shard-*-model-*-of-*.safetensors"
 STATE = "state.json"
+SETTINGS = "optimizer"  # in it
 SUMS = "checksums.json"
+
+# At most this many bytes of tensors go into a file, or a single larger one. Torch makes a file in memory
+# before it writes it, so this is what a process needs beside its tensors; twice if those are on a GPU.
+FILE_SIZE = 2**28
+CHUNK = 2**24  # bytes that are compared at a time
 
 # All files that a checkpoint consists of, and so all that goes with it; and its folder, once it is finished,
 # while it is written, and while it is removed.
-OURS = ("__*_*.distcp", METADATA, f"{METADATA}.tmp", STATE, SUMS)
+OURS = (TENSORS, STATE, SUMS)
 FINISHED = re.compile(r"step_(\d{5}|[1-9]\d{5,})")
 WRITING = ".writing"
 DISCARDED = re.compile(r"\.discarded_" + FINISHED.pattern)
@@ -57,10 +56,9 @@ def step_of(folder):
 def state_of(folder):
     """What the run remembered in a checkpoint. Raises Damaged."""
     try:
-        content = (folder / STATE).read_bytes()
-        if read_json(folder / SUMS)[STATE] != zlib.crc32(content):
+        if read_json(folder / SUMS)[STATE] != digest(folder / STATE):
             raise Damaged(f"{STATE} is not what was written")
-        state = json.loads(content)
+        state = read_json(folder / STATE)
         if state["step"] != step_of(folder):
             raise Damaged(f"it is of step {state['step']}")
         return state
@@ -81,6 +79,11 @@ def all_checkpoints(out):
     found = [folder for folder in (Path(out) / "checkpoints").glob("step_*")
              if FINISHED.fullmatch(folder.name) and folder.is_dir()]
     return sorted(found, key=step_of)
+
+
+def is_of_an_earlier_version(folder):
+    """Whether a checkpoint is of torch's other format, which was written here before and is not read."""
+    return any(folder.glob("*.distcp"))
 
 
 def checkpoints(out, run):
@@ -137,14 +140,16 @@ def save(out, transformer, optimizer, state, world, keep):
     if world.main:
         remove_unfinished(out)
     world.gather(None)
-    weights, moments = get_state_dict(transformer, optimizer, options=TRAINED)
+    tensors, settings = taken_apart(*get_state_dict(transformer, optimizer, options=TRAINED))
+    writer = dcp.HuggingFaceStorageWriter(beside, files_of(tensors, world), save_distributed=True)
     try:
-        dcp.save({"transformer": weights, "optimizer": moments}, checkpoint_id=beside)
+        dcp.save(tensors, storage_writer=writer)
         sums = {}
-        for theirs in world.gather(checksums(beside, world.rank)):
+        mine = sorted(beside.glob(f"shard-{world.rank + 1:05d}-*"))
+        for theirs in world.gather({file.name: digest(file) for file in mine}):
             sums |= theirs
         if world.main:
-            finish(folder, beside, state, sums)
+            finish(folder, beside, state | {SETTINGS: settings}, sums)
             prune(out, state, keep)
     except (OSError, CheckpointException) as error:
         if world.main and beside.exists():
@@ -158,9 +163,7 @@ def save(out, transformer, optimizer, state, world, keep):
 def finish(folder, beside, state, sums):
     """Give a checkpoint what it lacks beside the tensors, and its name."""
     write_json(beside / STATE, state)
-    for name in (METADATA, STATE):
-        sums[name] = zlib.crc32((beside / name).read_bytes())
-    write_json(beside / SUMS, sums)
+    write_json(beside / SUMS, sums | {STATE: digest(beside / STATE)})
     if folder.exists():
         if owner_of(folder) not in (state["run"], None):
             raise OSError(f"{folder} is another run's")
@@ -181,8 +184,6 @@ def cause_of(error):
     in one, and makes another one of what the disk said."""
     causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
     first = causes[0] if causes else error
-    if isinstance(first, Damaged):
-        return str(first)
     below = first
     while below is not None:
         if isinstance(below, OSError) and below.strerror:
@@ -192,115 +193,88 @@ def cause_of(error):
     return one_line(first)
 
 
-def checksums(folder, rank):
-    """{"file at offset": CRC-32} of what a rank has just written."""
-    sums = {}
-    places = read_metadata((folder / METADATA).read_bytes()).storage_data.values()
-    for place in sorted(places, key=lambda place: (place.relative_path, place.offset)):
-        if place.relative_path.startswith(f"__{rank}_"):
-            with open(folder / place.relative_path, "rb") as file:
-                file.seek(place.offset)
-                sums[f"{place.relative_path} at {place.offset}"] = zlib.crc32(file.read(place.length))
-    return sums
+def taken_apart(weights, moments):
+    """({name: tensor} of all that is trained and of the optimizer's state; a list of the settings of its
+    parameter groups): a safetensors file holds tensors alone."""
+    tensors = {f"transformer.{name}": tensor for name, tensor in weights.items()}
+    for name, state in moments["state"].items():
+        tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in state.items()}
+    settings = [{key: value for key, value in group.items() if key != "params"}
+                for group in moments["param_groups"]]
+    return tensors, settings
+
+
+def files_of(tensors, world):
+    """{name of a tensor: number of the file that it goes to}; of each file every process writes a part."""
+    numbers = {}
+    number = 1
+    taken = 0
+    for name, tensor in tensors.items():
+        if taken and taken + tensor.nbytes > FILE_SIZE * world.size:
+            number += 1
+            taken = 0
+        numbers[name] = number
+        taken += tensor.nbytes
+    return numbers
+
+
+def digest(path):
+    """The CRC-32 of a file. Raises OSError."""
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK):
+            crc = zlib.crc32(chunk, crc)
+    return crc
 
 
 # ---------------------------------------------------------------------------------------------------- reading
-class KnownClasses(pickle.Unpickler):
-    """Unpickles a checkpoint's metadata, which torch pickles: nothing but the classes that it is made of. Any
-    other could run code of whoever made the file."""
-
-    KNOWN = {
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata",
-            "ChunkStorageMetadata", "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"},
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch": {"Size"},
-        "torch.serialization": {"_get_layout"},
-        "collections": {"OrderedDict"},
-        "pathlib": {"PosixPath", "PurePosixPath"}}
-    DTYPES = {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-
-    def find_class(self, module, name):
-        if module == "torch" and f"torch.{name}" in self.DTYPES:
-            return self.DTYPES[f"torch.{name}"]
-        if name in self.KNOWN.get(module, ()):
-            return super().find_class(module, name)
-        raise Damaged(f"its metadata names {module}.{name}, which no checkpoint holds")
-
-
-def read_metadata(content):
-    """torch.distributed.checkpoint's Metadata from the bytes of its file. Raises Damaged."""
+def compare(folder):
+    """Compare every file of a checkpoint with its digest, each process its share. Raises Damaged, on every
+    process."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
-        metadata = KnownClasses(io.BytesIO(content)).load()
-    except Damaged:
-        raise
-    except Exception as error:
-        raise Damaged(f"its metadata cannot be read: {one_line(error)}") from error
-    if not isinstance(metadata, dcp.Metadata):
-        raise Damaged("its metadata are not a checkpoint's")
-    return metadata
+        found = difference(folder, rank, size)
+    except (UserError, OSError) as error:
+        found = cause_of(error)
+    everyones = [found]
+    if size > 1:
+        everyones *= size
+        dist.all_gather_object(everyones, found)
+    for found in filter(None, everyones):
+        raise Damaged(found)
 
 
-class CheckedReader(dcp.FileSystemReader):
-    """Reads a checkpoint, each piece compared with its checksum before anything is made of it."""
-
-    def __init__(self, folder):
-        super().__init__(folder)
-        self.folder = Path(folder)
-        self.sums = read_json(self.folder / SUMS)
-        if not isinstance(self.sums, dict):
-            raise Damaged(f"{SUMS} is not what was written")
-        self.compared = 0
-
-    def compare(self, name, content):
-        if self.sums.get(name) != zlib.crc32(content):
-            raise Damaged(f"{name} is not what was written")
-        self.compared += 1
-
-    def read_metadata(self, *arguments, **options):
-        content = (self.folder / METADATA).read_bytes()
-        self.compare(METADATA, content)
-        metadata = read_metadata(content)
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-    def _slice_file(self, file, info):
-        """What torch calls for every piece that it reads."""
-        # Mapped, so that nothing is copied: what torch reads next is still in the page cache.
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as content:
-            with content[info.offset:info.offset + info.length] as piece:
-                self.compare(f"{info.relative_path} at {info.offset}", piece)
-        return super()._slice_file(file, info)
-
-
-class PlainLoadPlanner(DefaultLoadPlanner):
-    """What is no tensor (the optimizer's settings) is read as plain values; torch would run any pickle."""
-
-    def load_bytes(self, read_item, value):
-        plain = torch.load(value, weights_only=True)
-        resaved = io.BytesIO()
-        torch.save(plain, resaved)
-        resaved.seek(0)
-        super().load_bytes(read_item, resaved)
+def difference(folder, rank, size):
+    """What is wrong with a process's share of a checkpoint's files, in words; None if nothing is."""
+    sums = read_json(folder / SUMS)
+    if not isinstance(sums, dict):
+        return f"{SUMS} is not what was written"
+    # torch reads every safetensors file that it finds there
+    odd = sums.keys() ^ {STATE, *(file.name for file in folder.glob("*.safetensors"))}
+    if odd:
+        name = min(odd)
+        return f"{name} is missing" if name in sums else f"{name} is not one of its files"
+    for name in sorted(sums)[rank::size]:
+        if sums[name] != digest(folder / name):
+            return f"{name} is not what was written"
+    return None
 
 
 def load(folder, transformer, optimizer):
     """Restore what `save` wrote, on any number of processes; returns the state. Raises Damaged, on every
-    process, if a byte of it has changed; the weights are then half loaded."""
+    process: before anything is loaded if a byte of it has changed; else, if it is of something else, the
+    weights may be half loaded."""
+    compare(folder)
+    state = state_of(folder)
     weights, moments = get_state_dict(transformer, optimizer, options=TRAINED)
+    tensors, _ = taken_apart(weights, moments)
     try:
-        reader = CheckedReader(folder)
-        dcp.load({"transformer": weights, "optimizer": moments}, storage_reader=reader,
-                 planner=PlainLoadPlanner())
-        state = state_of(folder)
-    except Damaged:
-        raise
-    except (CheckpointException, UserError, OSError) as error:
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder))
+        for group, settings in zip(moments["param_groups"], state.pop(SETTINGS), strict=True):
+            # AdamW's betas are a tuple, of which JSON makes a list
+            group |= {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
+    except (CheckpointException, LookupError, AttributeError, TypeError, ValueError) as error:
         raise Damaged(cause_of(error)) from error
-    if reader.compared < 2:
-        raise RuntimeError("this version of torch reads checkpoints by another way: they were not compared "
-                           "with their checksums")
     set_state_dict(transformer, optimizer, model_state_dict=weights, optim_state_dict=moments,
                    options=TRAINED)
     return state

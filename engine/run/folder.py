@@ -116,6 +116,9 @@ class RunFolder:
                             "deletes it")
         self.found = {folder: checkpoint.owner_of(folder) for folder in checkpoint.all_checkpoints(self.out)}
         for folder, owner in self.found.items():
+            if self.args["resume"] and checkpoint.is_of_an_earlier_version(folder):
+                raise UserError(f"--resume: {folder} is of an earlier version, whose checkpoints are not read here; "
+                                "finish the run with that version, or give another --out")
             if owner not in (self.marked, None):
                 raise UserError(f"{folder} is another run's checkpoint; move it away, or give another --out")
         if self.marked is not None and self.args["resume"]:
