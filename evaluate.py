@@ -168,7 +168,7 @@ def available(args, methods, benchmark, world):
         try:
             if has_own and args.images:
                 must_be_shown(name, methods)
-            files = metric.fetch(where, args)
+            files = metrics.fetch(metric, where, args)
             pictures = metric.pictures(files, args, benchmark) if has_own else benchmark
             tasks.append(Task(name, metric, files, pictures))
         except (UserError, OSError) as error:

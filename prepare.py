@@ -66,8 +66,9 @@ class Run:
             self.stopping.check(self.world)
 
     def batches(self, a, step):
-        """The `Batch`es of this process in an update, one after the other."""
+        """The `Batch`es of this process in an update, one after the other. Raises Stopped before any of them."""
         for part in range(self.share.accumulate):
+            self.check_stop()
             yield self.batch(a, step, part)
 
     def batch(self, a, step, part):

@@ -158,8 +158,8 @@ class Folder:
 @dataclass
 class Machine:
     """the machine"""
-    batch: int = flag(1, whole(1), "images that a process computes at a time, at most; its share of --global-batch is "
-                      "made in as many batches as that takes (gradient accumulation)", model=True, resume=True)
+    batch: int = flag(1, whole(1), "images that a process computes at a time, at most; it makes its share of --global-batch "
+                      "in equal batches, whose gradients are accumulated", model=True, resume=True)
     lora: int = flag(None, or_off(whole(1, 4096)), "rank of adapters to train beside frozen weights; off: train all "
                      "weights", metavar="R")
     memory: str = flag("auto", help="how it fits: engine/memory/modes.py; auto: the first that the plan says fits this "
@@ -298,13 +298,11 @@ def share_of(a, processes):
     """The `Share` of each of so many processes: --global-batch is divided among them, so an update is the same on any
     number that divides it. Raises UserError, with the counts that do."""
     if a.global_batch % processes:
-        raise UserError(f"--global-batch {a.global_batch}: {processes} processes do not divide it; "
-                        f"{divisors(a.global_batch)} do")
+        counts = ", ".join(map(str, divisors(a.global_batch)))
+        raise UserError(f"--global-batch {a.global_batch}: cannot be divided among {processes} processes; it can among "
+                        f"{counts}")
     images = a.global_batch // processes
-    batch = min(a.batch, images)
-    if images % batch:
-        raise UserError(f"--batch {a.batch}: does not divide the {images} images of a process (--global-batch "
-                        f"{a.global_batch}, {processes} processes); {divisors(images)} do")
+    batch = max(n for n in divisors(images) if n <= a.batch)
     method = METHODS[a.method]
     if images % method.group(a):
         raise UserError(f"--method {a.method}: {images} images of a process (--global-batch {a.global_batch}, "
@@ -316,11 +314,8 @@ def share_of(a, processes):
 
 
 def divisors(n):
-    """The whole numbers that divide n, in words: 1, 2 or 4."""
-    found = [str(d) for d in range(1, n + 1) if n % d == 0]
-    if len(found) == 1:
-        return found[0]
-    return f"{', '.join(found[:-1])} and {found[-1]}"
+    """The whole numbers that divide n, from 1 on."""
+    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 # --------------------------------------------------------------------------------------------- the command line
@@ -452,11 +447,13 @@ def disagreement(values, given):
     for name, value in given.items():
         if name in may_change() or (name == "memory" and value == "auto"):
             continue
+        if values[name] == value:
+            continue
         if name == "recipe":
             for inner, wanted in RECIPES[value].differs.items():
                 if values[inner] != wanted and inner not in given:
                     return f"{line.shown(inner, values[inner])}, and --recipe {value} is given"
-        elif values[name] != value:
+        else:
             return f"{line.shown(name, values[name])}, and {line.shown(name, value)} is given"
     return None
 

@@ -89,7 +89,6 @@ def update(a, run, step, batches=None, listener=None):
     numbers = []
     trouble = None
     for batch in batches or run.batches(a, step):
-        run.check_stop()
         if listener is not None:
             listener.begin(batch)
         for loss, term in run.losses(a, net, run.reward, batch):

@@ -178,12 +178,12 @@ def quiet():
 
 
 # --------------------------------------------------------------------------------------------------- the plan
-def image_network(where=None):
-    """The `ImageNetwork` of an open_clip folder's own architecture; ViT-H/14's for anything else."""
+def image_network(where=None, arch=ARCH):
+    """The `ImageNetwork` of an open_clip folder's own architecture; that of `arch` for anything else."""
     if where is not None and (Path(where) / CONFIG).exists():
         config = network_config(Path(where))
     else:
-        config = open_clip.get_model_config(ARCH)
+        config = open_clip.get_model_config(arch)
     # The class is chosen as create_model does, which itself cannot make fake tensors: it moves them.
     kind = open_clip.CLIP
     if config.pop("custom_text", False):

@@ -201,7 +201,7 @@ from rewards.base import Column
 
 COLUMNS = {"width": Column("Width", ".1f"), "wide": Column("Is wide", ".0%")}
 
-def fetch(where, args):
+def fetch(where=None):
     return None
 
 def load(files, args, device):
@@ -361,7 +361,7 @@ def test_with_no_path_given_every_scorer_is_asked_of_the_hub_by_its_authors_name
     monkeypatch.setattr(geneval.open_clip, "download_pretrained", lambda c: asked.append(c["hf_hub"]) or "x")
     args = evaluate.flags().parse_args([])
     for name in metrics.parse_metrics(args.metrics):
-        metrics.find(name).fetch(None, args)
+        metrics.fetch(metrics.find(name), None, args)
     assert asked == ["google/siglip-so400m-patch14-384", "aesthetic-predictor-v2-5",
                      "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
                      "THUDM/ImageReward", "google-bert/bert-base-uncased", "xswu/HPSv2", "geneval",

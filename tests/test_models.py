@@ -276,10 +276,11 @@ def test_a_run_starts_from_full_weights_and_resumes_with_the_same_alone(tmp_path
     status, said = run(train, *flags, "--steps", "1", "--weights", one / "weights")
     assert status == 0, said
     assert first_picture(two) == last_picture(one) != first_picture(one)
-    for weights in ([], ["--weights", "miniature/transformer"]):
-        status, said = run(train, *flags, "--steps", "2", "--resume", *weights)
-        assert status == 2 and said.splitlines()[-1].startswith("train.py: --resume: --"), said
+    status, said = run(train, *flags, "--steps", "2", "--resume", "--weights", "miniature/transformer")
+    assert status == 2 and said.splitlines()[-1].startswith("train.py: --resume: --"), said
     shutil.move(one / "weights", moved)
+    status, said = run(train, "--resume", "--out", two)
+    assert status == 2 and "no transformer there" in said, said
     status, said = run(train, *flags, "--steps", "2", "--resume", "--weights", moved)
     assert status == 0, said
 

@@ -107,7 +107,7 @@ def test_a_size_that_the_model_cannot_have():
 def test_no_number_of_gpus_is_advised_that_would_not_do():
     """Without recomputed activations the first advice is to recompute them; and a batch that fits no card is
     to be smaller."""
-    huge = replace(miniature_job("--no-checkpointing"), images=10**6, batch=10**6, memory="auto")
+    huge = replace(miniature_job("--no-checkpointing"), images=10**9, batch=10**6, memory="auto")
     with pytest.raises(UserError, match="what helps: --checkpointing, or a smaller --batch$"):
         cards.choose(huge, 1, cards.Machine(80 * GIB))
 

@@ -479,7 +479,7 @@ def test_a_file_dropped_into_the_folder_is_a_reward_everywhere(drop_in, file, na
     assert [network.times for network in rewards.image_networks(spec)] == [times, 1]
     args = evaluate.flags().parse_args([])
     metric = metrics.find(name)
-    scores = metric.load(metric.fetch("miniature/reward", args), args, "cpu")([photo(64, 64)], PROMPTS[:1])
+    scores = metric.load(metric.fetch("miniature/reward"), args, "cpu")([photo(64, 64)], PROMPTS[:1])
     assert name in metrics.names() and list(scores) == list(columns)
 
 
@@ -575,7 +575,7 @@ def test_sgp_is_shown_raw_and_on_the_authors_scale():
     args = evaluate.flags().parse_args([])
     assert (args.control, args.neg) == ("Realistic photo", "CG Render")
     metric = metrics.find("hpsv2.1")
-    scores = metric.load(metric.fetch("miniature/reward", args), args, "cpu")([photo(64, 64)], PROMPTS[:1])
+    scores = metric.load(metric.fetch("miniature/reward"), args, "cpu")([photo(64, 64)], PROMPTS[:1])
     assert list(scores) == ["hps", "sgp_hps", "sgp_hps_shown"]
     assert scores["sgp_hps_shown"].item() == pytest.approx(100 * (scores["sgp_hps"].item() + 0.01), abs=1e-4)
 

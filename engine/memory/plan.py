@@ -51,11 +51,11 @@ class Job:
     memory: str = "masters"  # how they lie in memory: a --memory other than auto
 
     def share(self, processes):
-        """(images at a time, batches one after the other) of each of so many processes; where they do not divide the
-        images, those of the one that has most."""
+        """(images at a time, batches one after the other) of each of so many processes, where they divide the images;
+        otherwise about that."""
         mine = -(-self.images // processes)
-        batch = min(self.batch, mine)
-        return batch, -(-mine // batch)
+        batch = max(n for n in range(1, min(self.batch, mine) + 1) if mine % n == 0)
+        return batch, mine // batch
 
 
 class Counts(NamedTuple):

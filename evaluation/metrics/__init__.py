@@ -4,12 +4,16 @@ file: nothing else names it. It is imported when the metric is asked for, not be
 A metric's file offers:
 
 COLUMNS                    {column: Column(title, format)}: its columns in evaluate.py's table, in this order
-fetch(where, args)         its files, downloaded if they are not here: a path, a NamedTuple of paths, or None.
-                           where is PATH of --metrics NAME=PATH, or None for the authors' place; args are the
-                           flags of evaluate.py. Raises UserError if something cannot be had
+fetch(where=None)          its files, downloaded if they are not here: a path, a NamedTuple of paths, or None; as a
+                           reward's. where is PATH of --metrics NAME=PATH, or None for the authors' place. Raises
+                           UserError if something cannot be had
 load(files, args, device)  a scorer. Raises UserError if the files are not such a scorer's
 scorer(pictures, prompts)  B PIL pictures (RGB, any size) and their B prompts -> {column: [B] numbers}. Raises
                            UserError for pictures that it cannot score at all
+
+and, if a flag of evaluate.py says where its files are:
+
+WHERE                      the flag's name: fetch gets its value where there is no PATH
 
 and, if it has prompts of its own, or if some prompts have no score:
 
@@ -48,6 +52,14 @@ def find(name):
     if name in files():
         return importlib.import_module(f"{__name__}.{name}")
     return RewardMetric(name)
+
+
+def fetch(metric, where, args):
+    """The files of a metric, where is PATH of --metrics NAME=PATH or None; args: the flags of evaluate.py. Raises
+    UserError."""
+    if where is None and hasattr(metric, "WHERE"):
+        where = getattr(args, metric.WHERE)
+    return metric.fetch(where)
 
 
 def shown(name):

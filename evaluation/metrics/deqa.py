@@ -38,7 +38,7 @@ AFTER = (29871, 13, 22933, 9047, 13566, 29901, 450, 11029, 310, 278, 1967, 338)
 LEVELS = {"excellent": (15129, 5), "good": (1781, 4), "fair": (6534, 3), "poor": (6460, 2), "bad": (4319, 1)}
 
 
-def fetch(where=None, args=None):
+def fetch(where=None):
     """The local folder of the weights: `where` (a folder, or a hub repository), or the authors' repository.
     Of a repository with both sorts of weight files, only the safetensors are downloaded.
 

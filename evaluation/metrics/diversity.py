@@ -27,15 +27,15 @@ def pictures(files, args, benchmark):
     return found
 
 
-def fetch(where, args):
-    """The files of the network whose image features are compared: those of `where`, or --reward's."""
-    if args.per_prompt < 2:
-        raise UserError(f"--per-prompt {args.per_prompt}: one picture is as far from itself as it can be; "
-                        "give 2 or more")
-    return reward.fetch(where, args)
+WHERE = reward.WHERE
+fetch = reward.fetch  # of the network whose image features are compared
 
 
 def load(files, args, device):
+    """Raises UserError for one picture a prompt."""
+    if args.per_prompt < 2:
+        raise UserError(f"--per-prompt {args.per_prompt}: one picture is as far from itself as it can be; "
+                        "give 2 or more")
     return Scorer(rewards.load_rewards(files.spec, device))
 
 

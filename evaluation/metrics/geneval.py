@@ -142,7 +142,7 @@ def pictures(files, args, benchmark):
     return found
 
 
-def fetch(where=None, args=None):
+def fetch(where=None):
     """The `Files`: of a folder `where` its evaluation_metadata.jsonl, mask2former/ and clip/; what it lacks
     is downloaded. Raises UserError if it cannot be."""
     metadata = metadata_file(where)

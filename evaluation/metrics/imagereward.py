@@ -51,7 +51,7 @@ class Files(NamedTuple):
     tokenizer: Path  # a folder
 
 
-def fetch(where=None, args=None):
+def fetch(where=None):
     """The `Files`: where is ImageReward.pt, a folder that holds it, or a hub repository (None: the authors').
     The tokenizer is the one beside the file, if there is one, or bert-base-uncased from the hub.
 

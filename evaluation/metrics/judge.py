@@ -31,9 +31,12 @@ def load_judge(model, side=None):
     return judge
 
 
-def fetch(where, args):
-    """The folder judge/ of `where`, a model's folder, or of --model. Raises UserError if there is none."""
-    model = Path(where or args.model)
+WHERE = "model"
+
+
+def fetch(where=None):
+    """The folder judge/ of `where`, a model's folder. Raises UserError if there is none."""
+    model = Path(where)
     if not (model / "judge").is_dir():
         raise UserError(f"there is none in {model}; only the miniature has one")
     return model / "judge"

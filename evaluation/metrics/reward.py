@@ -17,10 +17,12 @@ class Files(NamedTuple):
     weights: tuple
 
 
-def fetch(where, args):
-    """The `Files` of a specification of rewards: `where`, or --reward. Raises UserError."""
-    spec = where or args.reward
-    return Files(spec, tuple(rewards.fetch(part.name, part.where) for part in rewards.parse_rewards(spec)))
+WHERE = "reward"
+
+
+def fetch(where=None):
+    """The `Files` of a specification of rewards, `where`. Raises UserError."""
+    return Files(where, tuple(rewards.fetch(part.name, part.where) for part in rewards.parse_rewards(where)))
 
 
 def load(files, args, device):
@@ -35,7 +37,7 @@ class RewardMetric:
         self.name = name
         self.COLUMNS = rewards.module(name).COLUMNS
 
-    def fetch(self, where, args):
+    def fetch(self, where=None):
         """The path of its weights. Raises UserError."""
         return rewards.fetch(self.name, where)
 

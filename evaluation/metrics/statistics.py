@@ -31,7 +31,7 @@ def pixel_statistics(images):
             "texture": (luma - smooth).abs().mean((1, 2))}
 
 
-def fetch(where, args):
+def fetch(where=None):
     """It has no files. Raises UserError if it is given some."""
     if where is not None:
         raise UserError(f"it has no files, and {where} would not be read")
