@@ -117,13 +117,13 @@ def settle(a, model, world):
 def set_up(a, model, world, folder=None, stopping=None):
     """Read, encode and load everything: a `Run`. Nothing is written but to the cache. Raises UserError."""
     flux.needs_gpu(model)
-    trained.check(a.weights, model, a.lora)
-    parts = trained.parts_read(a.weights)
-    model.fetch(parts)
+    planned = job(a, model)
     share = recipe.share_of(a, world.size)
-    curriculum = curriculum_of(a, model, world, share)
-    watched, held_out = prompts_to_watch(a)
-    both = curriculum.prompts + watched + held_out
+    texts = texts_of(a)
+    parts = trained.check(a.weights, model, a.lora)
+    model.fetch(parts)
+    curriculum = curriculum_of(a, model, world, share, texts)
+    both = curriculum.prompts + texts.watched + texts.held_out
     kept = Cache(cache.folder_of(a.cache, flux.is_full_size(model)))
     embeddings = flux.encode_prompts(model, both, world.device, world.dtype, kept)
     if embeddings.truncated:
@@ -135,45 +135,54 @@ def set_up(a, model, world, folder=None, stopping=None):
         # what latents depend on beside their picture
         vae = [known_digest([model.part("vae")], kept), str(world.dtype), world.device.type]
         curriculum.encode(net.encode, vae, kept, world)
-    optimizer = make_ready(a, net, reward, curriculum, watched + held_out)
+    optimizer = make_ready(a, net, reward, curriculum, texts.watched + texts.held_out)
     first = len(curriculum.prompts)
-    last = first + len(watched)
-    watching = watch.Watch(a, model, world, net, reward, watch.Prompts(watched, embeddings.part(first, last)),
-                           watch.Prompts(held_out, embeddings.part(last, len(both))), stopping)
-    texts = curriculum.texts | {"--watch-prompts": watched, "--eval-prompts": held_out}
+    last = first + len(texts.watched)
+    watching = watch.Watch(a, model, world, net, reward, watch.Prompts(texts.watched, embeddings.part(first, last)),
+                           watch.Prompts(texts.held_out, embeddings.part(last, len(both))), stopping)
+    said = curriculum.texts | {"--watch-prompts": texts.watched, "--eval-prompts": texts.held_out}
     places = curriculum.places | {"--model": [model.part(part) for part in parts]}
-    return Run(world, model, net, reward, recipe.METHODS[a.method].load(), share, job(a, model), curriculum, embeddings,
-               watching, optimizer, net.grid(a.size, a.size), contents_of(a, texts, places), folder, stopping,
+    if a.weights:
+        places["--weights"] = [a.weights]
+    return Run(world, model, net, reward, recipe.METHODS[a.method].load(), share, planned, curriculum, embeddings,
+               watching, optimizer, net.grid(a.size, a.size), contents_of(said, places, reward), folder, stopping,
                made_by.now(world))
 
 
-def prompts_to_watch(a):
-    """(the prompts that are watched while training, those that are evaluated before and after)."""
+class Texts(NamedTuple):
+    """The prompts that a run reads from files."""
+    training: list  # None: the captions of --images
+    watched: list   # while training
+    held_out: list  # evaluated before and after
+
+
+def texts_of(a):
+    """The `Texts` of the flags. Raises UserError."""
+    training = None
+    if a.images is None:
+        training = prompt_files.read_prompts(a.prompts)
     evaluated = prompt_files.read_prompts(a.eval_prompts, "--eval-prompts")
     watched = evaluated
     if a.watch_prompts:
         watched = prompt_files.read_prompts(a.watch_prompts, "--watch-prompts")
-    return watched[:a.watch], evaluated[:a.eval]
+    return Texts(training, watched[:a.watch], evaluated[:a.eval])
 
 
-def contents_of(a, texts, places):
-    """The `Contents` of what a run reads: texts {what: texts} and places {what: files or folders}, with --weights and
-    every reward."""
-    if a.weights:
-        places["--weights"] = [a.weights]
-    for number, part in enumerate(rewards.parse_rewards(a.reward), 1):
-        texts[f"the weight of reward {number}"] = [str(part.weight)]
-        places[f"reward {number}"] = [rewards.fetch(part.name, part.where)]
+def contents_of(texts, places, reward):
+    """The `Contents` of what a run reads: texts {what: texts} and places {what: files or folders}, with every reward of
+    the `Rewards`."""
+    for number, (part, weight) in enumerate(reward.parts.values(), 1):
+        texts[f"the weight of reward {number}"] = [str(weight)]
+        places[f"reward {number}"] = [part.path]
     return Contents(texts, places)
 
 
-def curriculum_of(a, model, world, share):
+def curriculum_of(a, model, world, share, texts):
     """What this process learns from, in its order: prompts or, with --images, photographs. Raises
     UserError."""
     order = (a.steps, a.global_batch, world.rows(share.images), a.seed)
-    if a.images is None:
-        group = recipe.METHODS[a.method].group(a)
-        return draws.Curriculum(prompt_files.read_prompts(a.prompts), *order, group)
+    if texts.training is not None:
+        return draws.Curriculum(texts.training, *order, recipe.METHODS[a.method].group(a))
     return photographs.Album(photographs.read(a.images, a.size, model.unit, world), model.unit, *order)
 
 
@@ -188,11 +197,13 @@ def make_ready(a, net, reward, curriculum, held_out):
         # A small card saves here too: the decoder is recomputed in the backward; every text is encoded now,
         # so that the rewards' text sides can leave the card, and their image sides compute as the network.
         net.vae.enable_gradient_checkpointing()
-        for step, rows in curriculum.rows.items():
-            reward.conditions([curriculum.prompts[row] for row in rows], *words_of(a, step))
+        asked = {step: [curriculum.prompts[row] for row in rows] for step, rows in curriculum.rows.items()}
+        for step, prompts in (asked | {0: held_out}).items():
+            # One that is held out looks at nothing but the held-out pictures.
+            for part, _ in reward.trained if step else reward.parts.values():
+                if prompts:
+                    part.conditions(prompts, *words_of(a, step))
         for part, _ in reward.parts.values():
-            if held_out:
-                part.conditions(held_out, *words_of(a, 0))
             part.keep_image_side(net.dtype)
     parameters = layouts.trainable(net.transformer)
     return adamw.optimizer_of(parameters, a.lr, a.weight_decay, a.memory, net.device)

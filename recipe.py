@@ -19,10 +19,10 @@ import rewards
 from engine import command_line as line
 from engine.command_line import flag, must_differ, or_off, real, whole, words
 from engine.errors import UserError
-from engine.files import read_json
 from engine.memory import gpus, modes
-from engine.model import configs as con
 from engine.model.folder import Model
+from engine.model.own_flags import may_set
+from engine.run import resume
 
 FORMS = ("released", "srp", "cfg", "branches", "sgp", "plain")  # the rows of srpo_reward.branch_reward's table
 
@@ -158,8 +158,8 @@ class Folder:
 @dataclass
 class Machine:
     """the machine"""
-    batch: int = flag(1, whole(1), "images that a process computes at a time, at most; it makes its share of --global-batch "
-                      "in equal batches, whose gradients are accumulated", model=True, resume=True)
+    batch: int = flag(1, whole(1), "images that a process computes at a time, at most; it makes its share of "
+                      "--global-batch in equal batches, whose gradients are accumulated", model=True, resume=True)
     lora: int = flag(None, or_off(whole(1, 4096)), "rank of adapters to train beside frozen weights; off: train all "
                      "weights", metavar="R")
     memory: str = flag("auto", help="how it fits: engine/memory/modes.py; auto: the first that the plan says fits this "
@@ -345,23 +345,6 @@ def recipes_in_words():
     return "\n".join(told)
 
 
-def may_set():
-    """{flag: `Kind`} of what a model's srpo.json may set. lora_lr is --lr with --lora; metrics are evaluate.py's."""
-    kinds = {"lora_lr": con.NUMBER, "metrics": con.TEXT}
-    for field in line.fields_of(GROUPS):
-        if not field.metadata["model"]:
-            continue
-        if field.type is str or field.metadata["read"] is words:
-            kinds[field.name] = con.TEXT
-        elif field.type is list:
-            kinds[field.name] = con.NUMBERS
-        elif hasattr(field.metadata["read"], "takes_off"):
-            kinds[field.name] = con.NUMBER_OR_NULL
-        else:
-            kinds[field.name] = con.NUMBER
-    return kinds
-
-
 def flags(argv):
     """The flags of a command line of train.py, checked as far as no weights are needed. Raises UserError."""
     a, _ = read(argv)
@@ -376,7 +359,8 @@ def read(argv):
     check_method(given)
     values = None
     if given.get("resume"):
-        values = goes_on(p, given)
+        out = Path(given.get("out") or f"runs/{Path(given.get('model', Trained().model)).name}")
+        values = resume.flags_of(out, p, GROUPS, RECIPES, given)
     if values is not None:
         a = Namespace(**values)
         model = Model(a.model)
@@ -390,7 +374,7 @@ def begins(p, given):
     """(flags, `Model`) of a run that starts from the beginning."""
     values = line.defaults(GROUPS) | {"recipe": given.get("recipe", "released")}
     model = Model(given.get("model", values["model"]))
-    own = model.flags(may_set())
+    own = model.flags(may_set(GROUPS))
     rate = own.pop("lora_lr", LORA_LR)
     if given.get("lora"):
         own["lr"] = rate
@@ -406,56 +390,10 @@ def of_script(p, argv):
     given = line.given(p, argv)
     args = p.parse_args(argv)
     model = Model(args.model)
-    for name, value in line.read_values(p, model.flags(may_set()), model.says).items():
+    for name, value in line.read_values(p, model.flags(may_set(GROUPS)), model.says).items():
         if name not in given:
             setattr(args, name, value)
     return args, model
-
-
-# ------------------------------------------------------------------------------------------------------- --resume
-def goes_on(p, given):
-    """{flag: value} of the run that --resume goes on with: its own, and of those that are given the ones that may
-    change. None if there is no such run. Raises UserError for a flag that is given and disagrees, by the name under
-    which it is given."""
-    out = Path(given.get("out") or f"runs/{Path(given.get('model', Trained().model)).name}")
-    if not (out / "run.json").is_file() or not (out / "args.json").is_file():
-        return None
-    where = out / "args.json"
-    then = read_json(where)
-    if not isinstance(then, dict):
-        raise UserError(f"{where}: not the flags of a run; give another --out")
-    values = line.defaults(GROUPS) | {"recipe": "released"} | line.read_values(p, then, where)
-    once = ("resume", "overwrite", "explain", "plan")  # of the command that was typed then
-    values |= {name: False for name in once}
-    odd = disagreement(values, given)
-    if odd is None:
-        changes = {name: value for name, value in given.items() if name in may_change()}
-        return values | changes
-    has_begun = any((out / "checkpoints").glob("step_*"))
-    if not has_begun:
-        return None  # nothing is lost by starting with the flags that are given
-    raise UserError(f"--resume: the run in {out} has {odd}; leave it out, or give another --out")
-
-
-def may_change():
-    """The flags that --resume may change: no weight depends on them, or their files are compared by content."""
-    return {field.name for field in line.fields_of(GROUPS) if field.metadata["resume"]}
-
-
-def disagreement(values, given):
-    """The first flag that is given and is not a run's own, in words: "--lora 4, and --lora off is given"."""
-    for name, value in given.items():
-        if name in may_change() or (name == "memory" and value == "auto"):
-            continue
-        if values[name] == value:
-            continue
-        if name == "recipe":
-            for inner, wanted in RECIPES[value].differs.items():
-                if values[inner] != wanted and inner not in given:
-                    return f"{line.shown(inner, values[inner])}, and --recipe {value} is given"
-        else:
-            return f"{line.shown(name, values[name])}, and {line.shown(name, value)} is given"
-    return None
 
 
 # ---------------------------------------------------------------------------------------------------------- checks

@@ -44,7 +44,7 @@ def run(argv, stopping):
     args, model = recipe.of_script(flags(), argv)
     flux.needs_gpu(model)
     model.grid(args.size, args.size)
-    trained.check(args.weights, model)
+    parts = trained.check(args.weights, model)
     if args.prompt:
         prompt_files.check_prompts(args.prompt, "prompt")
     prompts = args.prompt or prompt_files.read_prompts(args.eval_prompts)[:args.first]
@@ -55,7 +55,7 @@ def run(argv, stopping):
 
     parallel.one_thread_on_a_cpu()
     device, dtype = parallel.device_and_dtype()
-    model.fetch(trained.parts_read(args.weights))
+    model.fetch(parts)
     embeddings = flux.encode_prompts(model, prompts, device, dtype)
     if embeddings.truncated:
         print(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "

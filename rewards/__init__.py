@@ -91,6 +91,7 @@ def load_reward(name, device="cpu", where=None, **options):
         raise UserError(f"{name}: not a reward model, in {path}: {one_line(error)}") from error
     if not reward.is_finite():
         raise UserError(f"{name}: {path} holds numbers that are not finite")
+    reward.path = path
     return reward
 
 

@@ -51,6 +51,7 @@ class Reward:
         self.std = list(std)
         self.device = next(network.parameters()).device
         self.cache = {}    # text: its C [D]
+        self.path = None   # of its weights, if it is loaded by its name
 
     def features(self, pixels):
         """Prepared pixels [B, 3, size, size] -> f [B, D] float32, with gradient."""

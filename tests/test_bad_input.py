@@ -238,7 +238,7 @@ FILES = [
             "4 images of a process (--global-batch 4, 1 processes) are no multiple of --group 3; --global-batch 3 is"),
     Mistake("train.py", "--method dancegrpo --global-batch 4 --group 2 --rollout-steps 1", "must be at least 2"),
     Mistake("train.py", "--method refl --recipe paper", "the recipes are srpo's"),
-    Mistake("train.py", "--plan --global-batch 12", "cannot be divided among 8 processes; it can among 1, 2, 3, 4, 6, 12"),
+    Mistake("train.py", "--plan --global-batch 12", "cannot be divided among 8 processes; it can among 1, 2, 3, 4, 6"),
     Mistake("train.py", "--method dancegrpo --group 1", "--group 1: must be a whole number"),
     Mistake("train.py", "--method reinforce", "invalid choice: 'reinforce'"),
     Mistake("evaluate.py", "--images a --prefix photo", "--images and --prefix: pictures that exist"),

@@ -150,3 +150,32 @@ def test_placement_stays_on_the_grid_and_on_the_right_side(meet):
     far = (m > 160) & (m < 840)
     same = (down.sigma_to, up.sigma_to) if meet == "landing" else (down.sigma, up.sigma)
     assert torch.equal(same[0][far], same[1][far])
+
+
+@pytest.mark.parametrize("cells, low, high", [(1000, 5, 995), (100, 2, 98)])
+def test_middles_are_uniform_over_the_grid(cells, low, high):
+    """Released code: U{5, ..., 995} of 1000 cells; U{2, ..., 98} of 100. Ten classes of equal width, 20,000 draws:
+    chi-square below its 99.9 % point with 9 degrees of freedom. A logit-normal choice fails by far."""
+    m = da.draw_middle(20_000, cells, torch.Generator().manual_seed(0))
+    assert (m.min().item(), m.max().item()) == (low, high)
+    counts = torch.histc(m.double(), 10, low - 0.5, high + 0.5)
+    expected = 20_000 / 10
+    assert ((counts - expected) ** 2 / expected).sum() < 27.9
+    normal = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).sigmoid()
+    counts = torch.histc(normal.double(), 10, 0, 1)
+    assert ((counts - expected) ** 2 / expected).sum() > 1000
+
+
+@pytest.mark.parametrize("branch", ["denoise", "invert"])
+def test_the_network_is_called_uniformly_over_the_released_range(branch):
+    """Noise levels of both branches: between 0.964 and 0.75, their quarters at a quarter of the range each, to 0.005;
+    mean 0.857."""
+    m = da.draw_middle(20_000, 1000, torch.Generator().manual_seed(1))
+    sigma = da.place(branch, m, da.training_grid(27 / 28, 0.75, 1000), da.reach_of(0.92, 1000)).sigma
+    assert 0.75 <= sigma.min() and sigma.max() <= 27 / 28
+    quarters = torch.quantile(sigma, torch.tensor([0.25, 0.5, 0.75]))
+    even = 0.75 + (27 / 28 - 0.75) * torch.tensor([0.25, 0.5, 0.75])
+    # the denoising branch is called 80 cells above the middle, the inverting one 80 below
+    moved = (80 if branch == "denoise" else -80) * (27 / 28 - 0.75) / 999
+    assert (quarters - even - moved).abs().max() < 0.005
+

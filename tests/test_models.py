@@ -207,10 +207,10 @@ def test_with_full_weights_the_hubs_transformer_is_not_fetched(tmp_path, monkeyp
     asked = hub_of(monkeypatch, Path("miniature"))
     shutil.copy(Path("miniature") / PART, tmp_path / "one.safetensors")
     model = Model("someone/flux")
-    model.fetch(trained.parts_read(str(tmp_path / "one.safetensors")))
+    model.fetch(trained.check(str(tmp_path / "one.safetensors"), model))
     assert "transformer/*" not in asked and "vae/*" in asked
     flux.load(model, str(tmp_path / "one.safetensors"))
-    model.fetch(trained.parts_read(None))
+    model.fetch(trained.check(None, model))
     assert "transformer/*" in asked
 
 

@@ -105,7 +105,8 @@ def test_every_flag_tells_where_its_default_comes_from():
     for field in fields_of(recipe.GROUPS[:6]):
         if field.name not in ("model", "weights", "method", "recover", "lam_shift", "form", "neg"):
             told = field.metadata["help"]
-            assert any(source in told for source in ("[released code", "[paper", "[ours", "[as ReFL", "[DanceGRPO")), field
+            sources = ("[released code", "[paper", "[ours", "[as ReFL", "[DanceGRPO")
+            assert any(source in told for source in sources), field
 
 
 def test_a_recipe_that_is_added_is_in_the_help(monkeypatch, capsys):
@@ -199,9 +200,9 @@ def no_torch(tmp_path):
 
 
 @pytest.mark.parametrize("argv, status", [
-    ("-h", 0), ("--lr 0", 2), ("--steps many", 2), ("--form none", 2), ("--method none", 2), ("--sigma-range 0.5 0.9", 2),
-    ("--size 100", 2), ("--model nowhere", 2), ("--memory fp8", 2), ("--reward hpsv2.1:x", 2), ("--card B7", 2),
-    ("--model miniature --control a --neg a", 2)])
+    ("-h", 0), ("--lr 0", 2), ("--steps many", 2), ("--form none", 2), ("--method none", 2), ("--size 100", 2),
+    ("--sigma-range 0.5 0.9", 2), ("--model nowhere", 2), ("--memory fp8", 2), ("--reward hpsv2.1:x", 2),
+    ("--card B7", 2), ("--model miniature --control a --neg a", 2)])
 def test_the_help_and_a_refused_flag_need_no_torch(no_torch, argv, status):
     done = subprocess.run([sys.executable, "train.py", *argv.split()], env=no_torch, capture_output=True, text=True)
     assert done.returncode == status, done.stderr

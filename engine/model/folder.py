@@ -10,7 +10,8 @@ from engine.errors import UserError, one_line
 from engine.files import read_json
 from engine.hub import quiet
 from engine.model import configs as con
-from engine.paths import named_path, not_a_path
+from engine.model import own_flags
+from engine.paths import not_a_path
 
 PATCH = 2  # a token is 2 x 2 latents: fixed by the FLUX pipeline, stored in no config
 MOST_PIXELS = 2**14  # a side: what a slip of the hand could ask for beyond that fits no machine
@@ -105,7 +106,7 @@ class Model:
             self.configs = read_configs(self.folder, f"--model {name}")
         self.is_remote = not Path(name).exists()
         self.says = Path(name) / "srpo.json"  # where its own flags stand
-        self.written = {} if self.is_remote else read_own(self.says)
+        self.written = {} if self.is_remote else own_flags.read(self.says)
 
     @property
     def unit(self):
@@ -151,10 +152,10 @@ class Model:
             found |= {"rollout_steps": 4, "eval_steps": 4, "shift": None}
         return found
 
-    def flags(self, may_set):
-        """{flag: value} that suit it: what its configs ask for, below what its srpo.json says. may_set: {flag: `Kind`}
+    def flags(self, kinds):
+        """{flag: value} that suit it: what its configs ask for, below what its srpo.json says. kinds: {flag: `Kind`}
         of what that may set. Raises UserError."""
-        return self.suited() | own_flags(self.says, self.written, may_set)
+        return self.suited() | own_flags.checked(self.says, self.written, kinds)
 
     def notes(self, flags):
         """What its configs decided of the flags (a dict): a list of lines."""
@@ -285,66 +286,3 @@ def check_vocabulary(folder, most, read):
     if not FEWEST_TOKENS <= tokens <= most:
         raise UserError(f"{file}: model_max_length {tokens} must be from {FEWEST_TOKENS} to {most}")
     return tokens
-
-
-# -------------------------------------------------------------------------------------------------- srpo.json
-def read_own(path):
-    """{flag: value} of a srpo.json; none if there is no such file. Raises UserError."""
-    if not path.exists():
-        return {}
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: must be an object of flags, such as {{\"size\": 64}}")
-    return values
-
-
-def own_flags(path, written, may_set):
-    """{flag: value} of what is written in a srpo.json. Paths in it are relative to its folder, and stay inside it.
-
-    may_set: {flag: `Kind`}. Raises UserError for a flag that it may not set, and for a path that leads elsewhere.
-    """
-    values = {}
-    for name, value in written.items():
-        if name not in may_set:
-            raise UserError(f"{path}: {name!r} is not a flag that a model may set; "
-                            f"there are {', '.join(sorted(may_set))}")
-        if not may_set[name].fits(value):
-            raise UserError(f"{path}: {name} {str(value)[:40]!r} must be {may_set[name].words}")
-        if name in ("prompts", "watch_prompts", "eval_prompts"):
-            value = inside(path, name, value)
-        if name in ("reward", "metrics"):
-            items = [item_inside(path, name, item) for item in value.split(",")]
-            value = ",".join(items)
-        values[name] = value
-    return values
-
-
-def item_inside(path, flag, item):
-    """NAME, NAME=PATH or, of a reward, PATH, perhaps with :WEIGHT, as srpo.json at `path` means it."""
-    if flag == "metrics" and "=" not in item:
-        return item
-    text, colon, weight = item.strip().partition(":")
-    try:
-        name, where = named_path(text)
-    except UserError as error:
-        raise UserError(f"{path}: {flag} {error}") from error
-    where = inside(path, flag, where, must_exist=name is not None)
-    start = "" if name is None else f"{name}="
-    return start + where + colon + weight
-
-
-def inside(path, flag, where, must_exist=False):
-    """A path as srpo.json at `path` means it: in its folder. What is no path there is left as it is, for it
-    may be a name, such as hpdv2. Raises UserError for a path that leads out, or out of nowhere."""
-    why = not_a_path(where)
-    if why:
-        raise UserError(f"{path}: {flag} {where[:80]!r} must be a path, and it {why}")
-    folder = path.parent
-    place = folder / where
-    if not place.resolve().is_relative_to(folder.resolve()):
-        raise UserError(f"{path}: {flag} {where!r} leads out of the model's folder")
-    if place.exists():
-        return str(place)
-    if must_exist or "/" in where or Path(where).exists():
-        raise UserError(f"{path}: {flag} {where!r} is not in the model's folder")
-    return where

@@ -22,11 +22,6 @@ def is_full(weights):
     return weights is not None and not lora.is_lora(weights)
 
 
-def parts_read(weights):
-    """The parts of a model's folder that are read: full --weights take the place of its transformer."""
-    return [part for part in PARTS if part != "transformer" or not is_full(weights)]
-
-
 def source(weights, model):
     """The `Source` of the transformer of a `Model`: full --weights, or the model's own. Raises UserError."""
     if not is_full(weights):
@@ -42,13 +37,13 @@ def source(weights, model):
 
 
 def check(weights, model, rank=None):
-    """Raise UserError if --weights are not of this model's architecture; or, with the rank of adapters that
-    are to be trained, a LoRA that they cannot go on with."""
+    """The parts of the model's folder that are read with these --weights. Raises UserError if they are not of this
+    model's architecture; or, with the rank of adapters that are to be trained, a LoRA that they cannot go on with."""
     if weights is None:
-        return
+        return list(PARTS)
     if not is_full(weights):
         lora.fitting(meta_network(kind(), model.configs.transformer), weights, rank)
-        return
+        return list(PARTS)
     try:
         found = source(weights, model)
     except UserError:
@@ -64,6 +59,7 @@ def check(weights, model, rank=None):
         found.on_meta(kind())
     except Exception as error:
         raise cannot_load(weights, error) from error
+    return [part for part in PARTS if part != "transformer"]
 
 
 def cannot_load(weights, error):

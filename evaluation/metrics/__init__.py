@@ -15,6 +15,10 @@ and, if a flag of evaluate.py says where its files are:
 
 WHERE                      the flag's name: fetch gets its value where there is no PATH
 
+and, if some flags of evaluate.py make no sense for it:
+
+check(args)                raises UserError
+
 and, if it has prompts of its own, or if some prompts have no score:
 
 pictures(files, args, benchmark)  the `Picture`s that it scores in place of the benchmark's, in a subfolder of
@@ -57,6 +61,8 @@ def find(name):
 def fetch(metric, where, args):
     """The files of a metric, where is PATH of --metrics NAME=PATH or None; args: the flags of evaluate.py. Raises
     UserError."""
+    if hasattr(metric, "check"):
+        metric.check(args)
     if where is None and hasattr(metric, "WHERE"):
         where = getattr(args, metric.WHERE)
     return metric.fetch(where)

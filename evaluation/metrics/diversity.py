@@ -31,11 +31,14 @@ WHERE = reward.WHERE
 fetch = reward.fetch  # of the network whose image features are compared
 
 
-def load(files, args, device):
+def check(args):
     """Raises UserError for one picture a prompt."""
     if args.per_prompt < 2:
         raise UserError(f"--per-prompt {args.per_prompt}: one picture is as far from itself as it can be; "
                         "give 2 or more")
+
+
+def load(files, args, device):
     return Scorer(rewards.load_rewards(files.spec, device))
 
 

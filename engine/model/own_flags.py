@@ -1,0 +1,90 @@
+"""srpo.json, the flags that suit a model, in its folder: what may stand there, and where paths in it lead."""
+
+from pathlib import Path
+
+from engine.command_line import fields_of, words
+from engine.errors import UserError
+from engine.files import read_json
+from engine.model import configs as con
+from engine.paths import named_path, not_a_path
+
+OTHERS = {"lora_lr": con.NUMBER, "metrics": con.TEXT}  # --lr with --lora; evaluate.py's
+
+
+def may_set(groups):
+    """{flag: `Kind`} of what a srpo.json may set: the fields of some dataclasses that say so, and OTHERS."""
+    kinds = dict(OTHERS)
+    for field in fields_of(groups):
+        if not field.metadata["model"]:
+            continue
+        if field.type is str or field.metadata["read"] is words:
+            kinds[field.name] = con.TEXT
+        elif field.type is list:
+            kinds[field.name] = con.NUMBERS
+        elif hasattr(field.metadata["read"], "takes_off"):
+            kinds[field.name] = con.NUMBER_OR_NULL
+        else:
+            kinds[field.name] = con.NUMBER
+    return kinds
+
+
+def read(path):
+    """{flag: value} of a srpo.json; none if there is no such file. Raises UserError."""
+    if not path.exists():
+        return {}
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must be an object of flags, such as {{\"size\": 64}}")
+    return values
+
+
+def checked(path, written, kinds):
+    """{flag: value} of what is written in a srpo.json. Paths in it are relative to its folder, and stay inside it.
+
+    kinds: {flag: `Kind`}. Raises UserError for a flag that it may not set, and for a path that leads elsewhere.
+    """
+    values = {}
+    for name, value in written.items():
+        if name not in kinds:
+            raise UserError(f"{path}: {name!r} is not a flag that a model may set; "
+                            f"there are {', '.join(sorted(kinds))}")
+        if not kinds[name].fits(value):
+            raise UserError(f"{path}: {name} {str(value)[:40]!r} must be {kinds[name].words}")
+        if name in ("prompts", "watch_prompts", "eval_prompts"):
+            value = inside(path, name, value)
+        if name in ("reward", "metrics"):
+            items = [item_inside(path, name, item) for item in value.split(",")]
+            value = ",".join(items)
+        values[name] = value
+    return values
+
+
+def item_inside(path, flag, item):
+    """NAME, NAME=PATH or, of a reward, PATH, perhaps with :WEIGHT, as srpo.json at `path` means it."""
+    if flag == "metrics" and "=" not in item:
+        return item
+    text, colon, weight = item.strip().partition(":")
+    try:
+        name, where = named_path(text)
+    except UserError as error:
+        raise UserError(f"{path}: {flag} {error}") from error
+    where = inside(path, flag, where, must_exist=name is not None)
+    start = "" if name is None else f"{name}="
+    return start + where + colon + weight
+
+
+def inside(path, flag, where, must_exist=False):
+    """A path as srpo.json at `path` means it: in its folder. What is no path there is left as it is, for it
+    may be a name, such as hpdv2. Raises UserError for a path that leads out, or out of nowhere."""
+    why = not_a_path(where)
+    if why:
+        raise UserError(f"{path}: {flag} {where[:80]!r} must be a path, and it {why}")
+    folder = path.parent
+    place = folder / where
+    if not place.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path}: {flag} {where!r} leads out of the model's folder")
+    if place.exists():
+        return str(place)
+    if must_exist or "/" in where or Path(where).exists():
+        raise UserError(f"{path}: {flag} {where!r} is not in the model's folder")
+    return where
