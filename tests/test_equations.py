@@ -154,16 +154,18 @@ def test_placement_stays_on_the_grid_and_on_the_right_side(meet):
 
 @pytest.mark.parametrize("cells, low, high", [(1000, 5, 995), (100, 2, 98)])
 def test_middles_are_uniform_over_the_grid(cells, low, high):
-    """Released code: U{5, ..., 995} of 1000 cells; U{2, ..., 98} of 100. Ten classes of equal width, 20,000 draws:
+    """Released code: U{5, ..., 995} of 1000 cells; U{2, ..., 98} of 100. Ten classes, 20,000 draws:
     chi-square below its 99.9 % point with 9 degrees of freedom. A logit-normal choice fails by far."""
+    def in_classes(values):
+        return torch.histc(values.double(), 10, low - 0.5, high + 0.5)
+
+    whole = torch.arange(low, high + 1)
+    expected = in_classes(whole) * 20_000 / len(whole)
     m = da.draw_middle(20_000, cells, torch.Generator().manual_seed(0))
     assert (m.min().item(), m.max().item()) == (low, high)
-    counts = torch.histc(m.double(), 10, low - 0.5, high + 0.5)
-    expected = 20_000 / 10
-    assert ((counts - expected) ** 2 / expected).sum() < 27.9
+    assert ((in_classes(m) - expected) ** 2 / expected).sum() < 27.9
     normal = torch.randn(20_000, generator=torch.Generator().manual_seed(0)).sigmoid()
-    counts = torch.histc(normal.double(), 10, 0, 1)
-    assert ((counts - expected) ** 2 / expected).sum() > 1000
+    assert ((in_classes(low + normal * (high - low)) - expected) ** 2 / expected).sum() > 1000
 
 
 @pytest.mark.parametrize("branch", ["denoise", "invert"])
