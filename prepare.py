@@ -98,10 +98,12 @@ def job(a, model):
     """What the plan needs to know of a run with a `Model`."""
     configs = model.configs
     rows, columns = model.grid(a.size, a.size)
-    calls = recipe.METHODS[a.method].calls(a)
+    method = recipe.METHODS[a.method]
+    calls = method.calls(a)
+    at_once = a.batch if method.optimizer_steps == 1 else a.global_batch
     return plan.Job(
         model=model.name, transformer=configs.transformer, vae=configs.vae, text_tokens=configs.text_tokens,
-        size=a.size, image_tokens=rows * columns, images=a.global_batch, batch=a.batch, updates=a.steps,
+        size=a.size, image_tokens=rows * columns, images=a.global_batch, batch=at_once, updates=a.steps,
         rollout_steps=calls.without_gradient, calls=calls.with_gradient, checkpointing=a.checkpointing,
         replicas=a.replicas, reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora, memory=a.memory)
 

@@ -302,14 +302,16 @@ def share_of(a, processes):
         raise UserError(f"--global-batch {a.global_batch}: cannot be divided among {processes} processes; it can among "
                         f"{counts}")
     images = a.global_batch // processes
-    batch = max(n for n in divisors(images) if n <= a.batch)
     method = METHODS[a.method]
-    if images % method.group(a):
-        raise UserError(f"--method {a.method}: {images} images of a process (--global-batch {a.global_batch}, "
-                        f"{processes} processes) are no multiple of --group {method.group(a)}; --global-batch "
-                        f"{processes * method.group(a)} is")
+    group = method.group(a)
+    if images % group:
+        raise UserError(f"--method {a.method}: a process makes {images} images (--global-batch {a.global_batch}, "
+                        f"{processes} processes), which is no multiple of --group {group}; --global-batch "
+                        f"{processes * group} is")
     if method.optimizer_steps > 1:
-        batch = images  # it steps inside an update, so it needs all its images at once
+        return Share(images, images, 1)  # it steps inside an update, so it needs all its images at once
+    batches = [n for n in divisors(images) if n % group == 0]
+    batch = max([n for n in batches if n <= a.batch], default=batches[0])
     return Share(images, batch, images // batch)
 
 

@@ -1,6 +1,7 @@
 """Claims about engine/memory/plan.py: the real FLUX.1-dev config, with no GPU and no weights."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -248,6 +249,35 @@ def test_a_lean_reward_path_saves_what_it_says(counted):
     assert (full.reward_path / GIB, full.frozen / GIB) == pytest.approx((6.01, 3.83), abs=0.01)
     assert (lean.reward_path / GIB, lean.frozen / GIB) == pytest.approx((3.58, 1.33), abs=0.01)
     assert lean.decode == 1.5 * full.decode
+
+
+CARD_ROWS = [line for line in Path("README.md").read_text(encoding="utf-8").splitlines()
+             if line.startswith(("| 1 of", "| the same", "| 8 (H200)", "| 32 (H200)"))]
+
+
+def test_the_readmes_cards_are_what_the_plan_says(counted):
+    """GiB, minutes of an update and of all, of every row; those of one card with CUDA's own memory."""
+    its_job, counts = counted
+    its_job = replace(its_job, images=32, batch=1)
+    assert len(CARD_ROWS) == 8
+    for row in CARD_ROWS:
+        where, flags, gib, update, run = (cell.strip() for cell in row.strip("|").split("|"))
+        words = flags.strip("`").split()
+        rank = int(words[words.index("--lora") + 1]) if "--lora" in words else None
+        name = words[words.index("--memory") + 1] if "--memory" in words else "masters"
+        job = replace(its_job, lora=rank, memory=name)
+        if "fast" in words:
+            job = replace(job, rollout_steps=4, calls=1)
+        processes = {"1": 1, "t": 1, "8": 8, "3": 32}[where[0]]
+        if processes == 32:
+            job = replace(job, replicas=4)
+        predicted = plan.divide(job, counts, processes, torch.bfloat16)
+        context = cards.CONTEXT if processes == 1 else 0
+        assert gib == f"{(predicted.peak + context) / GIB:.1f}", row
+        names = [card for card in gpus.CARDS if f"({card.name.split(',')[0]})" in where]
+        peak = names[0].peak if names else gpus.PEAK["RTX 4090"]
+        seconds = cards.seconds(predicted, peak, 0.4)
+        assert (update, run) == (plan.in_time(seconds), plan.in_time(19 * seconds)), row
 
 
 def test_a_card_that_is_not_known_is_one_line():
