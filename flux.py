@@ -27,8 +27,8 @@ from engine.run.finite import weights_are_finite
 
 # ------------------------------------------------------------------------------------------------ the network
 class Condition(NamedTuple):
-    """What the network is told beside x_t and sigma: txt [B, L, D] from T5, pooled [B, D'] from CLIP, and the
-    picture's shape, grid (rows, columns) of tokens."""
+    """What the network gets beside x_t and sigma: txt [B, L, D] from T5, pooled [B, D'] from CLIP, and the picture's
+    shape in tokens, grid (rows, columns)."""
     txt: torch.Tensor
     pooled: torch.Tensor
     grid: tuple
@@ -46,9 +46,8 @@ def euler(x, v, s, s_next):
 class ExactTimes:
     """Hands the time embedding 1000 sigma and 1000 guidance in float32.
 
-    FluxTransformer2DModel casts both to the type that it computes in, and bf16 would round them to multiples
-    of 4. This hook sits on `time_text_embed` from the day the network is loaded, and passes on, once, the two
-    numbers that a call left here.
+    FluxTransformer2DModel casts both to the dtype that it computes in. bf16 would round them to multiples of 4.
+    So `Flux.velocity` leaves the exact numbers in `scales`, and a hook on `time_text_embed` passes them on once.
     """
 
     def __init__(self, transformer):
@@ -66,7 +65,7 @@ class ExactTimes:
 
 @dataclass
 class Flux:
-    """The two networks of FLUX.1 that training and sampling touch, and what their configs say."""
+    """The two networks of FLUX.1 that training and sampling use, and the scheduler's config."""
     transformer: torch.nn.Module  # FluxTransformer2DModel, sharded or not
     vae: torch.nn.Module          # AutoencoderKL, frozen
     scheduler: dict
@@ -178,10 +177,12 @@ def needs_gpu(model):
 
 
 def load(model, weights=None, device="cpu", dtype=torch.float32, world=None, layout=None):
-    """A `Flux` of a `Model`; `weights`, a folder or a single file, are used instead of the transformer's own, and a
-    LoRA beside them: read into adapters of its rank, if the layout has any, or else merged. A `parallel.World` shards
-    the transformer over its mesh, for training. The VAE is frozen. Every tensor of both networks must be in the files,
-    and the files hold no other. Raises UserError.
+    """A `Flux` of a `Model` whose files are on this machine.
+
+    weights: a folder or a file that replaces the transformer's own weights, or a LoRA. A LoRA is read into the adapters
+    of the `layouts.Layout`, if it has any, and is merged otherwise. world: a `parallel.World`, over whose mesh the
+    transformer is sharded for training. The VAE is frozen. Raises UserError if a tensor is missing in the files, or
+    is not the network's.
     """
     quiet()
     trained.check(weights, model, None if layout is None else layout.lora)
@@ -237,8 +238,7 @@ def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, cache=OFF)
 
 # --------------------------------------------------------------------------------------------------- sampling
 def noise(flux, grid, seeds):
-    """Initial noise of the samples, one per seed: [B, N, C] float32, the same whatever the batch it is made
-    in."""
+    """Initial noise of the samples, one per seed: [B, N, C] float32. It does not depend on the batch."""
     shape = (grid[0] * grid[1], flux.transformer.config.in_channels)
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
 

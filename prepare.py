@@ -1,4 +1,4 @@
-"""All that an update of train.py needs, read, encoded and loaded; and the batches that it begins with."""
+"""The set-up of train.py: everything an update needs is read, encoded and loaded; and the batches of an update."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,17 +26,17 @@ from evaluation import watch
 
 
 class Batch(NamedTuple):
-    """What an update begins with, for B images."""
+    """The input of an update, for B images."""
     prompts: list          # B texts
     c: flux.Condition      # the same, as the network reads them
     x0: torch.Tensor       # clean latents [B, N, C], or None: the model's own, to be rolled out
-    start: torch.Tensor    # [B, N, C] the noise that a rollout begins with
+    start: torch.Tensor    # [B, N, C] the noise from which a rollout starts
     eps: torch.Tensor      # [B, N, C] the noise prior that is injected
     C0: torch.Tensor       # [B, D] text features of the prompts
     C1: torch.Tensor       # [B, D] the same, of "<control>. <prompt>"
     C2: torch.Tensor       # [B, D] the same, of "<neg>. <prompt>"
     middles: list          # --injections draws m [B] of where in the training grid the branches meet
-    chance: draws.Chance = None  # for what else a method draws
+    chance: draws.Chance = None  # for a method's further random draws
     step: int = 0          # the update's number, from 1
 
 
@@ -109,7 +109,7 @@ def job(a, model):
 
 
 def settle(a, model, world):
-    """Decide --memory auto, and say why. Raises UserError, with the command that would do, if nothing
+    """Choose --memory where it is auto, and print why. Raises UserError, with flags that would fit, if nothing
     fits."""
     a.memory, why = world.decide(cards.settle, job(a, model), world)
     if why:
@@ -189,19 +189,19 @@ def curriculum_of(a, model, world, share, texts):
 
 
 def make_ready(a, net, reward, curriculum, held_out):
-    """What the machine's flags ask for, on networks that are loaded. Returns the optimizer."""
+    """Apply the machine's flags to the loaded networks. Returns the optimizer."""
     if a.checkpointing and net.device.type == "cuda":
         net.transformer.enable_gradient_checkpointing()
     if a.compile:
         for block in parallel.blocks_of(net.transformer):
             block.compile()
     if modes.is_lean(a.memory):
-        # A small card saves here too: the decoder is recomputed in the backward; every text is encoded now,
-        # so that the rewards' text sides can leave the card, and their image sides compute as the network.
+        # On a small card the decoder is recomputed in the backward. Every text is encoded now, so that the rewards'
+        # text towers can move to the host. Their image towers compute in the network's dtype.
         net.vae.enable_gradient_checkpointing()
         asked = {step: [curriculum.prompts[row] for row in rows] for step, rows in curriculum.rows.items()}
         for step, prompts in (asked | {0: held_out}).items():
-            # One that is held out looks at nothing but the held-out pictures.
+            # A held-out reward scores only the watched and evaluated pictures.
             for part, _ in reward.trained if step else reward.parts.values():
                 if prompts:
                     part.conditions(prompts, *words_of(a, step))
@@ -212,6 +212,5 @@ def make_ready(a, net, reward, curriculum, held_out):
 
 
 def words_of(a, step):
-    """The wanted and the unwanted words of an update; those of step 0 are what held-out pictures are scored
-    with."""
+    """The wanted and the unwanted words of an update. Step 0: the words that score watched and evaluated pictures."""
     return a.control[step % len(a.control)], a.neg[step % len(a.neg)]

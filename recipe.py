@@ -196,12 +196,12 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "released": Recipe("the defaults, from the released code", {}),
-    # Any x0 can be recovered from known noise, so a bad rollout does. Eq. 10 leaves nothing common to both texts that
-    # a second branch would cancel.
+    # Any x0 can be recovered from known noise, so a rough rollout is enough. Eq. 10 has no part common to both texts,
+    # so there is nothing that a second branch would have to cancel.
     "fast": Recipe("a quarter of FLUX.1-dev's work [ours]",
                   {"form": "srp", "branches": ["denoise"], "rollout_steps": 4}),
-    # The printed form of Eqs. 5, 6, 12 and 13, of the noise and of the guidance. It leaves out Eq. 11 (--form cfg),
-    # the whole trajectory (--sigma-range 0.99 0.01) and the words of the evaluation.
+    # Eqs. 5, 6, 12 and 13, the noise and the guidance as printed. Left out: Eq. 11 (--form cfg), the whole trajectory
+    # (--sigma-range 0.99 0.01) and the words of the evaluation.
     "paper": Recipe("the printed forms [ours where the paper gives no number]",
                    {"form": "branches", "recover": "epsilon", "meet": "call", "lam": [1.0, 0.4], "injections": 2,
                     "threshold": None, "noise": "independent", "rollout_guidance": 3.5, "shift": None}),
@@ -215,8 +215,8 @@ RECIPES = {
 
 # -------------------------------------------------------------------------------------------------- the methods
 class Calls(NamedTuple):
-    """How often a method calls the network for an image of an update."""
-    without_gradient: float  # in the mean
+    """How often a method calls the network for one image of an update."""
+    without_gradient: float  # on average
     with_gradient: int
 
 
@@ -226,14 +226,14 @@ def one(a):
 
 
 class Method(NamedTuple):
-    """How a loss is made, and what that costs. A method is added here, and nowhere else."""
-    losses: str | Callable  # "file.function", which yields (loss, Term): see train.srpo
+    """How a loss is made, and what that costs. A method is added as one entry of METHODS below."""
+    losses: str | Callable  # "file.function", a generator of (loss, Term): see train.srpo
     says: str               # for the help
     calls: Callable         # flags -> Calls
-    flags: dict = {}        # defaults that suit it
-    group: Callable = one   # flags -> images of one prompt, which stay in one batch
-    optimizer_steps: int = 1      # of an update; more than one needs all its images in one batch
-    takes_photographs: bool = False  # instead of rollouts, --images
+    flags: dict = {}        # its own defaults
+    group: Callable = one   # flags -> images of one prompt; a group is never split between batches
+    optimizer_steps: int = 1         # in an update; with more than one a process makes all its images at once
+    takes_photographs: bool = False  # whether --images can replace its rollouts
 
     def load(self):
         """The generator of loss terms."""
@@ -244,12 +244,12 @@ class Method(NamedTuple):
 
 
 DRAFT_EXTRA = 2            # n of DRaFT-LV: fresh noises, beside the rollout's own last step
-DANCE_KEPT = 0.6           # the share of DanceGRPO's transitions that are trained on
-DANCE_OPTIMIZER_STEPS = 3  # of a rollout; only the first is on-policy
+DANCE_KEPT = 0.6           # the share of a rollout's transitions that DanceGRPO trains on
+DANCE_OPTIMIZER_STEPS = 3  # of DanceGRPO for each rollout; only the first is on-policy
 
 
 def srpo_calls(a):
-    """The rollout, unless photographs take its place; then one call a branch and injection."""
+    """The rollout, unless photographs replace it; then one call for each branch and injection."""
     return Calls(0 if a.images else a.rollout_steps, a.injections * len(a.branches))
 
 
@@ -259,7 +259,7 @@ def refl_calls(a):
 
 
 def draft_lv_calls(a):
-    """All steps but the last; that one, and again from fresh noises, with a gradient."""
+    """All steps but the last without a gradient; the last one, and n fresh noises, with one."""
     return Calls(a.rollout_steps - 1, 1 + DRAFT_EXTRA)
 
 
@@ -288,15 +288,15 @@ METHODS = {
 
 # --------------------------------------------------------------------------------------- images among processes
 class Share(NamedTuple):
-    """What one of all processes does of an update."""
-    images: int      # of the update, that it makes
-    batch: int       # of them at a time
-    accumulate: int  # batches whose gradients are averaged
+    """One process's part of an update."""
+    images: int      # that it makes
+    batch: int       # images at a time
+    accumulate: int  # batches, one after the other, whose gradients are averaged
 
 
 def share_of(a, processes):
-    """The `Share` of each of so many processes: --global-batch is divided among them, so an update is the same on any
-    number that divides it. Raises UserError, with the counts that do."""
+    """The `Share` of each process. --global-batch is divided among the processes, so an update is the same on any
+    number of them. Raises UserError, with the numbers that work, for one that does not divide it."""
     if a.global_batch % processes:
         counts = ", ".join(map(str, divisors(a.global_batch)))
         raise UserError(f"--global-batch {a.global_batch}: cannot be divided among {processes} processes; it can among "
@@ -354,8 +354,9 @@ def flags(argv):
 
 
 def read(argv):
-    """(flags, the `Model` that they name). Who says it: the command line, before --recipe, before the method's own
-    defaults, before the model's, before the fields above; with --resume, the run that is there. Raises UserError."""
+    """(flags, the `Model` that they name). The order of precedence, highest first: the command line, --recipe, the
+    method's own defaults, the model's own flags, the fields above. With --resume the run's own flags are taken instead.
+    Raises UserError."""
     p = parser()
     given = line.given(p, argv)
     check_method(given)
@@ -387,7 +388,7 @@ def begins(p, given):
 
 
 def of_script(p, argv):
-    """(flags, `Model`) of sample.py or evaluate.py, whose parser p has a --model: what the model says comes before the
+    """(flags, `Model`) of sample.py or evaluate.py. p: its parser, which has --model. The model's own flags replace the
     parser's defaults. Raises UserError."""
     given = line.given(p, argv)
     args = p.parse_args(argv)
@@ -444,7 +445,7 @@ def check_what_learns(a):
 
 
 def notes(a, model):
-    """What the flags come to that nobody may have meant: a list of lines."""
+    """What may surprise about the flags: a list of lines to print."""
     lines = model.notes(vars(a))
     if a.threshold is not None and a.form in ("plain", "sgp") and len(a.branches) == 2 and a.method == "srpo":
         lines.append(f"--form {a.form} --threshold {a.threshold}: the reward of the inverting branch is that of the "

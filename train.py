@@ -77,11 +77,12 @@ def discount_of(a, branch):
 
 # ------------------------------------------------------------------------------------------------- one update
 def update(a, run, step, batches=None, listener=None):
-    """One update: backward on every loss as it comes, the gradients of --global-batch images averaged, then one step
-    of AdamW. train, --explain, the benchmark and the experiments all make theirs here.
+    """One update: backward on every loss as it comes, the mean gradient of --global-batch images, one step of AdamW.
+    The loop below, --explain, the benchmark and the experiments all call it.
 
-    run: a `prepare.Run`; batches: other ones than the run's own; listener: an `Explanation`, or anything that hears a
-    batch, and every term before and after its backward. Returns what the log tells of it, a dict.
+    run: a `prepare.Run`; batches: replace the run's own; listener: an `Explanation`, or anything with begin(batch),
+    before(term) and after(loss, term), called around each backward. Returns the update's line of the log, a dict.
+    Raises NotFinite and Stopped.
     """
     net = run.net
     net.seconds_in_rollout = 0.0
@@ -113,14 +114,14 @@ def update(a, run, step, batches=None, listener=None):
 
 
 def numbers_of(term):
-    """What the log tells of a `Term`; nothing of one that had no reward."""
+    """The numbers of a `Term` in the log; none for a term without a reward."""
     if term.reward is None:
         return {}
     return {f"reward_{term.branch}": term.reward.mean().item(), "sgp": term.sgp.mean().item()}
 
 
 def optimizer_step(a, run, step, trouble):
-    """Clip, look for what is not finite, step: the gradient's norm before it was clipped."""
+    """Clip the gradient, check that it is finite, step. Returns the norm before clipping. Raises NotFinite."""
     parameters = layouts.trainable(run.net.transformer)
     norm = tensors.full(torch.nn.utils.clip_grad_norm_(parameters, a.clip))
     if norm == 0:
@@ -135,8 +136,8 @@ def optimizer_step(a, run, step, trouble):
 
 # --------------------------------------------------------------------------------------------------- the loop
 def train(a, run, state):
-    """Updates until --steps, with checkpoints; raises Stopped if it is asked to stop. `state` is what a checkpoint
-    remembers beside the weights, of the last update that was finished."""
+    """Updates until --steps, with checkpoints. `state` is what a checkpoint holds beside the weights: the last finished
+    update. Raises Stopped if the run is asked to stop."""
     flop = plan.update_flop(run.job, run.world.size)  # of this process
     bar = tqdm(range(state["step"] + 1, a.steps + 1), initial=state["step"], total=a.steps, desc="train",
                disable=not run.world.main)
@@ -155,7 +156,7 @@ def train(a, run, state):
 
 
 def save(a, run, state):
-    """Write a checkpoint of the last update that was finished, if there is none yet."""
+    """Write a checkpoint of the last finished update, unless there is one."""
     folder = run.folder
     if folder.saved != state["step"]:
         state["contents"] = run.contents.result()
@@ -164,8 +165,8 @@ def save(a, run, state):
 
 
 def begin(a, run, world):
-    """What a run goes on from: its newest checkpoint, or a first look at the base model. Nothing is written before
-    every comparison has passed. Returns the state; raises UserError."""
+    """The state from which a run goes on: its newest checkpoint, or a first look at the base model. Nothing is written
+    before every comparison with the checkpoint has passed. Raises UserError."""
     folder = run.folder
     run.watched.flags = recipe.as_line(a)
     world.say(run.watched.flags)
