@@ -1,5 +1,8 @@
-"""Watching a run: held-out prompts sampled at fixed seeds, their scores, and a gauge that says when the
-reward is being hacked."""
+"""Watching a run.
+
+The watched pictures are held-out prompts, sampled at fixed noise seeds while the run trains. Their scores are
+compared with the scores before training. The drift warning says when the reward is probably being hacked.
+"""
 
 from contextlib import nullcontext
 from functools import partial
@@ -24,11 +27,14 @@ from rewards.base import Column
 
 @torch.no_grad()
 def measure(images, prompts, rewards, judging, control, neg, batch=64):
-    """Every score of P pictures [P, 3, H, W] in [0, 1] for their P prompts: a dict of [P] float tensors.
+    """Every score of P pictures [P, 3, H, W] in [0, 1] for their P prompts: a dict of [P] float32 tensors on the CPU.
 
-    reward  Eq. 7, f.C0 of the bare prompt;  sgp  Eq. 10, f.(C1 - C2): of the `Rewards` as they are trained on
-    and, where there are several or one is held out, of each one;  the pixel statistics;  the judge's
-    verdicts, where the model has a judge (else None).
+    reward  Eq. 7: f.C0, of the bare prompt
+    sgp     Eq. 10: the SGP gap f.(C1 - C2), the reward's difference between the two prompts, <control> and <neg>
+
+    Both are of the weighted sum of rewards that is trained on. If there are several rewards, each one also has its
+    own two scores, "reward LABEL" and "sgp LABEL". The pixel statistics follow, and the verdicts of `judging`, a
+    judge or None. batch: pictures scored at a time.
     """
     parts = []
     for i in range(0, len(images), batch):
@@ -51,50 +57,52 @@ def measure(images, prompts, rewards, judging, control, neg, batch=64):
 
 
 def columns_of(scores):
-    """{name: `Column`} of what `Watch.evaluate` gives; a reward among several has a column of its own."""
+    """{name: `Column`} for what `Watch.evaluate` returns. A reward among several has its own column."""
     known = reward.COLUMNS | statistics.COLUMNS | judge.COLUMNS | frechet.SET_COLUMNS
     return {name: known.get(name, Column(name, "+.3f")) for name in scores}
 
 
-class Gauge(NamedTuple):
-    """What the watched pictures say: drift {statistic: change of the mean}, and what is wrong, in words."""
-    drift: dict
+class Drift(NamedTuple):
+    """How the watched pictures have changed: {statistic: change of the mean}, and the drift warnings as texts."""
+    changes: dict
     warnings: list
 
 
 def hacking(now, before, band):
-    """The hacking `Gauge`: now and before are scores {name: [P]} of the same prompts and seeds, band the
-    largest |drift| of each of STATISTICS.
+    """The `Drift` of the watched pictures, with a warning for each sign that the reward is being hacked.
 
-    A rise or fall of the reward or the SGP gap counts when it is above two standard errors of the paired
-    differences; of one picture there is no standard error, and neither counts.
+    now, before: scores {name: [P]} of the same prompts and seeds. band: the largest |change| of the mean of each of
+    STATISTICS.
+
+    A change of the reward or of the SGP gap counts if it exceeds two standard errors of the paired differences.
+    One picture has no standard error, so its change never counts.
     """
-    drift = {name: (now[name] - before[name]).mean().item() for name in STATISTICS}
+    changes = {name: (now[name] - before[name]).mean().item() for name in STATISTICS}
     warnings = []
     for name, limit in zip(STATISTICS, band, strict=True):
-        if abs(drift[name]) > limit:
-            warnings.append(f"{name} drifted by {drift[name]:+.3f}, outside ±{limit}")
+        if abs(changes[name]) > limit:
+            warnings.append(f"{name} drifted by {changes[name]:+.3f}, outside ±{limit}")
     change = {name: now[name] - before[name] for name in ("reward", "sgp")}
     if len(change["sgp"]) > 1:
         sure = all(d.mean().abs() > 2 * d.std() / len(d) ** 0.5 for d in change.values())
         if sure and change["reward"].mean() > 0 > change["sgp"].mean():
             warnings.append("the reward rises while the SGP gap falls")
-    return Gauge(drift, warnings)
+    return Drift(changes, warnings)
 
 
 class Prompts(NamedTuple):
-    """P prompts, as texts and as the network reads them."""
+    """P prompts: their texts, and their embeddings for the network."""
     texts: list
     embeddings: flux.Embeddings
 
 
 class Watch:
-    """Held-out prompts of a run: their pictures, at noise seeds 0, 1, ..., and the pictures' scores."""
+    """The held-out prompts of a run: samples their pictures at noise seeds 0, 1, ..., and scores them."""
 
     def __init__(self, a, model, world, net, rewards, watched, evaluated, stopping):
-        """a: the run's flags; model: a `Model`, whose folder may hold a judge; rewards: `srpo_reward.Rewards`;
-        watched, evaluated: the `Prompts` that are looked at while it trains, and those before and after; stopping:
-        a `Stopping`, asked between two batches, or None."""
+        """a: the run's flags. model: a `Model`; its folder may hold a judge. rewards: `srpo_reward.Rewards`.
+        watched: the `Prompts` to sample while training. evaluated: those to sample before and after it.
+        stopping: a `Stopping`, which is asked between two batches, or None."""
         self.a = a
         self.world = world
         self.net = net
@@ -103,12 +111,12 @@ class Watch:
         self.watched = watched
         self.evaluated = evaluated
         self.stopping = stopping
-        self.flags = ""  # the run's, as one line for its report: train.py gives it
+        self.flags = ""  # the run's flags as one line for its report; train.py sets it
         self.grid = net.grid(a.size, a.size)
 
     def look(self, prompts, title):
-        """Pictures [n, 3, H, W] of n `Prompts`, and their scores {name: [n]}. The processes share the work,
-        and all get the whole."""
+        """Pictures [n, 3, H, W] of n `Prompts`, and their scores {name: [n]}. The processes share the work, and each
+        of them gets all results. Raises NotFinite for a score that is not finite, and Stopped."""
         n = len(prompts.texts)
         each = -(-n // self.world.size)
         rows = [min(i, n - 1) for i in range(each * self.world.size)][self.world.rows(each)]
@@ -126,32 +134,31 @@ class Watch:
         return images, scores
 
     def batches(self, title, batches):
-        """The batches of a look, with a progress bar if they are many. Raises Stopped between two of them."""
+        """Yields the batches of a look, with a progress bar if there are five or more. Raises Stopped between two."""
         for batch in tqdm(batches, title, leave=False, disable=len(batches) < 5 or not self.world.main):
             if self.stopping is not None:
                 self.stopping.check(self.world)
             yield batch
 
     def evaluate(self, title):
-        """The table's row of the first --eval prompts, {column: `tables.mean`}; None without any."""
+        """The table's row of the first --eval prompts, {column: `tables.mean`}; None with --eval 0."""
         if not self.a.eval:
             return None
         images, scores = self.look(self.evaluated, title)
         return self.summary(images, scores, self.evaluated)
 
     def summary(self, images, scores, prompts):
-        """What a look at some `Prompts` comes to: {column: `tables.mean`}, and of the miniature's pictures
-        what is said of them as a set."""
+        """The means of a look at `Prompts`: {column: `tables.mean`}. The miniature, the small model whose world is
+        drawn, also gets the Frechet distance of all pictures together."""
         of_all = {} if self.judge is None else frechet.of_pictures(images, prompts.texts)
         return tables.summary(scores) | of_all
 
     def begin(self, folder):
-        """The first look, at the base model, or at --weights: what the run remembers from now on, its
-        state."""
+        """The first look, at the base model or at --weights. Returns the run's state, a dict that checkpoints keep."""
         if self.a.watch == 1:
-            self.world.say("--watch 1: one picture has no standard error, so the gauge cannot see the reward "
-                           "rise while the SGP gap falls")
-        # A LoRA that is gone on with is a part of what the run starts from; new adapters are none.
+            self.world.say("--watch 1: one picture has no standard error, so the drift warning cannot see the reward "
+                           "rise while the SGP gap falls; give 2 or more")
+        # With --weights, a LoRA is part of what the run starts from. New adapters are not, so they are switched off.
         with nullcontext() if self.a.weights else lora.adapter_off(self.net.transformer):
             images, scores = self.look(self.watched, "watch")
             evaluated = self.evaluate("evaluate before")
@@ -163,9 +170,9 @@ class Watch:
                 "evaluated": evaluated}
 
     def log(self, folder, state):
-        """Look at the held-out prompts, if this step is one of --watch-every, and log the step, whose line
-        stands in the state. If it is asked to stop meanwhile, the line stays there, and --resume does the
-        rest."""
+        """Write the step's line, which waits in the state, to the log; every --watch-every steps, look first.
+
+        If the run is asked to stop during the look, the line stays in the state, and --resume logs it."""
         line = state["unlogged"]
         if line["step"] % self.a.watch_every == 0 or line["step"] == self.a.steps:
             line |= self.step(line["step"], folder, state)
@@ -181,28 +188,29 @@ class Watch:
                      stopped)
 
     def step(self, step, folder, state):
-        """Look, read the hacking gauge, and export the weights if they are the best so far by the SGP gap;
-        returns what to log."""
+        """Look at the watched pictures and print the drift warnings. Export the weights if no warning fired and the SGP
+        gap is the highest so far. Returns what to log."""
         images, now = self.look(self.watched, "watch")
         before = {name: torch.tensor(values) for name, values in state["before"].items()}
-        gauge = hacking(now, before, self.a.drift_band)
-        for warning in gauge.warnings:
+        drift = hacking(now, before, self.a.drift_band)
+        for warning in drift.warnings:
             self.world.say(f"step {step}: {warning}")
-        if gauge.warnings and not state["warned"]:
-            self.world.say(report.advice(gauge.warnings, state, vars(self.a)))
-        state["warned"] = bool(gauge.warnings)
+        if drift.warnings and not state["warned"]:
+            self.world.say(report.advice(drift.warnings, state, vars(self.a)))
+        state["warned"] = bool(drift.warnings)
         sgp = now["sgp"].mean().item()
-        if not gauge.warnings and (state["best"] is None or sgp > state["best"]):
+        if not drift.warnings and (state["best"] is None or sgp > state["best"]):
             lora.export(self.net.transformer, folder.out / "weights_best", self.world, self.net.dtype)
             state |= {"best": sgp, "best_step": step}
         if self.world.main:
             save_grid(images, folder.out / "samples" / f"step_{step:05d}.png")
         means = {name: value and value["mean"]
                  for name, value in self.summary(images, now, self.watched).items()}
-        return {"drift": gauge.drift, "watch": means, "hacking": gauge.warnings}
+        return {"drift": drift.changes, "watch": means, "hacking": drift.warnings}
 
     def finish(self, folder, state):
-        """The evaluation after, and the first and the last watched pictures above one another."""
+        """Evaluate after training. Write before_after.png (first watched pictures above the last), summary.json and the
+        report, and print the table."""
         after = self.evaluate("evaluate after")
         if not self.world.main:
             return

@@ -189,7 +189,7 @@ def breaks(log):
 
 
 def first_warning(log):
-    """The first update at which the gauge of hacking spoke; None if it never did."""
+    """The first update at which the drift warning fired; None if it never did."""
     found = first(log, lambda line: line.get("hacking"))
     return found and found["step"]
 

@@ -1,10 +1,10 @@
-"""When to stop: 200 updates at three learning rates. When quality peaks, when it breaks, which gauge warned
-first, and how many updates ahead.
+"""When to stop: 200 updates at three learning rates.
 
     python -m experiments.when_to_stop
 
-Quality is how near the pictures are to true photos (the Frechet distance): realism alone is soon at 100 %,
-and stays there while the shapes melt.
+It shows when the pictures are best, when they break, which drift warning fired first, and how many updates before.
+Pictures are broken if they have melted or damaged parts. Quality is the nearness to true photos (the Frechet
+distance). Realism does not serve: it soon reaches 100 % and stays there while the shapes melt.
 """
 
 import math
@@ -26,13 +26,13 @@ COLUMNS = {"best": ("nearest to the truth: Frechet", ".1f"), "best_at": ("at upd
 
 
 def distance(look):
-    """How far a look is from true photos; infinitely, of too few pictures to say."""
+    """The Frechet distance of a look from true photos; infinity if there are too few pictures to measure it."""
     frechet = look["watch"]["frechet"]
     return math.inf if frechet is None else frechet
 
 
 def numbers(log):
-    """{column: number} of a run; None for what never comes."""
+    """{column: number} of a run, from its log; None for what never happens."""
     looks = margin.looks_of(log)
     calm = [look for look in looks if not look["hacking"]]
     best = min(looks, key=distance)
@@ -50,8 +50,8 @@ def numbers(log):
     return row
 
 
-def gauge(log):
-    """The name of the gauge that warned first in a run."""
+def first_warned(log):
+    """The first word of the run's first drift warning, which names the statistic; "none" without a warning."""
     warned = runs.first(log, lambda line: line.get("hacking"))
     if warned is None:
         return "none"
@@ -74,13 +74,13 @@ def main(argv=None):
             in_time = sum(row["ahead"] is not None and row["ahead"] > 0 for row in broke)
             rows[name] = runs.over_seeds(each)
             rows[name] |= {"broke": runs.spread([len(broke)]), "in_time": runs.spread([in_time])}
-            first[name] = sorted({gauge(log) for log in logs})
+            first[name] = sorted({first_warned(log) for log in logs})
             curves[name] = logs[0]
-        gauges = "\n".join(f"- {name}: {', '.join(which)}" for name, which in first.items())
-        told = (f"{STEPS} updates, {own.seeds} seeds, 48 watched pictures every {EVERY} updates, mean ± "
-                "standard deviation between the runs that get there. weights_best, which train.py keeps, "
-                "has the highest SGP gap of the looks without a warning. Which gauge warned first:\n\n"
-                f"{gauges}")
+        statistics = "\n".join(f"- {name}: {', '.join(which)}" for name, which in first.items())
+        told = (f"{STEPS} updates, {own.seeds} seeds, 48 watched pictures every {EVERY} updates. Each number is the "
+                "mean ± standard deviation between the runs that get there. train.py keeps weights_best: the weights "
+                "with the highest SGP gap of all looks without a drift warning. The statistic that warned first:\n\n"
+                f"{statistics}")
         figure = runs.curve_figure(curves, ("realism", "alignment", "broken", "frechet"),
                                    f"48 watched pictures every {EVERY} updates, seed 0")
         runs.write(own, "when_to_stop", "When to stop", told, [(rows, COLUMNS)], figure, first=first)

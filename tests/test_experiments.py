@@ -30,7 +30,7 @@ def test_a_column_is_compared_where_the_gap_is_equal():
     assert runs.first_step(log, "redness", lambda value: value > 1) is None
 
 
-def test_the_first_warning_is_that_of_the_gauge():
+def test_the_first_warning_is_that_of_the_drift():
     calm = {"step": 2, "watch": {}, "hacking": []}
     loud = {"step": 4, "watch": {}, "hacking": ["saturation drifted"]}
     assert runs.first_warning([{"step": 1}, calm, {"step": 3}, loud, loud | {"step": 6}]) == 4
@@ -86,7 +86,7 @@ def test_a_model_without_a_judge_and_flags_that_no_shell_reads_are_one_line(tmp_
         assert said.count("\n") == 1 and argv[0] in said and "Traceback" not in said
 
 
-def test_what_is_kept_is_the_best_gap_before_the_gauge_speaks():
+def test_what_is_kept_is_the_best_gap_before_the_drift_warning():
     """And not the best of all, nor what is nearest to the truth; the warning is as far ahead as it was."""
     log = log_of(sgp=[0.0, 0.2, 0.3, 0.4], frechet=[9.0, 7.0, 8.0, 20.0], broken=[0.0, 0.0, 0.01, 0.2],
                  realism=[0.1, 0.8, 0.9, 1.0], alignment=[0.95, 0.95, 0.93, 0.5])
@@ -94,7 +94,7 @@ def test_what_is_kept_is_the_best_gap_before_the_gauge_speaks():
         line["hacking"] = ["saturation drifted"] if line["step"] >= 3 else []
     row = when_to_stop.numbers(log)
     assert (row["kept_at"], row["best_at"], row["warned"], row["broken_5"], row["ahead"]) == (2, 2, 3, 4, 1)
-    assert row["fallen"] == 4 and when_to_stop.gauge(log) == "saturation"
+    assert row["fallen"] == 4 and when_to_stop.first_warned(log) == "saturation"
     for line in log:
         line["hacking"] = ["saturation drifted"]
     assert when_to_stop.numbers(log)["kept"] is None
@@ -102,7 +102,7 @@ def test_what_is_kept_is_the_best_gap_before_the_gauge_speaks():
         line["hacking"] = []
     row = when_to_stop.numbers(log)
     assert (row["kept_at"], row["best_at"], row["warned"], row["ahead"]) == (4, 2, None, None)
-    assert when_to_stop.gauge(log) == "none"
+    assert when_to_stop.first_warned(log) == "none"
 
 
 PAGES = {path.stem: json.loads(path.read_text()) for path in Path("experiments/results").glob("*.json")

@@ -154,11 +154,11 @@ def test_a_prompt_or_a_name_ends_no_element(tmp_path):
     assert run["prompts"][0] == NASTY[1] and run["name"] == "<b>&run" and "</script><b>bold" in run["flags"]
 
 
-def test_the_gauge_is_told_with_what_to_do(tmp_path):
+def test_a_drift_warning_is_told_with_what_to_do(tmp_path):
     folder, args = made(tmp_path / "run", [line(1), line(2), line(3, [ALARM])], "--steps", "9",
                         "--form", "plain", "--branches", "denoise")
     run = data_of(written(folder, args))["runs"][0]
-    assert run["spoke"] == {"3": [ALARM]} and run["best"] == 2
+    assert run["warnings"] == {"3": [ALARM]} and run["best"] == 2
     assert run["advice"] == (
         "Stop here: Ctrl-C saves a checkpoint. weights_best/ holds the weights of step 2, the best by SGP "
         "gap inside the band. Then try, one at a time: a smaller --lr (2e-05), fewer updates (--steps 2), "

@@ -209,7 +209,7 @@ def scores(**means):
     ({"saturation": 0.3}, "saturation drifted by +0.300"), ({"redness": -0.2}, "redness drifted by -0.200"),
     ({"reward": 0.05, "sgp": -0.05}, "the reward rises while the SGP gap falls"),
     ({"reward": 0.05, "sgp": 0.05}, None), ({"reward": -0.05, "sgp": 0.05, "saturation": -0.1}, None)])
-def test_the_hacking_gauge(change, word):
+def test_the_drift_warning(change, word):
     _, wrong = hacking(scores(**change), scores(), [0.25, 0.1, 0.2, 0.04])
     assert (wrong == []) if word is None else (len(wrong) == 1 and word in wrong[0])
 

@@ -1,4 +1,7 @@
-"""What a run's log says: its curves, its looks at the watched pictures, the numbers at its end."""
+"""The numbers of a run's page, from its log: curves, looks at the watched pictures, and the final table.
+
+The watched pictures are held-out prompts, sampled at fixed seeds while the run trains.
+"""
 
 import json
 import math
@@ -12,31 +15,31 @@ from evaluation.metrics import frechet, judge, reward, statistics
 from evaluation.metrics.statistics import STATISTICS
 from rewards.base import Column
 
-POINTS = 1000         # of a curve: more cannot be seen
-NOT_COMPARED = ("out", "resume", "overwrite", "explain", "plan")  # flags that make no difference to a result
+POINTS = 1000         # largest number of points in a curve; more cannot be seen
+NOT_COMPARED = ("out", "resume", "overwrite", "explain", "plan")  # flags that do not change a result
 
 
 class Run(NamedTuple):
-    """What is known of a run."""
+    """A run, as its page needs it."""
     name: str
     args: dict       # its flags
-    flags: str       # the same as one line; "" if that is not known
+    flags: str       # its flags as one line; "" if unknown
     status: str      # "running", "stopped" or "finished"
-    state: dict      # what it remembers, as in a checkpoint; may be empty
-    prompts: list    # of the watched pictures; empty if they are not known
-    lines: list      # of log.jsonl
+    state: dict      # its state, as in a checkpoint; may be empty
+    prompts: list    # the prompts of the watched pictures; empty if unknown
+    lines: list      # the lines of log.jsonl
     samples: dict    # {step: file of the watched pictures}
-    summary: dict    # of summary.json; empty before the run is finished
+    summary: dict    # the content of summary.json; empty before the run is finished
 
     @property
     def step(self):
-        """The last update that was logged."""
+        """The last update in the log; 0 if there is none."""
         return self.lines[-1]["step"] if self.lines else 0
 
 
 def read_log(path):
-    """The lines of a log.jsonl, dicts with a step, by step. A line that a kill cut short is left out. Raises
-    OSError."""
+    """The lines of a log.jsonl: a list of dicts with "step", sorted by step. Damaged lines are left out; a killed run
+    may leave one. Raises OSError."""
     by_step = {}
     for text in Path(path).read_bytes().splitlines():
         try:
@@ -49,7 +52,7 @@ def read_log(path):
 
 
 def number(value):
-    """A finite number of a log as a float; None for anything else."""
+    """The value as a float if it is a finite number; otherwise None."""
     if type(value) not in (int, float) or not math.isfinite(value):
         return None
     return float(value)
@@ -57,7 +60,7 @@ def number(value):
 
 # ------------------------------------------------------------------------------------- the watched pictures
 def looks(run):
-    """{step: {name: mean of the watched pictures}} of the looks at them; step 0 if the run remembers it."""
+    """{step: {name: mean over the watched pictures}} of each look; step 0 too if the state has it."""
     found = {}
     if run.state.get("before"):
         found[0] = {}
@@ -70,8 +73,8 @@ def looks(run):
     return found
 
 
-def spoke(run):
-    """{step: warnings} of the looks at which the gauge spoke."""
+def warnings(run):
+    """{step: list of texts} of the looks at which the drift warning fired."""
     found = {}
     for line in run.lines:
         if isinstance(line.get("hacking"), list) and line["hacking"]:
@@ -80,9 +83,9 @@ def spoke(run):
 
 
 def best_step(run):
-    """The step whose weights are in weights_best/: the highest SGP gap at which the gauge was silent. None if
-    there is none."""
-    warned = spoke(run)
+    """The step whose weights are in weights_best/: the highest SGP gap among looks without a drift warning. None if
+    there is no such look."""
+    warned = warnings(run)
     best = None
     highest = -math.inf
     for step, means in looks(run).items():
@@ -95,7 +98,7 @@ def best_step(run):
 
 # ---------------------------------------------------------------------------------------------------- curves
 def curve(dicts, name, scale=1):
-    """[[step, value]] of one name in {step: dict}, where it is a finite number."""
+    """[[step, value]] of one name in {step: dict}, where it is a finite number; about POINTS points at most."""
     points = []
     for step, values in dicts.items():
         value = number(values.get(name))
@@ -106,7 +109,7 @@ def curve(dicts, name, scale=1):
 
 
 def curves(run):
-    """{title of a chart: {name of a curve: [[step, value]]}}, in the order of the page."""
+    """{title of a chart: {name of a curve: [[step, value]]}}, in the page's order."""
     lines = {line["step"]: line for line in run.lines}
     watched = looks(run)
     drift = {0: dict.fromkeys(STATISTICS, 0.0)}
@@ -130,7 +133,7 @@ def curves(run):
 
 
 def band_of(run, title):
-    """[low, high] of the band that is shaded in a chart; None if it has none."""
+    """[low, high] of the band to shade in a chart; None if the chart has none."""
     for name, limit in zip(STATISTICS, run.args["drift_band"], strict=True):
         if title == f"Drift of {name}":
             return [-limit, limit]
@@ -138,8 +141,8 @@ def band_of(run, title):
 
 
 def charts(runs):
-    """[{title, curves, bands}]: the charts of all runs, their curves in common axes. A curve's "kind" is its
-    place among those of its own run."""
+    """[{title, curves, bands}]: one chart for each title, with the curves of all runs. A curve's "kind" is its number
+    among the curves of its own run."""
     found = defaultdict(lambda: {"curves": [], "bands": []})
     for i, run in enumerate(runs):
         for title, by_name in curves(run).items():
@@ -155,7 +158,7 @@ def charts(runs):
 
 
 def seconds_of(run):
-    """Seconds of an update and its rollout, the median of the last twenty; None if the log has none."""
+    """Seconds of an update with its rollout: the median of the last twenty; None if the log has none."""
     each = []
     for line in run.lines[-20:]:
         seconds = [number(line.get(name)) for name in ("seconds_update", "seconds_rollout")]
@@ -165,8 +168,8 @@ def seconds_of(run):
 
 
 def pace(run):
-    """Seconds from an update to the next, the looks at the watched pictures included, by the clock of their
-    files; before there are two of them, by the log. None if nothing tells."""
+    """Seconds from one update to the next, with the looks at the watched pictures included. They are read from the
+    times of the pictures' files; with fewer than two files, from the log. None if neither exists."""
     times = [(step, path.stat().st_mtime) for step, path in run.samples.items()]
     each = []
     for (step, time), (next_step, next_time) in zip(times, times[1:], strict=False):
@@ -176,8 +179,10 @@ def pace(run):
 
 # ---------------------------------------------------------------------------------------------------- tables
 def rows_of(run):
-    """{label: {name: (mean, standard error or None)}} of a run: of its evaluation before and after (--eval),
-    where it is finished and had one, and of its watched pictures before, at their best and last."""
+    """{label: {name: (mean, standard error or None)}} of a run.
+
+    The rows are the evaluation before and after, if the run is finished and had --eval; then the watched pictures
+    before training, at the best step, and at the last step."""
     found = {}
     for when in ("before", "after"):
         row = run.summary.get(when)
@@ -193,7 +198,7 @@ def rows_of(run):
 
 
 def numbers(runs):
-    """[[cell]], the head first, of the numbers of a run; of several, those that each ends with."""
+    """[[cell]], the head first: all rows of `rows_of` for one run; for several runs, the last row of each."""
     rows = {}
     for run in runs:
         mine = rows_of(run)
@@ -213,7 +218,7 @@ def numbers(runs):
 
 
 def cell(column, value, error):
-    """A number in the format of its `Column`, with its standard error if it has one; "-" if it is none."""
+    """A number in the format of its `Column`, with its standard error if it has one; "-" if it is not finite."""
     if number(value) is None:
         return "-"
     if number(error) is None:
@@ -222,7 +227,7 @@ def cell(column, value, error):
 
 
 def flags_that_differ(runs):
-    """[[cell]], the head first, of the flags in which runs differ."""
+    """[[cell]], the head first: the flags in which the runs differ."""
     found = [["flag", *(printable(run.name) for run in runs)]]
     for name in {name: None for run in runs for name in run.args if name not in NOT_COMPARED}:
         values = [as_typed(run.args.get(name)) for run in runs]
@@ -232,7 +237,7 @@ def flags_that_differ(runs):
 
 
 def as_typed(value):
-    """A flag's value, about as it would be typed."""
+    """A flag's value as text, nearly as a user would type it."""
     if isinstance(value, list):
         return ", ".join(map(as_typed, value))
     if isinstance(value, bool):

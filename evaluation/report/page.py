@@ -1,9 +1,9 @@
-"""One page that tells a run: report.html in its folder, written anew after each look at the watched pictures.
+"""One page that shows a run: report.html in its folder, written again after each look at the watched pictures.
 
     python -m evaluation.report runs/a new=runs/b --out report.html
 
-lays several runs side by side; of one alone it writes that one's page again. A page needs no server and no
-network: its pictures are inside it, and it is the same on a phone.
+This command shows several runs side by side. Given one run, it writes the page of that run again. A page needs no
+server and no network, because its pictures are inside it. It works on a phone too.
 """
 
 import base64
@@ -31,21 +31,21 @@ from evaluation.report.curves import Run
 PAGE = "report.html"
 MARK = b'<meta name="generator" content="report of a run">'
 DATA = '<script type="application/json" id="report">'
-PICTURES = 24         # of a run at most; with the limits below, its page stays under 10 MB
-WIDEST = 1600         # pixels of a picture's side
-LARGEST = 800_000     # pixels of a picture
-SMALL = 100_000       # bytes of a PNG that is shown as it is
+PICTURES = 24         # most pictures of a run; with the limits below, its page stays under 10 MB
+WIDEST = 1600         # most pixels of a picture's side
+LARGEST = 800_000     # most pixels of a picture
+SMALL = 100_000       # most bytes of a PNG that is embedded unchanged
 FLAGS = {"steps": int, "size": int, "watch": int, "watch_every": int, "lr": float, "form": str,
-         "branches": list, "drift_band": list}  # that the page reads
+         "branches": list, "drift_band": list}  # the flags that the page reads
 
 
 # ------------------------------------------------------------------------------------------------- in words
 def advice(warnings, state, args, running=True):
-    """What to do when the gauge has spoken, in words; "" if it has not.
+    """What the user can do when the drift warning fired, as text; "" without warnings. It names flags to try; none of
+    them is sure to help.
 
-    warnings: what it said; state: what the run remembers, of which "step" and "best_step" (None: there is
-    none) are read; args: the run's flags, a dict; running: whether it still is. It names flags to try, not
-    a cure.
+    warnings: the texts. state: the run's state, of which "step" and "best_step" (or None) are read. args: the run's
+    flags, a dict. running: whether the run still trains.
     """
     if not warnings:
         return ""
@@ -71,14 +71,14 @@ def advice(warnings, state, args, running=True):
 
 @cache
 def say_once(text):
-    """Print a line; the same line again is not printed."""
+    """Print a line, but only once: the same line is not printed again."""
     print(text, flush=True)
 
 
 # -------------------------------------------------------------------------------------------------- pictures
 def samples_of(folder, last):
-    """{step: file} of a run's watched pictures, evenly spread, the first and the last one among them. What a
-    killed run left beyond its log is not of this run any more."""
+    """{step: file} of a run's watched pictures: PICTURES at most, evenly spread, the first and the last included.
+    Pictures of steps after `last`, which a killed run may have left, are ignored."""
     found = {}
     for path in folder.glob("samples/step_*.png"):
         digits = path.stem.removeprefix("step_")
@@ -91,8 +91,9 @@ def samples_of(folder, last):
 
 @lru_cache(maxsize=2 * PICTURES)
 def data_uri(path, written):
-    """A picture's file as a data: URI, a small PNG as it is, others as a JPEG. `written`, the time, tells it
-    from an earlier one of that name: while a run trains, each is encoded once. Raises OSError."""
+    """A picture's file as a data: URI. A small PNG stays as it is; other files become a JPEG. Raises OSError.
+
+    `written` is the file's time. With it in the cache's key, a file that was written again is encoded again."""
     content = path.read_bytes()
     with Image.open(io.BytesIO(content)) as picture:
         if len(content) <= SMALL and max(picture.size) <= WIDEST:
@@ -106,13 +107,13 @@ def data_uri(path, written):
 
 
 def tiles(run):
-    """[x, y, width, height], in shares of the whole, of each picture that `save_grid` put into one."""
+    """[x, y, width, height] of each picture in the grid that `save_grid` wrote, as fractions of the grid."""
     if not run.samples:
         return []
     with Image.open(next(iter(run.samples.values()))) as picture:
         width, height = picture.size
     side = run.args["size"] * max(1, 128 // run.args["size"])
-    if min(width, height) < side + 4:  # a single picture has no frame
+    if min(width, height) < side + 4:  # a grid of one picture has no frame
         return [[0, 0, 1, 1]]
     columns = (width - 2) // (side + 2)
     rows = (height - 2) // (side + 2)
@@ -126,8 +127,8 @@ def tiles(run):
 
 # ------------------------------------------------------------------------------------------------------ page
 def told(run, i):
-    """What the page knows of the i-th run, beside its curves."""
-    warned = curves.spoke(run)
+    """The page's data of the i-th run, without its curves: a dict for JSON."""
+    warned = curves.warnings(run)
     best = curves.best_step(run)
     last = max(warned, default=None)
     pace = curves.pace(run)
@@ -137,20 +138,20 @@ def told(run, i):
             "left": pace * (run.args["steps"] - run.step) if running else None,
             "flags": run.flags, "prompts": [printable(text) for text in run.prompts],
             "tiles": tiles(run), "pictures": {step: f"picture-{i}-{step}" for step in run.samples},
-            "spoke": warned, "looked": max(curves.looks(run), default=0),
+            "warnings": warned, "looked": max(curves.looks(run), default=0),
             "advice": advice(warned.get(last), {"step": run.step, "best_step": best}, run.args,
                              run.status == "running")}
 
 
 def page(runs):
-    """The parts of the page's text, one picture after the other. Raises OSError."""
+    """Yields the page's text in parts, with one picture in memory at a time. Raises OSError."""
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     head, tail = template.split("<!-- the report -->")
     between_looks = runs[0].args["watch_every"] * (curves.pace(runs[0]) or 0)
     report = {"runs": [told(run, i) for i, run in enumerate(runs)], "charts": curves.charts(runs),
               "numbers": curves.numbers(runs), "written": time.time(), "between": between_looks,
               "differ": curves.flags_that_differ(runs) if len(runs) > 1 else []}
-    text = json.dumps(report, allow_nan=False).replace("<", "\\u003c")  # no prompt ends the element it is in
+    text = json.dumps(report, allow_nan=False).replace("<", "\\u003c")  # so a prompt cannot close the <script>
     yield f"{head}{DATA}{text}</script>\n"
     for i, run in enumerate(runs):
         for step, path in run.samples.items():
@@ -160,7 +161,7 @@ def page(runs):
 
 
 def summary_of(folder):
-    """What summary.json holds; {} if there is none. Raises UserError if it is damaged."""
+    """The content of summary.json; {} if there is none. Raises UserError if it is damaged."""
     path = folder / "summary.json"
     return read_json(path) if path.is_file() else {}
 
@@ -168,9 +169,10 @@ def summary_of(folder):
 def write(folder, args, line_of_flags, finished, state=None, prompts=(), stopped=False):
     """Write the page of a run into its folder.
 
-    args: the flags, a dict; line_of_flags: the same as one line; finished: whether the run is, and stopped:
-    whether it was asked to stop; state: what it remembers, if that is known; prompts: of the watched
-    pictures, likewise. A page is no reason to lose an update: what goes wrong is said once, and never raised.
+    args: the flags, a dict. line_of_flags: the same as one line. finished: whether the run has ended. stopped: whether
+    it was asked to stop. state: the run's state, or None. prompts: those of the watched pictures, or ().
+
+    It raises nothing: a page that cannot be written must not end the training. An error is printed once.
     """
     folder = Path(folder)
     status = "running"
@@ -190,7 +192,7 @@ def write(folder, args, line_of_flags, finished, state=None, prompts=(), stopped
 
 # -------------------------------------------------------------------------------------------- side by side
 def earlier(path):
-    """(line of flags, prompts) that a run's own page knows; ("", []) if there is none."""
+    """(line of flags, prompts) from a run's own page; ("", []) if there is none."""
     try:
         with open(path, encoding="utf-8") as file:
             for line in file:
@@ -203,7 +205,8 @@ def earlier(path):
 
 
 def status_of(folder, args, lines):
-    """Whether a run is running, by its lock; finished, by its summary; or stopped."""
+    """"running" if another process holds the run's lock; "finished" if it has all updates and a summary; otherwise
+    "stopped"."""
     lock = folder / run_folder.LOCK
     if lock.is_file():
         with open(lock, "rb") as file:
@@ -216,12 +219,13 @@ def status_of(folder, args, lines):
 
 
 def read_run(name, folder):
-    """The `Run` in a folder. Raises UserError if there is none, or it has logged nothing."""
+    """The `Run` in a folder. Raises UserError if the folder is not a run's, or its log is empty."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     if run_folder.run_in(folder) is None or not (folder / "args.json").is_file():
-        raise UserError(f"{folder}: not a run's folder: it has no {run_folder.MARK} or no args.json")
+        raise UserError(f"{folder}: not a run's folder: it has no {run_folder.MARK} or no args.json; give --out of a "
+                        "run of train.py")
     args = read_json(folder / "args.json")
     is_ours = isinstance(args, dict) and all(isinstance(args.get(flag), kind) for flag, kind in FLAGS.items())
     if not is_ours:
@@ -234,7 +238,7 @@ def read_run(name, folder):
     for newest in run_folder.finished(folder)[-1:]:
         try:
             state = checkpoint.state_of(newest)
-        except checkpoint.Damaged:  # the page does without it
+        except checkpoint.Damaged:  # the page can be written without the state
             pass
     status = status_of(folder, args, lines)
     summary = summary_of(folder) if status == "finished" else {}
@@ -244,7 +248,7 @@ def read_run(name, folder):
 
 
 def may_write(out):
-    """Raise UserError if a page cannot be written there, or something else would be lost."""
+    """Raise UserError if a page cannot be written to `out`, or if `out` is a file that is not a report."""
     check_outputs([out], [], overwrite=True)
     if os.path.exists(out):
         with open(out, "rb") as file:
@@ -262,8 +266,8 @@ def markdown(rows):
 def main(argv=None):
     parser = Parser(__doc__, prog="python -m evaluation.report")
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN",
-                        help="folders of runs; without NAME= one is called by its folder's name")
-    parser.add_argument("--out", default=PAGE, help="the page")
+                        help="folders of runs; without NAME= a run is named after its folder")
+    parser.add_argument("--out", default=PAGE, help="file of the page")
     with frame("report"):
         args = parser.parse_args(argv)
         may_write(args.out)
