@@ -13,8 +13,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
 import flux
 from engine.memory import adamw, layouts, modes, parallel
-from engine.model import tensors
-from engine.model.tensor_files import of_folder
+from engine.model import tensors, trained
+from engine.model.folder import Model
 from engine.run import checkpoint
 from engine.run.finite import weights_are_finite
 
@@ -35,8 +35,8 @@ class Small:
         self.name = name
         layout = layouts.Layout(lora, name, SEED)
         kind = diffusers.FluxTransformer2DModel
-        transformer = parallel.load_sharded(kind, of_folder("miniature/transformer"), world.device, world.dtype, world,
-                                            layout)
+        source = trained.source(None, Model("miniature"))
+        transformer = parallel.load_sharded(kind, source, world.device, world.dtype, world, layout)
         self.net = flux.Flux(transformer, None, None, world.device, world.dtype)
         self.parameters = layouts.trainable(transformer)
         lr = 10 * LR if lora else LR

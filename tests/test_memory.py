@@ -19,9 +19,8 @@ import flux
 import rewards
 from engine.errors import UserError
 from engine.memory import adamw, layouts, lean, modes, parallel
-from engine.model import lora
+from engine.model import lora, trained
 from engine.model.folder import Model
-from engine.model.tensor_files import of_folder
 
 MODES = [name for _, name in KINDS]
 
@@ -259,10 +258,15 @@ def world():
     return parallel.World()
 
 
+def load_miniature(world, layout):
+    """The miniature's transformer, laid out."""
+    source = trained.source(None, Model("miniature"))
+    return parallel.load_sharded(diffusers.FluxTransformer2DModel, source, world.device, world.dtype, world, layout)
+
+
 def with_adapters(miniature, world, rank=RANK, seed=0):
     """The miniature with adapters whose B is not zero, so that they matter."""
-    transformer = parallel.load_sharded(diffusers.FluxTransformer2DModel, of_folder("miniature/transformer"),
-                                        world.device, world.dtype, world, layouts.Layout(rank, "bf16", seed))
+    transformer = load_miniature(world, layouts.Layout(rank, "bf16", seed))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in lora.adapters(transformer).items():
@@ -282,8 +286,7 @@ def velocity(net):
 
 def test_adapters_start_as_the_base_and_can_be_switched_off(miniature, world):
     layout = layouts.Layout(RANK, "bf16", 0)
-    fresh = parallel.load_sharded(diffusers.FluxTransformer2DModel, of_folder("miniature/transformer"), world.device,
-                                  world.dtype, world, layout)
+    fresh = load_miniature(world, layout)
     base = velocity(miniature)
     assert torch.equal(velocity(replace(miniature, transformer=fresh)), base)
     net = with_adapters(miniature, world)
@@ -339,8 +342,7 @@ def test_the_file_has_the_names_that_comfyui_maps(tmp_path, miniature, world):
 def test_a_lora_is_read_back_into_adapters(tmp_path, miniature, world):
     net = with_adapters(miniature, world)
     lora.export_adapters(net.transformer, tmp_path, world)
-    fresh = parallel.load_sharded(diffusers.FluxTransformer2DModel, of_folder("miniature/transformer"), world.device,
-                                  world.dtype, world, layouts.Layout(RANK, "bf16", 5))
+    fresh = load_miniature(world, layouts.Layout(RANK, "bf16", 5))
     lora.load_into(fresh, tmp_path)
     assert torch.equal(velocity(replace(miniature, transformer=fresh)), velocity(net))
 

@@ -326,7 +326,7 @@ def test_a_lora_is_merged_into_full_weights_that_diffusers_loads(tmp_path, capsy
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
         with pytest.raises(SystemExit):
             merge.main(flags)
-        assert "is there, and not an empty folder" in capsys.readouterr().err
+        assert "exists, and is not an empty folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -87,8 +87,8 @@ def test_what_cannot_be_trained_on_is_skipped_and_named_once(folder, tmp_path, c
                            "odd.png", "gone.png"}
     for name in ("cut.jpg", "half.png", "text.jpg"):
         assert told[name].startswith("cannot be read as a picture: ")
-    assert told["small.png"] == "31 x 31 pixels: too small, it would be enlarged 2.1 times; 2 are the most"
-    assert told["long.png"] == "500 x 100 pixels: too long, only 40% of it would be left in 96 x 48"
+    assert told["small.png"] == "31 x 31 pixels: too small, it would be enlarged 2.1 times; at most 2 times are allowed"
+    assert told["long.png"] == "500 x 100 pixels: too long, only 40% of it would be left after cropping to 96 x 48"
     assert "no caption" in told["silent.png"] and "not UTF-8" in told["odd.png"]
     assert told["gone.png"] == "named in metadata.jsonl, and there is no such picture"
 

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from engine.errors import UserError
-from engine.model.configs import check_config, check_folder
+from engine.model.configs import check_config
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 ONE_FILE = "diffusion_pytorch_model.safetensors"
@@ -44,12 +44,6 @@ class Source(NamedTuple):
         network = meta_network(kind, self.config)
         must_be_whole(network, self.tensors, self.where)
         return network
-
-
-def of_folder(folder):
-    """The `Source` that a diffusers folder is. Raises UserError."""
-    read = check_folder(folder)
-    return Source(read[Path(folder) / "config.json"], tensors_in(folder), folder)
 
 
 def meta_network(kind, config):
