@@ -1,5 +1,5 @@
-"""The command line, the same for every script: flags whose range is checked where they are read, made by hand or
-from the fields of a dataclass. Nothing here needs torch."""
+"""The command line of every script. Each flag's range is checked when the flag is read. A flag is added by hand, or
+made from a field of a dataclass. Nothing here needs torch."""
 
 import argparse
 import dataclasses
@@ -11,8 +11,8 @@ import unicodedata
 from engine.errors import UserError
 from engine.paths import not_a_path
 
-MOST = 10**6          # of anything that is counted: more would only be a slip of the hand
-LARGEST = 1e6         # of any number: float32 holds its products
+MOST = 10**6          # the largest whole number that a flag takes; a larger one is a typing mistake
+LARGEST = 1e6         # the largest real number that a flag takes; products of two still fit float32
 LONGEST_WORDS = 1000  # characters
 
 
@@ -22,7 +22,7 @@ WEIGHTS = ("the transformer's weights instead of the model's own, such as runs/m
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """The description as it is written, and every flag's default behind its help."""
+    """Keeps the line breaks of the description, and adds every flag's default to its help."""
 
     def _get_help_string(self, action):
         if not isinstance(action.default, list):
@@ -32,7 +32,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser whose every complaint is a `UserError`."""
+    """An argparse parser that raises `UserError` for every mistake."""
 
     def __init__(self, description, **more):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False, **more)
@@ -61,7 +61,7 @@ def whole(low, high=MOST):
 
 
 def real(low=-LARGEST, high=LARGEST, open_low=False, open_high=False):
-    """A type for argparse: a finite number between low and high, which themselves are allowed unless open."""
+    """A type for argparse: a finite number from low to high. `open_low` excludes low itself, `open_high` high."""
     def read(text):
         try:
             value = float(text)
@@ -82,7 +82,7 @@ def real(low=-LARGEST, high=LARGEST, open_low=False, open_high=False):
 
 
 def or_off(read):
-    """A type for argparse: what `read` takes, or the word off, which is None."""
+    """A type for argparse: what `read` accepts, or the word "off", which becomes None."""
     def read_or_off(text):
         return None if text == "off" else read(text)
 
@@ -91,7 +91,7 @@ def or_off(read):
 
 
 def phrase(text):
-    """A type for argparse: words that a text encoder can read, with nothing in them that cannot be seen."""
+    """A type for argparse: words for a text encoder, 1 to LONGEST_WORDS characters, all of them printable."""
     found = text.strip()
     if not found or not found.isprintable() or len(found) > LONGEST_WORDS:
         raise argparse.ArgumentTypeError(
@@ -100,7 +100,7 @@ def phrase(text):
 
 
 def words(text):
-    """A type for argparse: "a, b" is ["a", "b"]; each is a `phrase`."""
+    """A type for argparse: "a, b" becomes ["a", "b"]; each item is a `phrase`."""
     phrase(text)
     if not all(word.strip() for word in text.split(",")):
         raise argparse.ArgumentTypeError(
@@ -109,7 +109,7 @@ def words(text):
 
 
 def some_path(text):
-    """A type for argparse: the path that a file or a folder could have."""
+    """A type for argparse: a path that a file or a folder could have. It need not exist."""
     why = not_a_path(text)
     if why:
         raise argparse.ArgumentTypeError(f'"{text[:LONGEST_WORDS]}": must be a path, and it {why}')
@@ -117,8 +117,8 @@ def some_path(text):
 
 
 def must_differ(control, neg):
-    """Raise UserError if a wanted text (of the list `control`) is also unwanted. A text encoder sees neither
-    upper case nor how wide a space is."""
+    """Raise UserError if a text of the list `control` (wanted) is also in the list `neg` (unwanted). They are compared
+    as a text encoder reads them: it does not see upper case, or how wide a space is."""
     def as_read(text):
         return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
@@ -131,8 +131,8 @@ def must_differ(control, neg):
 def flag(default, read=str, help="", choices=None, metavar=None, model=False, resume=False):
     """A field of a dataclass that is a flag.
 
-    read: the type for argparse; metavar: its word in the help, or a tuple of as many as it takes numbers; model:
-    whether a model's srpo.json may set it; resume: whether --resume may change it.
+    read: the type for argparse; metavar: the value's name in the help, or a tuple of names for a flag of several
+    numbers; model: whether a model's srpo.json may set the flag; resume: whether it may change at --resume.
     """
     about = {"read": read, "help": help, "choices": choices, "metavar": metavar, "model": model, "resume": resume}
     if isinstance(default, list):
@@ -141,12 +141,12 @@ def flag(default, read=str, help="", choices=None, metavar=None, model=False, re
 
 
 def fields_of(groups):
-    """The fields of some dataclasses, in order."""
+    """The fields of a list of dataclasses, in order."""
     return [field for group in groups for field in dataclasses.fields(group)]
 
 
 def defaults(groups):
-    """{flag: default} of some dataclasses."""
+    """{flag: default} of a list of dataclasses."""
     found = {}
     for group in groups:
         found |= vars(group())
@@ -154,7 +154,7 @@ def defaults(groups):
 
 
 def name_of(field):
-    """A field as it is typed: --rollout-steps."""
+    """The flag of a field as it is typed, such as --rollout-steps."""
     return "--" + field.name.replace("_", "-")
 
 
@@ -164,7 +164,7 @@ def is_switch(field):
 
 
 def add_group(parser, group, texts):
-    """Add the flags of a dataclass to a parser. In their help {name} stands for texts[name]."""
+    """Add the flags of a dataclass to a parser. In their help, {name} is replaced by texts[name]."""
     add = parser.add_argument_group(group.__doc__).add_argument
     defaults_here = vars(group())
     for field in dataclasses.fields(group):
@@ -183,15 +183,15 @@ def add_group(parser, group, texts):
 
 
 def shown(name, value):
-    """A flag and its value as they are typed, for a message."""
+    """A flag and its value as a user types them, for a message."""
     if isinstance(value, list):
         value = ",".join(map(str, value))
     return f"--{name.replace('_', '-')} {'off' if value is None else value}"
 
 
 def as_line(groups, values):
-    """Flags {name: value} as one line that can be pasted back into a shell. None is "off" where a flag has a default,
-    and nothing where it has none."""
+    """Flags {name: value} as one line that can be pasted back into a shell. None is written as "off" if the flag has
+    a default, and left out if it has none."""
     parts = []
     usual = defaults(groups)
     for field in fields_of(groups):
@@ -219,7 +219,8 @@ NOT_GIVEN = object()
 
 
 def given(parser, argv):
-    """{name: value} of the flags that a command line gives, and of no other. Raises UserError."""
+    """{name: value} of the flags that a command line gives; flags that it does not give are left out. Raises
+    UserError."""
     actions = [action for action in parser._actions if action.dest != argparse.SUPPRESS and action.dest != "help"]
     space = argparse.Namespace(**{action.dest: NOT_GIVEN for action in actions})
     parser.parse_args(argv, space)
@@ -227,8 +228,8 @@ def given(parser, argv):
 
 
 def read_values(parser, values, where):
-    """{name: value} of a file, read as flags, so that all pass the same checks. Raises UserError, which says where they
-    stand; a name that is no flag of this parser is left out."""
+    """{name: value} from a file, read as flags, so that the same checks apply. A name that is not a flag of this
+    parser is left out. Raises UserError, which begins with `where`, the file."""
     actions = {action.dest: action for action in parser._actions}
     arguments = []
     for name, value in values.items():
@@ -241,7 +242,7 @@ def read_values(parser, values, where):
 
 
 def as_arguments(action, value, where):
-    """A value of a file as it is typed. Raises UserError."""
+    """A value from a file as command-line arguments, a list. Raises UserError."""
     name = action.option_strings[0]
     if isinstance(action, argparse.BooleanOptionalAction | argparse._StoreTrueAction):
         if not isinstance(value, bool):
@@ -253,10 +254,10 @@ def as_arguments(action, value, where):
         return [f"{name}=off"] if action.default is not None else []
     if isinstance(value, list) and action.nargs:
         if not all(type(number) in (int, float) for number in value):  # a text could be another flag
-            raise UserError(f"{where}: {action.dest}: a list must hold numbers, and nothing else")
+            raise UserError(f"{where}: {action.dest}: a list must hold only numbers")
         return [name, *map(str, value)]
     if isinstance(value, list) and all(isinstance(text, str) for text in value):
         value = ",".join(value)
     if not isinstance(value, str | int | float):
-        raise UserError(f"{where}: {action.dest} {str(value)[:40]!r} is no value of {name}")
+        raise UserError(f"{where}: {action.dest} {str(value)[:40]!r} is not a value for {name}")
     return [f"{name}={value}"]

@@ -1,4 +1,5 @@
-"""A user's mistake is one line and exit status 2: what is wrong, the value seen, what to do."""
+"""A user's mistake ends a script with one line and exit status 2. The line says what is wrong, the value seen, and
+what to do."""
 
 import os
 import sys
@@ -7,21 +8,21 @@ from datetime import timedelta
 
 
 class UserError(ValueError):
-    """What a user can mend, in one line."""
+    """A mistake that the user can correct; the message is one line."""
 
 
 class Stopped(BaseException):
-    """The user asked to stop; the message says what was saved. As KeyboardInterrupt it is no Exception: it
-    may come at any moment, and whoever makes a one-line error of all exceptions must not take it for one."""
+    """The user asked the script to stop; the message says what was saved. Like KeyboardInterrupt it is not an
+    Exception. It may come at any moment, and code that catches every Exception must not catch it."""
 
 
 class NotFinite(Exception):
-    """A NaN or an infinity, met before it could be saved; the message says where, and what is kept."""
+    """A NaN or an infinity, found before it was saved; the message says where it is, and what is kept."""
 
 
 def printable(text):
-    """`text` with control characters, and the escape sequences that begin with them, shown instead of obeyed:
-    a prompt or a file name cannot repaint the terminal. Line breaks become spaces."""
+    """`text` with each control character written as its escape code, so that a prompt or a file name cannot change
+    the terminal. Line breaks become spaces."""
     shown = []
     for character in str(text).replace("\n", " "):
         shown.append(character if character.isprintable() else repr(character)[1:-1])
@@ -29,12 +30,12 @@ def printable(text):
 
 
 def shortened(text, most=1000):
-    """A text, its middle left out if it is very long: a user reads the line, not the mistake in full."""
+    """A text of at most about `most` characters: the middle of a longer one is replaced by " ... "."""
     return text if len(text) <= most else f"{text[:most - 200]} ... {text[-200:]}"
 
 
 def one_line(error):
-    """The first line of what an exception says, 200 characters at most; its type's name if it is silent."""
+    """The first line of an exception's message, at most 200 characters; its type's name if it has no message."""
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
@@ -46,35 +47,35 @@ PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken
 
 
 def say_last(text, file):
-    """Print the last line of a script. Where nobody can read it any more, as in a terminal that was closed,
-    it is lost, and the script ends no other way for it."""
+    """Print the last line of a script. If it cannot be written, as in a closed terminal, it is lost, and the exit
+    status stays the same."""
     try:
         print(text, file=file, flush=True)
     except OSError:
         nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, file.fileno())  # what is left in the buffer is flushed at the end
+        os.dup2(nowhere, file.fileno())  # at exit Python writes out the rest of the buffer, which must not fail
 
 
 def is_out_of_memory(error):
-    """Whether an error is that of a machine, or its GPU, that holds no more."""
+    """Whether an error says that the memory of the machine, or of its GPU, is full."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "not enough memory" in str(error)
 
 
 def processes():
-    """torch.distributed, if it has been imported: a mistake in the flags is answered before. Otherwise None."""
+    """torch.distributed if it has been imported, otherwise None: a wrong flag is refused before torch is imported."""
     return sys.modules.get("torch.distributed")
 
 
 def are_many():
-    """Whether this process has met others."""
+    """Whether this process has joined a process group of two or more."""
     dist = processes()
     return dist is not None and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def leave_note(name, text):
-    """Leave a note where all processes can look, for as long as the first one lives."""
+    """Write a text under a name that all processes can read, as long as rank 0 runs."""
     dist = processes()
     try:
         dist.distributed_c10d._get_default_store().set(name, text)
@@ -83,8 +84,8 @@ def leave_note(name, text):
 
 
 def find_note(name, seconds, if_gone=None):
-    """What another process noted; None if it does not within some seconds; `if_gone` if the first process has
-    left, and took the notes along."""
+    """The text that another process wrote under a name with `leave_note`. None if there is none within `seconds`;
+    `if_gone` if rank 0 has ended, since the notes end with it."""
     dist = processes()
     store = dist.distributed_c10d._get_default_store()
     try:
@@ -97,10 +98,11 @@ def find_note(name, seconds, if_gone=None):
 
 
 def another_says(rank):
-    """Whether the first process says for this one too why they end: all of them meet the same files, and the
-    same full disk. One that finds no word of it within some seconds has met something of its own."""
+    """Whether rank 0 has already said why the script ends. All processes read the same files and write to the same
+    disk, so most errors are the same on all. A rank that finds no note of rank 0 within 5 seconds has an error of
+    its own, and says it."""
     if not are_many():
-        return rank > 0  # they have not met, and read the same command line
+        return rank > 0  # no process group yet: all read the same command line, so rank 0 has the same error
     if rank == 0:
         leave_note("why", "said")
         return False
@@ -108,12 +110,12 @@ def another_says(rank):
 
 
 def status_of(script, error, rank):
-    """Say what ended a script in one line, once for all processes; its exit status. None, and not a word, for
-    an error that is not its user's."""
+    """Say in one line, once for all processes, what ended a script. Returns the exit status; None, with nothing
+    printed, for an error that is not the user's."""
     text = str(error)
     if isinstance(error, RuntimeError) and are_many() and any(words in text for words in PEER_IS_GONE):
-        # An exchange failed because another process has left. Either that was asked to stop, or it has died
-        # and shows its own error.
+        # An exchange failed because another process has ended. Either it was asked to stop, or it failed and shows
+        # its own error.
         stopped = find_note("stopped", seconds=1)
         if stopped is None:
             return 1
@@ -134,7 +136,7 @@ def status_of(script, error, rank):
     if isinstance(error, UserError | OSError | NotFinite):
         if not another_says(rank):
             where = f"rank {rank}: " if rank else ""
-            begin = "" if isinstance(error, UserError) else "\n"  # leave the line of a progress bar
+            begin = "" if isinstance(error, UserError) else "\n"  # begin a new line below a progress bar
             say_last(f"{begin}{script}: {where}{shortened(printable(text))}", sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     return None
@@ -142,9 +144,11 @@ def status_of(script, error, rank):
 
 @contextmanager
 def frame(script):
-    """What every script runs in. A `UserError` is one line and exit status 2; a full, vanished or read-only
-    disk, or a number that is not finite, is one line and status 1: what was written before stays. Being
-    asked to stop is status 0. Of many processes the first one says it.
+    """What every script runs in: errors become one line and an exit status.
+
+    Status 2: a `UserError`. Status 1: memory that is full; a disk that is full, missing or read-only; a number that is
+    not finite. What was written before stays. Status 0: the user asked to stop. Of several processes, rank 0 prints
+    the line. Any other error is raised as it is.
     """
     rank = int(os.environ.get("RANK", 0))
     try:

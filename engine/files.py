@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, read as JSON, listed and told apart."""
+"""Files: written completely or not at all, read as JSON, listed, and compared by name, size and time."""
 
 import json
 import os
@@ -9,11 +9,10 @@ from engine.errors import UserError
 
 # ------------------------------------------------------------------------------------- whole, or not at all
 def write_whole(path, content):
-    """Write a file whole or not at all: beside its place under a hidden name, flushed to the disk, renamed.
+    """Write a file completely or not at all: to a hidden file in the same folder, flushed to the disk, then renamed.
 
-    content: text, bytes, or an iterable of either, taken piece by piece. Whatever happens on the way, the
-    file that was there before stays as it was and nothing is left beside it, but by a kill: see
-    `remove_leftovers`. Raises OSError.
+    content: text, bytes, or an iterable of either, taken piece by piece. If writing fails, an existing file stays as
+    it was, and the hidden file is removed. Only a kill leaves it: see `remove_leftovers`. Raises OSError.
     """
     path = Path(path)
     pieces = [content] if isinstance(content, str | bytes) else content
@@ -32,8 +31,8 @@ def write_whole(path, content):
 
 
 def remove_leftovers(folder, names):
-    """Remove what a kill left of `write_whole` for files of these names (patterns) in a folder, to which
-    nobody writes now."""
+    """Remove the hidden files of `write_whole` that a kill left in a folder. names: the files' names, or patterns. No
+    process may be writing them."""
     for name in names:
         for left in Path(folder).glob(f".{name}.*"):
             if left.suffix[1:].isdecimal() and left.is_file() and not left.is_symlink():
@@ -41,8 +40,8 @@ def remove_leftovers(folder, names):
 
 
 def append(path, text):
-    """Append text to a file, and see that it is on the disk. Where that is full the file stays as it was.
-    Raises OSError."""
+    """Append text to a file, and flush it to the disk. If the disk is full, the file stays as it was. Raises
+    OSError."""
     rest = text.encode()
     with open(path, "ab", buffering=0) as file:
         before = file.seek(0, os.SEEK_END)
@@ -56,13 +55,13 @@ def append(path, text):
 
 
 def write_json(path, value):
-    """Write a value as JSON, whole or not at all."""
+    """Write a value as JSON, completely or not at all. Raises OSError."""
     write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path):
-    """What a JSON file holds. Raises UserError if it cannot be read, or is not JSON."""
-    if Path(path).exists() and not Path(path).is_file():  # reading from a pipe would wait for ever
+    """The value in a JSON file. Raises UserError if it cannot be read, or is not JSON."""
+    if Path(path).exists() and not Path(path).is_file():  # reading from a pipe would wait forever
         raise UserError(f"{path}: not a file")
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -73,15 +72,15 @@ def read_json(path):
 
 
 def files_under(place):
-    """A file itself, or all files in a folder, in order."""
+    """[the file] for a file; for a folder all files in it and in its subfolders, sorted."""
     place = Path(place)
     inside = sorted(place.rglob("*")) if place.is_dir() else [place]
     return [file for file in inside if file.is_file()]
 
 
 def stamp(*places):
-    """What tells files from others at the same places: [name, size, time of writing] of each, and of each in
-    a folder."""
+    """[name, size, time of writing] of each file, and of each file in a folder. It differs if a file has been
+    replaced."""
     stamps = []
     for place in places:
         for file in files_under(place):
@@ -90,8 +89,8 @@ def stamp(*places):
 
 
 def check_outputs(outputs, inputs, overwrite, why=""):
-    """Raises UserError if an output is also an input, or another output, or cannot be a file there, or lies
-    there already and must stay. Links are followed: what counts is the file that a path leads to."""
+    """Raise UserError if an output is also an input, is given twice, or cannot be written; or if it exists and
+    `overwrite` is not set. Links are followed: the files that they lead to are compared."""
     read = {os.path.realpath(path) for path in inputs}
     written = set()
     for path in map(Path, outputs):

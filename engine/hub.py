@@ -1,4 +1,4 @@
-"""Files from the hub, and the libraries' own messages kept out of the terminal."""
+"""Files from the Hugging Face hub; and `quiet`, which hides the libraries' own messages."""
 
 import importlib
 import logging
@@ -13,8 +13,8 @@ from engine.errors import UserError
 
 # -------------------------------------------------------------------------------------- here, or from the hub
 def quiet():
-    """Keep the libraries' own progress bars and notices out of the terminal: what is wrong they raise too."""
-    # Imported here, since flags are read with this module and without these libraries, which take seconds.
+    """Hide the libraries' own progress bars and notices. Errors are raised as before."""
+    # Imported here: flags are read with this module, and these libraries take seconds to import.
     for library in ("diffusers", "transformers"):
         log = importlib.import_module(f"{library}.utils.logging")
         log.set_verbosity(logging.CRITICAL)
@@ -24,15 +24,15 @@ def quiet():
 
 
 def fetched(where, files):
-    """The local path of `where`: itself if it exists; otherwise the folder of a hub repository's `files` (a
-    list of names or patterns; pickled .bin files stand in for *.safetensors that it lacks), downloaded now if
-    they are not cached.
+    """The local path of `where`: itself if it exists, otherwise the folder of a hub repository's files.
 
-    Raises UserError if it is neither.
+    files: a list of names or patterns, downloaded if they are not cached. If *.safetensors is asked for and the
+    repository has none, its .bin files are downloaded instead. Raises UserError if `where` is neither a path nor a
+    repository.
     """
     if Path(where).is_file() or Path(where).is_dir():
         return Path(where)
-    if Path(where).exists():  # reading from a pipe would wait for ever
+    if Path(where).exists():  # reading from a pipe would wait forever
         raise UserError(f"{where}: neither a file nor a folder")
     if str(where).count("/") != 1 or str(where).startswith((".", "/")):
         raise UserError(f"{where}: no such file or folder")
@@ -43,5 +43,5 @@ def fetched(where, files):
             snapshot_download(where, allow_patterns="*.bin")
         return folder
     except Exception as error:
-        raise UserError(f"{where}: not on this machine, and the hub does not give it "
+        raise UserError(f"{where}: not on this machine, and cannot be fetched from the hub "
                         f"({type(error).__name__})") from error

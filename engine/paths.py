@@ -1,4 +1,4 @@
-"""Paths as users type them: NAME, PATH, NAME=PATH, several with commas, and what can be no path."""
+"""Paths as users type them: NAME, PATH, NAME=PATH, or several separated by commas; and texts that no path can be."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from engine.errors import UserError
 
 # ---------------------------------------------------------------------------------------- on the command line
 def not_a_path(text):
-    """Why no file can have this path, as "is empty"; None if one could."""
+    """Why no file can have this path, in words such as "is empty"; None if a file could have it."""
     text = str(text)
     if not text:
         return "is empty"
@@ -25,8 +25,8 @@ def is_there(text):
 
 
 def items_of(text, weighted=False):
-    """"A,B" -> ["A", "B"], where each may be NAME, PATH or NAME=PATH and, if `weighted`, with :WEIGHT behind
-    it. A comma in a path that exists divides nothing."""
+    """"A,B" -> ["A", "B"]. Each item is NAME, PATH or NAME=PATH; if `weighted`, :WEIGHT may follow it. A comma inside
+    a path that exists does not separate items."""
     pieces = text.split(",")
     items = []
     while pieces:
@@ -39,21 +39,21 @@ def items_of(text, weighted=False):
 
 
 def is_item(text, weighted):
-    """Whether a text is PATH or NAME=PATH, perhaps with :WEIGHT, of a path that exists."""
+    """Whether a text is PATH or NAME=PATH, where the path exists; if `weighted`, :WEIGHT may follow."""
     start, _, weight = text.rpartition(":")
     return leads_somewhere(text) or (weighted and "," not in weight and leads_somewhere(start))
 
 
 def leads_somewhere(text):
-    """Whether a text is PATH or NAME=PATH of a path that exists."""
+    """Whether a text is PATH or NAME=PATH, where the path exists."""
     name, _, path = text.strip().partition("=")
     is_name = not set(name) & set(",:/")
     return is_there(text.strip()) or (is_name and is_there(path))
 
 
 def named_path(text):
-    """"NAME=PATH" -> (NAME, PATH); "PATH" -> (None, PATH). A path that exists is taken as it stands, and what
-    has a slash before its first "=" is a path."""
+    """"NAME=PATH" -> (NAME, PATH); "PATH" -> (None, PATH). A text that is a path that exists is a PATH; so is a text
+    with a slash before its first "=". Raises UserError."""
     name, sign, path = text.partition("=")
     if not sign or "/" in name or is_there(text):
         name = None
@@ -61,6 +61,6 @@ def named_path(text):
     elif not name or not path:
         raise UserError(f'"{text}": give NAME=PATH')
     why = not_a_path(path)
-    if why and text:  # whoever reads an empty text says so in its own words
+    if why and text:  # each caller refuses an empty text with its own message
         raise UserError(f'"{text[:80]}": give NAME=PATH; this path {why}')
     return name, path

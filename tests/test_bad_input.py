@@ -135,7 +135,7 @@ FLAGS += [
     # sizes and other things that no script does
     *each(ALL, "--size 60", "60 x 60: both sides must be multiples of 16"),
     *each(ALL, "--size 0", "--size 0: must be a whole number, at least 1"),
-    *each(ALL, "--size 65536", "16384 pixels a side are the most"),
+    *each(ALL, "--size 65536", "at most 16384 pixels a side"),
     *each(ALL, "--no-such-flag", "unrecognized arguments"),
     Mistake("train.py", "--size 32", "the judge in miniature sees 64 x 64 pixels"),
     Mistake("bench", "--repeats 0", "--repeats 0: must be a whole number, at least 1"),

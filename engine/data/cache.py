@@ -1,9 +1,9 @@
-"""What was computed once and need not be computed again, on disk: a key -> tensors.
+"""A cache on disk, key -> tensors: for what would otherwise be computed again in every run.
 
-A key is a digest of all that the tensors depend on, so an entry is never out of date: it is right, absent, or
-damaged and computed again. An entry is one safetensors file, written beside its place and renamed, so any
-number of runs share a folder. Where it grows beyond `MOST`, what was not used for longest goes. A cache never
-ends a run: a disk that is full is told once.
+A key is a digest of everything that the tensors depend on, so an entry is never out of date. A damaged entry is
+computed again. An entry is one safetensors file, written under another name and then renamed, so any number of runs
+can share a folder. When the folder grows beyond `MOST`, the entries that were not used for the longest time are
+removed. The cache never ends a run: if the disk is full, one line says so.
 """
 
 import hashlib
@@ -22,15 +22,16 @@ from engine.errors import UserError, one_line, printable
 from engine.files import write_whole
 
 GIB = 2**30
-MOST = 32 * GIB    # of all entries; half of what they take and what is free on their disk, if that is less
-ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")             # no other file of the folder is ever removed,
-HALF = re.compile(r"\.[0-9a-f]{64}\.safetensors\.[0-9]+")    # but what a kill left of one
-LEFTOVER = 86_400  # seconds after which what a kill left half written may go: nobody writes it any more
+MOST = 32 * GIB    # bytes of all entries; less if that is more than half of (their bytes + the disk's free bytes)
+# Only files with one of these two names are ever removed: an entry, and a part of one that a kill left.
+ENTRY = re.compile(r"[0-9a-f]{64}\.safetensors")
+HALF = re.compile(r"\.[0-9a-f]{64}\.safetensors\.[0-9]+")
+LEFTOVER = 86_400  # age in seconds after which such a part is removed: no process is still writing it
 
 
 def folder_of(flag, is_full_size):
-    """Where the cache is, for --cache: a folder, None if it is off; "auto" is one in the user's home, and off
-    for a model so small that nothing is worth keeping. Raises UserError for one that cannot be written."""
+    """The folder of the cache for --cache; None if it is off. "auto" is a folder in the user's home, and off for a
+    small model, which is quick to compute again. Raises UserError for a folder that cannot be written."""
     if flag != "auto":
         if flag is not None:
             must_be_writable(flag)
@@ -42,19 +43,19 @@ def folder_of(flag, is_full_size):
 
 
 def must_be_writable(folder):
-    """Raise UserError if a folder cannot be written, or made. Nothing is made yet."""
+    """Raise UserError if a folder cannot be written, or cannot be made. It is not made here."""
     place = Path(folder).absolute()
     while not os.path.lexists(place):
         place = place.parent
     if not place.is_dir():
         raise UserError(f"--cache {folder}: cannot be written: {place} is not a folder; give another, or off")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--cache {folder}: cannot be written: {place} may not be changed; give another, or "
+        raise UserError(f"--cache {folder}: cannot be written: {place} is not writable; give another, or "
                         "off")
 
 
 def digest_of_tensors(tensors):
-    """SHA-256 of the names, dtypes, shapes and numbers of {name: tensor}."""
+    """SHA-256, in hex, of the names, dtypes, shapes and values of {name: tensor}."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
@@ -64,23 +65,24 @@ def digest_of_tensors(tensors):
 
 
 class Cache:
-    """A folder of entries; with the folder None it keeps nothing."""
+    """A folder of entries. If the folder is None, nothing is kept."""
 
     def __init__(self, folder=None, most=MOST):
-        """folder: made as soon as something is put there; most: bytes of all entries."""
+        """folder: made when the first entry is put there; most: the largest size of all entries, bytes."""
         self.folder = None if folder is None else Path(folder)
         self.most = most
-        self.since = None  # bytes put since all entries were counted
+        self.since = None  # bytes added since `trim` last measured all entries; None: not measured yet
 
     def key(self, *what):
-        """The key of what the tensors depend on: values that JSON can hold."""
+        """The key, in hex. what: all that the tensors depend on, as values that JSON can hold."""
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
     def path(self, key):
         return self.folder / f"{key}.safetensors"
 
     def get(self, key):
-        """The tensors {name: tensor} of a key, or None. A damaged entry is told, and is None."""
+        """The tensors {name: tensor} of a key; None if there is no entry. If the entry is damaged: a line says so,
+        and None."""
         if self.folder is None or not self.path(key).is_file():
             return None
         try:
@@ -88,7 +90,7 @@ class Cache:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
                 about = file.metadata() or {}
             if about.get("key") != key or about.get("sha256") != digest_of_tensors(tensors):
-                raise ValueError("its digest is another")
+                raise ValueError("its digest differs")
             self.mark(key)
         except FileNotFoundError:  # another run has removed it meanwhile
             return None
@@ -98,14 +100,14 @@ class Cache:
         return tensors
 
     def mark(self, key):
-        """Mark an entry as used just now."""
+        """Set the time at which an entry was last used to now."""
         try:
             os.utime(self.path(key))
-        except OSError:  # somebody else's, or gone
+        except OSError:  # it belongs to another user, or has been removed
             pass
 
     def put(self, key, tensors):
-        """Keep the tensors {name: tensor} of a key. Where that cannot be done, it is told once."""
+        """Write the tensors {name: tensor} of a key. If that fails, a line says so, and nothing more is written."""
         if self.folder is None:
             return
         about = {"key": key, "sha256": digest_of_tensors(tensors)}
@@ -121,8 +123,8 @@ class Cache:
             self.folder = None
 
     def trim(self):
-        """Remove what was not used for longest, until the rest is no more than it may be; and what a kill
-        left."""
+        """Remove the entries that were not used for the longest time until the rest is small enough; and parts of
+        entries that a kill left."""
         self.since = 0
         entries = []
         for path in self.folder.iterdir():

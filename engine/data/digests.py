@@ -1,4 +1,4 @@
-"""Files by what is in them: digests of contents, and of those that a cache has met already."""
+"""Digests of the contents of files; `known_digest` keeps them in a cache, so that large files are read once."""
 
 import hashlib
 from pathlib import Path
@@ -7,11 +7,11 @@ import torch
 
 from engine.files import files_under, stamp
 
-CHUNK = 2**24  # bytes that are hashed at a time, without holding up the training thread
+CHUNK = 2**24  # bytes that are hashed at a time; hashing releases the GIL, so training goes on meanwhile
 
 
 def digest_of_files(places):
-    """SHA-256 of the names and contents of all files in some places (files or folders)."""
+    """SHA-256, in hex, of the names and contents of a list of files and of all files in a list of folders."""
     digest = hashlib.sha256()
     for place in places:
         for file in files_under(place):
@@ -24,8 +24,8 @@ def digest_of_files(places):
 
 
 def known_digest(places, cache):
-    """`digest_of_files`, but files that a `Cache` has met are not read again as long as their paths, names,
-    sizes and times of writing stay as they were."""
+    """`digest_of_files`, kept in a `Cache`. The files are read again only if a path, name, size or time of writing
+    has changed."""
     seen = [[str(Path(place).resolve()), *stamp(place)] for place in places]
     key = cache.key("digest of files", seen)
     kept = cache.get(key)

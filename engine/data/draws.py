@@ -1,5 +1,5 @@
-"""The order in which a run meets its prompts, and every random draw of an update. Both come from the seed
-alone: neither the number of processes nor the size of a batch changes them."""
+"""The order of a run's prompts, and every random draw of an update. Both depend only on the seed, not on the number
+of processes or the size of a batch."""
 
 import hashlib
 
@@ -7,12 +7,12 @@ import torch
 
 from engine.errors import UserError
 
-MOST_IMAGES = 10**7      # of a run: their order is drawn before it begins
+MOST_IMAGES = 10**7      # the most images of a run; their order is drawn before it begins
 
 
 # ------------------------------------------------------------------------------------------- order and chance
 def prompt_order(n, count, seed):
-    """The first `count` of an endless series of seeded permutations of n prompts: a list of numbers."""
+    """The first `count` numbers of a series of seeded permutations of 0 ... n - 1: a list."""
     generator = torch.Generator().manual_seed(seed)
     order = []
     while len(order) < count:
@@ -21,49 +21,51 @@ def prompt_order(n, count, seed):
 
 
 def check_count(steps, images):
-    """Raise UserError if a run would draw more than can be put in order."""
+    """Raise UserError if a run of steps x images would have more than MOST_IMAGES images."""
     if steps * images > MOST_IMAGES:
         raise UserError(f"--steps {steps}: with {images} images an update (--global-batch) a run would see more than "
                         f"{MOST_IMAGES}")
 
 
 class Curriculum:
-    """Which prompts a process meets in which update. `prompts` are those that it meets at all, each once, so
-    that no other need be encoded; `rows[step]` are the numbers among them, for step 1, 2, ..."""
+    """Which prompts a process uses in which update.
+
+    `prompts`: those that this process uses in the whole run, each once; only these are encoded. `rows[step]`: the
+    indices into `prompts` for step 1, 2, ...
+    """
 
     def __init__(self, texts, steps, images, mine, seed, group=1):
-        """texts: all prompts; images: how many an update of all processes makes, `group` of each prompt it
-        draws; mine: the slice of those that this process makes. Raises UserError if they are too many to be
-        put in order."""
+        """texts: all prompts; images: images of an update, of all processes, `group` of them for each prompt drawn;
+        mine: the slice of these images that this process makes. Raises UserError as `check_count`."""
         check_count(steps, images)
         order = []
         for number in prompt_order(len(texts), steps * images // group, seed):
             order += [number] * group
         self.meet({step: order[(step - 1) * images:step * images][mine] for step in range(1, steps + 1)})
         self.prompts = [texts[number] for number in self.met]
-        self.texts = {"--prompts": texts}  # what --resume compares: texts and files
+        self.texts = {"--prompts": texts}  # --resume compares these texts, and the files in `places`
         self.places = {}
 
     def meet(self, drawn):
-        """drawn: {step: numbers among all}."""
+        """Set `met`, the sorted numbers of all prompts that are used, and `rows`. drawn: {step: numbers of prompts}."""
         self.met = sorted({number for numbers in drawn.values() for number in numbers})
         place = {number: row for row, number in enumerate(self.met)}
         self.rows = {step: [place[number] for number in numbers] for step, numbers in drawn.items()}
 
     def grid(self, step):
-        """(rows, columns) of tokens of an update's pictures; None: --size says it."""
+        """(rows, columns) of tokens of an update's pictures; None: as --size says."""
         return None
 
     def latents(self, rows):
-        """Clean latents [B, N, C] of what some rows show; None: the model makes its own."""
+        """Clean latents x0 [B, N, C] of some rows; None: the model makes them by a rollout."""
         return None
 
 
 class Chance:
     """All the chance of one update, from the seed and the update's number alone.
 
-    Every draw is made for all `images` of the update, and `mine` cuts out those of one batch: so neither the
-    number of processes nor --accumulate changes what an image sees.
+    Every draw is made for all `images` of the update, and `mine` is the slice of one batch. So an image gets the same
+    draws on any number of processes and with any --batch.
     """
 
     def __init__(self, seed, step, images, mine):
@@ -82,9 +84,10 @@ class Chance:
         """One whole number from low to high, both included, for all images."""
         return torch.randint(low, high + 1, (), generator=self.generator).item()
 
-    def some(self, n, count):
-        """`count` of the numbers 0 ... n - 1, for all images."""
-        return torch.randperm(n, generator=self.generator)[:count].tolist()
+    def some_each(self, n, count):
+        """`count` of the numbers 0 ... n - 1 for each image, long [B, count]."""
+        drawn = [torch.randperm(n, generator=self.generator)[:count] for _ in range(self.images)]
+        return torch.stack(drawn)[self.mine]
 
     def normal_shared(self, *shape):
         """Standard normal numbers [B, *shape], one draw for all images."""

@@ -1,5 +1,5 @@
-"""Photographs to learn from: a folder of pictures and their captions. They are cut to a few shapes of about
-the same area, encoded once, and come in an order that no number of processes changes."""
+"""Photographs to train on: a folder of pictures with captions (--images). They are cropped to a few shapes of about
+the same area, and encoded once. Their order is the same on any number of processes."""
 
 import hashlib
 import math
@@ -21,17 +21,17 @@ from engine.paths import not_a_path
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
 METADATA = "metadata.jsonl"
 RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2)  # width : height of the shapes
-MOST_ENLARGED = 2  # a picture that had to grow by more is too small: it would teach blur
-LEAST_KEPT = 0.5   # a picture of which less than this share would be left in its shape is too long
-MOST_TOLD = 10     # pictures that are skipped and named, each in a line
-ORIENTATION = 0x0112  # of EXIF; from 5 on, width and height change places
+MOST_ENLARGED = 2  # a picture that would be enlarged more is skipped: it would teach blur
+LEAST_KEPT = 0.5   # a picture of which cropping would leave a smaller share is skipped
+MOST_TOLD = 10     # how many of the skipped pictures are named, each in a line
+ORIENTATION = 0x0112  # the EXIF tag; values from 5 on swap width and height
 
 
 class Photograph(NamedTuple):
     """A picture that can be trained on."""
     file: Path
     caption: str
-    grid: tuple  # (rows, columns) of tokens that it is cut to
+    grid: tuple  # (rows, columns) of tokens that it is cropped to
 
 
 class Skipped(Exception):
@@ -40,12 +40,12 @@ class Skipped(Exception):
 
 # ---------------------------------------------------------------------------------------- a folder's pictures
 def read(folder, side, unit, world):
-    """The `Photograph`s of a folder and the folders in it, in order, for pictures of about side x side pixels
-    and tokens of unit x unit. Those that cannot be trained on are named, once for all processes of a
-    `parallel.World`, which share the looking. Raises UserError if none is left."""
+    """The `Photograph`s in a folder and its subfolders, sorted. They are for pictures of about side x side pixels, and
+    for tokens of unit x unit pixels. The processes of a `parallel.World` each check a part of the pictures. Those that
+    cannot be trained on are named once. Raises UserError if none is left."""
     if not_a_path(folder) or not Path(folder).is_dir():
-        raise UserError(f"--images {folder[:80]!r}: no such folder (pictures, each with its caption in a "
-                        f".txt beside it, or all in a {METADATA})")
+        raise UserError(f"--images {folder[:80]!r}: no such folder; give a folder of pictures, with captions in "
+                        f".txt files beside them or in a {METADATA}")
     folder = Path(folder)
     captions = captions_of_metadata(folder)
     files = pictures_in(folder)
@@ -62,7 +62,7 @@ def read(folder, side, unit, world):
     skipped = {file: found[file] for file in files if not isinstance(found[file], Photograph)}
     if set(skipped.values()) == {NO_CAPTION} and not photographs:
         raise UserError(f"--images {folder}: no caption for any of its {len(files)} pictures; write one "
-                        f'beside each (fox.jpg: fox.txt), or a {METADATA} with "file_name" and "text"')
+                        f'beside each (fox.txt for fox.jpg), or a {METADATA} with "file_name" and "text"')
     if not photographs:
         file, why = next(iter(skipped.items()))
         raise UserError(f"--images {folder}: none of its {len(files)} pictures can be trained on, such as "
@@ -74,7 +74,7 @@ def read(folder, side, unit, world):
 
 
 def tell(skipped, folder, world):
-    """Say which pictures are skipped, {file: why}: the first of them each in a line."""
+    """Print which pictures are skipped, {file: why}: the first MOST_TOLD in a line each, then how many more."""
     for file, why in list(skipped.items())[:MOST_TOLD]:
         world.say(f"--images: {os.path.relpath(file, folder)} is skipped: {why}")
     if len(skipped) > MOST_TOLD:
@@ -82,7 +82,7 @@ def tell(skipped, folder, world):
 
 
 def pictures_in(folder):
-    """The files in a folder, and in those in it, that are called as pictures are; hidden ones are not."""
+    """The files in a folder and its subfolders whose names end as in PICTURES; hidden ones are left out."""
     found = []
     for path in sorted(folder.rglob("*")):
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
@@ -92,15 +92,15 @@ def pictures_in(folder):
 
 
 def captions_of_metadata(folder):
-    """{path: caption} of what every metadata.jsonl in a folder names, as the imagefolder data sets have it: a
-    line is an object with a "file_name", relative to the file's own folder, and one of `data.KEYS`. Raises
-    UserError."""
+    """{path: caption} of all pictures that a metadata.jsonl in a folder names, in the format of Hugging Face's
+    imagefolder: a line is an object with a "file_name", relative to the metadata.jsonl, and one of
+    `prompt_files.KEYS`. Raises UserError."""
     captions = {}
     for file in sorted(folder.rglob(METADATA)):
         for number, line in prompt_files.lines_of_jsonl(file, "--images"):
             if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
                 raise UserError(f'--images {file}: line {number} must be an object with a "file_name" and a '
-                                '"text"; mend it, or take it out')
+                                '"text"; fix it or remove it')
             captions[os.path.normpath(file.parent / line["file_name"])] = prompt_files.prompt_in(line)
     return captions
 
@@ -109,7 +109,8 @@ NO_CAPTION = f"no caption, in a .txt beside it or in {METADATA}"
 
 
 def caption_of(file, captions):
-    """The caption of a picture: of the .txt beside it, or else of `captions_of_metadata`. Raises Skipped."""
+    """The caption of a picture: from the .txt beside it if there is one, otherwise from `captions`, the result of
+    `captions_of_metadata`. Raises Skipped."""
     beside = file.with_suffix(".txt")
     try:
         text = captions.get(os.path.normpath(file))
@@ -126,7 +127,7 @@ def caption_of(file, captions):
 
 # -------------------------------------------------------------------------------------- a picture, and shapes
 def look(file, captions, shapes, unit):
-    """The `Photograph` of a file, or why it is skipped, a text."""
+    """The `Photograph` of a file; or a text, which says why it is skipped."""
     try:
         caption = caption_of(file, captions)
         width, height = size_of(file)
@@ -135,21 +136,21 @@ def look(file, captions, shapes, unit):
         longer = width / height / (columns / rows)
         kept = min(longer, 1 / longer)
         if kept < LEAST_KEPT:
-            raise Skipped(f"{width} x {height} pixels: too long, only {kept:.0%} of it would be left in "
+            raise Skipped(f"{width} x {height} pixels: too long, only {kept:.0%} of it would be left after cropping to "
                           f"{columns * unit} x {rows * unit}")
         larger = max(columns * unit / width, rows * unit / height)
         if larger > MOST_ENLARGED:
             raise Skipped(f"{width} x {height} pixels: too small, it would be enlarged {larger:.1f} times; "
-                          f"{MOST_ENLARGED} are the most")
+                          f"at most {MOST_ENLARGED} times are allowed")
     except Skipped as why:
         return str(why)
     return Photograph(file, caption, grid)
 
 
 def size_of(file):
-    """(width, height) of a picture that stands upright, in pixels. It is decoded to its end, a JPEG coarsely,
-    so that one that was cut short is found now. Raises Skipped."""
-    if not file.is_file():  # reading from a pipe would wait for ever
+    """(width, height) of a picture in pixels, after the rotation that EXIF asks for. The whole file is decoded, a JPEG
+    at an eighth of its size, so that a truncated file is found now. Raises Skipped."""
+    if not file.is_file():  # reading from a pipe would wait forever
         raise Skipped("not a file")
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(file) as picture:
@@ -158,13 +159,13 @@ def size_of(file):
             picture.draft("RGB", (width // 8, height // 8))
             picture.load()
     except Exception as error:  # a decoder may raise anything for a damaged file
-        why = one_line(error).split(" '")[0]  # PIL names the file once more, in quotes
+        why = one_line(error).split(" '")[0]  # PIL repeats the file's name, in quotes
         raise Skipped(f"cannot be read as a picture: {why}") from error
     return (height, width) if turned else (width, height)
 
 
 def shapes_of(tokens):
-    """The shapes, (rows, columns) of tokens, of RATIOS and of about tokens x tokens."""
+    """The shapes that have RATIOS and about tokens x tokens tokens: a list of (rows, columns) of tokens."""
     shapes = []
     for ratio in RATIOS:
         rows = max(1, round(tokens / ratio**0.5))
@@ -174,7 +175,7 @@ def shapes_of(tokens):
 
 
 def nearest(ratio, shapes):
-    """The shape that is the nearest to a width : height."""
+    """The shape whose ratio is nearest, on a log scale, to a ratio of width to height."""
     def distance(shape):
         rows, columns = shape
         return abs(math.log(columns / rows) - math.log(ratio))
@@ -182,8 +183,8 @@ def nearest(ratio, shapes):
 
 
 def upright(file):
-    """The picture of a file as PIL RGB, as its camera was held; what shines through lies on white, and greys
-    of 16 bits become those of 8."""
+    """The picture of a file as PIL RGB, rotated as EXIF says. Transparent pixels become white, and 16-bit greys
+    become 8-bit."""
     with warnings.catch_warnings(action="ignore"), Image.open(file) as opened:
         picture = ImageOps.exif_transpose(opened)
         if picture.mode.startswith("I"):
@@ -195,32 +196,33 @@ def upright(file):
 
 
 def pixels(photograph, unit):
-    """A photograph [1, 3, H, W] in [0, 1], resized and cut, around its middle, to its shape. Raises UserError
-    for one that can only be read coarsely, as `size_of` did, or was changed since."""
+    """A photograph [1, 3, H, W] in [0, 1], resized and cropped around its centre to its shape; unit: pixels a side of
+    a token. Raises UserError if it cannot be decoded: `size_of` decodes a JPEG only coarsely, and the file may have
+    changed since."""
     rows, columns = photograph.grid
     size = (columns * unit, rows * unit)
     try:
         picture = ImageOps.fit(upright(photograph.file), size, Image.Resampling.LANCZOS)
     except Exception as error:  # a decoder may raise anything for a damaged file
-        raise UserError(f"--images: {photograph.file} cannot be read as a picture: {one_line(error)}; take "
-                        "it out") from error
+        raise UserError(f"--images: {photograph.file} cannot be read as a picture: {one_line(error)}; remove "
+                        "it") from error
     image = torch.from_numpy(np.array(picture)).float() / 255  # [H, W, 3]
     return image.permute(2, 0, 1)[None]
 
 
 # ------------------------------------------------------------------------------------------------ their order
 class Album(draws.Curriculum):
-    """Which photographs a process meets in which update. All of an update are of one shape, on all processes:
-    so a batch is one tensor however it is divided, and no process waits for one with larger pictures.
+    """Which photographs a process uses in which update. All photographs of an update have one shape, on all processes.
+    So a batch is one tensor, and no process waits for another with larger pictures.
 
-    The shape is that of a photograph out of a seeded permutation of all, so each shape comes as often as its
-    photographs are many; those of a shape come in permutations of their own, each beginning where the update
-    before ended. A shape of fewer photographs than an update repeats them there, with other noise.
+    The shape of an update is that of one photograph, from a seeded permutation of all. So a shape comes as often as it
+    has photographs. Each shape has its own series of permutations, and an update continues it where the last update of
+    that shape ended. If a shape has fewer photographs than an update, they repeat in it, with other noise.
     """
 
     def __init__(self, photographs, unit, steps, images, mine, seed):
-        """photographs: all of them; unit: pixels a side of a token; the rest is as for `data.Curriculum`.
-        Raises UserError."""
+        """photographs: all of them; unit: pixels a side of a token; the rest is as for `draws.Curriculum`. Raises
+        UserError."""
         self.unit = unit
         draws.check_count(steps, images)
         shapes = [photographs[n].grid for n in draws.prompt_order(len(photographs), steps, seed)]
@@ -241,10 +243,10 @@ class Album(draws.Curriculum):
         self.encoded = []
 
     def encode(self, encode, made_by, cache, world):
-        """Encode the photographs that this process meets, or take what a `Cache` has of them.
+        """Encode the photographs that this process uses, or take their latents from a `Cache`.
 
-        encode: images [1, 3, H, W] in [0, 1] -> latents [1, N, C]; made_by: all that they depend on beside
-        the picture, values that JSON can hold.
+        encode: images [1, 3, H, W] in [0, 1] -> latents [1, N, C]; made_by: all that the latents depend on besides
+        the picture, as values that JSON can hold.
         """
         for photograph in tqdm(self.photographs, "encode --images", leave=False,
                                disable=not world.main or len(self.photographs) < 100):

@@ -1,4 +1,4 @@
-"""Prompts out of files (.txt, .json, .jsonl, .csv), folders, or named sets on the hub."""
+"""Prompts from files (.txt, .json, .jsonl, .csv), from folders, or from named data sets on the hub."""
 
 import csv
 import io
@@ -12,8 +12,8 @@ from engine.errors import UserError
 from engine.hub import quiet
 from engine.paths import not_a_path
 
-KEYS = ("prompt", "text", "caption")  # what data sets call a prompt, the first that is there
-LONGEST_PROMPT = 20_000  # characters; a text encoder reads some hundred words
+KEYS = ("prompt", "text", "caption")  # the keys of a prompt in data sets; the first one that exists is used
+LONGEST_PROMPT = 20_000  # characters; a text encoder reads at most a few hundred words
 
 
 # ---------------------------------------------------------------------------------------------------- prompts
@@ -23,7 +23,7 @@ class NamedSet(NamedTuple):
     files: list
 
 
-# The paper trains on the one and evaluates on the other (4.1, 4.2).
+# The paper trains on hpdv2 (section 4.1) and evaluates on hpdv2-benchmark (section 4.2).
 PROMPTS = {
     "hpdv2": NamedSet("ymhao/HPDv2", ["train.json"]),
     "hpdv2-benchmark": NamedSet("zhwang/HPDv2", ["benchmark/anime.json", "benchmark/concept-art.json",
@@ -31,7 +31,7 @@ PROMPTS = {
 
 
 class Prompt(NamedTuple):
-    """A prompt, and the category it belongs to: the name of its file among several, or ""."""
+    """A prompt and its category: the name of its file, if there are several files; otherwise ""."""
     text: str
     category: str
 
@@ -49,7 +49,7 @@ def fetched_set(name, flag):
 
 def text_of(file, flag):
     """A file's text, UTF-8 with or without a byte order mark. Raises UserError."""
-    if not file.is_file():  # reading from a pipe would wait for ever
+    if not file.is_file():  # reading from a pipe would wait forever
         raise UserError(f"{flag} {file}: not a file")
     try:
         text = file.read_text(encoding="utf-8-sig")
@@ -63,17 +63,18 @@ def text_of(file, flag):
 
 
 def check_prompts(prompts, flag):
-    """Raise UserError for a prompt that no text encoder reads."""
+    """Raise UserError for a prompt that a text encoder cannot read."""
     for text in prompts:
         if "\0" in text or not is_unicode(text):
-            raise UserError(f"{flag}: {text[:80]!r} is no text: it holds what is not a character")
+            raise UserError(f"{flag}: {text[:80]!r} is no text: it holds a NUL or half of a surrogate pair; remove it")
         if len(text) > LONGEST_PROMPT:
             raise UserError(f"{flag}: a prompt of {len(text)} characters, which begins {text[:80]!r}; "
-                            f"{LONGEST_PROMPT} are the most")
+                            f"at most {LONGEST_PROMPT} are allowed")
 
 
 def is_unicode(text):
-    """Whether a text holds nothing but characters: JSON and the command line may give halves of one."""
+    """Whether a text can be encoded as UTF-8. JSON and the command line may give half of a surrogate pair, which
+    cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -82,8 +83,8 @@ def is_unicode(text):
 
 
 def prompts_of_json(file, flag):
-    """The prompts of a JSON file: a list of them, or of objects with a "prompt"; blank ones are left out.
-    Raises UserError."""
+    """The prompts of a JSON file: a list of texts, or of objects with a "prompt". Blank prompts are left out. Raises
+    UserError."""
     try:
         entries = json.loads(text_of(file, flag))
         found = [entry if isinstance(entry, str) else entry["prompt"] for entry in entries]
@@ -97,22 +98,22 @@ def prompts_of_json(file, flag):
 
 
 def lines_of_jsonl(file, flag):
-    """[(number, value)] of the lines of a .jsonl file, blank ones left out. Raises UserError for a line that
-    is not JSON."""
+    """[(line number from 1, value)] of a .jsonl file; blank lines are left out. Raises UserError for a line that is
+    not JSON."""
     found = []
-    # Not splitlines: JSON leaves a line break of Unicode, which it knows, as it is in a text.
+    # Not splitlines: it also splits at line breaks such as U+2028, which may stand inside a JSON text.
     for number, line in enumerate(text_of(file, flag).split("\n"), 1):
         if line.strip():
             try:
                 found.append((number, json.loads(line)))
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{flag} {file}: line {number} is not JSON; mend it, or take it "
-                                "out") from error
+                raise UserError(f"{flag} {file}: line {number} is not JSON; fix it or "
+                                "remove it") from error
     return found
 
 
 def prompt_in(value):
-    """The prompt of an object, under the first of KEYS that it has; None without one that is a text."""
+    """The prompt of an object: the first value under one of KEYS that is a text; None if there is none."""
     for key in KEYS:
         if isinstance(value.get(key), str):
             return value[key]
@@ -120,20 +121,20 @@ def prompt_in(value):
 
 
 def prompts_of_jsonl(file, flag):
-    """The prompts of a .jsonl file: a line is a text, or an object with one of KEYS. Raises UserError."""
+    """The prompts of a .jsonl file, in which a line is a text, or an object with one of KEYS. Raises UserError."""
     prompts = []
     for number, value in lines_of_jsonl(file, flag):
         text = prompt_in(value) if isinstance(value, dict) else value
         if not isinstance(text, str):
-            raise UserError(f'{flag} {file}: line {number} is no prompt; it must be a text, or an object '
+            raise UserError(f'{flag} {file}: line {number} is not a prompt; it must be a text, or an object '
                             'with a "prompt", "text" or "caption"')
         prompts.append(text)
     return prompts
 
 
 def separator_of(header):
-    """What separates the columns of a .csv file, from its first line: the one that yields a column called as
-    one of KEYS; a comma if none does."""
+    """The separator of the columns of a .csv file: comma, semicolon or tab. It is the first one that splits the first
+    line into columns of which one is called as one of KEYS; otherwise a comma."""
     for separator in (",", ";", "\t"):
         if set(KEYS) & {name.strip(' "').lower() for name in header.split(separator)}:
             return separator
@@ -141,8 +142,8 @@ def separator_of(header):
 
 
 def prompts_of_csv(file, flag):
-    """The prompts of a .csv file: the column that its first row calls one of KEYS, in upper or lower case; or
-    every row of a file of one column. Raises UserError."""
+    """The prompts of a .csv file: the column whose header is one of KEYS, in upper or lower case; or every row of a
+    file with a single column. Raises UserError."""
     text = text_of(file, flag)
     reader = csv.reader(io.StringIO(text), strict=True, delimiter=separator_of(text.split("\n")[0]))
     rows = []
@@ -151,8 +152,8 @@ def prompts_of_csv(file, flag):
             if row:
                 rows.append((reader.line_num, row))
     except csv.Error as error:
-        raise UserError(f"{flag} {file}: line {reader.line_num} is no row of a .csv file ({error}); mend it, "
-                        "or take it out") from error
+        raise UserError(f"{flag} {file}: line {reader.line_num} is not a row of a .csv file ({error}); fix it "
+                        "or remove it") from error
     if not rows:
         return []
     _, header = rows[0]
@@ -160,11 +161,11 @@ def prompts_of_csv(file, flag):
     known = [names.index(key) for key in KEYS if key in names]
     if not known and len(header) > 1:
         raise UserError(f"{flag} {file}: line 1 names no column prompt, text or caption; add such a header "
-                        "(a prompt with a comma in it stands in quotes)")
+                        "(put a prompt that contains a comma in quotes)")
     for number, row in rows:
         if len(row) != len(header):
-            raise UserError(f"{flag} {file}: line {number} has {len(row)} columns, and the first one "
-                            f"{len(header)}; a prompt with a comma in it stands in quotes")
+            raise UserError(f"{flag} {file}: line {number} has {len(row)} columns, and line 1 has "
+                            f"{len(header)}; put a prompt that contains a comma in quotes")
     if known:
         return [row[known[0]] for _, row in rows[1:]]
     return [row[0] for _, row in rows]
@@ -179,9 +180,10 @@ READERS = {".json": prompts_of_json, ".jsonl": prompts_of_jsonl, ".csv": prompts
 
 
 def read_prompts_by_category(source, flag="--prompts"):
-    """[`Prompt`] of a file, all of category "": a .json, .jsonl or .csv file, or UTF-8 text, one a line;
-    blank ones are left out. Of a folder of .json files, a category each; or of a named set of PROMPTS,
-    fetched from the hub.
+    """A list of `Prompt` from a source; blank prompts are left out. The source is one of:
+
+    a .json, .jsonl or .csv file, or UTF-8 text with one prompt a line: every category is "";
+    a folder of .json files, or a named set of PROMPTS, fetched from the hub: each file is a category.
 
     Raises UserError.
     """
@@ -191,7 +193,7 @@ def read_prompts_by_category(source, flag="--prompts"):
 
 
 def prompts_in(source, flag):
-    """`read_prompts_by_category`, before it is looked at."""
+    """`read_prompts_by_category`, without its check of the prompts."""
     why = not_a_path(source)
     if why:
         raise UserError(f'{flag} "{source[:80]}": must be a path, and it {why}')
@@ -202,7 +204,7 @@ def prompts_in(source, flag):
         for file in files:
             prompts += [Prompt(text, file.stem) for text in prompts_of_json(file, flag)]
         if not prompts:
-            raise UserError(f"{flag} {source}: no prompt in it (a folder of .json files, lists of prompts)")
+            raise UserError(f"{flag} {source}: no prompt in it; its .json files must be lists of prompts")
         return prompts
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file (a text file, one prompt a line, a .json, .jsonl or "
@@ -215,6 +217,6 @@ def prompts_in(source, flag):
 
 
 def read_prompts(source, flag="--prompts"):
-    """The texts of `read_prompts_by_category`; of a named set, each once."""
+    """The texts of `read_prompts_by_category`. In a named set a text may occur more than once; it is returned once."""
     texts = [prompt.text for prompt in read_prompts_by_category(source, flag)]
     return list(dict.fromkeys(texts)) if source in PROMPTS else texts

@@ -1,5 +1,5 @@
-"""What comes with weights is a stranger's: its configs make no library run code, their numbers are numbers
-before a network of that size is made, and no tensor of the network is missing."""
+"""Checks of a model's folder, which may come from anyone. Its configs must not make a library run code. Their sizes
+are checked before a network is built from them. After loading, no tensor of the network may be missing."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,22 +12,21 @@ from engine.files import read_json
 from engine.hub import quiet
 
 OF_NETWORKS = ("config.json", "open_clip_config.json", "scheduler_config.json")
-WORD_LISTS = ("tokenizer.json", "vocab.json", "added_tokens.json")  # any word may stand there
-ADAPTER = "adapter_config.json"  # transformers would load it on top of the weights, from wherever it says
-TABLES = ("position_ids", "relative_position_index", "num_batches_tracked")  # whole numbers, and rightly so
+WORD_LISTS = ("tokenizer.json", "vocab.json", "added_tokens.json")  # vocabularies, whose keys may be any word
+ADAPTER = "adapter_config.json"  # transformers would load the adapter that it names on top of the weights
+TABLES = ("position_ids", "relative_position_index", "num_batches_tracked")  # tensors that do hold whole numbers
 MOST_LAYERS = 1000
 LARGEST = 10**7
 
 
 # -------------------------------------------------------------------------------------------------- a folder
 def check_folder(folder):
-    """Raise UserError if a folder that a library is about to read holds what cannot be read to its end, such
-    as a pipe; a config that asks for code to be run, or whose numbers are none; or an adapter.
+    """Check a folder before a library reads it. Returns {file: its config}, so that no config is read twice.
 
-    transformers would run the Python file that `auto_map` names, if `trust_remote_code` says so, and fetch
-    and run a kernel of the hub that `attn_implementation` names.
-
-    Returns {file: its config} of all of them, so that none need be read again.
+    Raises UserError if the folder holds something that is not a file or a folder, such as a pipe; a config that asks
+    for code to be run, or that has an impossible size; or an adapter. transformers would run the Python file that
+    `auto_map` names, if `trust_remote_code` is set. It would also fetch and run a kernel from the hub that
+    `attn_implementation` names.
     """
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: not a folder")
@@ -43,8 +42,8 @@ def check_folder(folder):
 
 
 def check_config(file):
-    """A config, a dict. Raises UserError if it asks for code to be run or, where a network is made of it,
-    holds a number that none can be made of."""
+    """The config in a file, a dict. Raises UserError if it asks for code to be run; or, for a file of OF_NETWORKS, if
+    a number in it is too large to be a size."""
     config = read_json(file)
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a config: it must be a JSON object")
@@ -54,18 +53,18 @@ def check_config(file):
             raise UserError(f"{file.name} asks for code to be run ({key}), which is not done")
         if is_network and isinstance(value, int | float):
             most = MOST_LAYERS if "layers" in key else LARGEST
-            if not abs(value) <= most:  # so is nan
+            if not abs(value) <= most:  # written so that nan is refused too
                 raise UserError(f"{file}: {key} {str(value)[:40]}: not a size of a network")
     return config
 
 
 def asks_for_a_kernel(key, value):
-    """Whether a key of a config names an implementation of attention that is not the library's own."""
+    """Whether a key of a config names an implementation of attention on the hub, OWNER/NAME."""
     return key.endswith("attn_implementation") and "/" in str(value)
 
 
 def pairs(value, key=""):
-    """(key, value) of everything in a JSON value, at any depth; the items of a list have the list's key."""
+    """Yields (key, value) of every entry of a JSON value, at any depth. The items of a list have the list's key."""
     if isinstance(value, dict):
         for inner, item in value.items():
             yield inner, item
@@ -80,7 +79,7 @@ def pairs(value, key=""):
 
 # ---------------------------------------------------------------------------------------------- a key's value
 class Kind(NamedTuple):
-    """What the value of a key must be: in words, and a test of it."""
+    """What the value of a key must be: in words, and as a function value -> bool."""
     words: str
     fits: Callable
 
@@ -90,7 +89,7 @@ def is_whole(value):
 
 
 def is_number(value):
-    return type(value) in (int, float) and abs(value) < 1e300  # so is not nan
+    return type(value) in (int, float) and abs(value) < 1e300  # false for nan too
 
 
 def is_positive(value):
@@ -128,15 +127,18 @@ WHOLES = Kind("a list of whole numbers above 0", are_whole)
 
 
 def one_of(*allowed):
-    """The `Kind` of a value that is one of a few."""
+    """The `Kind` of a value that must be one of those given. Types must agree too: 1 is not True."""
     def is_allowed(value):
         return any(value is one or (type(value) is type(one) and value == one) for one in allowed)
     return Kind(" or ".join(repr(one) for one in allowed), is_allowed)
 
 
 def fitting(file, read, needed, optional=None):
-    """A config, a dict, out of those that were read {file: config}, whose keys are what they must be: needed and
-    optional {key: `Kind`}. Raises UserError."""
+    """The config of a file, a dict, with its values checked.
+
+    read: {file: config}, from `check_folder`; needed, optional: {key: `Kind`}. Raises UserError if the file was not
+    read, a value does not fit its `Kind`, or a needed key is missing.
+    """
     if file not in read:
         raise UserError(f"{file}: cannot be read: No such file or directory")
     config = read[file]
@@ -151,7 +153,7 @@ def fitting(file, read, needed, optional=None):
 
 # ---------------------------------------------------------------------------------------------- the weights
 def check_dtypes(folder):
-    """Raise UserError if a safetensors file of a folder holds whole numbers in place of weights."""
+    """Raise UserError if a safetensors file of a folder holds whole numbers where weights are expected."""
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():
@@ -161,9 +163,12 @@ def check_dtypes(folder):
 
 
 def strict(cls, folder, dtype, unread=(), checked=False, **options):
-    """cls.from_pretrained(folder, **options) on the CPU in `dtype`, evaluating, frozen. Raises UserError if
-    the file lacks a tensor of the model, or holds one that is not read and starts with none of `unread`; or, unless
-    `check_folder` was there before, if a config asks for code to be run."""
+    """cls.from_pretrained(folder, **options) on the CPU in `dtype`, in evaluation mode and frozen.
+
+    unread: prefixes of tensors that may be in the file although the model does not read them; checked: whether
+    `check_folder` has already checked the folder. Raises UserError if a tensor is missing, if another tensor is not
+    the model's, or as `check_folder` does.
+    """
     quiet()
     if not checked:
         check_folder(folder)

@@ -1,4 +1,4 @@
-"""Full weights as one safetensors file in diffusers' layout, streamed tensor by tensor."""
+"""Writes full weights as one safetensors file in diffusers' layout, tensor by tensor."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from engine.model.tensors import full
 
 
 def header_of(transformer, dtype):
-    """The head of a safetensors file: its length in 8 bytes, then JSON, padded to a multiple of 8."""
+    """The header of a safetensors file, bytes: its length in 8 bytes, then JSON, padded to a multiple of 8."""
     code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
     header = {"__metadata__": {"format": "pt"}}
     end = 0
@@ -24,8 +24,8 @@ def header_of(transformer, dtype):
 
 
 def bytes_of(transformer, dtype):
-    """The content of a safetensors file piece by piece: its head, then one tensor after the other, in full.
-    Gathering a tensor is a collective: every rank must run through all pieces."""
+    """Yields the content of a safetensors file in pieces: the header, then each full tensor. An all-gather needs every
+    rank, so every rank must consume all pieces."""
     yield header_of(transformer, dtype)
     for parameter in transformer.parameters():
         tensor = full(parameter.detach()).to("cpu", dtype).contiguous()
@@ -33,16 +33,16 @@ def bytes_of(transformer, dtype):
 
 
 def export(transformer, folder, world, dtype=torch.float32):
-    """Write config.json and one diffusion_pytorch_model.safetensors in diffusers layout, which FluxPipeline
-    and ComfyUI load.
+    """Write config.json and one diffusion_pytorch_model.safetensors in diffusers' layout, which FluxPipeline and
+    ComfyUI load.
 
-    The file is streamed tensor by tensor, so no process ever holds a full copy, and renamed when complete: a
-    full disk leaves the file before, if there was one. Raises OSError.
+    The file is written tensor by tensor, so no process holds a full copy. It is renamed when complete: if the disk is
+    full, an existing file stays as it was. Raises OSError.
     """
     folder = Path(folder)
     pieces = bytes_of(transformer, dtype)
     if not world.main:
-        for _ in pieces:  # only to take part in the gathering
+        for _ in pieces:  # only to take part in each all-gather
             pass
         return
     folder.mkdir(parents=True, exist_ok=True)

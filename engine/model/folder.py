@@ -1,5 +1,5 @@
-"""`Model`: a FLUX.1 by its folder or hub id, opened and checked once. Afterwards it knows its configs, its parts, the
-flags that suit it and where they stand. No weights are read here, and nothing needs torch."""
+"""`Model`: a FLUX.1 model, given by its folder or hub id, opened and checked once. It then knows its configs, its
+parts, and the default flags that suit it. No weights are read here, and nothing needs torch."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -13,19 +13,19 @@ from engine.model import configs as con
 from engine.model import own_flags
 from engine.paths import not_a_path
 
-PATCH = 2  # a token is 2 x 2 latents: fixed by the FLUX pipeline, stored in no config
-MOST_PIXELS = 2**14  # a side: what a slip of the hand could ask for beyond that fits no machine
+PATCH = 2  # a token is 2 x 2 latents: the FLUX pipeline fixes this, no config stores it
+MOST_PIXELS = 2**14  # a side; a larger picture fits no machine, so it is a typing mistake
 INDEX = "model_index.json"
 PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")
 MOST_TOKENS = 512  # of a prompt: FluxPipeline's own limit
-FEWEST_TOKENS = 8  # fewer hold no prompt
-NO_LIMIT = int(1e30)  # what transformers writes for a tokenizer that knows none
-SCHNELL_TOKENS = 256  # of a prompt: FluxPipeline's limit for FLUX.1-schnell, which no config says
-SCRIPTS_OWN = 1024  # pixels a side that FLUX.1's VAE was made for: there --size has each script's own default
+FEWEST_TOKENS = 8  # of a tokenizer's limit; below that no prompt fits
+NO_LIMIT = int(1e30)  # what transformers writes for a tokenizer without a limit
+SCHNELL_TOKENS = 256  # of a prompt: FluxPipeline's limit for FLUX.1-schnell, which no config states
+SCRIPTS_OWN = 1024  # FLUX.1's sample_size, pixels a side; for such a VAE each script has its own default of --size
 TEXTS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")  # the parts that encode prompts
 
-# What the configs must say of what is computed with here; the rest is the libraries' affair.
+# The keys of the configs that this code computes with, and what they must be. The libraries check the others.
 TRANSFORMER = {"_class_name": con.one_of("FluxTransformer2DModel"), "in_channels": con.WHOLE,
                "num_layers": con.WHOLE, "num_single_layers": con.WHOLE, "attention_head_dim": con.WHOLE,
                "num_attention_heads": con.WHOLE, "joint_attention_dim": con.WHOLE,
@@ -45,14 +45,14 @@ T5 = {"model_type": con.one_of("t5"), "d_model": con.WHOLE, "vocab_size": con.WH
 SCHEDULER = {"_class_name": con.one_of("FlowMatchEulerDiscreteScheduler")}
 DYNAMIC = {"base_shift": con.NUMBER, "max_shift": con.NUMBER, "base_image_seq_len": con.WHOLE,
            "max_image_seq_len": con.WHOLE}
-# FLUX.1's steps: what would bend them in another way is refused, for nothing here would do it.
+# Only FLUX.1's own schedule of steps is implemented here, so options that would change it otherwise are refused.
 OF_SCHEDULER = {"use_dynamic_shifting": con.FLAG, "shift": con.POSITIVE, "shift_terminal": con.one_of(None),
                 "time_shift_type": con.one_of("exponential"), "invert_sigmas": con.one_of(False),
                 "use_karras_sigmas": con.one_of(False), "use_exponential_sigmas": con.one_of(False),
                 "use_beta_sigmas": con.one_of(False), "stochastic_sampling": con.one_of(False)}
 
 class Configs(NamedTuple):
-    """What a model's files say of it, before anything is loaded."""
+    """A model's configs, read before any weights. text_tokens: the most tokens of a prompt."""
     transformer: dict
     vae: dict
     scheduler: dict
@@ -60,14 +60,14 @@ class Configs(NamedTuple):
 
     @property
     def few_steps(self):
-        """Whether it was distilled to few steps, as FLUX.1-schnell: it has no guidance to embed, and a time
-        shift that does not depend on the picture's size."""
+        """Whether the model was distilled to few steps, as FLUX.1-schnell was. It is if it has no guidance embedding,
+        and its time shift does not depend on the picture's size."""
         static = not self.scheduler.get("use_dynamic_shifting", False)
         return not self.transformer["guidance_embeds"] and static
 
 
 # -------------------------------------------------------------------------------------------- models by name
-# What the configs of hub ids say, so that nothing need be downloaded to plan, or to refuse --weights.
+# The configs of known hub ids, so that nothing is downloaded for a plan, or to refuse --weights.
 FLUX_VAE = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
             "latent_channels": 16, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
             "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": 1024,
@@ -87,16 +87,16 @@ KNOWN = {"black-forest-labs/FLUX.1-dev": FLUX_DEV,
 
 # --------------------------------------------------------------------------------------------------- the model
 class Model:
-    """A FLUX.1, opened and checked once, and passed on in place of its name."""
+    """A FLUX.1 model, opened and checked once. Functions take this object, not the model's name."""
 
     def __init__(self, name):
-        """name: a folder, or a hub id: one that is known here, or whose model_index.json says that it is FLUX.1. Of a
-        hub id nothing but configs is downloaded before `fetch`. Raises UserError."""
+        """name: a folder or a hub id. A hub id must be in KNOWN, or its model_index.json must say FluxPipeline. For a
+        hub id only configs are downloaded before `fetch`. Raises UserError."""
         self.name = str(name)
         why = not_a_path(name)
         if why:
             raise UserError(f'--model "{self.name[:80]}": must be a path or a hub id, and it {why}')
-        self.folder = Path(name) if Path(name).exists() else None  # None: on the hub
+        self.folder = Path(name) if Path(name).exists() else None  # None: a hub id that is not fetched yet
         if self.folder is not None:
             self.configs = read_configs(self.folder, f"--model {name}")
         elif self.name in KNOWN:
@@ -105,24 +105,24 @@ class Model:
             self.folder = configs_of_unknown(self.name)
             self.configs = read_configs(self.folder, f"--model {name}")
         self.is_remote = not Path(name).exists()
-        self.says = Path(name) / "srpo.json"  # where its own flags stand
+        self.says = Path(name) / "srpo.json"  # the file of its default flags
         self.written = {} if self.is_remote else own_flags.read(self.says)
 
     @property
     def unit(self):
-        """Side of the square of pixels behind one token: VAE factor x patch, 16."""
+        """Pixels a side of one token: VAE factor x patch, 16 for FLUX.1."""
         return pixels_per_token(self.configs.vae)
 
     def grid(self, height, width):
-        """(rows, columns) of tokens of a picture. Raises UserError for a size that the model cannot make."""
+        """(rows, columns) of tokens of a picture of so many pixels. Raises UserError if the model cannot make it."""
         return token_grid(self.configs.vae, height, width)
 
     def part(self, name):
-        """The folder of one of PARTS, which is on this machine: that of a hub id after `fetch`."""
+        """The local folder of one of PARTS. For a hub id, call `fetch` first."""
         return self.folder / name
 
     def fetch(self, parts=PARTS):
-        """Bring some parts of a hub id to this machine, all before anything is loaded. Raises UserError."""
+        """Download some parts of a hub id, before any of them is loaded. Raises UserError."""
         if not self.is_remote:
             return
         quiet()
@@ -142,8 +142,8 @@ class Model:
         return UserError(f"--model {self.name}: cannot be loaded as FLUX.1: {one_line(error)}{hub}")
 
     def suited(self):
-        """{flag: value} that its configs ask for, where they are not FLUX.1-dev's: the picture's side that its VAE was
-        made for; and few steps, with the model's own time shift."""
+        """{flag: value} that its configs ask for; {} for FLUX.1-dev. A VAE for smaller pictures sets size; a model of
+        few steps sets 4 steps and its own time shift."""
         found = {}
         side = self.configs.vae.get("sample_size")
         if type(side) is int and self.unit <= side < SCRIPTS_OWN:
@@ -153,12 +153,12 @@ class Model:
         return found
 
     def flags(self, kinds):
-        """{flag: value} that suit it: what its configs ask for, below what its srpo.json says. kinds: {flag: `Kind`}
-        of what that may set. Raises UserError."""
+        """{flag: value} that suit the model: from its srpo.json, otherwise from its configs. kinds: {flag: `Kind`} of
+        the flags that srpo.json may set. Raises UserError."""
         return self.suited() | own_flags.checked(self.says, self.written, kinds)
 
     def notes(self, flags):
-        """What its configs decided of the flags (a dict): a list of lines."""
+        """A line for each of the flags (a dict) whose value its configs decided: a list."""
         lines = []
         for name, value in self.suited().items():
             if name not in self.written and name in flags and flags[name] == value:
@@ -168,24 +168,24 @@ class Model:
 
 
 def pixels_per_token(vae_config):
-    """Side of the square of pixels behind one token: VAE factor x patch, 16."""
+    """Pixels a side of one token: VAE factor x patch, 16 for FLUX.1."""
     return PATCH * 2 ** (len(vae_config["block_out_channels"]) - 1)
 
 
 def token_grid(vae_config, height, width):
-    """(rows, columns) of tokens of a picture. Raises UserError for a size that the model cannot make."""
+    """(rows, columns) of tokens of a picture of so many pixels. Raises UserError if the model cannot make it."""
     unit = pixels_per_token(vae_config)
     if height % unit or width % unit or height < unit or width < unit:
         raise UserError(f"--size {width} x {height}: both sides must be multiples of {unit} pixels for "
                         f"this model")
     if max(height, width) > MOST_PIXELS:
-        raise UserError(f"--size {width} x {height}: {MOST_PIXELS} pixels a side are the most")
+        raise UserError(f"--size {width} x {height}: at most {MOST_PIXELS} pixels a side")
     return height // unit, width // unit
 
 
 def configs_of_unknown(name):
-    """The folder with the configs of a hub id that is not known here, downloaded if its model_index.json says that it
-    is FLUX.1. Raises UserError, with the known ones, if it does not, or cannot be had."""
+    """The folder with the configs of a hub id that is not in KNOWN. They are downloaded if its model_index.json says
+    FluxPipeline. Raises UserError, which lists the known ids, if it says something else or cannot be downloaded."""
     if name.count("/") != 1 or name.startswith((".", "/")):
         raise UserError(f"--model {name}: no such folder (give a folder in FLUX.1-dev's layout, or a hub id such as "
                         f"{next(iter(KNOWN))})")
@@ -197,7 +197,7 @@ def configs_of_unknown(name):
         raise UserError(f"--model {name}: not known here, and the hub gives no {INDEX} that says what it is "
                         f"({type(error).__name__}); {known}") from error
     if kind != "FluxPipeline":
-        raise UserError(f"--model {name}: its {INDEX} says {kind}, and only FLUX.1 (FluxPipeline) is trained; {known}")
+        raise UserError(f"--model {name}: its {INDEX} says {kind}, but only FLUX.1 (FluxPipeline) is trained; {known}")
     try:
         return Path(snapshot_download(name, allow_patterns=[INDEX, "*/*.json", "*/spiece.model"]))
     except Exception as error:
@@ -206,8 +206,8 @@ def configs_of_unknown(name):
 
 # -------------------------------------------------------------------------------------------------- the parts
 def read_configs(folder, whose):
-    """The `Configs` of a folder, each read once and checked, and whether they fit each other; whose: the model, for
-    messages. Raises UserError if a part of a FLUX.1 is missing, or another model's."""
+    """The `Configs` of a folder. Each config is read once and checked, alone and against the others. whose: the model,
+    for messages. Raises UserError if a part of a FLUX.1 model is missing, or belongs to another model."""
     missing = [part for part in (INDEX, *PARTS) if not (folder / part).exists()]
     if missing:
         raise UserError(f"{whose}: not a FLUX.1 folder, it has no {', '.join(missing)}")
@@ -242,8 +242,8 @@ def read_configs(folder, whose):
 
 
 def check_transformer(folder, read=None):
-    """The config of a FLUX.1 transformer's folder, out of what `configs.check_folder` has read of it. Raises
-    UserError."""
+    """The config of a FLUX.1 transformer's folder. read: what `configs.check_folder` returned for it; None: it is
+    read now. Raises UserError."""
     if read is None:
         read = con.check_folder(folder)
     file = folder / "config.json"
@@ -256,26 +256,26 @@ def check_transformer(folder, read=None):
 
 
 def must_fit(file, config, key, wanted, why):
-    """Raise UserError if a key of a config is not as large as another config wants it."""
+    """Raise UserError unless the value of a key is `wanted`; why: which other config needs that, for the message."""
     if config[key] != wanted:
         raise UserError(f"{file}: {key} {config[key]} must be {wanted}, {why}")
 
 
 def check_scheduler(file, read):
-    """A scheduler's config. Raises UserError if it is not of FLUX.1's steps."""
+    """A scheduler's config. Raises UserError if it is not FLUX.1's schedule."""
     steps = con.fitting(file, read, SCHEDULER, OF_SCHEDULER | DYNAMIC)
     if steps.get("use_dynamic_shifting"):
         con.fitting(file, read, DYNAMIC)
         if not steps["base_image_seq_len"] < steps["max_image_seq_len"]:
             raise UserError(f"{file}: base_image_seq_len must be below max_image_seq_len")
         if not 0 <= steps["base_shift"] <= steps["max_shift"] <= 10:
-            raise UserError(f"{file}: base_shift and max_shift must be from 0 to 10, the larger one last")
+            raise UserError(f"{file}: base_shift and max_shift must be from 0 to 10, and base_shift the smaller one")
     return steps
 
 
 def check_vocabulary(folder, most, read):
-    """How many tokens a tokenizer gives a text, at most; where it knows no limit, as many as its encoder
-    takes, `most`. Raises UserError if it says more than that, or if it has no vocabulary."""
+    """The most tokens that a tokenizer makes of a text. If it has no limit, this is `most`, the limit of its encoder.
+    Raises UserError if its own limit is larger, or if it has no vocabulary."""
     if not any((folder / name).exists() for name in VOCABULARIES):
         raise UserError(f"{folder}: has no vocabulary ({' or '.join(VOCABULARIES)})")
     file = folder / "tokenizer_config.json"

@@ -1,9 +1,8 @@
-"""LoRA (arXiv 2106.09685) beside a FLUX's linear layers, and its file as users know it.
+"""LoRA (arXiv 2106.09685): adapters beside a FLUX's linear layers, and their file in diffusers' format.
 
-A layer computes y = W x + B A x: W stays frozen, A [R, in] starts random and B [out, R] zero, so that
-training starts from the base model. The layers are peft's. What peft does not do for a transformer that is
-built on the meta device and sharded by FSDP2 is here: to give the matrices their values, and to read and
-write them.
+A layer computes y = W x + B A x. W [out, in] is frozen. A [R, in] starts random and B [out, R] zero, so that training
+starts from the base model. The layers are peft's. peft cannot fill, read or write adapters of a transformer that is
+built on the meta device and sharded by FSDP2, so that is done here.
 """
 
 import importlib
@@ -25,17 +24,17 @@ from engine.model.tensors import fill, full, local_part, my_rows, own_parameters
 from engine.paths import not_a_path
 
 FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
-PREFIX = "transformer."                    # whose a tensor of that file is: diffusers' and ComfyUI's word
+PREFIX = "transformer."                    # diffusers and ComfyUI put it before the names of a transformer's tensors
 
 
 # ----------------------------------------------------------------------------------------------- the adapters
 def library():
-    """peft. It is imported when a LoRA is trained and not before: it takes more than a second."""
+    """The library peft. It is imported only when a LoRA is trained, since the import takes more than a second."""
     return importlib.import_module("peft")
 
 
 def has_adapter(layer):
-    """Whether a linear layer of this name gets an adapter: those of the blocks but for the norms'."""
+    """Whether a linear layer of this name gets an adapter: all in the blocks, except in their norms."""
     return "transformer_blocks." in layer and "norm" not in layer
 
 
@@ -49,15 +48,15 @@ def layers_of(transformer):
 
 
 def add_adapters(transformer, rank):
-    """Put adapters of a rank beside these layers, and freeze the rest. alpha is the rank, so that B A enters
-    as it is. It may be on the meta device."""
+    """Add adapters of a rank to the layers of `layers_of`, and freeze all other parameters. alpha is the rank, so
+    peft's factor alpha / R is 1. The transformer may be on the meta device."""
     names = list(layers_of(transformer))
     config = library().LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
     library().inject_adapter_in_model(config, transformer)
 
 
 def adapters(transformer):
-    """{name in the file: parameter} of all adapters: peft's own name for an adapter, default, is left out."""
+    """{name in the file: parameter} of all adapters. The file's names lack ".default", peft's name of the adapter."""
     found = {}
     for name, parameter in transformer.named_parameters():
         if ".lora_A." in name or ".lora_B." in name:
@@ -66,8 +65,8 @@ def adapters(transformer):
 
 
 def start(transformer, seed):
-    """Give the adapters their values. Each is drawn from its name and the seed, in full, and every process
-    keeps its rows, so that any number of processes start from the same."""
+    """Give the adapters their first values: A random, B zero. Each process draws the full matrix, from its name and
+    the seed, and keeps its own rows. So the values are the same on any number of processes."""
     for name, parameter in adapters(transformer).items():
         values = torch.zeros(parameter.shape)
         if "lora_A" in name:
@@ -78,10 +77,11 @@ def start(transformer, seed):
 
 @contextmanager
 def adapter_off(transformer):
-    """Inside, a transformer with adapters is its base model; without any it is what it is."""
+    """Inside this context the adapters are off, so the transformer is its base model. A transformer without adapters
+    is not changed."""
     layers = [module for module in transformer.modules() if hasattr(module, "lora_A")]
-    # Not peft's enable_adapters(False), which freezes the adapters as well: FSDP2 looks once, when it first
-    # gathers them, whether they need a gradient.
+    # Not peft's enable_adapters(False), which also freezes the adapters: FSDP2 checks only at their first all-gather
+    # whether they need a gradient.
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -93,8 +93,7 @@ def adapter_off(transformer):
 
 # --------------------------------------------------------------------------------------------------- the file
 def is_lora(place):
-    """Whether a folder or a file holds a LoRA, and not a transformer's weights. Raises UserError for a
-    .safetensors file that cannot be read."""
+    """Whether a folder or a file holds a LoRA. Raises UserError for a .safetensors file that cannot be read."""
     if not_a_path(place):
         return False
     if single_file.is_single_file(place):
@@ -106,7 +105,7 @@ def export_adapters(transformer, folder, world, dtype=torch.float32):
     """Write the adapters as pytorch_lora_weights.safetensors, which FluxPipeline.load_lora_weights and
     ComfyUI load. Raises OSError."""
     tensors = {}
-    for name, parameter in adapters(transformer).items():  # gathering takes every process
+    for name, parameter in adapters(transformer).items():  # on every process: an all-gather needs all of them
         tensors[name] = full(parameter.detach()).to("cpu", dtype).contiguous()
     if world.main:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -114,7 +113,7 @@ def export_adapters(transformer, folder, world, dtype=torch.float32):
 
 
 def export(transformer, folder, world, dtype=torch.float32):
-    """Write what was trained, as users load it: the adapters, or all weights. Raises OSError."""
+    """Write what was trained: the adapters if there are any, otherwise all weights. Raises OSError."""
     if adapters(transformer):
         export_adapters(transformer, folder, world, dtype)
     else:
@@ -122,10 +121,10 @@ def export(transformer, folder, world, dtype=torch.float32):
 
 
 def read(place):
-    """(path, {layer: (A [R, in], B [out, R])}) of the LoRA that a folder holds, or a file is; the layer as
-    diffusers names it.
+    """(path, {layer: (A [R, in], B [out, R])}) of the LoRA in a folder or a file. Layers have diffusers' names; the
+    factor alpha / R is already in B.
 
-    Raises UserError for what is none of a transformer's, such as another tool's names, or a text encoder's.
+    Raises UserError for any other tensor, such as one with another tool's name, or a text encoder's.
     """
     path = Path(place) / FILE if Path(place).is_dir() else Path(place)
     try:
@@ -150,14 +149,14 @@ def read(place):
 
 
 def scale_of(metadata):
-    """alpha / R, as diffusers notes it in a file's metadata; 1 where it notes nothing."""
+    """alpha / R from a file's metadata, in diffusers' format; 1 if the metadata does not have it."""
     noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     return noted.get(f"{PREFIX}lora_alpha", 1) / noted.get(f"{PREFIX}r", 1)
 
 
 def fitting(transformer, place, rank=None):
-    """{layer: (A, B)} of the LoRA in a folder or file, which fits a transformer, perhaps one on the meta
-    device; and, if a rank is given, adapters of that rank, which are to go on with it. Raises UserError."""
+    """{layer: (A, B)} of the LoRA in a folder or file. Raises UserError if it does not fit the transformer, which may
+    be on the meta device; or, if a rank is given, if adapters of that rank cannot start from it."""
     path, pairs = read(place)
     parameters = own_parameters(transformer)
     for layer, (A, B) in pairs.items():
@@ -165,20 +164,20 @@ def fitting(transformer, place, rank=None):
         if weight is None:
             raise UserError(f"{path}: this transformer has no layer {layer}")
         if weight.shape != (B.shape[0], A.shape[1]) or A.shape[0] != B.shape[1]:
-            raise UserError(f"{path}: {layer} is {B.shape[0]} x {A.shape[1]}, and here "
+            raise UserError(f"{path}: {layer} is {B.shape[0]} x {A.shape[1]}, and in this transformer "
                             f"{' x '.join(map(str, weight.shape))}: another model's")
         if rank is not None and len(A) != rank:
-            raise UserError(f"{path}: of another rank than --lora {rank}; --lora {len(A)} goes on with it, "
-                            "and without --lora it is merged into the weights")
+            raise UserError(f"{path}: of another rank than --lora {rank}; --lora {len(A)} goes on with it; "
+                            "without --lora it is merged into the weights")
         if rank is not None and not has_adapter(layer):
-            raise UserError(f"{path}: this transformer has no adapter beside {layer}")
+            raise UserError(f"{path}: {layer} gets no adapter with --lora; without --lora the file is merged")
     return pairs
 
 
 def load_into(transformer, place):
-    """Read a LoRA into the adapters that a transformer has. A layer that the file leaves out stays as it is.
+    """Read a LoRA into the adapters of a transformer. A layer that is not in the file keeps its values.
 
-    Raises UserError if it is of another architecture or rank; nothing has been changed then.
+    Raises UserError, before anything is changed, if the LoRA has another architecture or rank.
     """
     parameters = adapters(transformer)
     rank = next(len(parameter) for name, parameter in parameters.items() if ".lora_A." in name)
@@ -189,10 +188,10 @@ def load_into(transformer, place):
 
 @torch.no_grad()
 def merge_into(transformer, place):
-    """Add the LoRA in a folder or file to the weights of a transformer without adapters, W + B A, sharded or
-    not.
+    """Add the LoRA in a folder or file to the weights of a transformer without adapters: W + B A. The weights may be
+    sharded.
 
-    Raises UserError if it is of another architecture; nothing has been changed then.
+    Raises UserError, before anything is changed, if the LoRA has another architecture.
     """
     pairs = fitting(transformer, place)
     parameters = own_parameters(transformer)

@@ -1,4 +1,5 @@
-"""srpo.json, the flags that suit a model, in its folder: what may stand there, and where paths in it lead."""
+"""srpo.json, in a model's folder: default flags that suit the model. This file checks what it may contain, and that
+its paths stay inside the folder."""
 
 from pathlib import Path
 
@@ -8,11 +9,12 @@ from engine.files import read_json
 from engine.model import configs as con
 from engine.paths import named_path, not_a_path
 
-OTHERS = {"lora_lr": con.NUMBER, "metrics": con.TEXT}  # --lr with --lora; evaluate.py's
+OTHERS = {"lora_lr": con.NUMBER, "metrics": con.TEXT}  # the --lr that goes with --lora; evaluate.py's --metrics
 
 
 def may_set(groups):
-    """{flag: `Kind`} of what a srpo.json may set: the fields of some dataclasses that say so, and OTHERS."""
+    """{flag: `Kind`} of the flags that srpo.json may set: the fields marked `model` in a list of dataclasses, and
+    OTHERS."""
     kinds = dict(OTHERS)
     for field in fields_of(groups):
         if not field.metadata["model"]:
@@ -29,7 +31,7 @@ def may_set(groups):
 
 
 def read(path):
-    """{flag: value} of a srpo.json; none if there is no such file. Raises UserError."""
+    """{flag: value} of a srpo.json; {} if there is no such file. Raises UserError."""
     if not path.exists():
         return {}
     values = read_json(path)
@@ -39,15 +41,16 @@ def read(path):
 
 
 def checked(path, written, kinds):
-    """{flag: value} of what is written in a srpo.json. Paths in it are relative to its folder, and stay inside it.
+    """{flag: value} of a srpo.json, with its paths resolved. Paths are relative to its folder, and must stay in it.
 
-    kinds: {flag: `Kind`}. Raises UserError for a flag that it may not set, and for a path that leads elsewhere.
+    path: the srpo.json; written: its content; kinds: {flag: `Kind`} of what it may set. Raises UserError for any other
+    flag, a value of another kind, or a path that leads out of the folder.
     """
     values = {}
     for name, value in written.items():
         if name not in kinds:
             raise UserError(f"{path}: {name!r} is not a flag that a model may set; "
-                            f"there are {', '.join(sorted(kinds))}")
+                            f"it may set {', '.join(sorted(kinds))}")
         if not kinds[name].fits(value):
             raise UserError(f"{path}: {name} {str(value)[:40]!r} must be {kinds[name].words}")
         if name in ("prompts", "watch_prompts", "eval_prompts"):
@@ -60,7 +63,8 @@ def checked(path, written, kinds):
 
 
 def item_inside(path, flag, item):
-    """NAME, NAME=PATH or, of a reward, PATH, perhaps with :WEIGHT, as srpo.json at `path` means it."""
+    """An item of a reward or of metrics in the srpo.json at `path`, with its path resolved. An item is NAME or
+    NAME=PATH; a reward may also be PATH, and end in :WEIGHT. Raises UserError."""
     if flag == "metrics" and "=" not in item:
         return item
     text, colon, weight = item.strip().partition(":")
@@ -74,8 +78,9 @@ def item_inside(path, flag, item):
 
 
 def inside(path, flag, where, must_exist=False):
-    """A path as srpo.json at `path` means it: in its folder. What is no path there is left as it is, for it
-    may be a name, such as hpdv2. Raises UserError for a path that leads out, or out of nowhere."""
+    """The text `where` of the srpo.json at `path`, resolved in its folder. If nothing is there, the text is returned
+    as it is, since it may be a name such as hpdv2. Raises UserError if it leads out of the folder, or is a path and
+    does not exist."""
     why = not_a_path(where)
     if why:
         raise UserError(f"{path}: {flag} {where[:80]!r} must be a path, and it {why}")

@@ -1,9 +1,9 @@
-"""A transformer in one .safetensors file, as its authors or ComfyUI give it: with diffusers' names of the
-tensors, or with black-forest-labs' own.
+"""A transformer in one .safetensors file, as black-forest-labs or ComfyUI distribute it. Its tensors have diffusers'
+names or black-forest-labs' names.
 
-diffusers has the conversion from one to the other, but only of tensors in memory, 24 GB of them in every
-process. So it is given marks in place of tensors, as many for every one as it takes to be split: from where
-they come out is known which rows of which tensor diffusers means, and each process reads its own rows.
+diffusers converts the second kind to the first, but only tensors in memory: 24 GB in every process. So its converter
+is given short tensors of whole numbers, here called marks, which stand for rows. Where a mark is in the result says
+which rows of which tensor belong there. Then each process reads only its own rows from the file.
 """
 
 import importlib
@@ -14,9 +14,9 @@ from safetensors import safe_open
 
 from engine.errors import UserError, one_line
 
-COMFYUI = "model.diffusion_model."  # stands before the names where other networks are in the file too
-# The converter splits the first layer of a single block into 3 x 3072 and 12288 rows, which are FLUX.1's; any
-# other tensor into 2 or 3 equal parts.
+COMFYUI = "model.diffusion_model."  # prefix of the transformer's names in a file that holds other networks too
+# The converter splits the first layer of a single block into 3 x 3072 and 12288 rows, FLUX.1's sizes. It splits any
+# other tensor into 2 or 3 equal parts at most.
 SPLIT_IN_SEVEN = ".linear1."
 MARKS_OF_SEVEN = 7 * 3072
 MARKS = 6
@@ -24,12 +24,13 @@ MOST_MARKS = 2**16
 
 
 def is_single_file(path):
-    """Whether a path is of a file that may hold a transformer."""
+    """Whether a path is an existing file that ends in .safetensors."""
     return Path(path).suffix == ".safetensors" and Path(path).is_file()
 
 
 def slices_of(file):
-    """{name: slice} of all tensors of a safetensors file. Raises UserError if it is none."""
+    """{name: slice} of all tensors of a safetensors file. A slice reads its rows on demand. Raises UserError if the
+    file cannot be read."""
     try:
         opened = safe_open(file, "pt")
         return {name: opened.get_slice(name) for name in opened.keys()}
@@ -38,8 +39,8 @@ def slices_of(file):
 
 
 def tensors_of(file):
-    """{diffusers' name: slice, or `Rows`} of the tensors of one file. What stands beside a transformer, in a
-    file that marks it, is left out. Raises UserError if it is none of FLUX.1's."""
+    """{diffusers' name: slice, or `Rows`} of the transformer in one file. If names begin with COMFYUI, all other
+    tensors are left out. Raises UserError if the file is not FLUX.1's."""
     slices = slices_of(file)
     if any(name.startswith(COMFYUI) for name in slices):
         slices = {name.removeprefix(COMFYUI): tensor for name, tensor in slices.items()
@@ -50,19 +51,19 @@ def tensors_of(file):
 
 
 def library():
-    """diffusers' conversions, imported when one is needed: they import much of transformers."""
+    """diffusers' module of conversions. It is imported only when needed, since it imports much of transformers."""
     return importlib.import_module("diffusers.loaders.single_file_utils")
 
 
 def renamed(slices, file):
-    """The slices of a file with black-forest-labs' names, as diffusers names and splits them: {name: `Rows`}.
-    Raises UserError if they are not FLUX.1's."""
+    """{diffusers' name: `Rows`} from the slices of a file with black-forest-labs' names. Raises UserError if they are
+    not FLUX.1's."""
     names = list(slices)
     marks = {}
     for number, name in enumerate(names):
         marks[name] = number * MOST_MARKS + torch.arange(marks_of(name))
     try:
-        # It takes out of the dictionary what it knows.
+        # The converter removes the names that it knows from `marks`.
         converted = library().convert_flux_transformer_checkpoint_to_diffusers(marks)
     except Exception as error:
         raise UserError(f"{file}: not FLUX.1's tensors: {one_line(error)}") from error
@@ -70,7 +71,7 @@ def renamed(slices, file):
         raise UserError(f"{file}: {len(marks)} tensors are not FLUX.1's, such as {sorted(marks)[0]}")
     tensors = {}
     for name, found in converted.items():
-        starts = (found.diff() != 1).nonzero().flatten() + 1  # a new stretch of rows begins
+        starts = (found.diff() != 1).nonzero().flatten() + 1  # where a new stretch of consecutive marks begins
         stretches = []
         for stretch in torch.tensor_split(found, starts.tolist()):
             source = names[stretch[0] // MOST_MARKS]
@@ -81,12 +82,12 @@ def renamed(slices, file):
 
 
 def marks_of(name):
-    """How many marks stand for the rows of a tensor."""
+    """The number of marks that stand for the rows of a tensor."""
     return MARKS_OF_SEVEN if SPLIT_IN_SEVEN in name else MARKS
 
 
 class Stretch:
-    """Some rows of a tensor in a file, the marks first .. last - 1 of `marks` that stand for all."""
+    """Consecutive rows of a tensor in a file. They are given by marks: first to last - 1, of `marks` for all rows."""
 
     def __init__(self, tensor, first, last, marks):
         self.tensor = tensor
@@ -99,8 +100,8 @@ class Stretch:
 
 
 class Rows:
-    """Stretches of rows one after the other, which are read when they are asked for: what of safetensors'
-    slices `parallel.load_sharded` uses."""
+    """Several `Stretch`es, one after the other, as one tensor whose rows are read on demand. It has the methods of
+    safetensors' slices that `parallel.load_sharded` uses."""
 
     def __init__(self, stretches):
         self.stretches = stretches
@@ -112,7 +113,7 @@ class Rows:
         return self.stretches[0].tensor.get_dtype()
 
     def __getitem__(self, rows):
-        """The rows of a slice first:last, a tensor."""
+        """The rows of a Python slice first:last, as a tensor."""
         parts = []
         before = 0
         for stretch in self.stretches:

@@ -1,4 +1,4 @@
-"""The tensors of a transformer in safetensors files, as slices: a process reads its own rows and no more."""
+"""The tensors of a transformer in safetensors files, as slices, so that a process reads only its own rows."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -15,39 +15,39 @@ FULL_SIZE = 1e9  # parameters
 
 
 def weight_files(folder):
-    """{parameter name: file} of a diffusers transformer folder, sharded or one file."""
+    """{parameter name: file} of a diffusers transformer folder with one weight file or several. Raises UserError."""
     folder = Path(folder)
     if (folder / INDEX).exists():
         index = check_config(folder / INDEX).get("weight_map")
         if not isinstance(index, dict) or not all(is_file_name(file) for file in index.values()):
-            raise UserError(f"{folder / INDEX}: has no weight_map of tensors and the files beside it")
+            raise UserError(f"{folder / INDEX}: has no weight_map from tensors to files beside it")
         return {name: folder / file for name, file in index.items()}
     with safe_open(folder / ONE_FILE, "pt") as file:
         return {name: folder / ONE_FILE for name in file.keys()}
 
 
 def is_file_name(name):
-    """Whether a value is the name of a file in a folder, and leads nowhere else."""
+    """Whether a value is a plain file name, without a path to another folder."""
     return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name
 
 
 class Source(NamedTuple):
-    """Where a network comes from: its config, a dict; {name: slice of a file} of its tensors; the file or folder that
-    they are in, for messages."""
+    """What a network is loaded from: its config, a dict; its tensors, {name: slice of a file}; the file or folder that
+    holds them, for messages."""
     config: dict
     tensors: dict
     where: Path
 
     def on_meta(self, kind):
-        """A diffusers model of class `kind`, without memory. Raises UserError if a tensor is missing, or not its
-        own."""
+        """A diffusers model of class `kind` on the meta device, which takes no memory. Raises UserError as
+        `must_be_whole`."""
         network = meta_network(kind, self.config)
         must_be_whole(network, self.tensors, self.where)
         return network
 
 
 def meta_network(kind, config):
-    """A diffusers model of class `kind`, without memory."""
+    """A diffusers model of class `kind` on the meta device, which takes no memory."""
     with torch.device("meta"):
         return kind.from_config(config)
 
@@ -65,8 +65,8 @@ def tensors_in(folder):
 
 
 def must_be_whole(network, tensors, where):
-    """Raise UserError unless every tensor of a network is there, of its shape, and no other: known before the
-    network takes any memory."""
+    """Raise UserError unless the tensors are exactly the network's, with its shapes and a floating-point dtype. The
+    network may be on the meta device."""
     shapes = {name: list(parameter.shape) for name, parameter in network.named_parameters()}
     if tensors.keys() != shapes.keys():
         odd = sorted(tensors.keys() ^ shapes.keys())

@@ -1,4 +1,4 @@
-"""The two text encoders of a FLUX.1, CLIP and T5: a folder's, loaded when a prompt is not in the cache."""
+"""The two text encoders of FLUX.1, CLIP and T5. They are loaded only if the cache lacks a prompt."""
 
 import diffusers
 import torch
@@ -10,11 +10,11 @@ from engine.model import configs
 from engine.model.folder import MOST_TOKENS, TEXTS
 from engine.model.tensors import are_finite
 
-PADDING = 0.01  # the share of an embedding's rows that may stand for no word
+PADDING = 0.01  # the largest share of an encoder's embedding rows that may be padding, without a token
 
 
 def load(model, dtype):
-    """A FluxPipeline of nothing but the text encoders of a `Model` and their tokenizers. Raises UserError."""
+    """A FluxPipeline with only the text encoders of a `Model` and their tokenizers. Raises UserError."""
     clip = configs.strict(transformers.CLIPTextModel, model.part("text_encoder"), dtype, use_safetensors=True,
                           unread=("text_model.embeddings.position_ids",), checked=True)
     t5 = configs.strict(transformers.T5EncoderModel, model.part("text_encoder_2"), dtype, use_safetensors=True,
@@ -26,8 +26,8 @@ def load(model, dtype):
 
 
 def tokenizer_of(kind, folder, encoder):
-    """The tokenizer of an encoder, which gives a text no more tokens than that takes. Raises UserError if its
-    vocabulary is not the encoder's, which may be padded."""
+    """The tokenizer of an encoder, limited to the number of tokens that the encoder accepts. Raises UserError if its
+    vocabulary does not match the encoder's, which may have PADDING more rows."""
     tokenizer = kind.from_pretrained(folder)
     most = getattr(encoder.config, "max_position_embeddings", MOST_TOKENS)  # T5 has no limit
     tokenizer.model_max_length = min(tokenizer.model_max_length, most)
@@ -40,9 +40,12 @@ def tokenizer_of(kind, folder, encoder):
 
 @torch.no_grad()
 def encode(pipe, text, most):
-    """One prompt through both text encoders of a FluxPipeline: {"txt" [L, D], "pooled" [D'], "truncated"},
-    on the CPU; L is what T5's tokenizer says, and `most` at most. Alone, for what it is encoded with would
-    change its last bits, and another run meets it with others. Raises UserError if it is not finite."""
+    """The embedding of one prompt, by both text encoders of a FluxPipeline, on the CPU.
+
+    Returns {"txt" [L, D] of T5, "pooled" [D'] of CLIP, "truncated", a bool}; L is the limit of T5's tokenizer, at most
+    `most`. Prompts are encoded one at a time: in a batch the last bits depend on the other prompts, and these differ
+    from run to run. Raises UserError if the embedding is not finite.
+    """
     length = min(pipe.tokenizer_2.model_max_length, most)
     txt, pooled, _ = pipe.encode_prompt([text], max_sequence_length=length)
     if not are_finite([txt, pooled]):
@@ -52,13 +55,13 @@ def encode(pipe, text, most):
 
 
 def embeddings(model, prompts, device, dtype, cache):
-    """{prompt: what `encode` gives} of a list of prompts, by a `Model`. Those that a `Cache` lacks go through the
-    encoders, which are loaded if there is one, and freed on return. Raises UserError."""
+    """{prompt: its embedding, as `encode` returns it} of a list of prompts, by a `Model`. If a `Cache` lacks some, the
+    encoders are loaded for these, and freed on return. Raises UserError."""
     most = model.configs.text_tokens
     keys = {}
     found = dict.fromkeys(prompts)
     if cache.folder is not None:
-        # An embedding depends on its text, and on what of the model and the machine makes it.
+        # An embedding depends on its text, the files of the encoders, the limit, the dtype and the kind of device.
         encoders = known_digest([model.part(part) for part in TEXTS], cache)
         computed = [encoders, most, str(dtype), torch.device(device).type]
         keys = {text: cache.key("embedding", text, *computed) for text in found}

@@ -1,5 +1,5 @@
-"""--weights, a transformer's instead of the model's own, or a LoRA beside them: what was given, and whether
-it is of this model, known from names and shapes before anything takes memory."""
+"""--weights: a transformer that replaces the model's own, or a LoRA that is added to it. Which of them it is, and
+whether it fits the model, is decided from names and shapes, before memory is allocated."""
 
 from pathlib import Path
 
@@ -13,17 +13,18 @@ from engine.paths import not_a_path
 
 
 def kind():
-    """The class of the network, which diffusers imports when it is asked for."""
+    """The class of the transformer. diffusers imports it only when it is first used."""
     return diffusers.FluxTransformer2DModel
 
 
 def is_full(weights):
-    """Whether --weights take the place of the model's own transformer, and do not only go beside it."""
+    """Whether --weights replace the model's own transformer; False for None and for a LoRA."""
     return weights is not None and not lora.is_lora(weights)
 
 
 def source(weights, model):
-    """The `Source` of the transformer of a `Model`: full --weights, or the model's own. Raises UserError."""
+    """The `Source` of the transformer: --weights if they are full weights, otherwise the `Model`'s own. Raises
+    UserError."""
     if not is_full(weights):
         folder = model.part("transformer")
         return Source(model.configs.transformer, tensors_in(folder), folder)
@@ -37,8 +38,11 @@ def source(weights, model):
 
 
 def check(weights, model, rank=None):
-    """The parts of the model's folder that are read with these --weights. Raises UserError if they are not of this
-    model's architecture; or, with the rank of adapters that are to be trained, a LoRA that they cannot go on with."""
+    """Check --weights. Returns the parts of the model that must still be read from its own folder.
+
+    rank: of the adapters that will be trained, or None. Raises UserError if the weights have another architecture, or
+    are a LoRA that adapters of that rank cannot start from.
+    """
     if weights is None:
         return list(PARTS)
     if not is_full(weights):
@@ -53,8 +57,8 @@ def check(weights, model, rank=None):
     ours = model.configs.transformer
     for key in TRANSFORMER:
         if found.config[key] != ours[key]:
-            raise UserError(f"--weights {weights}: another architecture: {key} {found.config[key]}, and the "
-                            f"--model's is {ours[key]}")
+            raise UserError(f"--weights {weights}: another architecture: {key} {found.config[key]}, and "
+                            f"--model has {ours[key]}")
     try:
         found.on_meta(kind())
     except Exception as error:
