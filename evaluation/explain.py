@@ -1,8 +1,7 @@
-"""`train.py --explain`: one update told, each step with its equation, symbols, shapes and ranges, and drawn
-in the order of the equations.
+"""`train.py --explain`: one update in words and pictures, in the order of the equations.
 
-It listens to the terms that `train.srpo` yields. The words are not written a second time: they are the functions'
-own docstrings.
+Each step is printed with its equation, symbols, shapes and ranges. The explanation listens to the terms that
+`train.srpo` yields. Its texts are the functions' own docstrings.
 """
 
 import inspect
@@ -17,11 +16,11 @@ import flux
 import srpo_reward as sr
 from engine.files import write_whole
 
-PICTURES = 2  # prompts that are drawn
+PICTURES = 2  # number of prompts that are drawn
 
 
 def shown(value):
-    """A tensor as its shape and range, a list by its first entry, anything else as it is."""
+    """A value as text: a tensor as its shape and range, a long list as its first entry and length."""
     if torch.is_tensor(value):
         low, high = value.min().item(), value.max().item()
         span = f"{low:.4g} .. {high:.4g}" if low != high else f"{low:.4g}"
@@ -33,7 +32,7 @@ def shown(value):
 
 
 def tell(function, **values):
-    """Print which function comes now, which equation it is, and the values before and after it."""
+    """Print the function's name, the first paragraph of its docstring, and the values around its call."""
     name = f"{function.__module__}.{function.__qualname__}"
     arguments = [word for word in inspect.signature(function).parameters if word != "self"]
     print(f"\n{name}({', '.join(arguments)})")
@@ -43,10 +42,10 @@ def tell(function, **values):
 
 
 class Explanation:
-    """The story of one update, batch by batch and term by term, and its picture: a listener of `train.update`."""
+    """A listener of `train.update` that prints one update, batch by batch and term by term, and draws it."""
 
     def __init__(self, a, run):
-        """a: the flags; run: a `prepare.Run` of one process."""
+        """a: the flags. run: a `prepare.Run` of one process."""
         self.a = a
         self.run = run
         self.net = run.net
@@ -55,17 +54,17 @@ class Explanation:
         self.rolled_out = False
 
     def begin(self, batch):
-        """A batch before its terms."""
+        """Called with each batch, before its terms."""
         self.batch = batch
         self.rolled_out = False
         tell(sr.Rewards.conditions, prompts=batch.prompts, C0=batch.C0, C1=batch.C1, C2=batch.C2)
 
     def before(self, term):
-        """A term before its backward: what the reward asks of each pixel is kept."""
+        """Called with each term, before its backward: the gradient in the image is kept for the picture."""
         term.image.retain_grad()
 
     def after(self, loss, term):
-        """One term of Eq. 6's sum, after its backward."""
+        """Called with each term of Eq. 6's sum and its loss, after the backward."""
         a = self.a
         if not self.rolled_out:
             if self.batch.x0 is None:
@@ -90,7 +89,7 @@ class Explanation:
 
     @torch.no_grad()
     def remember(self, term):
-        """Keep what `draw` shows of a term, for each of its prompts: a row of pictures with their titles."""
+        """Keep a row for `draw` for each prompt of the term: {title: picture [H, W, 3]}."""
         grid = self.batch.c.grid
         sigma = da.column(term.sigma, term.x_t)
         one_step = term.x_t - sigma * term.v_theta.detach()  # the prediction of an ordinary sampler
@@ -114,7 +113,7 @@ class Explanation:
             self.rows.append((prompt, row))
 
     def draw(self, path):
-        """Write the picture: a row for each prompt and branch, the columns in the order of the equations."""
+        """Write the picture to `path`: a row for each prompt and branch, columns in the order of the equations."""
         prompts = list(dict.fromkeys(prompt for prompt, _ in self.rows))[:PICTURES]
         rows = [(prompt, row) for wanted in prompts for prompt, row in self.rows if prompt == wanted]
         figure = Figure(figsize=(13, 2.95 * len(rows)), layout="constrained")
@@ -133,7 +132,7 @@ class Explanation:
         print(f"the same as a picture: {path}")
 
     def close(self, told, path):
-        """The end of the update, of which the log tells {name: number}; and the picture."""
+        """Called after the update, with the numbers of its log line, {name: number}: prints the end, and draws."""
         print(f"\ngradient norm {told['grad_norm']:.4g}, clipped to {self.a.clip}; then a step of AdamW with lr "
               f"{self.a.lr}. Nothing is kept.")
         self.draw(path)

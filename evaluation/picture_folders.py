@@ -1,5 +1,7 @@
-"""Folders of pictures named by their prompt's number, 00012.png, with prompts.json beside them: sample.py and
-evaluate.py write them; evaluate.py scores, and the human study shows, these and any other's.
+"""Folders of pictures. A picture is named by its prompt's number, 00012.png; prompts.json lies beside the pictures.
+
+sample.py and evaluate.py write such folders. evaluate.py scores them, and the human study shows them. Both also take
+folders that other programs wrote.
 """
 
 import hashlib
@@ -24,16 +26,17 @@ from srpo_reward import with_words
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last bytes of every PNG
-OWN = ("geneval", "diversity")  # metrics with pictures of their own, in subfolders of these names
+OWN = ("geneval", "diversity")  # metrics with their own pictures, in subfolders of these names
 PREFIXED = "base with the words"
-# What evaluate.py puts in --out itself.
+# The names that evaluate.py itself writes in --out.
 TAKEN = ["base", "base_with_the_words", "scores", "results.json", "table.md", "sheet.png"]
 
 
 @dataclass
 class Picture:
-    """One picture to be: its name (its prompt's number), prompt, noise seed and category; for a metric that
-    has its own prompts, also what it knows of this one."""
+    """A picture to sample or score: its name (the prompt's number), prompt, noise seed and category.
+
+    entry: for a metric with its own prompts, the data that it needs about this prompt; otherwise None."""
     name: str
     prompt: str
     seed: int
@@ -43,25 +46,25 @@ class Picture:
 
 @dataclass
 class Method:
-    """A row of the table: its name, the folder of its pictures, its weights (None: the model's own), words
-    before its prompts, and of pictures that exist {name: file}."""
+    """A row of evaluate.py's table, and the folder of its pictures."""
     name: str
     folder: Path
-    weights: str = None
-    files: dict = field(default_factory=dict)
-    made: dict = None  # of pictures to sample: how they are made
-    words: str = None
+    weights: str = None  # None: the model's own
+    files: dict = field(default_factory=dict)  # {name: file} of pictures that exist already (--images)
+    made: dict = None  # how the pictures are sampled: the content of made.json
+    words: str = None  # words before every prompt (--prefix)
 
     def asks(self, picture):
-        """The text that a picture is sampled from. It is scored for its own prompt."""
+        """The text that a picture is sampled from: its prompt, after `words` if there are any. Scorers always get the
+        prompt alone."""
         return with_words(self.words, [picture.prompt])[0] if self.words else picture.prompt
 
     def path(self, picture):
-        """The file of a picture, which need not be there yet."""
+        """The file of a picture. It may not exist yet."""
         return self.files.get(picture.name, self.folder / f"{picture.name}.png")
 
     def read(self, pictures, unreadable):
-        """{picture's name: PIL} of those that can be read; what is wrong with others goes to `unreadable`."""
+        """{name: PIL picture} of those that can be read. For each other one a text is added to `unreadable`."""
         images = {}
         for picture in pictures:
             try:
@@ -72,7 +75,7 @@ class Method:
 
 
 def first_of_each(categories, n):
-    """The numbers of the first n of each category, or of all (None)."""
+    """The indices of the first n entries of each category; all indices if n is None."""
     seen = Counter()
     chosen = []
     for i, category in enumerate(categories):
@@ -83,8 +86,8 @@ def first_of_each(categories, n):
 
 
 def benchmark(prompts, seed, n):
-    """The pictures of [(prompt, category)], the first n of each category, or all (None). Picture i is made
-    from noise seed + i, whatever n is."""
+    """The `Picture`s of [(prompt, category)]: the first n of each category, or all if n is None. Picture i always has
+    the noise seed `seed` + i, for any n."""
     found = []
     for i in first_of_each([category for _, category in prompts], n):
         prompt, category = prompts[i]
@@ -94,8 +97,8 @@ def benchmark(prompts, seed, n):
 
 # ---------------------------------------------------------------------------------------------- what is there
 def picture_files(folder):
-    """The files in a folder that are named like pictures, in order. Raises UserError for one that is no file:
-    reading a pipe or a device could last for ever."""
+    """The files in a folder with a picture's suffix, sorted; [] if there is no such folder. Raises UserError for one
+    that is not a regular file, because reading a pipe could wait for ever."""
     found = []
     if not folder.is_dir():
         return found
@@ -108,9 +111,9 @@ def picture_files(folder):
 
 
 def files_of(folder):
-    """{name: file} of a folder's pictures: 12.png or 00012.JPG is "00012", and geneval/00012_3.png, of a
-    metric that has pictures of its own, "geneval/00012_3". Raises UserError if there are none, or two of one
-    name."""
+    """{name: file} of a folder's pictures. 12.png and 00012.JPG are both named "00012". geneval/00012_3.png, of a
+    metric with its own pictures, is named "geneval/00012_3". Raises UserError if there are no pictures, or two with
+    one name."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
@@ -131,8 +134,8 @@ def files_of(folder):
 
 
 def listed(folder):
-    """[(prompt, category)] of a folder's prompts.json, by the pictures' numbers; None if it has none. Raises
-    UserError if it is no such list."""
+    """The list of `Prompt` in a folder's prompts.json, in the order of the pictures' numbers; None without the file.
+    Raises UserError if the file holds something else."""
     path = Path(folder) / "prompts.json"
     if not path.exists():
         return None
@@ -143,19 +146,19 @@ def listed(folder):
 
 
 def is_entry(entry):
-    """Whether a value is an entry of prompts.json: a prompt and, perhaps, its category."""
+    """Whether a value is an entry of prompts.json: a dict with a prompt and, optionally, its category."""
     return (isinstance(entry, dict) and isinstance(entry.get("prompt"), str)
             and isinstance(entry.get("category", ""), str))
 
 
 def list_prompts(folder, prompts):
-    """Write prompts.json of [(prompt, category)]."""
+    """Write prompts.json for [(prompt, category)] into a folder."""
     entries = [{"prompt": text, "category": category} for text, category in prompts]
     write_json(folder / "prompts.json", entries)
 
 
 def is_whole(path):
-    """Whether a PNG is there to its last bytes: a disk that failed may have cut it short."""
+    """Whether a PNG exists and is complete to its last bytes. A failed disk may have truncated it."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -166,15 +169,15 @@ def is_whole(path):
 
 # ------------------------------------------------------------------------------------------ rows of the table
 def named(flag, items):
-    """["NAME=PATH" or "PATH"] -> {name: path}; a path without a name is its own name. Raises UserError for
-    names that cannot be folders side by side in --out."""
+    """["NAME=PATH" or "PATH"] -> {name: path}. A path without a name is its own name. Raises UserError for names that
+    cannot be separate folders in --out."""
     found = {}
     taken = set() if flag == "--images" else set(TAKEN)
     for item in items:
         name, path = named_path(item)
         name = printable(path if name is None else name)
         folder = folder_name(name)
-        on_disk = unicodedata.normalize("NFC", folder).casefold()  # some disks see no difference
+        on_disk = unicodedata.normalize("NFC", folder).casefold()  # some file systems ignore case and Unicode forms
         if not 0 < len(folder) <= 200:
             raise UserError(f'{flag} "{item}": not a name for a folder; give NAME=PATH')
         if on_disk in taken:
@@ -186,12 +189,12 @@ def named(flag, items):
 
 
 def folder_name(name):
-    """A row's name as the name of a folder."""
+    """A row's name as a folder's name: characters that a file system may refuse become "_"."""
     return re.sub(r"[^\w.-]+", "_", name).strip("._")
 
 
 def check_out(out):
-    """Raise UserError if the folder --out cannot be made; nothing is written yet."""
+    """Raise UserError if the folder --out cannot be made. Nothing is written."""
     there = Path(out)
     while not there.exists() and there != there.parent:
         there = there.parent
@@ -210,7 +213,7 @@ def make_folder(out):
 
 
 def must_be_own(out):
-    """Raise UserError if --out holds files of someone else under names that evaluate.py would write."""
+    """Raise UserError if --out holds files that evaluate.py would overwrite and did not write."""
     made_here = [name for name in ("base", "scores") if (Path(out) / name).is_dir()]
     theirs = [name for name in TAKEN if (Path(out) / name).exists()]
     if theirs and not made_here:
@@ -218,8 +221,8 @@ def must_be_own(out):
 
 
 def planned(args, prompts):
-    """The rows to sample: the base and each of --weights, in folders of --out that will say what they hold.
-    Raises UserError if one holds pictures made otherwise; nothing is written yet."""
+    """The `Method`s to sample: the base, the base with --prefix, and each of --weights, in folders of --out. Raises
+    UserError if a folder holds pictures that were made with other settings. Nothing is written."""
     methods = [Method("base", Path(args.out) / "base")]
     if args.prefix:
         methods.append(Method(PREFIXED, Path(args.out) / folder_name(PREFIXED), words=args.prefix))
@@ -239,7 +242,7 @@ def planned(args, prompts):
 
 
 def check_made(method, out):
-    """Raise UserError if a row's folder holds pictures made otherwise, by its made.json."""
+    """Raise UserError if, by its made.json, a row's folder holds pictures that were made with other settings."""
     stored = method.folder / "made.json"
     if not stored.exists():
         return
@@ -254,15 +257,15 @@ def check_made(method, out):
 
 
 def begin(method, prompts):
-    """Make the folder of a row to sample, which says what it holds. Raises UserError if it cannot be made."""
+    """Make the folder of a row to sample, with made.json and prompts.json. Raises UserError if it cannot be made."""
     make_folder(method.folder)
     write_json(method.folder / "made.json", method.made)
     list_prompts(method.folder, prompts)
 
 
 def existing(args):
-    """(rows, prompts [(prompt, category)]) of --images; the prompts are the folders' own prompts.json, or
-    --prompts. Raises UserError for a folder without pictures, or folders whose prompts differ."""
+    """(list of `Method`, list of `Prompt`) for --images. The prompts come from the folders' prompts.json, otherwise
+    from --prompts. Raises UserError for a folder without pictures, and for folders whose prompts differ."""
     methods = []
     for name, path in named("--images", args.images).items():
         methods.append(Method(name, Path(path), files=files_of(path)))
@@ -288,8 +291,8 @@ def existing(args):
 
 # ---------------------------------------------------------------------------------------------------- writing
 def save_picture(images, path, columns=8):
-    """Write a picture [3, H, W] or a grid of pictures [P, 3, H, W], in [0, 1], as a PNG, whole or not at
-    all."""
+    """Write a picture [3, H, W] or a grid of pictures [P, 3, H, W], in [0, 1], as a PNG. An interrupted write leaves
+    no partial file."""
     png = io.BytesIO()
     save_image(images, png, format="png", nrow=columns)
     path.parent.mkdir(exist_ok=True)
@@ -297,13 +300,15 @@ def save_picture(images, path, columns=8):
 
 
 def save_grid(images, path, columns=8):
-    """Write pictures [P, 3, H, W] as one PNG; small ones enlarged to 128 pixels, so that they can be seen."""
+    """Write pictures [P, 3, H, W] as one PNG. Small pictures are enlarged to about 128 pixels, so that they can be
+    seen."""
     scale = max(1, 128 // images.shape[-1])
     save_picture(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, columns)
 
 
 def contact_sheet(methods, pictures, path, rows=24):
-    """Write same-seed pictures side by side, a prompt after the other, the categories in equal parts."""
+    """Write a PNG with the pictures of all methods side by side, prompt by prompt: `rows` prompts in all, divided
+    equally among the categories."""
     groups = defaultdict(list)  # {category: the pictures that all methods have}
     for picture in pictures:
         if all(method.path(picture).exists() for method in methods):
@@ -314,7 +319,7 @@ def contact_sheet(methods, pictures, path, rows=24):
             try:
                 row = [read_picture(method.path(picture)) for method in methods]
             except UserError:
-                continue  # what is wrong was said where it was scored
+                continue  # the error was reported when the picture was scored
             images += [pixels(fitted(image, 256, "letterbox")) for image in row]
     if images:
         save_grid(torch.stack(images), path, columns=len(methods) * max(1, 8 // len(methods)))

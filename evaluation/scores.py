@@ -1,5 +1,4 @@
-"""Scores on disk, a line a picture: an evaluation that was stopped goes on where it was, and scores nothing
-twice."""
+"""Scores on disk, one line for each picture. So an evaluation that was stopped continues, and scores nothing twice."""
 
 import hashlib
 import json
@@ -8,13 +7,12 @@ from engine.files import append, stamp
 
 
 def settings_of(name, files, args):
-    """What a metric's scores depend on beside a picture and its prompt: its name, the words of --control and
-    --neg, its files."""
+    """What a metric's scores depend on, apart from a picture and its prompt: its name, --control, --neg, its files."""
     return [name, args.control, args.neg, str(files), stamp(*paths_in(files))]
 
 
 def paths_in(files):
-    """The paths in what a metric's fetch gave: a path, a tuple of such, or None."""
+    """All paths in the return value of a metric's fetch: a path, a tuple of such values, or None."""
     if files is None:
         return []
     if isinstance(files, tuple):
@@ -25,8 +23,8 @@ def paths_in(files):
 class Scores:
     """The scores that one metric gave to the pictures of one row.
 
-    They stand in a file for each process, NAME.RANK.jsonl, and all of them are read: a picture's key tells
-    what its score depends on, so it does not matter who wrote it, and when.
+    Each process writes its own file, NAME.RANK.jsonl, and reads all of them. A score's key is a hash of all that the
+    score depends on. So a score is valid no matter which process wrote it, or when.
     """
 
     def __init__(self, folder, name, columns, settings, rank):
@@ -39,10 +37,10 @@ class Scores:
                 self.read(line)
         self.path = folder / f"{name}.{rank}.jsonl"
         if self.path.exists() and self.path.read_bytes()[-1:] not in (b"", b"\n"):
-            append(self.path, "\n")  # a kill cut off the last line
+            append(self.path, "\n")  # a killed process left its last line unfinished
 
     def read(self, line):
-        """Know a line's score. A damaged line is passed over, and its picture scored again."""
+        """Remember the score in a line. A damaged line is skipped, so its picture is scored again."""
         try:
             entry = json.loads(line)
             self.known[entry["key"]] = {column: float(entry["scores"][column]) for column in self.columns}
@@ -50,13 +48,14 @@ class Scores:
             pass
 
     def key(self, picture, file):
-        """What the score of a picture depends on, as one word: the file's bytes, the prompt and the settings.
-        Raises OSError."""
+        """A hash of all that a picture's score depends on: the file's bytes, the prompt and the settings. Raises
+        OSError."""
         words = json.dumps([picture.prompt, picture.entry, *self.settings]).encode()
         return hashlib.sha256(file.read_bytes() + words).hexdigest()[:24]
 
     def keys(self, method, pictures, unreadable):
-        """{picture's name: key} of those that are there; what is wrong with a file goes to `unreadable`."""
+        """{picture's name: key} of the pictures that exist. For a file that cannot be read, a text is added to
+        `unreadable`."""
         keys = {}
         for picture in pictures:
             file = method.path(picture)
@@ -68,7 +67,7 @@ class Scores:
         return keys
 
     def add(self, pictures, keys, values):
-        """Keep what is new in the scores {column: [B]} of B pictures, by their keys {name: key}."""
+        """Keep the scores {column: [B]} of B pictures under their keys {name: key}, and write the new ones to disk."""
         lines = []
         for i, picture in enumerate(pictures):
             key = keys[picture.name]

@@ -1,4 +1,4 @@
-"""Scores to tables: means with standard errors, paired differences, and the paper's Table 1 beside ours."""
+"""From scores to tables: means with standard errors, paired differences, and the rows of the paper's Table 1."""
 
 import re
 
@@ -6,8 +6,8 @@ import torch
 
 from engine.errors import printable
 
-# Table 1 of the paper: HPDv2 benchmark, FLUX.1-dev, columns in its order. sgp_hps_shown is SGP-HPS as the
-# authors display it. real, aesth and overall are their human study: percent of pictures that are excellent.
+# Table 1 of the paper: HPDv2 benchmark, FLUX.1-dev, columns in the paper's order. sgp_hps_shown is SGP-HPS as the
+# authors display it. real, aesth and overall come from their human study: the percentage of excellent pictures.
 PAPER = {
     "FLUX": {
         "aesthetic": 5.867, "pickscore": 22.671, "imagereward": 1.115, "hps": 0.289, "sgp_hps_shown": 0.463,
@@ -31,8 +31,8 @@ ORDER = list(PAPER["SRPO"])
 
 
 def in_order(columns_of):
-    """{metric: its {column: Column}} -> {column: Column} of all, in a table's order: the metrics of Table 1
-    as they stand there, then the others as they are given. The columns of a metric stay together."""
+    """{metric: its {column: Column}} -> {column: Column} of all, in the table's order. The metrics of Table 1 come
+    first, in its order; then the others, in the given order. The columns of a metric stay together."""
     def place(metric):
         places = [ORDER.index(column) for column in columns_of[metric] if column in ORDER]
         return min(places, default=len(ORDER))
@@ -45,11 +45,11 @@ def in_order(columns_of):
 
 # ------------------------------------------------------------------------------------------------ the numbers
 def mean(values, groups=None):
-    """{"mean", "se", "n"} of values [P], what is not finite left out; None if nothing is left.
+    """{"mean", "se", "n"} of values [P]. Values that are not finite are left out; None if none is left.
 
-    With groups (P names) it is the mean over the groups of each group's mean, as GenEval defines its overall
-    score; where the groups are of one size, as HPDv2's four, that is the plain mean. se is the standard error
-    of the mean over pictures, None where a group has but one.
+    groups: P names. With them, the mean is the mean of the groups' means, as GenEval defines its overall score. For
+    groups of equal size, such as HPDv2's four, that is the plain mean. se is the standard error of the mean over
+    pictures; None if a group has only one picture.
     """
     groups = groups or [""] * len(values)
     parts = []
@@ -68,13 +68,14 @@ def mean(values, groups=None):
 
 
 def summary(scores, groups=None):
-    """{column: `mean`} of {column: values [P]}, over `groups` {column: P names} where a column has some."""
+    """{column: `mean`} of {column: values [P]}. groups: {column: P names}, for the columns that have groups."""
     groups = groups or {}
     return {column: mean(values, groups.get(column)) for column, values in scores.items()}
 
 
 def spread(rows):
-    """The mean over runs (weights of several seeds) and, as its "se", the standard deviation between them."""
+    """{column: {"mean", "se", "n"}} over the rows of several runs, one for each seed. Here "se" is the standard
+    deviation between the runs."""
     told = {}
     for column in rows[0]:
         if all(row[column] for row in rows):
@@ -84,10 +85,11 @@ def spread(rows):
 
 
 def results(names, pictures_of, categories, scores):
-    """{row: {"overall", "categories", "difference" to the first row}}, each {column: `mean` or None}.
+    """{row: {"overall", "categories", "difference"}}: the row's means, its means within each category, and the means of
+    its paired differences to the first row. Each is {column: `mean` or None}.
 
-    names: the rows; pictures_of {column: the P pictures that it is about}, for a metric may have its own;
-    categories: the names of all their categories; scores {row: {picture's name: {column: value}}}.
+    names: the rows. pictures_of: {column: its P pictures}; a metric may have its own pictures. categories: the names
+    of all categories. scores: {row: {picture's name: {column: value}}}.
     """
     groups = {column: [p.category for p in pictures] for column, pictures in pictures_of.items()}
     values = {}  # {row: {column: [P], NaN where there is no score}}
@@ -98,7 +100,7 @@ def results(names, pictures_of, categories, scores):
             values[name][column] = torch.tensor(found)
 
     def within(category, row):
-        """The part of {column: values [P]} that is of one category."""
+        """{column: values} of the pictures of one category, from {column: values [P]}."""
         inside = {}
         for column, of_all in row.items():
             rows = [i for i, group in enumerate(groups[column]) if group == category]
@@ -117,7 +119,7 @@ def results(names, pictures_of, categories, scores):
 
 # ------------------------------------------------------------------------------------------------ as Markdown
 def cell(column, value, difference=False):
-    """One cell: mean ± se in the format of a `Column`, a percent sign last; "-" where there is no value."""
+    """One cell as text: mean ± se in the format of a `Column`, with a percent sign last; "-" for None."""
     if value is None:
         return "-"
     unsigned = column.format.lstrip("+")
@@ -128,15 +130,15 @@ def cell(column, value, difference=False):
 
 
 def safe(name):
-    """A row's name in a table: nothing in it ends a cell, or is obeyed by the terminal."""
+    """A row's name, escaped: it cannot end a cell of the table, and it cannot control the terminal."""
     return printable(name).replace("|", r"\|")
 
 
 def table(rows, columns, differences=None, paper=True):
-    """A Markdown table of {name: summary}, one line each, mean ± standard error; then the paired differences
-    {name: summary}. columns {column: Column} are those that are shown, in this order.
+    """A Markdown table: a line, mean ± standard error, for each of rows {name: summary} and then of differences.
 
-    Where one of them is in the paper's Table 1, its rows come first, if `paper`.
+    columns: {column: Column}, those to show, in this order. paper: whether the paper's rows come first, if one of
+    these columns is in its Table 1.
     """
     lines = [["", *(column.title for column in columns.values())],
              ["---"] * (len(columns) + 1)]
@@ -156,8 +158,8 @@ def table(rows, columns, differences=None, paper=True):
 
 
 def report(found, columns):
-    """`results` as Markdown, columns {column: Column}: overall with the paper's rows and the paired
-    differences, then each category."""
+    """`results` as Markdown: the overall table, with the paper's rows and the paired differences, then a table for each
+    category. columns: {column: Column}, those to show."""
     first, *others = found
     rows = {name: row["overall"] for name, row in found.items()}
     seeds_of_one_run = len({re.sub(r"seed\d+", "", name) for name in others}) == 1

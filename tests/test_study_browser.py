@@ -124,7 +124,7 @@ def test_ratings_survive_a_reload_and_come_out_in_the_file(browser, tmp_path, ca
     browser("/refresh", {})
     assert browser.js(STATE) == before and before["where"] == "Prompt 5 of 8, 4 rated"
     browser.keys(ENTER)                                        # five are open: it says so and stays
-    assert "5 still open" in browser.js("return document.getElementById('said').textContent")
+    assert "ratings missing: 5" in browser.js("return document.getElementById('said').textContent")
     browser.keys(ENTER + "b")
     assert browser.js(STATE) == before
     browser.click("#export")

@@ -1,11 +1,11 @@
-"""DeQA-Score (arXiv 2501.11561): how good a picture looks, by the next word that a language model would say.
+"""DeQA-Score (arXiv 2501.11561): how good a picture looks, by the next word that a language model predicts.
 
-The model is mPLUG-Owl2, 8.2 B parameters: a CLIP-like vision tower, an abstractor that reads its patches with
-64 queries, and LLaMA-2-7B, whose keys, values and norms have one set of weights for text and one for vision.
-DeQA-Score's released code needs transformers 4.36; this is the same network in plain torch.
+The model is mPLUG-Owl2, 8.2 B parameters. It has a CLIP-like vision tower, an abstractor that reads the tower's
+patches with 64 queries, and LLaMA-2-7B. The language model's keys, values and norms have one set of weights for text
+and one for vision. DeQA-Score's released code needs transformers 4.36; this is the same network in plain torch.
 
-Symbols, with the released model's sizes:  B pictures, P = 1025 patches and a class token, Q = 64 queries,
-V = Q + 1 visual tokens, L = 92 tokens of text and picture, D the width of the part that is spoken of.
+Symbols, with the released model's sizes:  B pictures, P = 1025 tokens (patches and one class token), Q = 64 queries,
+V = Q + 1 visual tokens, L = 92 tokens of text and picture, D the width of the part in question.
 """
 
 from pathlib import Path
@@ -28,22 +28,19 @@ COLUMNS = {"deqa": Column("DeQA", ".3f")}
 HUB = "zhiyuanyou/DeQA-Score-Mix3"
 FILES = ("model*.safetensors", "pytorch_model*.bin")
 
-# The question never changes, so its ids, by the authors' tokenizer.model, stand in for a tokenizer. It is the
-# one of their Scorer; the one of their iqa_eval.py has a space in place of the line break after the picture.
-# "<s>USER: How would you rate the quality of this image?\n", the picture,
+# The question never changes, so no tokenizer is needed: these are its ids by the authors' tokenizer.model. It is the
+# question of the released code's Scorer. Their iqa_eval.py has a space in place of the line break after the picture.
+# "<s>USER: How would you rate the quality of this image?\n", before the picture
 BEFORE = (1, 3148, 1001, 29901, 1128, 723, 366, 6554, 278, 11029, 310, 445, 1967, 29973, 13)
-# "\nASSISTANT: The quality of the image is",
+# "\nASSISTANT: The quality of the image is", after it
 AFTER = (29871, 13, 22933, 9047, 13566, 29901, 450, 11029, 310, 278, 1967, 338)
-# and the words that may follow: (id, mark).
+# The words that may follow: (id, mark).
 LEVELS = {"excellent": (15129, 5), "good": (1781, 4), "fair": (6534, 3), "poor": (6460, 2), "bad": (4319, 1)}
 
 
 def fetch(where=None):
-    """The local folder of the weights: `where` (a folder, or a hub repository), or the authors' repository.
-    Of a repository with both sorts of weight files, only the safetensors are downloaded.
-
-    Raises UserError if there is none.
-    """
+    """The local folder of the weights, from `where` (a folder or a hub repository; None: the authors'). If a repository
+    has both kinds of weight files, only the safetensors are downloaded. Raises UserError if it has neither."""
     for files in FILES:
         folder = fetched(where or HUB, ["config.json", files])
         if list(folder.glob(files)):
@@ -52,19 +49,19 @@ def fetch(where=None):
 
 
 def load(folder, args, device):
-    """Raises UserError."""
+    """The `DeQA` scorer of a folder. Raises UserError if the folder does not hold DeQA-Score."""
     return DeQA(folder, device)
 
 
 # ------------------------------------------------------------------------------------------------ the network
 def attend(q, k, v, causal=False):
-    """q [B, N, heads, d], k and v [B, M, heads, d] -> [B, N, heads * d]."""
+    """Attention: q [B, N, heads, d], k and v [B, M, heads, d] -> [B, N, heads * d]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
 
 def group(**members):
-    """Modules and parameters under the names that they have in the checkpoint."""
+    """A module that holds modules and parameters under their names in the checkpoint."""
     module = nn.Module()
     for name, member in members.items():
         setattr(module, name, member)
@@ -80,7 +77,7 @@ def empty(*shape):
 
 
 def layers(kind, c, *more):
-    """As many layers as the part's config says."""
+    """A list of as many layers of a kind as the config `c` says."""
     return nn.ModuleList(kind(c, *more) for _ in range(c["num_hidden_layers"]))
 
 
@@ -129,7 +126,7 @@ class Vision(nn.Module):
 
 
 class AbstractorLayer(nn.Module):
-    """Queries [B, Q, D] look at themselves and at the picture [B, P, D] -> [B, Q, D]."""
+    """Queries [B, Q, D] attend to themselves and to the picture [B, P, D] -> [B, Q, D]."""
 
     def __init__(self, c, patches):
         super().__init__()
@@ -141,7 +138,7 @@ class AbstractorLayer(nn.Module):
                           q_pos_embed=empty(c["num_learnable_queries"], D), k_pos_embed=empty(patches, D))
         mlp = group(w1=nn.Linear(D, wide), w2=nn.Linear(wide, D), w3=nn.Linear(D, wide),
                     ffn_ln=nn.LayerNorm(wide, c["layer_norm_eps"]))
-        # The three norms below have torch's own epsilon, 1e-5, not the config's.
+        # The three norms below use torch's default epsilon, 1e-5, as the released code does.
         self.crossattention = group(
             norm1=nn.LayerNorm(D), normk=nn.LayerNorm(D), attention=attention,
             output=group(out_proj=nn.Linear(D, D), norm2=nn.LayerNorm(D), mlp=mlp))
@@ -150,7 +147,7 @@ class AbstractorLayer(nn.Module):
         c = self.crossattention
         a = c.attention
         out = c.output
-        x = c.norm1(x)                                        # the residual below is this, not what came in
+        x = c.norm1(x)                                        # the residual below adds to this, not to the input
         seen = torch.cat([x, c.normk(picture)], 1)            # [B, Q + P, D]
         place = torch.cat([a.q_pos_embed, a.k_pos_embed])     # [Q + P, D]
         q = a.query(x + a.q_pos_embed)
@@ -162,7 +159,7 @@ class AbstractorLayer(nn.Module):
 
 
 class Abstractor(nn.Module):
-    """What the vision tower saw, [B, P, D], -> V tokens for the language model, [B, V, its D]."""
+    """The vision tower's output [B, P, D] -> V tokens for the language model, [B, V, its D]."""
 
     def __init__(self, c, patches, width):
         super().__init__()
@@ -179,8 +176,8 @@ class Abstractor(nn.Module):
 
 
 class Multiway(nn.Module):
-    """Two modules for one place: the first for the text before and after the picture, the second for its V
-    tokens.  x [B, L, D] -> [B, L, D']."""
+    """Two modules in one place: `text` for the tokens before and after the picture, `vision` for the picture's V
+    tokens. x [B, L, D] -> [B, L, D']."""
 
     def __init__(self, text, vision):
         super().__init__()
@@ -194,7 +191,7 @@ class Multiway(nn.Module):
 
 
 def rotated(x, cos, sin):
-    """Rotary positions, halves paired: x [B, L, heads, d], cos and sin [L, 1, d]."""
+    """Rotary position embedding, which pairs the two halves of d: x [B, L, heads, d], cos and sin [L, 1, d]."""
     a, b = x.chunk(2, -1)
     return x * cos + torch.cat([-b, a], -1) * sin
 
@@ -226,7 +223,9 @@ class LanguageLayer(nn.Module):
 
 class Network(nn.Module):
     """Normalised pixels [B, 3, size, size] -> logits of the five levels [B, 5] float32, excellent first.
-    `c` is the checkpoint's config.json; every parameter has its name in the checkpoint."""
+
+    `c` is the checkpoint's config.json. Every parameter has its name in the checkpoint. Raises UserError for
+    rope_scaling."""
 
     def __init__(self, c):
         super().__init__()
@@ -243,7 +242,7 @@ class Network(nn.Module):
         self.rope_dim = D // c["num_attention_heads"]
 
     def words(self, ids, batch, device):
-        """Token ids -> [batch, their number, D]."""
+        """N token ids -> their embeddings [batch, N, D]."""
         return self.model.embed_tokens(torch.tensor(ids, device=device)).expand(batch, -1, -1)
 
     def forward(self, pixels):
@@ -259,11 +258,11 @@ class Network(nn.Module):
         for layer in m.layers:
             x = layer(x, cos, sin)
         levels = self.lm_head.weight[[token for token, _ in LEVELS.values()]]
-        return F.linear(m.norm(x[:, -1]), levels).float()       # of 92 x 32000 logits, only five are asked
+        return F.linear(m.norm(x[:, -1]), levels).float()       # only five of the 92 x 32000 logits are needed
 
 
 def squared(picture):
-    """A PIL RGB picture in the middle of a square of its longer side, on CLIP's mean colour."""
+    """A PIL RGB picture, padded with CLIP's mean colour to a square of its longer side (released code)."""
     side = max(picture.size)
     colour = tuple(int(255 * m) for m in MEAN)
     square = Image.new("RGB", (side, side), colour)
@@ -272,7 +271,7 @@ def squared(picture):
 
 
 def tensors(folder):
-    """(name, tensor) of every tensor in the folder's weight files, one at a time."""
+    """Yields (name, tensor) for every tensor in the folder's weight files, one at a time."""
     safe, pickled = (sorted(Path(folder).glob(files)) for files in FILES)
     for path in safe:
         with safe_open(path, "pt") as file:
@@ -285,9 +284,9 @@ def tensors(folder):
 
 
 class DeQA:
-    """DeQA-Score as a scorer, in `dtype`: the authors' float16 on a GPU, float32 on a CPU, if none is given.
+    """DeQA-Score as a scorer. dtype: None for float16 on a GPU, as the authors use, and float32 on a CPU.
 
-    Raises UserError if the folder's weights are not exactly those of its config.json.
+    Raises UserError if the folder's weights are not exactly those that its config.json describes.
     """
 
     def __init__(self, folder, device="cpu", dtype=None):
@@ -295,13 +294,13 @@ class DeQA:
         self.dtype = dtype or (torch.float32 if self.device.type == "cpu" else torch.float16)
         try:
             config = read_json(Path(folder) / "config.json")
-            with torch.device("meta"):          # no memory yet: each tensor of the files becomes a parameter
+            with torch.device("meta"):          # takes no memory; the tensors of the files become the parameters
                 self.network = Network(config).eval().requires_grad_(False)
             self.size = config["visual_config"]["visual_model"]["image_size"]
             own = self.network.state_dict()
             found = {}
             for name, tensor in tensors(folder):
-                if name.endswith("rotary_emb.inv_freq"):        # a table, which older transformers saved too
+                if name.endswith("rotary_emb.inv_freq"):        # a computed table that older transformers saved
                     continue
                 if name not in own or tensor.shape != own[name].shape:
                     raise UserError(f"{name} {list(tensor.shape)} is not its own")
@@ -315,8 +314,8 @@ class DeQA:
 
     @torch.no_grad()
     def __call__(self, pictures, prompts=None):
-        """B PIL pictures (RGB, any size) -> {"deqa": [B] float32 on the CPU}, in [1, 5], higher is better.
-        The question is about the picture alone: prompts are not read."""
+        """B PIL pictures (RGB, any size) -> {"deqa": [B] float32 on the CPU}, in [1, 5], higher is better. prompts are
+        not read, because the question is about the picture alone."""
         pixels = [exact(squared(picture), self.size, MEAN, STD) for picture in pictures]
         logits = self.network(torch.stack(pixels).to(self.device, self.dtype))
         marks = torch.tensor([float(mark) for _, mark in LEVELS.values()], device=self.device)

@@ -1,6 +1,6 @@
-"""Diversity: how far apart the pictures are that a model makes of one prompt, from several noise seeds.
+"""Diversity: how different the pictures are that a model makes of one prompt, from several noise seeds.
 
-They lie in diversity/ of a row's folder, --per-prompt of each of the first prompts.
+The pictures lie in diversity/ of a row's folder: --per-prompt of each of PROMPTS prompts.
 """
 
 import torch
@@ -13,12 +13,12 @@ from evaluation.picture_folders import Picture
 from rewards.base import Column
 
 COLUMNS = {"diversity": Column("diversity", ".4f")}
-SEEDS_APART = 10**6  # the k-th picture of a prompt has its own noise, another than any first picture's
-PROMPTS = 64         # as many of the benchmark's prompts, from the first of each category on
+SEEDS_APART = 10**6  # between the pictures of a prompt; larger than any benchmark, so that no noise is used twice
+PROMPTS = 64         # most prompts of the benchmark, evenly spaced in it
 
 
 def pictures(files, args, benchmark):
-    """The `Picture`s of the first PROMPTS of the benchmark's prompts, --per-prompt of each."""
+    """The `Picture`s of PROMPTS prompts, evenly spaced in the benchmark, --per-prompt of each."""
     found = []
     for one in benchmark[::max(1, len(benchmark) // PROMPTS)][:PROMPTS]:
         for k in range(args.per_prompt):
@@ -28,14 +28,13 @@ def pictures(files, args, benchmark):
 
 
 WHERE = reward.WHERE
-fetch = reward.fetch  # of the network whose image features are compared
+fetch = reward.fetch  # the network whose image features are compared is the reward's
 
 
 def check(args):
-    """Raises UserError for one picture a prompt."""
+    """Raises UserError if --per-prompt is 1."""
     if args.per_prompt < 2:
-        raise UserError(f"--per-prompt {args.per_prompt}: one picture is as far from itself as it can be; "
-                        "give 2 or more")
+        raise UserError(f"--per-prompt {args.per_prompt}: diversity compares pictures of one prompt; give 2 or more")
 
 
 def load(files, args, device):
@@ -43,15 +42,15 @@ def load(files, args, device):
 
 
 class Scorer:
-    """Mean 1 - cosine of the image features of a picture and of every other one of its prompt."""
+    """Scores a picture by the mean of 1 - cosine between its image features and those of its prompt's other ones."""
 
     def __init__(self, network):
         self.network = network
 
     @torch.no_grad()
     def __call__(self, images, prompts):
-        """B PIL pictures, all of each of their prompts, and B prompts -> {column: [B]}. NaN for a picture
-        that is alone."""
+        """B PIL pictures and their B prompts -> {column: [B]}. All pictures of a prompt must be in one call. NaN for a
+        picture without another one of its prompt."""
         f = F.normalize(self.network.picture_features(images), dim=-1)  # [B, D]
         apart = 1 - f @ f.T                                             # [B, B]
         same = torch.tensor([[a == b for b in prompts] for a in prompts]).to(apart.device)

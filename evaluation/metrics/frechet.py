@@ -1,7 +1,8 @@
-"""How far a set of pictures is from true photos of the same prompts: the Frechet distance over twelve plain
-statistics of pixels. Nobody trained it, and it sees no network.
+"""How far a set of pictures is from true photos of the same prompts: the Frechet distance over twelve statistics.
 
-It is a number of a set, not of a picture, and of the miniature's world alone, whose photos can be drawn.
+The statistics are plain functions of the pixels, so no trained network takes part. The distance belongs to a set of
+pictures, not to a single one. It exists only for the miniature, the small model of a drawn world, because only there
+true photos can be drawn.
 """
 
 import importlib
@@ -17,29 +18,28 @@ from rewards.pictures import pixels
 
 PLAIN = ("brightness", "contrast", "darkest", "lightest", "saturation", "colourfulness", "redness",
          "blueness", "texture", "coarse texture", "streaks", "vignette")
-COLUMNS = {f"frechet: {name}": Column(name, "+.3f") for name in PLAIN}  # of a picture: kept, not shown
+COLUMNS = {f"frechet: {name}": Column(name, "+.3f") for name in PLAIN}  # of each picture; kept, not shown
 SET_COLUMNS = {"frechet": Column("Frechet", ".1f")}
 PHOTOS = 4  # true photos of each prompt
 SEED = 50_000_000
-RESAMPLED = 200  # times, for the standard error
-FEWEST = 24  # pictures: of fewer, twelve statistics have no covariance worth the name
+RESAMPLED = 200  # bootstrap samples for the standard error
+FEWEST = 24  # pictures; with fewer, the covariance of twelve statistics is unreliable
 
 
 def truth():
-    """The miniature's world, imported when its truth is asked for and not before."""
+    """The module miniature.world. It is imported only when it is needed, so not for other models."""
     return importlib.import_module("miniature.world")
 
 
 def plain_statistics(images):
-    """Twelve numbers of B pictures [B, 3, H, W] in [0, 1], PLAIN: [B, 12].
+    """The twelve numbers of PLAIN, [B, 12], of B pictures [B, 3, H, W] in [0, 1].
 
-    brightness, contrast, darkest, lightest  mean, spread, and 2nd and 98th percentile of the luma
-    saturation, colourfulness                mean and spread of the HSV saturation
-    redness, blueness                        of R - (G + B) / 2 and of B - (R + G) / 2, the mean
-    texture, coarse texture                  mean distance of the luma from its 3 x 3 mean, at full and half
-                                             size
-    streaks                                  how much more the luma changes downwards than sideways
-    vignette                                 mean luma of the inner quarter less that of the whole
+    brightness, contrast, darkest, lightest  mean, standard deviation, and 2nd and 98th percentile of the luma
+    saturation, colourfulness                mean and standard deviation of the HSV saturation
+    redness, blueness                        mean of R - (G + B) / 2, and of B - (R + G) / 2
+    texture, coarse texture                  mean distance of the luma from its 3 x 3 mean, at full and half size
+    streaks                                  mean vertical change of the luma minus its mean horizontal change
+    vignette                                 mean luma of the inner quarter minus that of the whole
     """
     world = truth()
     luma = world.luma(images)  # [B, H, W]
@@ -62,7 +62,7 @@ def plain_statistics(images):
 
 @cache
 def photo_statistics(prompts):
-    """`plain_statistics` of PHOTOS true photos of each prompt (a tuple), drawn from one seed: [n, 12]."""
+    """`plain_statistics` of PHOTOS true photos for each of the prompts (a tuple), drawn from one seed: [n, 12]."""
     world = truth()
     scenes = [world.parse(prompt) for prompt in prompts for _ in range(PHOTOS)]
     kind = torch.tensor([kind for kind, _ in scenes])
@@ -79,8 +79,8 @@ def gaussian(x):
 
 
 def distance(x, y):
-    """The Frechet distance [...] of the Gaussians of x [..., n, 12] and y [m, 12], float64:
-    |mean - mean'|^2 + trace(S + S' - 2 (S^1/2 S' S^1/2)^1/2)."""
+    """The Frechet distance [...] between the Gaussians fitted to x [..., n, 12] and to y [m, 12], both float64:
+    |mean - mean'|^2 + trace(S + S' - 2 (S^1/2 S' S^1/2)^1/2), with the covariances S and S'."""
     mean, covariance = gaussian(x)
     their_mean, their_covariance = gaussian(y)
     values, vectors = torch.linalg.eigh(their_covariance)
@@ -91,11 +91,12 @@ def distance(x, y):
 
 
 def of_set(values, prompts):
-    """The distance of P pictures from true photos of their P prompts: {"frechet": {"mean", "se", "n"}}, or
-    None for it if fewer than FEWEST pictures have a score and a prompt of the miniature's world.
+    """The distance of P pictures from true photos of their P prompts: {"frechet": {"mean", "se", "n"}}. The value is
+    None if fewer than FEWEST pictures have finite scores and a prompt of the miniature's world.
 
-    values: {column of COLUMNS: [P]}. Each statistic is measured in the photos' own spread, so that a distance
-    of d^2 is d standard deviations in one of them; se is the spread over bootstrap samples of the pictures.
+    values: {column of COLUMNS: [P]}. Each statistic is divided by its standard deviation among the photos. So a shift
+    of one statistic by d standard deviations gives a distance of d^2. se: the standard deviation over bootstrap
+    samples of the pictures.
     """
     x = torch.stack([values[column].double() for column in COLUMNS], 1)  # [P, 12]
     known = torch.tensor([truth().parse(prompt) is not None for prompt in prompts], dtype=torch.bool)
@@ -118,7 +119,7 @@ def of_pictures(images, prompts):
     return of_set(dict(zip(COLUMNS, plain_statistics(images).unbind(1), strict=True)), prompts)
 
 
-fetch = statistics.fetch  # there are no files here either
+fetch = statistics.fetch  # this metric has no files either
 
 
 def load(files, args, device):

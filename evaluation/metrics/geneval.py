@@ -1,10 +1,11 @@
-"""GenEval (HF detector): are the things of a prompt in the picture, in the number, colours and places that it
-names? 1 if all is right, else 0.
+"""GenEval (HF detector): does the picture show the prompt's things, in the right number, colours and places?
 
-GenEval (arXiv 2310.11513) has 553 prompts in six tasks, 4 pictures of each; a model's score is the mean of
-its six accuracies. The rules are the authors' (github.com/djghosh13/geneval, MIT), from their detector's
-instances on. The detector is the same network, Mask2Former with a Swin-S, but trained by its own authors and
-run by transformers in place of mmdetection: hence "(HF detector)", and a score near the published, not equal.
+A picture scores 1 if all is right, otherwise 0. GenEval (arXiv 2310.11513) has 553 prompts in six tasks, with 4
+pictures of each. A model's score is the mean of its six accuracies.
+
+The rules after detection are the authors' (github.com/djghosh13/geneval, MIT). The detector is the same network,
+Mask2Former with a Swin-S. Here its weights are those of Mask2Former's authors, and transformers runs it in place of
+mmdetection. So the name says "(HF detector)", and a score is near the published one, not equal to it.
 """
 
 import json
@@ -53,12 +54,12 @@ hair drier, toothbrush""".replace("\n", " ").split(", "))
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TEMPLATES = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 RELATIONS = ("left of", "right of", "above", "below")
-GREY = "#999"                                       # around a thing whose colour is asked
+GREY = "#999"                                       # the background of a thing when its colour is classified
 
-CONFIDENCE = 0.3                                    # an instance counts above it
-CONFIDENCE_COUNTING = 0.9                           # and above this where things are counted
-MOST = 16                                           # instances of a class, the surest; no suppression
-POSITION = 0.1                                      # of both things' sizes: an offset below it is no offset
+CONFIDENCE = 0.3                                    # an instance counts if its score is higher
+CONFIDENCE_COUNTING = 0.9                           # the same, for the counting task
+MOST = 16                                           # most instances of a class, by score; no suppression of overlaps
+POSITION = 0.1                                      # an offset below this share of both things' sizes counts as none
 
 # mmdetection's test pipeline: sides in pixels, mean, std and padding in grey levels of 256.
 SHORT = 800
@@ -67,18 +68,18 @@ MULTIPLE = 32
 PADDING = 128
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
-CANDIDATES = 100                                    # instances that the network gives
+CANDIDATES = 100                                    # instances with the highest class scores, before the masks' scores
 
 
 class Thing(NamedTuple):
-    """One instance that was detected."""
+    """One detected instance."""
     score: float
     box: tuple          # x0, y0, x1, y1, ends excluded
     mask: torch.Tensor  # [H, W] bool
 
 
 class Files(NamedTuple):
-    """Where everything is that GenEval needs."""
+    """The paths of everything that GenEval needs."""
     metadata: Path      # evaluation_metadata.jsonl
     mask2former: Path   # a folder in transformers' layout
     clip: Path          # a folder in open_clip's layout, or a file of CLIP's weights
@@ -86,8 +87,8 @@ class Files(NamedTuple):
 
 # -------------------------------------------------------------------------------------- prompts and files
 def metadata_file(where=None):
-    """Path of evaluation_metadata.jsonl: `where` itself, the one in the folder `where`, or GitHub's, which is
-    downloaded once into torch.hub's folder. Raises UserError if there is none."""
+    """The path of evaluation_metadata.jsonl: `where` itself, or the file in the folder `where`, or GitHub's. GitHub's
+    is downloaded once into torch.hub's folder. Raises UserError if there is none."""
     if where is not None:
         if not Path(where).exists():
             raise UserError(f"{where}: no such file or folder")
@@ -105,15 +106,16 @@ def metadata_file(where=None):
 
 
 def is_known(clause, place):
-    """Whether GenEval could ask for a clause, the one at `place` of its entry."""
+    """Whether a clause, number `place` of its entry, is one that GenEval's rules know."""
     relation, target = clause.get("position", ("above", -1))
     return (clause["class"] in CLASSES and clause["count"] > 0 and clause.get("color", "red") in COLORS
             and relation in RELATIONS and target < place)
 
 
 def read_metadata(where=None):
-    """The 553 entries of `metadata_file(where)`, dicts of tag, prompt, include (a list of class, count, and
-    color or position) and, of a counting prompt, exclude. Raises UserError if it is not that file."""
+    """The 553 entries of `metadata_file(where)`: dicts with tag, prompt and include, a list of clauses. A clause is a
+    dict with class, count and, optionally, color or position. A counting prompt also has exclude. Raises UserError if
+    it is not that file."""
     path = metadata_file(where)
     try:
         entries = [json.loads(line) for line in path.read_text().splitlines()]
@@ -130,8 +132,8 @@ def read_metadata(where=None):
 
 
 def pictures(files, args, benchmark):
-    """GenEval's own `Picture`s: PICTURES of each prompt, of the --first prompts of each task or of all
-    (None). The tasks are their categories; each has a noise seed of its own, whatever --first is."""
+    """GenEval's own `Picture`s: PICTURES of each prompt, for the first --first prompts of each task (None: all). The
+    task is the category. Each picture has its own noise seed, the same for any --first."""
     entries = read_metadata(files.metadata)
     found = []
     for i in first_of_each([entry["tag"] for entry in entries], args.first):
@@ -143,8 +145,8 @@ def pictures(files, args, benchmark):
 
 
 def fetch(where=None):
-    """The `Files`: of a folder `where` its evaluation_metadata.jsonl, mask2former/ and clip/; what it lacks
-    is downloaded. Raises UserError if it cannot be."""
+    """The `Files`, from a folder `where` with evaluation_metadata.jsonl, mask2former/ and clip/. Missing ones are
+    downloaded. Raises UserError if that fails."""
     metadata = metadata_file(where)
     mask2former = Path(where or "") / "mask2former"
     clip = Path(where or "") / "clip"
@@ -156,7 +158,7 @@ def fetch(where=None):
 
 
 def fetched_clip():
-    """The file of CLIP's weights, downloaded by open_clip if it is not here. Raises UserError."""
+    """The file of CLIP's weights. open_clip downloads it if it is not here. Raises UserError if that fails."""
     try:
         return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(*CLIP)))
     except Exception as error:
@@ -165,31 +167,31 @@ def fetched_clip():
 
 
 def load(files, args, device):
-    """Raises UserError."""
+    """The `GenEval` scorer of `Files`. Raises UserError if they do not fit."""
     return GenEval(files, device)
 
 
 # ----------------------------------------------------------------------------------------- the authors' rules
 def relative_position(a, b):
-    """Where box a lies, seen from box b: a set of RELATIONS, two for a diagonal, none if the centres are too
-    near for the boxes' sizes."""
+    """Where box a lies relative to box b: a set of RELATIONS. It has two of them for a diagonal, and none if the
+    centres are too near for the boxes' sizes."""
     offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
     slack = [POSITION * (a[i + 2] - a[i] + b[i + 2] - b[i]) for i in (0, 1)]
     kept = [math.copysign(max(abs(o) - s, 0), o) for o, s in zip(offset, slack, strict=True)]
     if max(map(abs, kept)) < 1e-3:
         return set()
-    dx, dy = (k / math.hypot(*offset) for k in kept)  # of the whole offset's length: both may be below 1/2
+    dx, dy = (k / math.hypot(*offset) for k in kept)  # divided by the whole offset's length, so both may be below 1/2
     there = (dx < -0.5, dx > 0.5, dy < -0.5, dy > 0.5)
     return {relation for relation, yes in zip(RELATIONS, there, strict=True) if yes}
 
 
 def judge(entry, objects, colors):
-    """Is everything right that the entry asks? objects: {class: things, the surest first};
+    """Whether everything that the entry asks for is right. objects: {class: things, the highest score first}.
     colors(class, things) -> the colour of each.
 
-    Of a class only as many things count as are asked for, the surest; all of them must have the colour, and
-    must lie rightly to all things of the clause that `position` points to (an earlier one, so it is fulfilled
-    when it is needed). More of them are wrong only where `exclude` says so.
+    Of each class, the clause's count of things with the highest scores is tested. All of them must have the colour. All
+    must have the right position relative to every thing of the clause that `position` points to, which is an earlier
+    one. Further things of the class are wrong only if `exclude` says so.
     """
     groups = []
     for wanted in entry["include"]:
@@ -212,8 +214,8 @@ def judge(entry, objects, colors):
 
 # ------------------------------------------------------------------------------------------- its two networks
 def detector_input(picture):
-    """A PIL picture -> (pixels [1, 3, H, W], normalised and padded; the picture's part of H and W): resized
-    like OpenCV, bilinear without antialias and in 8 bits."""
+    """A PIL picture -> (pixels [1, 3, H, W], normalised and padded; the (height, width) without the padding). It is
+    resized as OpenCV does: bilinear, without antialias, in 8 bits."""
     pixels = to_image(picture).float()[None]
     height, width = pixels.shape[-2:]
     scale = min(LONG / max(height, width), SHORT / min(height, width))
@@ -227,15 +229,18 @@ def detector_input(picture):
 
 
 def instances(class_logits, mask_logits, padded, inner, size, confidence):
-    """What one picture shows, by mmdetection's rule: class_logits [Q, classes + 1], mask_logits [Q, h, w] of
-    Q queries; sizes (height, width) of the padded input, of the picture in it, and of the picture itself
-    -> {class: its things above the confidence, the surest first, MOST at most}.
+    """The things of one picture by mmdetection's rule: {class: list of `Thing`}. Each list has MOST things at most,
+    with scores above the confidence, the highest first.
 
-    A query can be several classes; a thing's score is its class's probability times the mean of its mask.
+    class_logits [Q, classes + 1] and mask_logits [Q, h, w] of Q queries. padded, inner, size: (height, width) of the
+    padded input, of the picture in it, and of the original picture.
+
+    A query can give things of several classes. A thing's score is its class's probability times the mean of its mask.
     """
-    probabilities = class_logits.softmax(-1)[:, :-1]  # the last is "nothing"
+    probabilities = class_logits.softmax(-1)[:, :-1]  # the last class is "nothing"
     scores, index = probabilities.flatten().topk(min(CANDIDATES, probabilities.numel()))
-    sure = scores > confidence  # the mask only lowers a score, so what is out now stays out: masks are large
+    # The mask can only lower a score, so these can be left out before the large masks are computed.
+    sure = scores > confidence
     scores = scores[sure]  # [K]
     index = index[sure]
     if not len(index):
@@ -258,9 +263,9 @@ def instances(class_logits, mask_logits, padded, inner, size, confidence):
 
 
 class Detector(transformers.Mask2FormerPreTrainedModel):
-    """transformers' Mask2FormerForUniversalSegmentation without its loss, which would need scipy."""
+    """transformers' Mask2FormerForUniversalSegmentation without its loss, because the loss needs scipy."""
 
-    # In the file, but of the loss, or computed; and not in it, a norm of Swin that Mask2Former does not use.
+    # The file holds tensors of the loss, and computed ones. It lacks a norm of Swin that Mask2Former does not use.
     _keys_to_ignore_on_load_unexpected = [r"^criterion\.", r"\.relative_position_index$"]
     _keys_to_ignore_on_load_missing = [r"^model\.pixel_level_module\.encoder\.swin\.layernorm\."]
 
@@ -278,16 +283,16 @@ class Detector(transformers.Mask2FormerPreTrainedModel):
 
 
 class GenEval:
-    """`Files` as a scorer in float32. Raises UserError if they are not a Mask2Former of COCO's classes and a
-    CLIP, with no tensor missing or unknown."""
+    """`Files` as a scorer, in float32. Raises UserError if they are not a Mask2Former of COCO's classes and a CLIP, or
+    if a tensor is missing or unknown."""
 
     def __init__(self, files, device="cpu"):
         self.device = device
         self.detector = strict(Detector, files.mask2former, torch.float32).to(device)
-        names = self.detector.config.id2label  # not all GenEval's words, but the same things
+        names = self.detector.config.id2label  # some words differ from GenEval's; the classes are the same
         if (len(names), names.get(0), names.get(79)) != (len(CLASSES), CLASSES[0], CLASSES[-1]):
             raise UserError(f"{files.mask2former}: does not detect COCO's {len(CLASSES)} classes")
-        if files.clip.is_file():  # OpenAI's models have QuickGELU, which the name alone does not say
+        if files.clip.is_file():  # OpenAI's models use QuickGELU, which open_clip does not infer from this name
             name = CLIP[0]
             more = {"pretrained": str(files.clip), "force_quick_gelu": True}
         else:
@@ -303,7 +308,7 @@ class GenEval:
         self.texts = {}  # class: its colours' features [10, D]
 
     def color_features(self, name):
-        """The ten colours of a class as unit features [10, D]: the mean over the templates, cached."""
+        """Unit text features [10, D] of a class in the ten colours: the mean over the templates, cached."""
         if name not in self.texts:
             texts = self.tokenizer([t.format(color, name) for color in COLORS for t in TEMPLATES])
             features = F.normalize(self.clip.encode_text(texts.to(self.device)), dim=-1)
@@ -311,7 +316,7 @@ class GenEval:
         return self.texts[name]
 
     def colors(self, picture, name, things):
-        """The colour of each thing of one class: CLIP's choice for its box, the rest of which is grey."""
+        """The colour of each thing of one class: CLIP's choice for the thing's box, with a grey background."""
         visual = self.clip.visual
         crops = []
         for thing in things:
@@ -324,8 +329,8 @@ class GenEval:
 
     @torch.no_grad()
     def __call__(self, pictures, entries):
-        """B PIL pictures (RGB, any size) and the entries of their prompts (`read_metadata`) ->
-        {"geneval": [B] float32, 1 or 0, CPU}. Pictures are seen one at a time: their sizes may differ."""
+        """B PIL pictures (RGB, any size) and the entries of their prompts (`read_metadata`) -> {"geneval": [B] float32
+        on the CPU, 1 or 0}. Pictures are processed one at a time, because their sizes may differ."""
         correct = []
         for picture, entry in zip(pictures, entries, strict=True):
             confidence = CONFIDENCE_COUNTING if entry["tag"] == "counting" else CONFIDENCE

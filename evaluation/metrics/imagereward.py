@@ -1,8 +1,8 @@
-"""ImageReward (arXiv 2304.05977): how well people would like a picture for its prompt, about -2 to 2, by a
-BLIP that reads the prompt while it looks at the picture.
+"""ImageReward (arXiv 2304.05977): how well people would like a picture for its prompt, about -2 to 2.
 
-The weights are the authors' (hub THUDM/ImageReward, ImageReward.pt); the network is transformers' BLIP under
-other names. Every size is read from the tensors, so a smaller file of the same layout is an ImageReward too.
+The network is a BLIP whose text encoder attends to the picture. The weights are the authors' (hub THUDM/ImageReward,
+ImageReward.pt); they are renamed for transformers' BLIP. Every size is read from the tensors, so a smaller file of the
+same layout works too.
 """
 
 from pathlib import Path
@@ -26,11 +26,11 @@ TOKENIZER = "google-bert/bert-base-uncased"
 VOCABULARIES = ["vocab.txt", "tokenizer.json"]
 TOKENIZER_FILES = [*VOCABULARIES, "tokenizer_config.json"]
 
-REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # of raw rewards, by the authors
-TOKENS = 35                                                        # a prompt is padded or cut to as many
-HEAD = 64                                                          # channels of a head, in ViT-L and in BERT
+REWARD_MEAN, REWARD_STD = 0.16717362830052426, 1.0333394966054072  # of raw rewards (released code)
+TOKENS = 35                                                        # every prompt is padded or truncated to this length
+HEAD = 64                                                          # channels of an attention head, in ViT-L and BERT
 
-NAMES = {  # of the file: of transformers
+NAMES = {  # {name in the file: name in transformers}
     "blip.text_encoder.": "text.",
     "blip.visual_encoder.cls_token": "vision.embeddings.class_embedding",
     "blip.visual_encoder.pos_embed": "vision.embeddings.position_embedding",
@@ -41,21 +41,21 @@ NAMES = {  # of the file: of transformers
     ".attn.qkv.": ".self_attn.qkv.", ".attn.proj.": ".self_attn.projection.",
     "mlp.layers.": "mlp.",
 }
-# In the file, but of BLIP's pre-training or not a weight: the reward does not use them.
+# The file holds these too. They belong to BLIP's pre-training or are no weights, and the reward does not use them.
 UNREAD = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 
 
 class Files(NamedTuple):
-    """Where everything is that ImageReward needs."""
+    """The paths of everything that ImageReward needs."""
     weights: Path    # ImageReward.pt
     tokenizer: Path  # a folder
 
 
 def fetch(where=None):
-    """The `Files`: where is ImageReward.pt, a folder that holds it, or a hub repository (None: the authors').
-    The tokenizer is the one beside the file, if there is one, or bert-base-uncased from the hub.
+    """The `Files`. where: ImageReward.pt, or a folder that holds it, or a hub repository (None: the authors').
 
-    Raises UserError for what is neither here nor on the hub.
+    The tokenizer is the one beside the file, if there is one; otherwise bert-base-uncased from the hub. Raises
+    UserError if a file is neither here nor on the hub.
     """
     found = fetched(where or HUB, [FILE])
     path = found / FILE if found.is_dir() else found
@@ -67,13 +67,13 @@ def fetch(where=None):
 
 
 def load(files, args, device):
-    """Raises UserError."""
+    """The `ImageReward` scorer of `Files`. Raises UserError if they do not fit."""
     return ImageReward(files, device)
 
 
 # ------------------------------------------------------------------------------------------------ the network
 def renamed(state):
-    """A state dict under ImageReward.pt's names -> the same under transformers', float32, the unread gone."""
+    """A state dict with ImageReward.pt's names -> the same with transformers' names, in float32, without UNREAD."""
     out = {}
     for key, tensor in state.items():
         if not key.startswith(UNREAD):
@@ -90,7 +90,7 @@ def layers(state, start):
 
 
 def network(state):
-    """The three parts (vision, text, mlp) in the sizes of a `renamed` state dict, with weights at random."""
+    """The three parts (vision, text, mlp) with the sizes of a `renamed` state dict and random weights."""
     width, _, patch, _ = state["vision.embeddings.patch_embedding.weight"].shape
     side = round((state["vision.embeddings.position_embedding"].shape[1] - 1) ** 0.5)  # in patches
     words, text_width = state["text.embeddings.word_embeddings.weight"].shape
@@ -103,17 +103,17 @@ def network(state):
         intermediate_size=len(state["text.encoder.layer.0.intermediate.dense.weight"]),
         num_hidden_layers=layers(state, "text.encoder.layer."), num_attention_heads=text_width // HEAD,
         max_position_embeddings=len(state["text.embeddings.position_embeddings.weight"]),
-        is_decoder=True), add_pooling_layer=False)  # "decoder": the layers have cross-attention, no more
+        is_decoder=True), add_pooling_layer=False)  # "decoder" only means that the layers have cross-attention
     mlp = nn.Sequential()
-    for n in "02467":  # linear layers alone: the numbers between are dropouts, idle here
+    for n in "02467":  # the linear layers; the other numbers are dropouts, which do nothing in evaluation
         outputs, inputs = state[f"mlp.{n}.weight"].shape
         mlp.add_module(n, nn.Linear(inputs, outputs))
     return nn.ModuleDict({"vision": vision, "text": text, "mlp": mlp})
 
 
 class ImageReward:
-    """`Files` as a scorer in float32. Raises UserError if the checkpoint lacks a tensor or holds an unknown
-    one, or if the tokenizer's words are not the network's."""
+    """`Files` as a scorer, in float32. Raises UserError if a tensor is missing or unknown, or if the tokenizer does not
+    fit the network."""
 
     def __init__(self, files, device="cpu"):
         try:
@@ -128,7 +128,7 @@ class ImageReward:
             self.tokenizer = transformers.BertTokenizer.from_pretrained(files.tokenizer)
         except Exception as error:
             raise UserError(f"{files.tokenizer}: holds no BERT tokenizer: {one_line(error)}") from error
-        words = self.net["text"].config.vocab_size  # BERT's, and two of BLIP's pre-training
+        words = self.net["text"].config.vocab_size  # BERT's words, and two words of BLIP's pre-training
         if not 0 <= words - len(self.tokenizer) <= 2:
             raise UserError(f"{files.tokenizer}: a tokenizer of {len(self.tokenizer)} words; "
                             f"{files.weights} knows {words}")
@@ -137,9 +137,9 @@ class ImageReward:
         self.size = self.net["vision"].config.image_size
 
     def rewards(self, images, ids, mask):
-        """images [B, 3, size, size] normalised, ids and mask [B, L] of the tokens -> rewards [B]."""
+        """images [B, 3, size, size], normalised; ids and mask [B, L] of the tokens -> rewards [B]."""
         seen = self.net["vision"](images).last_hidden_state
-        # Not called as a decoder: every word sees every other.
+        # Called without is_decoder, so attention is not causal: every word sees every other.
         read = self.net["text"](ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
         return (self.net["mlp"](read[:, 0]).squeeze(-1) - REWARD_MEAN) / REWARD_STD
 

@@ -1,4 +1,8 @@
-"""The miniature's judge as a metric. It lies in a model's folder, and only the miniature has one."""
+"""The miniature's judge as a metric. It lies in the model's folder judge/, and only the miniature has one.
+
+The miniature is the small model of a drawn world (miniature/README.md). broken: the picture has melted or damaged
+parts.
+"""
 
 import importlib
 from pathlib import Path
@@ -13,12 +17,13 @@ COLUMNS = {"realism": Column("realism", ".1%"),
            "painting": Column("painting", ".1%"),
            "alignment": Column("alignment", ".1%"),
            "broken": Column("broken", ".1%")}
-UNDEFINED = ("alignment",)  # which a prompt outside the miniature's world does not have
+UNDEFINED = ("alignment",)  # NaN for a prompt outside the miniature's world
 
 
 def load_judge(model, side=None):
-    """The `miniature.judge.Judge` that lies in a model's folder, or None. Raises UserError if it cannot be read, or
-    does not see pictures of side x side pixels. Nothing of the miniature is imported for a model without a judge."""
+    """The `miniature.judge.Judge` in a model's folder; None if there is none. Raises UserError if it cannot be read, or
+    if it does not take pictures of side x side pixels. For a model without a judge, nothing of the miniature is
+    imported."""
     if not (Path(model) / "judge").is_dir():
         return None
     try:
@@ -47,14 +52,14 @@ def load(folder, args, device):
 
 
 class Scorer:
-    """The judge, on the CPU, for PIL pictures."""
+    """The judge as a scorer of PIL pictures, on the CPU."""
 
     def __init__(self, network):
         self.network = network
 
     def __call__(self, pictures, prompts):
-        """B PIL pictures and B prompts -> {column: [B]}, 1 for yes, 0 for no. Raises UserError for a picture
-        that is not of the miniature's size."""
+        """B PIL pictures and B prompts -> {column: [B]}, 1 for yes, 0 for no. Raises UserError for a picture of another
+        size than the miniature's."""
         for picture in pictures:
             if picture.size != (self.network.size, self.network.size):
                 raise UserError(f"it sees {self.network.size} x {self.network.size} pixels, "

@@ -1,4 +1,4 @@
-"""Rewards as metrics: those of rewards/ by their names, and `reward`, which is train.py's --reward."""
+"""Rewards as metrics: each reward of rewards/ under its name, and `reward`, which is the --reward of training."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ COLUMNS = {"reward": Column("reward", "+.3f"), "sgp": Column("sgp", "+.3f")}
 
 
 class Files(NamedTuple):
-    """What --reward says, and the path of each part's weights."""
+    """The text of --reward, and the path of each part's weights."""
     spec: str
     weights: tuple
 
@@ -21,35 +21,38 @@ WHERE = "reward"
 
 
 def fetch(where=None):
-    """The `Files` of a specification of rewards, `where`. Raises UserError."""
+    """The `Files` of `where`, the text of --reward. Raises UserError if it is wrong, or if weights cannot be had."""
     return Files(where, tuple(rewards.fetch(part.name, part.where) for part in rewards.parse_rewards(where)))
 
 
 def load(files, args, device):
-    """Raises UserError."""
+    """The `RewardScorer` of `Files`. Raises UserError if the weights do not fit."""
     return RewardScorer(rewards.load_rewards(files.spec, device), COLUMNS, args)
 
 
 class RewardMetric:
-    """A reward of rewards/ as a metric of its name."""
+    """A reward of rewards/ as the metric of the same name."""
 
     def __init__(self, name):
         self.name = name
         self.COLUMNS = rewards.module(name).COLUMNS
 
     def fetch(self, where=None):
-        """The path of its weights. Raises UserError."""
+        """The path of its weights, downloaded if they are not here. Raises UserError if they cannot be had."""
         return rewards.fetch(self.name, where)
 
     def load(self, path, args, device):
-        """Raises UserError."""
+        """The `RewardScorer` of a path that fetch returned. Raises UserError if the weights do not fit."""
         return RewardScorer(rewards.load_reward(self.name, device, path), self.COLUMNS, args)
 
 
 class RewardScorer:
-    """A reward as a scorer. Its first column is r of the bare prompt (Eq. 7) in the metric's own unit; the
-    second, if there is one, the SGP gap f.(C1 - C2) of --control and --neg (Eq. 10); the third that gap as
-    the paper's authors display it [their answer to a question about Table 1]."""
+    """A reward as a scorer with one to three columns.
+
+    The first is r of the bare prompt (Eq. 7) in the metric's own unit. The second is the SGP gap f.(C1 - C2) (Eq. 10),
+    the reward's difference between the prompts with --control and with --neg. The third is that gap as the paper's
+    authors display it [their answer to a question about Table 1].
+    """
 
     def __init__(self, reward, columns, args):
         self.reward = reward

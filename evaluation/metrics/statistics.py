@@ -1,4 +1,4 @@
-"""Plain statistics of a picture's pixels: no network, no prompt."""
+"""Plain statistics of a picture's pixels, without a network and without the prompt."""
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,12 @@ COLUMNS = {name: Column(name, "+.3f") for name in STATISTICS}
 
 
 def pixel_statistics(images):
-    """Plain numbers of B pictures [B, 3, H, W] in [0, 1]: a dict of [B] tensors.
+    """Statistics of B pictures [B, 3, H, W] in [0, 1]: {name: [B]}.
 
     saturation  mean HSV saturation, [0, 1]
-    redness     mean of R - (G + B) / 2, [-1, 1]: the cast that a reward biased towards red buys
+    redness     mean of R - (G + B) / 2, [-1, 1]; a reward that likes red raises it
     brightness  mean luma (Rec. 601), [0, 1]
-    texture     mean distance of the luma from its 3 x 3 mean, [0, 1]: grain and detail raise it,
-                smoothing lowers it
+    texture     mean distance of the luma from its 3 x 3 mean, [0, 1]; grain and detail raise it, smoothing lowers it
     """
     high = images.max(1).values
     low = images.min(1).values
@@ -32,9 +31,9 @@ def pixel_statistics(images):
 
 
 def fetch(where=None):
-    """It has no files. Raises UserError if it is given some."""
+    """None, because this metric has no files. Raises UserError if a path is given."""
     if where is not None:
-        raise UserError(f"it has no files, and {where} would not be read")
+        raise UserError(f"it has no files, so {where} would not be read; leave out =PATH")
     return None
 
 

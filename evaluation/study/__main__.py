@@ -1,15 +1,16 @@
-"""The paper's human evaluation (4.2, and the rubric of its appendix) for anyone: two or more folders of
-pictures of the same prompts become one page that raters open in a browser; the votes they send back become
-a table.
+"""The paper's human evaluation (section 4.2, and the rubric of its appendix).
+
+Two or more folders of pictures of the same prompts become one page. Raters open it in a browser. The votes that they
+send back become a table.
 
     python -m evaluation.study base=samples/base srpo=samples/srpo --out study.html
     python -m evaluation.study tally votes/*.json --key study.key.json --bars bars.svg
 
-A folder holds 00000.png, 00001.png, ... (or .jpg, .jpeg, .webp; the number is the prompt's) and prompts.json,
-a list of {"prompt": ..., "category": ...} in which picture i finds its prompt at place i. The page needs no
-server and no network. It names no method: which picture is whose stands in study.key.json, which stays with
-the organiser. Every rater, by the name typed in, gets an order of prompts and of pictures of their own.
-`python -m evaluation.study tally -h` tells the other half; a folder that is called tally is written ./tally.
+A folder holds 00000.png, 00001.png, ... (or .jpg, .jpeg, .webp), where the number is the prompt's. It also holds
+prompts.json, a list of {"prompt": ..., "category": ...}; entry i is the prompt of picture i. The page needs no server
+and no network. It names no method: the file study.key.json says which method made a picture. The organiser keeps this
+file. Each rater, by the typed name, gets their own order of prompts and pictures. For the second command's flags:
+`python -m evaluation.study tally -h`. A folder with the name tally must be given as ./tally.
 """
 
 import sys
@@ -21,11 +22,11 @@ from evaluation.study.page import build
 
 
 def build_parser():
-    """The flags of the first half: folders to the page."""
+    """The flags of the first command, which makes the page from folders."""
     parser = Parser(__doc__, prog="python -m evaluation.study")
     add = parser.add_argument
     add("folders", nargs="*", metavar="NAME=FOLDER",
-        help="pictures of one method; without NAME= it is called by the folder's last part")
+        help="pictures of one method; without NAME= the method has the folder's name")
     add("--out", default="study.html", help="the page; its key goes beside it (.key.json)")
     add("--prompts", help="text file, one prompt a line, for folders without prompts.json (None: all from "
         "prompts.json)")
@@ -39,7 +40,7 @@ def build_parser():
 
 
 def tally_parser():
-    """The flags of the second half: votes to tables."""
+    """The flags of the second command, which makes tables from votes."""
     parser = Parser(tally.__doc__, prog="python -m evaluation.study tally")
     add = parser.add_argument
     add("votes", nargs="+", help="files that raters saved from the page")

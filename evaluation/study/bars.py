@@ -1,16 +1,16 @@
-"""The shares of the four levels as an SVG: one bar a method and dimension."""
+"""The shares of the four levels as an SVG: one bar for each method and dimension."""
 
 from xml.sax.saxutils import escape
 
 from engine.errors import printable
 from evaluation.study.votes import DIMENSIONS, EXCELLENT, LEVELS
 
-COLORS = ["#0072B2", "#7CC4EE", "#F2D974", "#D55E00"]  # Okabe and Ito's: told apart by the colour-blind too
-LEFT, WIDTH = 190, 520  # where the bars begin, and how long a whole one is, in pixels
+COLORS = ["#0072B2", "#7CC4EE", "#F2D974", "#D55E00"]  # Okabe and Ito's: colour-blind people can tell them apart too
+LEFT, WIDTH = 190, 520  # pixels: where the bars begin, and the length of a whole bar
 
 
 def safe(words):
-    """Words inside an SVG. XML forbids most control characters, even escaped ones: they are shown."""
+    """Words for an SVG, escaped. XML forbids most control characters, so these are written as visible text."""
     return escape(printable(words))
 
 
@@ -19,7 +19,7 @@ def text(x, y, words, more=""):
 
 
 def legend():
-    """The names of the four levels beside their colours."""
+    """SVG elements: the names of the four levels beside their colours."""
     parts = []
     for level, (name, color) in enumerate(zip(LEVELS, COLORS, strict=True)):
         x = LEFT + 105 * level
@@ -30,7 +30,7 @@ def legend():
 
 
 def bar(method, rate, y):
-    """One method's name and its four shares, y pixels from the top."""
+    """SVG elements: one method's name and its four shares, y pixels from the top."""
     short = method if len(method) <= 24 else method[:23] + "…"
     parts = [text(LEFT - 10, y + 15, short, 'text-anchor="end"')]
     if not rate.n:
@@ -42,7 +42,7 @@ def bar(method, rate, y):
         told = safe(f"{method}: {LEVELS[level]} {count} of {rate.n}")
         parts.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="20" fill="{COLORS[level]}">'
                      f"<title>{told}</title></rect>")
-        if width > 26:  # or the number would not fit
+        if width > 26:  # in a narrower part the number does not fit
             ink = "#fff" if level == EXCELLENT else "#000"
             parts.append(text(x + width / 2, y + 15, f"{100 * share:.0f}",
                               f'text-anchor="middle" fill="{ink}"'))
@@ -51,7 +51,7 @@ def bar(method, rate, y):
 
 
 def bars(methods):
-    """{method: {dimension: Rate}} -> SVG."""
+    """{method: {dimension: Rate}} -> the SVG's text."""
     parts = legend()
     y = 46
     for dimension, title in {"overall": "Overall", **DIMENSIONS}.items():

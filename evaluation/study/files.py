@@ -1,4 +1,4 @@
-"""The study's files: what may be read, and several files written all or none."""
+"""The study's files: which may be read, and how several files are written together."""
 
 import os
 
@@ -7,19 +7,20 @@ from engine.files import write_whole
 
 
 def check_inputs(paths):
-    """Raises UserError if one of these is there, but no file: to read a pipe could last for ever."""
+    """Raises UserError if a path exists but is not a regular file, because reading a pipe could wait for ever."""
     for path in paths:
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{path}: not a file")
 
 
 def beside(path, ending):
-    """A hidden name of this process's own in the same folder, so that a rename from there is at once."""
+    """A hidden path in the same folder, with this process's number. A rename within one folder is atomic."""
     return path.with_name(f".{path.name}.{os.getpid()}.{ending}")
 
 
 def take_back(begun, existed):
-    """Undo renames: of the paths `begun`, those that `existed` get their old file back, if it has gone."""
+    """Undo the renames of the paths `begun`. Paths that `existed` before get their old file back; others are deleted.
+    Raises OSError if an old file cannot be put back."""
     for path in begun:
         old = beside(path, "old")
         if path not in existed:
@@ -33,8 +34,10 @@ def take_back(begun, existed):
 
 
 def write_together(contents):
-    """Write {Path: content as `write_whole` takes it}, all or none: first every file whole beside its place,
-    then all are renamed; if that fails, the renames before it are taken back. Raises OSError that says so."""
+    """Write {Path: content, as `write_whole` takes it}: all files or none. Raises OSError if nothing was written.
+
+    Every file is first written under a hidden name, then all are renamed. If a rename fails, those before it are
+    undone."""
     names = " and ".join(map(str, contents))
     existed = [path for path in contents if os.path.lexists(path)]
     begun = []
@@ -48,8 +51,8 @@ def write_together(contents):
             beside(path, "new").replace(path)
     except OSError as error:
         take_back(begun, existed)
-        raise OSError(f"{names}: cannot be written: {error.strerror}; nothing was written, and what was "
-                      "there before is there still") from error
+        raise OSError(f"{names}: cannot be written: {error.strerror}; nothing was written, and what was there before "
+                      "is unchanged") from error
     except BaseException:
         take_back(begun, existed)
         raise

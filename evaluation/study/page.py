@@ -1,4 +1,4 @@
-"""Folders of pictures to the page that raters open, and its key."""
+"""From folders of pictures to the page that raters open, and its key."""
 
 import base64
 import json
@@ -22,27 +22,28 @@ from rewards.pictures import read_picture
 
 
 class Method(NamedTuple):
-    """One of the methods that are compared."""
+    """A method to compare: its name, and its pictures."""
     name: str
     folder: Path
     pictures: dict  # {prompt number: file}
 
 
 class Source(NamedTuple):
-    """Where prompts were read; [`Prompt`], of picture i at place i."""
+    """A list of prompts, and the folder or file that it was read from."""
     where: str
-    prompts: list
+    prompts: list  # of `Prompt`; entry i is the prompt of picture i
 
 
 class Shown(NamedTuple):
-    """A picture on the page: whose it is, of which prompt."""
+    """A picture on the page: its method's name, and its prompt's number."""
     method: str
     prompt: int
 
 
 # --------------------------------------------------------------------------------------------------- reading
 def read_methods(texts):
-    """["NAME=FOLDER" or "FOLDER", ...] -> [Method, ...]."""
+    """["NAME=FOLDER" or "FOLDER", ...] -> list of `Method`. Raises UserError for fewer than two, for a repeated name,
+    and for a folder without pictures."""
     methods = []
     for text in texts:
         name, folder = named_path(text)
@@ -61,7 +62,7 @@ def read_methods(texts):
 
 
 def prompt_files(methods, given):
-    """The files that may hold prompts: prompts.json of every folder, and --prompts, a file or a folder."""
+    """The files that may hold prompts: prompts.json of every folder, and --prompts (a file or a folder, or None)."""
     files = [method.folder / "prompts.json" for method in methods]
     if given is not None:
         files += [Path(given), *Path(given).glob("*.json")]
@@ -69,7 +70,7 @@ def prompt_files(methods, given):
 
 
 def read_sources(methods, given):
-    """[Source, ...]: of every folder with a prompts.json, and of --prompts."""
+    """A list of `Source`: every folder with a prompts.json, and --prompts. Raises UserError if there is none."""
     sources = []
     for method in methods:
         prompts = listed(method.folder)
@@ -84,7 +85,7 @@ def read_sources(methods, given):
 
 # -------------------------------------------------------------------------------------------------- choosing
 def agreed(number, sources):
-    """The prompt of picture `number`. Raises UserError if the sources say different things."""
+    """The prompt of picture `number`. Raises UserError if the sources have different prompts for it."""
     first, *others = sources
     prompt = first.prompts[number].text
     for other in others:
@@ -96,7 +97,8 @@ def agreed(number, sources):
 
 
 def choose(methods, sources, per_category):
-    """The first prompts of every category of which all folders have a picture: {number: Prompt}."""
+    """{number: Prompt}: the first `per_category` prompts of every category, out of those with a picture in all folders.
+    Raises UserError if there is none."""
     chosen = {}
     count = Counter()
     for number in sorted(set.intersection(*(set(method.pictures) for method in methods))):
@@ -115,7 +117,7 @@ def choose(methods, sources, per_category):
 
 
 def shuffled(chosen, methods):
-    """{name on the page: Shown}. Which number a method has is drawn anew for every prompt."""
+    """{name on the page: Shown}. The names of a prompt's pictures are given to the methods at random."""
     names = [method.name for method in methods]
     draw = random.SystemRandom()
     pictures = {}
@@ -127,10 +129,11 @@ def shuffled(chosen, methods):
 
 # --------------------------------------------------------------------------------------------------- writing
 def encode(path, side, quality):
-    """A picture's file -> base64 of a JPEG, nothing but pixels in it (no comment that names a model)."""
+    """A picture's file -> base64 of a JPEG. It holds only pixels: a comment could name the model. Raises UserError if
+    the file cannot be read."""
     picture = read_picture(path)
     try:
-        picture = ImageOps.exif_transpose(picture)  # a camera's or a phone's may lie on its side
+        picture = ImageOps.exif_transpose(picture)  # a photo from a camera or phone may be stored rotated
     except (OSError, SyntaxError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as a picture: {one_line(error)}") from error
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -141,7 +144,7 @@ def encode(path, side, quality):
 
 
 def page(study, chosen, pictures, methods, side, quality):
-    """The parts of the page's text, one picture in memory at a time."""
+    """Yields the page's text in parts, with one picture in memory at a time."""
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
     head, tail = template.split("<!-- the study -->")
     names = defaultdict(list)
@@ -149,7 +152,7 @@ def page(study, chosen, pictures, methods, side, quality):
         names[shown.prompt].append(name)
     prompts = [{"prompt": prompt.text, "pictures": names[number]} for number, prompt in chosen.items()]
     data = json.dumps({"study": study, "levels": LEVELS, "dimensions": DIMENSIONS, "prompts": prompts})
-    data = data.replace("<", "\\u003c")  # a prompt cannot end the element that it stands in
+    data = data.replace("<", "\\u003c")  # so a prompt cannot close the <script>
     yield f'{head}<script type="application/json" id="study">{data}</script>\n'
     files = {method.name: method.pictures for method in methods}
     for name, shown in pictures.items():
@@ -159,7 +162,7 @@ def page(study, chosen, pictures, methods, side, quality):
 
 
 def key_text(study, chosen, pictures, methods):
-    """The key's text: which picture is whose."""
+    """The key's text: a JSON that says which method made each picture."""
     prompts = {}
     for number, prompt in chosen.items():
         prompts[number] = {"prompt": prompt.text, "category": prompt.category}
@@ -169,27 +172,28 @@ def key_text(study, chosen, pictures, methods):
 
 
 def summary(out, key, chosen, methods):
-    """Lines that tell what was written, and what to do with it."""
+    """A list of lines for the user: what was written, and what to do with it."""
     lines = []
     every = set().union(*(method.pictures for method in methods))
     for method in methods:
         n = len(every) - len(method.pictures)
         if n:
-            lines.append(f"{method.name} lacks {n} picture{'s' * (n > 1)} that another folder has; left out")
+            lines.append(f"{method.name} lacks {n} picture{'s' * (n > 1)} that another folder has; their prompts are "
+                         "left out")
     count = Counter(prompt.category or "no category" for prompt in chosen.values())
     counted = ", ".join(f"{category}: {n}" for category, n in count.items())
     megabytes = out.stat().st_size / 1e6
     lines.append(f"{out}: {len(chosen)} prompts ({counted}), {len(methods)} pictures each, "
                  f"{megabytes:.1f} MB; give it to the raters")
-    lines.append(f"{key}: which picture is whose; keep it from them, tally needs it")
+    lines.append(f"{key}: says which method made each picture; do not give it to the raters, tally needs it")
     if megabytes > 200:
-        lines.append("more than 200 MB is slow to open; fewer prompts (--per-category) or smaller pictures "
-                     "(--side) make it less")
+        lines.append("a page of more than 200 MB opens slowly; give fewer prompts (--per-category) or smaller pictures "
+                     "(--side)")
     return lines
 
 
 def build(args):
-    """Folders to the page and its key, both or neither."""
+    """Write the page and its key from the flags' folders: both or neither. Raises UserError and OSError."""
     methods = read_methods(args.folders)
     inputs = prompt_files(methods, args.prompts)
     check_inputs(inputs)

@@ -1,4 +1,4 @@
-"""Ratings to numbers: excellent rates with their standard errors, and how far the raters agree."""
+"""From ratings to numbers: excellent rates with their standard errors, and the agreement of the raters."""
 
 from collections import Counter, defaultdict
 from itertools import combinations
@@ -6,33 +6,33 @@ from typing import NamedTuple
 
 from evaluation.study.votes import EXCELLENT, LEVELS
 
-# The table's columns: first the paper's three, in its order.
+# The table's columns. The paper's three come first, in its order.
 COLUMNS = {"realism": "Real", "aesthetics": "Aesth", "overall": "Overall", "detail": "Detail",
            "alignment": "Alignment"}
 
 
 class Rate(NamedTuple):
-    """Of n ratings: how many of each level, the share of Excellent and its standard error (None: no ratings,
-    or one prompt only)."""
+    """How n ratings are distributed over the levels."""
     n: int
-    counts: list
-    excellent: float
-    se: float
+    counts: list      # ratings of each level, Excellent first
+    excellent: float  # the share of Excellent; None without ratings
+    se: float         # its standard error; None without ratings, or if all are of one prompt
 
 
 class Agreement(NamedTuple):
-    """How many pictures two or more rated, pairs of ratings of one picture, the share of the pairs on one
-    level, and Krippendorff's alpha (None: no pairs, or all on one level)."""
-    pictures: int
-    pairs: int
-    same: float
-    alpha: float
+    """How far the raters agree in one dimension."""
+    pictures: int  # pictures with two or more ratings
+    pairs: int     # pairs of ratings of one picture
+    same: float    # the share of pairs on the same level; None without pairs
+    alpha: float   # Krippendorff's alpha; None without pairs, or if all ratings are on one level
 
 
 def rate(ratings):
-    """The `Rate` of ratings. Raters of one prompt see the same pictures, so ratings are not independent: the
-    standard error takes prompts as clusters, sqrt(G / (G - 1) sum_g (excellent_g - p n_g)^2) / n over G
-    prompts."""
+    """The `Rate` of a list of `Rating`.
+
+    All raters of a prompt see the same pictures, so their ratings are not independent. The standard error therefore
+    takes each of the G prompts as one cluster: sqrt(G / (G - 1) sum_g (excellent_g - p n_g)^2) / n.
+    """
     n = len(ratings)
     counts = [0] * len(LEVELS)
     for rating in ratings:
@@ -51,7 +51,7 @@ def rate(ratings):
 
 
 def rates(ratings, methods):
-    """{method: {dimension: Rate}}."""
+    """{method: {dimension: Rate}} of a list of `Rating`."""
     groups = defaultdict(list)
     for rating in ratings:
         groups[rating.method, rating.dimension].append(rating)
@@ -60,15 +60,16 @@ def rates(ratings, methods):
 
 
 def alpha(units):
-    """Krippendorff's alpha for ordered values: `units` are lists of the values that one thing was given. 1 is
-    perfect agreement, 0 is chance; None if there is nothing to tell apart."""
+    """Krippendorff's alpha for ordered values. units: a list, for each rated thing, of the values that it was given.
+    1 is perfect agreement, 0 is chance. None if there are no pairs, or only one value occurs."""
     units = [unit for unit in units if len(unit) > 1]
     n_of = Counter(value for unit in units for value in unit)
     n = sum(n_of.values())
     order = sorted(n_of)
 
     def distance(a, b):
-        """Two levels are as far apart as there are values between them, the two themselves by half."""
+        """The squared distance of two levels: the number of values between them, where values at the two levels count
+        half."""
         low, high = sorted((a, b))
         between = sum(n_of[value] for value in order if low <= value <= high)
         return (between - (n_of[a] + n_of[b]) / 2) ** 2
@@ -82,7 +83,7 @@ def alpha(units):
 
 
 def agreement(ratings):
-    """{dimension: Agreement}."""
+    """{dimension: Agreement} of a list of `Rating`."""
     units = defaultdict(lambda: defaultdict(list))
     for rating in ratings:
         units[rating.dimension][rating.picture].append(rating.level)

@@ -1,12 +1,11 @@
-"""Votes to tables (Markdown): excellent rates in percent as in the paper's Table 1, how far the raters agree,
-and the four levels as bars.
+"""From votes to Markdown tables: excellent rates in percent as in the paper's Table 1, and the raters' agreement.
 
     python -m evaluation.study tally votes/*.json --key study.key.json --bars bars.svg
 
-Overall follows from the four dimensions: any Fail: Fail; all Excellent: Excellent; half of them Excellent:
-Good; else Pass. It is counted for pictures rated in all four. After ± stands the standard error, the ratings
-of one prompt taken as one cluster, for they are not independent. Alpha is Krippendorff's for ordered levels:
-1 is perfect agreement, 0 is chance.
+--bars draws the shares of the four levels. Overall follows from the four dimensions. It is Fail if any is Fail,
+Excellent if all are Excellent, Good if at least half are Excellent, otherwise Pass. Only pictures rated in all four
+dimensions count for it. After ± stands the standard error; it takes the ratings of one prompt as one cluster, because
+they are not independent. Alpha is Krippendorff's for ordered levels: 1 is perfect agreement, 0 is chance.
 """
 
 import json
@@ -23,11 +22,11 @@ from evaluation.study.statistics import COLUMNS, agreement, rates
 from evaluation.study.votes import flatten, read_key, read_votes
 from evaluation.tables import PAPER
 
-IN_PAPER = {"realism": "real", "aesthetics": "aesth", "overall": "overall"}  # what Table 1 calls our columns
+IN_PAPER = {"realism": "real", "aesthetics": "aesth", "overall": "overall"}  # our columns: their keys in PAPER
 
 
 class Results(NamedTuple):
-    """All that the votes tell."""
+    """All numbers that follow from the votes."""
     study: str
     annotators: dict  # {name: pictures rated}
     methods: dict     # {method: {dimension: Rate}}
@@ -36,7 +35,7 @@ class Results(NamedTuple):
 
 
 def results_of(key, votes):
-    """The `Results` of votes."""
+    """The `Results` of a `Key` and votes {annotator: {picture: {dimension: level's name}}}."""
     ratings = flatten(votes, key)
     groups = defaultdict(list)
     for rating in sorted(ratings, key=lambda rating: rating.category):
@@ -47,7 +46,7 @@ def results_of(key, votes):
 
 
 def as_json(value):
-    """The results with every tuple as a dictionary, so that the file names its numbers."""
+    """The value with every NamedTuple as a dict, so that the JSON file names its numbers."""
     if hasattr(value, "_asdict"):
         value = value._asdict()
     if isinstance(value, dict):
@@ -57,7 +56,7 @@ def as_json(value):
 
 # ---------------------------------------------------------------------------------------------------- tables
 def line(cells):
-    """A table's line; what would break it, or the terminal, is escaped."""
+    """A table's line. Characters that would break the table or control the terminal are escaped."""
     safe = [re.sub(r"([|<])", r"\\\1", printable(" ".join(cell.split()))) for cell in cells]
     return "| " + " | ".join(safe) + " |"
 
@@ -82,7 +81,7 @@ def excellent(rate):
 
 
 def methods_table(methods):
-    """A row for every method, then the paper's."""
+    """A Markdown table: a row for every method, then the paper's rows."""
     rows = []
     for method, of in methods.items():
         rows.append([method, *(excellent(of[d]) for d in COLUMNS), str(of["overall"].n)])
@@ -108,7 +107,7 @@ def agreement_table(found):
 
 
 def report(results):
-    """The tables as Markdown."""
+    """The tables of `Results` as Markdown."""
     parts = ["Excellent rate, %, ± standard error by prompt; n: times a picture was rated in all dimensions",
              methods_table(results.methods)]
     if len(results.categories) > 1:
@@ -117,13 +116,13 @@ def report(results):
     if any(of.pairs for of in results.agreement.values()):
         parts += ["Agreement of raters", agreement_table(results.agreement)]
     else:
-        parts.append("Agreement of raters: no picture was rated by two.")
+        parts.append("Agreement of raters: no picture was rated by two raters.")
     return "\n\n".join(parts)
 
 
 # --------------------------------------------------------------------------------------------------- command
 def tally(args):
-    """Votes to tables, bars and numbers."""
+    """Read the votes, write --bars and --json, and print the tables. Raises UserError and OSError."""
     inputs = [*args.votes, args.key]
     check_inputs(inputs)
     outputs = [path for path in (args.bars, args.json) if path is not None]

@@ -1,5 +1,4 @@
-"""What raters said: the study's key and the files of votes, checked; one rating a line; the paper's rule for
-Overall."""
+"""The study's key and the raters' files of votes: reading, checking, and the paper's rule for Overall."""
 
 from typing import NamedTuple
 
@@ -13,39 +12,39 @@ DIMENSIONS = {"alignment": "Text-image alignment", "realism": "Realism and artif
 
 
 class Picture(NamedTuple):
-    """What the key tells of a picture."""
+    """What the key says of a picture."""
     method: str
     prompt: int
     category: str
 
 
 class Key(NamedTuple):
-    """What `build` wrote beside the page."""
+    """The key that `build` wrote beside the page."""
     study: str
     methods: list
     pictures: dict  # {name on the page: Picture}
 
 
 class VoteFile(NamedTuple):
-    """What one rater saved from the page."""
+    """The file that one rater saved from the page."""
     annotator: str
     cast: dict  # {picture: {dimension: level's name}}
 
 
 class Rating(NamedTuple):
-    """One level that one rater gave to one picture in one dimension, "overall" among them."""
+    """The level of one rater for one picture in one dimension; "overall" is a dimension too."""
     annotator: str
     picture: str
     method: str
     prompt: int
     category: str
     dimension: str
-    level: int  # of LEVELS: 0 is Excellent
+    level: int  # an index of LEVELS; 0 is Excellent
 
 
 # --------------------------------------------------------------------------------------------------- reading
 def quoted(value):
-    """What a file says, in quotes and short; of what is no text, its type."""
+    """A text from a file, in quotes and shortened; for another value, its type."""
     if not isinstance(value, str):
         return f"something that is no text ({type(value).__name__})"
     return f'"{value}"' if len(value) <= 80 else f'"{value[:79]}…"'
@@ -56,7 +55,7 @@ def all_text(values):
 
 
 def key_of(data):
-    """The key that a JSON value is. Raises KeyError, TypeError or AttributeError if it is none."""
+    """A JSON value as a `Key`. Raises KeyError, TypeError or AttributeError if it is not a study's key."""
     pictures = {}
     for name, of in data["pictures"].items():
         if type(of["prompt"]) is not int or of["method"] not in data["methods"]:
@@ -74,7 +73,7 @@ def key_of(data):
 
 
 def read_key(path):
-    """The key that `build` wrote. Raises UserError if it is none."""
+    """The `Key` in a file that `build` wrote. Raises UserError if it is not a study's key."""
     data = read_json(path)
     try:
         return key_of(data)
@@ -84,7 +83,7 @@ def read_key(path):
 
 
 def read_vote_file(path, key):
-    """A rater's file. Raises UserError if it is none, or is of another study."""
+    """The `VoteFile` of a rater. Raises UserError if the file holds something else, or is of another study."""
     data = read_json(path)
     if not isinstance(data, dict) or not all_text([data.get("study"), data.get("annotator")]):
         raise UserError(f"{path}: not a file of votes from the study's page")
@@ -109,8 +108,8 @@ def read_vote_file(path, key):
 
 
 def read_votes(paths, key):
-    """Files of raters -> {annotator: {picture: {dimension: level's name}}}; the same votes twice count
-    once. Raises UserError if a rater's files contradict each other, or hold no votes."""
+    """Files of raters -> {annotator: {picture: {dimension: level's name}}}. A file that is given twice counts once.
+    Raises UserError if a rater's files contradict each other, or if there are no votes."""
     votes = {}
     origin = {}
     for path in paths:
@@ -121,14 +120,14 @@ def read_votes(paths, key):
         votes.setdefault(annotator, cast)
         origin.setdefault(annotator, path)
     if not any(votes.values()):
-        raise UserError("there are no votes in these files")
+        raise UserError("there are no votes in these files; give files that raters saved from the page")
     return votes
 
 
 # --------------------------------------------------------------------------------------------------- ratings
 def overall(levels):
-    """The paper's rule on the levels (0 Excellent ... 3 Fail) of the four dimensions. The page applies the
-    same."""
+    """The paper's rule: the level of Overall from the levels (0 Excellent to 3 Fail) of the four dimensions. The page
+    applies the same rule."""
     excellent = levels.count(EXCELLENT)
     if FAIL in levels:
         return FAIL
@@ -140,7 +139,7 @@ def overall(levels):
 
 
 def flatten(votes, key):
-    """Votes -> [Rating, ...], overall among them where all four dimensions are rated."""
+    """Votes -> list of `Rating`. A picture rated in all four dimensions also gets a rating of "overall"."""
     ratings = []
     for annotator, cast in votes.items():
         for name, cells in cast.items():
