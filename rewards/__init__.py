@@ -1,21 +1,21 @@
-"""Every reward by its name: each is a file of this folder, `hpsv2_1.py` for "hpsv2.1". Nothing else names
-them: to add a reward, add its file. A file is imported when its reward is asked for, not before; nor is torch.
+"""Every reward by its name: each is a file of this folder, such as `hpsv2_1.py` for "hpsv2.1".
 
-A reward's file offers
+To add a reward, add its file; nothing else has to name it. A file is imported only when its reward is used, and torch
+only with it. A reward's file has these names:
 
 COLUMNS
-    {name: Column(title, format)}, its columns in evaluate.py's table: one to three, in this order. r of the
-    bare prompt (Eq. 7) in the metric's own unit; the SGP gap f.(C1 - C2) (Eq. 10); that gap on the authors'
-    display scale, 100 (gap + 0.01).
+    {name: Column(title, format)}: one to three columns of evaluate.py's table, in this order. The first is r of the
+    bare prompt (Eq. 7) in the metric's own unit. The second is the SGP gap f.(C1 - C2) (Eq. 10). The third is that gap
+    on the authors' display scale, 100 (gap + 0.01).
 fetch(where=None) -> path
-    Where its weights are on this machine: those of `where` (a path or a hub repository), or of the authors'
-    place, downloaded if they are not here yet. What loading needs besides, such as a tokenizer, is fetched
+    The path of its weights on this machine: those of `where` (a path or a hub repository), or of the authors' place.
+    They are downloaded if they are not here yet. Everything else that loading needs, such as a tokenizer, is fetched
     too, so that nothing fails later. Raises UserError if something cannot be had.
 load(path, device) -> base.Reward
-    The reward of the path that fetch gave. `load_reward` says in one line whatever it raises.
+    The reward, from the path that fetch returned. It may raise anything: `load_reward` makes one line of it.
 image_network(where=None) -> base.ImageNetwork
-    For the plan: its network in float32 without weights, made under whatever mode (meta device, fake tensors)
-    the caller is in.
+    For --plan: its network in float32 without weights. The caller sets the mode, such as the meta device or fake
+    tensors, and the function must work in it.
 """
 
 import importlib
@@ -27,13 +27,13 @@ from typing import NamedTuple
 from engine.errors import UserError, one_line
 from engine.paths import items_of, leads_somewhere, named_path
 
-LIGHTEST, HEAVIEST = 1e-6, 1e6  # of the weights; beyond them float32 would lose one reward or all
-HELPERS = ("base", "pictures", "clip_model")    # the files of this folder that are no reward
+LIGHTEST, HEAVIEST = 1e-6, 1e6  # limits of a reward's weight; beyond them float32 loses one reward or all
+HELPERS = ("base", "pictures", "clip_model")    # the files of this folder that are not a reward
 
 
 # ------------------------------------------------------------------------------------------------- the folder
 def files():
-    """{name: its module} of the rewards in this folder, by name. "_" between two digits stands for "."."""
+    """{reward's name: its module's name} of this folder. In a file's name, "_" between two digits stands for "."."""
     found = {}
     for file in pkgutil.iter_modules(__path__):
         if file.name not in HELPERS:
@@ -43,15 +43,13 @@ def files():
 
 
 def names():
-    """The rewards that have a name."""
+    """The names of all rewards."""
     return list(files())
 
 
 def module(name):
-    """The module of a reward, imported now: by its name, or clip_model for a path in place of one.
-
-    Raises UserError for what is neither.
-    """
+    """The module of a reward, imported now. For a path in place of a name it is clip_model. Raises UserError if `name`
+    is neither a reward's name nor a path that exists."""
     known = files()
     if name in known:
         return importlib.import_module(known[name])
@@ -61,7 +59,7 @@ def module(name):
 
 
 def place(name, where):
-    """Where a reward's weights are to be taken from: a path in place of a name says it itself."""
+    """Where to take a reward's weights from. If a path is given in place of a name, it is that path."""
     if where is None and name not in names():
         return name
     return where
@@ -69,8 +67,8 @@ def place(name, where):
 
 # -------------------------------------------------------------------------------------------------------- one
 def fetch(name, where=None):
-    """The path of a reward's weights on this machine, downloaded if they are not here yet: of `where` (a path
-    or a hub repository), or of the authors' place. Raises UserError if they cannot be had."""
+    """The path of a reward's weights on this machine, downloaded if they are not here yet. where: a path or a hub
+    repository; None: the authors' place. Raises UserError if they cannot be had."""
     reward = module(name)
     try:
         return reward.fetch(place(name, where))
@@ -79,10 +77,10 @@ def fetch(name, where=None):
 
 
 def load_reward(name, device="cpu", where=None, **options):
-    """One reward by its name, its weights from `where` (None: the authors' place); or a path in place of the
-    name, for open_clip weights. options go to its file's `load`: arch for open_clip weights in a .pt.
+    """The `base.Reward` of a name, or of a path to open_clip weights in place of a name.
 
-    Raises UserError when the weights cannot be had or are not such a reward.
+    where: a path or a hub repository; None: the authors' place. options: for the `load` of its file, such as arch for
+    open_clip weights in a .pt. Raises UserError if the weights cannot be had, do not fit, or are not finite.
     """
     path = fetch(name, where)
     try:
@@ -98,15 +96,15 @@ def load_reward(name, device="cpu", where=None, **options):
 # ---------------------------------------------------------------------------------------------------- several
 class Part(NamedTuple):
     """One reward of --reward."""
-    label: str            # as it is named in logs: what was given, without the weight
+    label: str            # its name in logs: the text that was given, without the weight
     name: str             # one of names(), or a path
-    where: str | None     # its weights, or None for the authors' place
-    weight: float         # 0 holds it out: watched, never trained on
+    where: str | None     # the place of its weights; None: the authors'
+    weight: float         # 0 holds it out: it is watched, but never trained on
 
 
 def parse_rewards(spec):
-    """"hpsv2.1:0.7,pickscore=PATH:0.3" -> a list of `Part`; a weight that is left out is 1. Raises
-    UserError."""
+    """"hpsv2.1:0.7,pickscore=PATH:0.3" -> a list of `Part`. A weight that is left out is 1. Raises UserError for a
+    wrong item, a repeated one, and if every weight is 0."""
     parts = []
     for item in items_of(spec, weighted=True):
         part = parse_part(item)
@@ -114,13 +112,13 @@ def parse_rewards(spec):
             raise UserError(f"--reward {item}: named twice")
         parts.append(part)
     if not any(part.weight for part in parts):
-        raise UserError(f"--reward {spec}: every weight is 0; one reward at least must be trained on")
+        raise UserError(f"--reward {spec}: every weight is 0; give at least one reward a weight above 0")
     return parts
 
 
 def parse_part(item):
-    """"NAME", "NAME=PATH", or either with ":WEIGHT" -> its `Part`. A path that exists is taken as it stands.
-    Raises UserError."""
+    """"NAME", "NAME=PATH", or either with ":WEIGHT" -> its `Part`. A path that exists is used as a whole, even if it
+    contains ":" or "=". Raises UserError."""
     item = item.strip()
     label, colon, weight = item.rpartition(":")
     if not colon or leads_somewhere(item):
@@ -131,7 +129,7 @@ def parse_part(item):
         name, where = named_path(label)
     except ValueError:
         raise UserError(f"--reward {item}: give NAME, NAME=PATH, or either with :WEIGHT") from None
-    if name is None:    # no "=": what stands there is the reward's name, or the path of open_clip weights
+    if name is None:    # without "=", the item is the reward's name or the path of open_clip weights
         name = where
         where = None
     if not name:
@@ -143,7 +141,7 @@ def parse_part(item):
 
 
 def load_rewards(spec, device="cpu"):
-    """The `Rewards` of a specification that `parse_rewards` reads. Raises UserError."""
+    """The `srpo_reward.Rewards` of --reward's text, with all weights loaded. Raises UserError."""
     parts = {}
     for part in parse_rewards(spec):
         try:
@@ -154,8 +152,8 @@ def load_rewards(spec, device="cpu"):
 
 
 def image_networks(spec):
-    """A list of `base.ImageNetwork`, one for each reward of a specification, for the plan. The `times` of one
-    that is held out are 0: it fills memory all the same. Raises UserError."""
+    """A list of `base.ImageNetwork` for --plan, one for each reward of --reward's text. A held-out reward has `times`
+    0, but it still takes memory. Raises UserError."""
     networks = []
     for part in parse_rewards(spec):
         try:

@@ -1,5 +1,5 @@
-"""Aesthetic predictor v2.5 (github.com/discus0434/aesthetic-predictor-v2-5): how much people like the look of
-a picture, from 1 to 10. Five linear layers, the head, on SigLIP's image feature."""
+"""Aesthetic predictor v2.5 (github.com/discus0434/aesthetic-predictor-v2-5): how much people like the look of a
+picture, from 1 to 10. Its head, five linear layers, reads SigLIP's image feature."""
 
 from collections import OrderedDict
 from pathlib import Path
@@ -17,22 +17,23 @@ from rewards import base
 
 COLUMNS = {"aesthetic": base.Column("Aes", ".3f")}
 
-# The head is published under the AGPL: it is fetched from its repository, and nothing of it is kept here.
+# The head is published under the AGPL. So it is fetched from its repository, and this project does not contain it.
 HEAD = "https://github.com/discus0434/aesthetic-predictor-v2-5/raw/main/models/aesthetic_predictor_v2_5.pth"
 
-# SigLIP so400m's image side, as its config.json has it
+# SigLIP so400m's image side, from its config.json
 SIGLIP = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
               image_size=384, patch_size=14)
 
 
 class AestheticReward(base.Reward):
-    """The metric A(x) is about 5.9 of 10; r is a tenth of it. It reads no text, so the relative reward is
-    between the picture and the same picture with a little noise (S1 of the paper's supplement): f = (A(x),
-    A(x + noise)) / 10, and C0 = C1 = (1, 0), C2 = (0, 1) make Eqs. 7-13 say just that. Control words change
-    nothing.
+    """The metric A(x) is about 5.9 of 10, and r is a tenth of it.
 
-    The noise is one fixed pattern of standard deviation NOISE, on pixels in [0, 1] at the model's size
-    [ours: the paper gives no number].
+    It reads no text. So the relative reward compares the picture with the same picture plus a little noise (S1 of the
+    paper's supplement): f = (A(x), A(x + noise)) / 10, C0 = C1 = (1, 0), C2 = (0, 1). With these, Eqs. 7-13 hold as
+    they are. The words of --control and --neg change nothing.
+
+    The noise is one fixed pattern with standard deviation NOISE, on pixels in [0, 1] at the model's size [ours: the
+    paper gives no number].
     """
     unit = 10.0
     fit = "stretch"
@@ -43,7 +44,7 @@ class AestheticReward(base.Reward):
         super().__init__(model, size, [0.5] * 3, [0.5] * 3)
         self.head = head.eval().requires_grad_(False)
         pattern = torch.randn(3, size, size, generator=torch.Generator().manual_seed(0))
-        # Prepared pixels are (x - 0.5) / 0.5: noise of 0.1 on x is noise of 0.2 on them.
+        # Prepared pixels are (x - 0.5) / 0.5. So noise of 0.1 on x is noise of 0.2 on them.
         self.noise = (self.NOISE / 0.5 * pattern).to(self.device)
 
     def score(self, pixels):
@@ -52,11 +53,11 @@ class AestheticReward(base.Reward):
         return self.head(feature).squeeze(-1) / self.unit
 
     def features(self, pixels):
-        """Prepared pixels [B, 3, size, size] -> f [B, 2] float32: clean, noised."""
+        """Prepared pixels [B, 3, size, size] -> f [B, 2] float32, with gradient: clean, noised."""
         return torch.stack([self.score(pixels), self.score(pixels + self.noise)], -1)
 
     def conditions(self, prompts, control, neg):
-        """(C0, C1, C2) [B, 2] each: the clean, the clean and the noised picture's side."""
+        """(C0, C1, C2), [B, 2] each: C0 = C1 select the clean picture's score, C2 the noised one's."""
         clean, noised = torch.eye(2, device=self.device)
         clean = clean.expand(len(prompts), 2)
         noised = noised.expand(len(prompts), 2)
@@ -65,15 +66,15 @@ class AestheticReward(base.Reward):
 
 # ---------------------------------------------------------------------------------------------------- loading
 def fetch(where=None):
-    """The folder of a SigLIP; the head is fetched as well, so that it cannot fail later."""
+    """The folder of a SigLIP. The head is fetched as well, so that it cannot fail later. Raises UserError."""
     folder = fetched(where or "google/siglip-so400m-patch14-384", ["*.json", "*.safetensors"])
     head_of(folder)
     return folder
 
 
 def head_of(folder):
-    """The head's weights {name: tensor}: of aesthetic_predictor_v2_5.pth in SigLIP's folder, else of the
-    repository. Raises UserError if it is nowhere."""
+    """The head's weights {name: tensor}, from aesthetic_predictor_v2_5.pth in SigLIP's folder, otherwise from its
+    repository. Raises UserError if neither can be read."""
     own = folder / Path(HEAD).name
     try:
         if own.is_file():
@@ -88,7 +89,7 @@ def load(folder, device):
     """The `AestheticReward` of a SigLIP folder and the head."""
     state = {name.removeprefix("scoring_head."): value for name, value in head_of(folder).items()}
     layers = OrderedDict()
-    for at in ("0", "2", "4", "6", "8"):    # at 1, 3, 5 and 7 are dropouts; there is no activation
+    for at in ("0", "2", "4", "6", "8"):    # 1, 3, 5 and 7 are dropouts; there is no activation
         out_features, in_features = state[f"{at}.weight"].shape
         layers[at] = nn.Linear(in_features, out_features)
     head = nn.Sequential(layers)
@@ -99,7 +100,7 @@ def load(folder, device):
 
 # --------------------------------------------------------------------------------------------------- the plan
 def image_network(where=None):
-    """The `ImageNetwork` of SigLIP so400m, looked at twice: clean and noised."""
+    """The `ImageNetwork` of SigLIP so400m. It is called twice for an image: clean and noised."""
     with no_init_weights():
         network = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIGLIP))
 

@@ -1,4 +1,4 @@
-"""CLIP ViT-H/14 of LAION: a plain cosine of picture and text, with no preference learned."""
+"""CLIP ViT-H/14 of LAION: the cosine of picture and text. It was not trained on people's preferences."""
 
 from engine.hub import fetched
 from rewards import clip_model
@@ -11,7 +11,7 @@ TOKENIZER = ["tokenizer*", "vocab.json", "merges.txt", "special_tokens*"]
 
 
 def fetch(where=None):
-    """The path of an open_clip folder, its tokenizer included."""
+    """The path of an open_clip folder with its tokenizer. Raises UserError if it cannot be had."""
     return fetched(where or REPOSITORY, ["open_clip*", *TOKENIZER])
 
 

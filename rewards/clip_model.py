@@ -1,8 +1,8 @@
-"""Rewards whose network is an open_clip model: HPSv2.1, CLIP ViT-H/14, the miniature's, or one of your own.
+"""Rewards whose network is an open_clip model: HPSv2.1, CLIP ViT-H/14, the miniature's, or a user's own.
 
-Two layouts of weights are read: an open_clip folder (open_clip_config.json, open_clip_model.safetensors and,
-unless it reads with OpenAI's, the files of a tokenizer); and HPSv2.1's, a .pt with a "state_dict", or what
-would stand under that word alone, or a folder with that file.
+Two layouts of weights are read. The first is an open_clip folder: open_clip_config.json, open_clip_model.safetensors
+and the files of its tokenizer; without these, OpenAI's tokenizer is used. The second is HPSv2.1's: a .pt that holds
+the tensors, either directly or under "state_dict", or a folder with that file.
 """
 
 import logging
@@ -18,11 +18,11 @@ from engine.hub import fetched
 from engine.model.configs import check_folder, fitting
 from rewards import base
 
-ARCH = "ViT-H-14"                         # HPSv2.1's, and the one that PickScore was made of
+ARCH = "ViT-H-14"                         # the architecture of HPSv2.1 and of PickScore
 CHECKPOINT = "HPS_v2.1_compressed.pt"
 CONFIG = "open_clip_config.json"
-OPENAI_WORDS = 49408                      # known to a text tower whose config says nothing else
-FITS = {"shortest": "crop", "squash": "stretch", "longest": "letterbox"}    # open_clip's resize_mode: our fit
+OPENAI_WORDS = 49408                      # size of the vocabulary if the config does not give it
+FITS = {"shortest": "crop", "squash": "stretch", "longest": "letterbox"}    # {open_clip's resize_mode: our fit}
 
 
 class ClipReward(base.Reward):
@@ -34,32 +34,33 @@ class ClipReward(base.Reward):
         self.fit = fit
 
     def features(self, pixels):
-        """Prepared pixels [B, 3, size, size] -> unit f [B, D] float32."""
+        """Prepared pixels [B, 3, size, size] -> f [B, D] float32 of norm 1, with gradient."""
         return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
 
     def encode_text(self, texts):
-        """B texts -> unit C [B, D] float32; texts are truncated to the encoder's length, 77 tokens."""
+        """B texts -> C [B, D] float32 of norm 1. Texts are truncated to the encoder's length, usually 77 tokens."""
         ids = self.tokenizer(texts).to(self.device)    # [B, 77]
         return F.normalize(self.model.encode_text(ids).float(), dim=-1)
 
 
 def image_size(model):
-    """How many pixels a side an open_clip model sees; its towers say it as a number or as (height, width)."""
+    """The pixels of a side that an open_clip model takes. Its towers give it as a number or as (height, width)."""
     size = model.visual.image_size
     return size if isinstance(size, int) else size[0]
 
 
 # ---------------------------------------------------------------------------------------------------- loading
 def fetch(where):
-    """The path of weights in one of the two layouts: `where` itself. Raises UserError if nothing is there."""
+    """The path of weights in one of the two layouts: `where` itself, or a hub repository's folder. Raises UserError if
+    it cannot be had."""
     return fetched(where, [])
 
 
 def load(path, device, arch=ARCH):
-    """The `ClipReward` of weights in one of the two layouts; arch: which of open_clip's a .pt has.
+    """The `ClipReward` of weights in one of the two layouts. arch: open_clip's name of a .pt's architecture.
 
-    Raises UserError for a folder that asks for code to be run, and whatever open_clip and torch raise for
-    files that they cannot read.
+    Raises UserError for a folder that asks for code to be run. Files that open_clip and torch cannot read raise their
+    errors.
     """
     if (path / CONFIG).exists():
         return load_folder(path, device)
@@ -73,23 +74,24 @@ def load(path, device, arch=ARCH):
         model = open_clip.create_model(arch, pretrained=None)
         tokenizer = open_clip.get_tokenizer(arch)
     model.load_state_dict(state)
-    return ClipReward(model.to(device), tokenizer, "letterbox")    # as HPSv2's evaluator prepares pictures
+    return ClipReward(model.to(device), tokenizer, "letterbox")    # HPSv2's evaluator prepares pictures so
 
 
 def state_of(path):
-    """{name: tensor} of a .pt: what its "state_dict" holds, or itself. Raises UserError."""
+    """{name: tensor} of a .pt: the content of its "state_dict", otherwise its own content. Raises UserError if these
+    are not tensors."""
     found = torch.load(path, map_location="cpu", weights_only=True)
     state = found.get("state_dict", found) if isinstance(found, dict) else None
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
-        raise UserError("no tensors by their names, nor any under the word state_dict")
+        raise UserError("no tensors by their names, neither directly nor under state_dict")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 def must_be(arch, state):
-    """Raise UserError if weights are not of a vision transformer that open_clip names, in words that say of
-    which they are. What is of no vision transformer is left to open_clip."""
+    """Raise UserError if the weights are not of the vision transformer `arch`. The message describes both sizes. Other
+    architectures are checked by open_clip itself."""
     vision = open_clip.get_model_config(arch)["vision_cfg"]
-    if not isinstance(vision["layers"], int):  # a ResNet
+    if not isinstance(vision["layers"], int):  # it is a ResNet
         return
     wanted = tower(vision["width"], vision["layers"], vision["patch_size"])
     patches = state.get("visual.conv1.weight")
@@ -100,31 +102,31 @@ def must_be(arch, state):
     found = tower(patches.shape[0], len(blocks), patches.shape[-1])
     if found != wanted:
         raise UserError(f"weights of open_clip's {arch} are expected, {wanted}; these are of {found}, which "
-                        "need an open_clip folder to say so")
+                        "need an open_clip folder, whose config gives the architecture")
 
 
 def tower(width, layers, patch):
-    """A vision transformer in words."""
+    """The size of a vision transformer in words."""
     return f"a vision tower {width} wide with {layers} layers and patches of {patch} pixels"
 
 
 def load_folder(folder, device):
-    """The `ClipReward` of an open_clip folder."""
+    """The `ClipReward` of an open_clip folder. Raises UserError for a folder that is not one, or needs foreign code."""
     text_config = network_config(folder)["text_cfg"]
     with quiet():
         model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         tokenizer = tokenizer_of(folder, text_config)
     prepared = model.visual.preprocess_cfg
     if prepared["interpolation"] == "bilinear":
-        raise UserError(f"{CONFIG} wants pictures resized bilinearly; they are resized bicubically here")
+        raise UserError(f"{CONFIG} asks for bilinear resizing of pictures; only bicubic resizing is supported")
     return ClipReward(model.to(device), tokenizer, FITS[prepared["resize_mode"]])
 
 
 def tokenizer_of(folder, text_config):
-    """The tokenizer of an open_clip folder: its own if it has one, or OpenAI's. Raises UserError if that
-    knows more words than the text tower."""
+    """The tokenizer of an open_clip folder: its own if it has one, otherwise OpenAI's. Raises UserError if it has more
+    words than the text tower."""
     if text_config.get("hf_tokenizer_name"):
-        # The tokenizer is transformers', which asks on the terminal whether to run code unless it is told.
+        # The tokenizer is transformers'. Without this option it asks on the terminal whether to run foreign code.
         return open_clip.get_tokenizer(f"local-dir:{folder}", trust_remote_code=False)
     length = text_config.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
     if (folder / "tokenizer.json").exists():
@@ -137,17 +139,17 @@ def tokenizer_of(folder, text_config):
     words = text_config.get("vocab_size", OPENAI_WORDS)
     if last >= words:
         raise UserError(f"its tokenizer has {last + 1} words, and its text tower knows {words}, as {CONFIG} "
-                        "says; put the right tokenizer.json beside that")
+                        "says; put the right tokenizer.json beside that file")
     return tokenizer
 
 
 def network_config(folder):
-    """model_cfg of an open_clip folder.
+    """model_cfg of an open_clip folder: a dict.
 
-    Raises UserError if it is not one, or if a file of the folder asks for code to be run: weights come from
-    strangers. transformers would run the code of a tokenizer whose options in open_clip's config say
-    trust_remote_code, and would offer to run that of a config with auto_map, be it the folder's or that of a
-    text model on the hub that hf_model_name names. timm would fetch a network by its name.
+    Raises UserError if the folder is not one, or if a file in it asks for code to be run, because weights may come
+    from strangers. transformers runs the code of a tokenizer if its options in open_clip's config say
+    trust_remote_code. It offers to run the code of a config with auto_map. That config may be in the folder, or in a
+    text model on the hub that hf_model_name names. timm fetches a network by its name.
     """
     config = fitting(folder / CONFIG, check_folder(folder), {}).get("model_cfg")
     parts = [config.get(name) for name in ("vision_cfg", "text_cfg")] if isinstance(config, dict) else []
@@ -163,8 +165,8 @@ def network_config(folder):
 
 @contextmanager
 def quiet():
-    """open_clip says what it loads to the root logger, and gives that a handler if it has none. Here it finds
-    one that prints nothing; afterwards the root logger is as it was."""
+    """While this lasts, open_clip's messages are not printed. open_clip logs to the root logger, and adds a handler if
+    there is none. So here the root logger gets a handler that prints nothing. Afterwards it is restored."""
     root = logging.getLogger()
     level = root.level
     handler = logging.NullHandler()
@@ -179,12 +181,12 @@ def quiet():
 
 # --------------------------------------------------------------------------------------------------- the plan
 def image_network(where=None, arch=ARCH):
-    """The `ImageNetwork` of an open_clip folder's own architecture; that of `arch` for anything else."""
+    """The `ImageNetwork` of an open_clip folder `where`, with the folder's architecture; otherwise that of `arch`."""
     if where is not None and (Path(where) / CONFIG).exists():
         config = network_config(Path(where))
     else:
         config = open_clip.get_model_config(arch)
-    # The class is chosen as create_model does, which itself cannot make fake tensors: it moves them.
+    # The class is chosen as in open_clip.create_model. That function itself moves tensors, so it fails with fake ones.
     kind = open_clip.CLIP
     if config.pop("custom_text", False):
         kind = open_clip.CoCa if "multimodal_cfg" in config else open_clip.CustomTextCLIP

@@ -10,7 +10,8 @@ COLUMNS = {"hps": Column("HPS", ".4f"),
 
 
 def fetch(where=None):
-    """The path of HPSv2.1's .pt, of the folder with it, or of an open_clip folder."""
+    """The path of HPSv2.1's .pt, of a folder with it, or of an open_clip folder. Raises UserError if it cannot be
+    had."""
     return fetched(where or "xswu/HPSv2", [clip_model.CHECKPOINT])
 
 

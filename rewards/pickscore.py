@@ -15,8 +15,8 @@ COLUMNS = {"pickscore": Column("Pick", ".3f")}
 
 
 class PickReward(Reward):
-    """A transformers CLIPModel. The metric is exp(logit_scale) cos, about 22; r is a twentieth of it, about
-    1.1 (released code)."""
+    """A CLIPModel of transformers. The metric is exp(logit_scale) cos, about 22. r is a twentieth of it, about 1.1
+    (released code)."""
     unit = 20.0
     fit = "crop-floor"
 
@@ -26,11 +26,11 @@ class PickReward(Reward):
         self.tokenizer = tokenizer
 
     def features(self, pixels):
-        """Prepared pixels [B, 3, size, size] -> unit f [B, D] float32."""
+        """Prepared pixels [B, 3, size, size] -> f [B, D] float32 of norm 1, with gradient."""
         return F.normalize(self.model.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
 
     def encode_text(self, texts):
-        """B texts, truncated to 77 tokens -> C [B, D] float32 of length exp(logit_scale) / 20."""
+        """B texts, truncated to 77 tokens -> C [B, D] float32 of norm exp(logit_scale) / 20."""
         tokens = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt",
                                 max_length=self.model.config.text_config.max_position_embeddings)
         C = self.model.get_text_features(**tokens.to(self.device)).pooler_output.float()
@@ -38,22 +38,22 @@ class PickReward(Reward):
 
 
 def fetch(where=None):
-    """The folder of a transformers CLIPModel; the tokenizer is fetched as well, so that it cannot fail
-    later."""
+    """The folder of a CLIPModel of transformers. The tokenizer is fetched as well, so that it cannot fail later. Raises
+    UserError."""
     folder = fetched(where or "yuvalkirstain/PickScore_v1", ["*.json", "*.txt", "*.safetensors"])
     tokenizer_of(folder)
     return folder
 
 
 def tokenizer_of(folder):
-    """The folder of PickScore's tokenizer: its own folder, or CLIP ViT-H's where that has none."""
+    """The folder of PickScore's tokenizer: its own folder if that has one, otherwise CLIP ViT-H's."""
     if (folder / "tokenizer_config.json").exists():
         return folder
     return fetched(clip.REPOSITORY, clip.TOKENIZER)
 
 
 def load(folder, device):
-    """The `PickReward` of a folder."""
+    """The `PickReward` of a folder. Raises UserError if the tokenizer has more words than the network."""
     model = strict(transformers.CLIPModel, folder, torch.float32)
     words = tokenizer_of(folder)
     check_folder(words)
@@ -64,5 +64,5 @@ def load(folder, device):
     return PickReward(model.to(device), tokenizer)
 
 
-# For the plan: PickScore's network is CLIP ViT-H/14, and open_clip's costs the same.
+# For --plan: PickScore's network is CLIP ViT-H/14, and open_clip's version of it costs the same.
 image_network = clip_model.image_network

@@ -1,9 +1,12 @@
-"""A picture as a scorer sees it, in two ways that agree: on tensors with a gradient, for training, and on
-8-bit PIL pictures exactly as the scorers' authors do it, for evaluation.
+"""How a picture is prepared for a scorer, in two ways that nearly agree.
 
-`fit` says what becomes of a picture that is not square: "crop" (short side to size, centre crop: open_clip,
-ImageReward), "crop-floor" (the same, but half a pixel is rounded down: transformers' CLIP), "letterbox" (long
-side to size, black borders: HPSv2's evaluator), "stretch" (both sides to size: SigLIP).
+For training, tensors are prepared with a gradient. For evaluation, 8-bit PIL pictures are prepared exactly as the
+scorers' authors do. `fit` says how a picture that is not square becomes square:
+
+crop        short side to size, then a centre crop: open_clip, ImageReward
+crop-floor  the same, but half a pixel is rounded down: transformers' CLIP
+letterbox   long side to size, with black borders: HPSv2's evaluator
+stretch     both sides to size: SigLIP
 """
 
 import torch
@@ -16,8 +19,9 @@ BICUBIC = TF.InterpolationMode.BICUBIC
 
 
 def fitted(image, size, fit, antialias=True):
-    """A PIL picture, or a tensor [..., H, W], at size x size pixels by bicubic resizing. Of a tensor this has
-    a gradient; without antialias it is not what PIL does. A side never falls below one pixel."""
+    """A PIL picture, or a tensor [..., H, W], resized bicubically to size x size pixels. A tensor keeps its gradient.
+    PIL always uses antialias; tensors agree with it only if antialias is True. Raises ValueError for an unknown
+    `fit`."""
     if fit == "stretch":
         return TF.resize(image, [size, size], BICUBIC, antialias=antialias)
 
@@ -47,22 +51,22 @@ def differentiable(images, size, mean, std, fit="crop"):
 
 
 def exact(picture, size, mean, std, fit="crop"):
-    """A PIL picture (RGB) -> [3, size, size], as the scorers' authors prepare it: resized in 8 bits by PIL,
-    then normalised."""
+    """A PIL picture (RGB) -> [3, size, size] as the scorers' authors prepare it: PIL resizes it in 8 bits, then it is
+    normalised by mean and std."""
     return TF.normalize(pixels(fitted(picture, size, fit)), mean, std)
 
 
 def pixels(picture):
-    """A PIL picture -> [3, H, W] in [0, 1]."""
+    """A PIL picture (RGB) -> [3, H, W] float32 in [0, 1]."""
     return TF.to_dtype(TF.to_image(picture), torch.float32, scale=True)
 
 
 def read_picture(path):
-    """The picture of a file as PIL RGB: grey becomes three equal channels, alpha is dropped, as the scorers'
-    authors do. Raises UserError if it cannot be read."""
+    """A file's picture as PIL RGB. Grey becomes three equal channels and alpha is dropped, as the scorers' authors do.
+    Raises UserError if it cannot be read."""
     try:
         with Image.open(path) as picture:
             return picture.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = one_line(error).split(" '")[0]    # PIL names the file once more, in quotes
+        why = one_line(error).split(" '")[0]    # PIL's message ends with the file's name in quotes; it is cut off
         raise UserError(f"{path}: cannot be read as a picture: {why}") from error
