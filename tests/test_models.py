@@ -116,7 +116,7 @@ def test_a_hub_id_that_is_not_known_is_refused_before_anything_is_downloaded(mon
         recipe.read(["--plan", "--model", "black-forest-labs/FLUX.2-dev"])
     (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2Pipeline"}')
     asked = hub_of(monkeypatch, tmp_path)
-    with pytest.raises(UserError, match="its model_index.json says Flux2Pipeline, and only FLUX.1"):
+    with pytest.raises(UserError, match="its model_index.json says Flux2Pipeline, but only FLUX.1"):
         recipe.read(["--plan", "--model", "someone/flux2"])
     assert asked == ["model_index.json"]
 

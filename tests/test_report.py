@@ -249,7 +249,7 @@ MISTAKES = {
     "no log": ("unlogged", "holds no update yet"),
     "flags that are none": ("flagless", "not the flags of a run"),
     "flags that are not JSON": ("broken", "not JSON"),
-    "a mark that is none": ("unmarked", "not the mark of a run"),
+    "a mark that is none": ("unmarked", "damaged, it has no run's id"),
     "one run of two": (["run", "nowhere"], "no such folder"),
     "no name": ("=run", "give NAME=PATH"),
     "control characters": ("\x1b[2J", "no such folder"),

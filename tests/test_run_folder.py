@@ -160,7 +160,7 @@ CASES = {
         holding("args.json", "log.jsonl", "thesis.tex"), "overwrite", NOT_A_RUN + "args.json"),
     "checkpoints without a mark": Case(a_checkpoint_alone, "resume", NOT_A_RUN + "checkpoints"),
     "a broken mark": Case(holding("run.json", text="{"), "overwrite", "run.json: not JSON"),
-    "another mark": Case(holding("run.json", text="[1]"), "resume", "not the mark of a run"),
+    "another mark": Case(holding("run.json", text="[1]"), "resume", "damaged, it has no run's id"),
     "a run": Case(a_run, words=ALREADY),
     "a run, --resume": Case(a_run, "resume", newest="step_00002", stays=MADE),
     "a run, --overwrite": Case(a_run, "overwrite", goes=(*MADE, "weights", "checkpoints")),

@@ -1,4 +1,5 @@
-"""The optimizer: torch's AdamW, or the same on bf16 weights, with the rest of float32 masters as state."""
+"""The optimizer: torch's AdamW; or `SplitAdamW`, the same on bf16 weights, whose state holds the other 16 bits of
+float32 masters."""
 
 import torch
 from torch.optim.adamw import adamw
@@ -9,24 +10,25 @@ from engine.model.tensors import local_part
 
 # -------------------------------------------------------------------------------------------------- optimizer
 def split(master):
-    """float32 -> (bf16, the rest as int16): the nearest bf16, and what is to be added to its bits, read as
-    a float32's, to have the float32 back. Of two that are equally near the one farther from 0."""
+    """float32 -> (the nearest bf16, the rest as int16). The rest is the difference of the float32's bits and the bf16's
+    bits, both read as int32; `join` adds it. Of two equally near bf16 numbers the one farther from 0 is taken."""
     bits = master.view(torch.int32)
-    # The last bit decides between two that are equally near; to set it decides nothing else.
+    # Setting the last bit changes the rounding only where two bf16 numbers are equally near.
     high = (bits | 1).view(torch.float32).to(torch.bfloat16)
     return high, (bits - (high.view(torch.int16).to(torch.int32) << 16)).to(torch.int16)
 
 
 def join(high, low):
-    """The float32 that `split` took apart, if it was finite; else one that is not."""
+    """The float32 that `split` was given, if it is finite; otherwise a float32 that is not finite."""
     return ((high.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
 
 
 class SplitAdamW(torch.optim.Optimizer):
-    """AdamW on bf16 parameters as on float32 ones: 10 bytes a parameter instead of 16, with its gradient.
+    """AdamW on bf16 parameters, as exact as on float32 ones except for its bf16 moments. It takes 10 bytes a parameter
+    instead of 16, gradient included.
 
-    An update of 5e-6 is far below what a bf16 weight of 0.02 can change by, 6e-5: added to it, most updates
-    would be lost. So the state keeps the lower half of a float32 master, and the parameter is its upper half.
+    A bf16 weight of 0.02 is rounded to multiples of 1.2e-4, and an update changes it by 5e-6, so most updates would be
+    lost. Therefore the parameter is the upper half of a float32 master, and the state keeps the lower half.
     """
 
     def __init__(self, parameters, lr, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
@@ -36,18 +38,17 @@ class SplitAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """An update of every parameter that has a gradient. A closure is not called: torch's own functions
-        hand over None."""
+        """Update every parameter that has a gradient. `closure` is there for torch's interface, and is not called."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self.update(parameter, self.state[parameter], group)
 
     def update(self, parameter, state, group):
-        """One parameter's: torch's own AdamW on float32 copies, which live no longer than this call."""
+        """Update one parameter with torch's own AdamW, on float32 copies that are freed on return."""
         if not state:
             state["step"] = torch.tensor(0.0)
-            # A checkpoint gives state the dtype of its parameter: these bits are kept as if they were bf16.
+            # Loading a checkpoint casts state to the parameter's dtype, so these 16 bits are stored as a bf16 tensor.
             state["low"] = torch.zeros_like(parameter)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments)
@@ -66,9 +67,9 @@ class SplitAdamW(torch.optim.Optimizer):
 
 
 def optimizer_of(parameters, lr, weight_decay, name, device):
-    """AdamW with betas 0.9 and 0.999 for these parameters, as a --memory needs it."""
+    """The optimizer for a --memory (`name`): AdamW with betas 0.9 and 0.999."""
     if name == "split":
         return SplitAdamW(parameters, lr, weight_decay=weight_decay)
-    # The unfused one moves the peak of a GPU's memory into the step, and is several times slower on the host.
+    # Unfused AdamW would make the step the peak of a GPU's memory, and is several times slower on the host.
     fused = device.type == "cuda" or name in ON_THE_HOST
     return torch.optim.AdamW(parameters, lr, (0.9, 0.999), weight_decay=weight_decay, fused=fused)

@@ -1,5 +1,5 @@
-"""Which --memory fits a machine: chosen for `--memory auto`, checked before anything is loaded, and shown for
-cards of every size by `python train.py --plan`. All of it is predicted by engine/memory/plan.py."""
+"""Which --memory fits a machine, as engine/memory/plan.py predicts. `--memory auto` chooses one; any other is checked
+before anything is loaded; `python train.py --plan` prints a table for cards of every size."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,22 +11,22 @@ from engine.errors import UserError
 from engine.memory import gpus, modes
 from engine.memory.plan import GIB, GIGA, MOST_PROCESSES, TERA, count, divide, in_time
 
-CONTEXT = 1.25 * GIB    # what CUDA itself and the libraries' workspaces take of a card
-BUS = 25                # GB/s between host and card: PCIe 4.0 x16, as copies from pinned memory reach it
-USUAL_RANK = 32         # of a LoRA that is advised
+CONTEXT = 1.25 * GIB    # of a card, taken by CUDA itself and by the libraries' workspaces
+BUS = 25                # GB/s between host and card: what copies from pinned memory reach on PCIe 4.0 x16
+USUAL_RANK = 32         # the rank of a LoRA that a message recommends
 
 
 class Machine(NamedTuple):
-    """What one process may take, in bytes; a host of None is not known."""
+    """The memory that one process may use, in bytes, of its card and of the host. host: None if it is not known."""
     card: float
     host: float | None = None
 
     def has_room(self, prediction):
-        """Whether a process of a `plan.Prediction` fits."""
+        """Whether a process with this `plan.Prediction` fits."""
         return not self.lacks(prediction)
 
     def lacks(self, prediction):
-        """What there is too little of: "card", "host", or None."""
+        """Which memory is too small, "card" or "host"; None if the process fits."""
         if prediction.peak + CONTEXT > self.card:
             return "card"
         if self.host is not None and prediction.host > self.host:
@@ -45,8 +45,8 @@ def this_machine(world):
 
 
 def host_bytes(meminfo="/proc/meminfo", group="/sys/fs/cgroup"):
-    """Bytes of the host's memory that can still be taken, by this process or its container; None where Linux
-    does not say."""
+    """Bytes of the host's memory that are still free for this process, within the limit of its container. None if
+    Linux does not say. meminfo, group: where Linux reports them."""
     free = []
     try:
         for line in Path(meminfo).read_text().splitlines():
@@ -57,7 +57,7 @@ def host_bytes(meminfo="/proc/meminfo", group="/sys/fs/cgroup"):
             lines = (Path(group) / "memory.stat").read_text().splitlines()
             cached = sum(int(line.split()[1]) for line in lines if line.startswith("file "))
             taken = int((Path(group) / "memory.current").read_text())
-            free.append(int(most) - taken + cached)  # files in memory make room for who needs it
+            free.append(int(most) - taken + cached)  # Linux drops cached files when a process needs memory
     except (OSError, ValueError, IndexError):
         pass
     return min(free, default=None)
@@ -65,7 +65,7 @@ def host_bytes(meminfo="/proc/meminfo", group="/sys/fs/cgroup"):
 
 # --------------------------------------------------------------------------------------------- what fits them
 def predictions(job, counts, world_size):
-    """{--memory: its `plan.Prediction`} for what a job trains, those that are preferred first."""
+    """{--memory: its `plan.Prediction`} for a `plan.Job`, in order of preference."""
     found = {}
     for name in modes.choices(job.lora):
         found[name] = divide(replace(job, memory=name), counts, world_size, torch.bfloat16)
@@ -73,12 +73,12 @@ def predictions(job, counts, world_size):
 
 
 def flags_of(rank, name):
-    """The flags that say what is trained and how it fits."""
+    """The flags for a LoRA of a rank (None: a full fine-tune) and a --memory."""
     return f"--lora {rank} --memory {name}" if rank else f"--memory {name}"
 
 
 def others_that_fit(job, counts, world_size, machine):
-    """Flags, for a user whose choice does not fit: another --memory for the same, or else a LoRA."""
+    """[flags] that fit, for a user whose flags do not: another --memory, otherwise a LoRA; [] if nothing fits."""
     for rank in dict.fromkeys((job.lora, job.lora or USUAL_RANK)):
         for name, prediction in predictions(replace(job, lora=rank), counts, world_size).items():
             if name != job.memory and machine.has_room(prediction):
@@ -87,10 +87,10 @@ def others_that_fit(job, counts, world_size, machine):
 
 
 def more_gpus(job, counts, world_size, machine):
-    """How many GPUs of the same kind would do, or None if no advisable number does."""
+    """How many GPUs of the same kind would be enough; None if MOST_PROCESSES are not."""
     more = 2 * world_size
     while more <= MOST_PROCESSES:
-        host = None if machine.host is None else machine.host * world_size / more  # they share what there is
+        host = None if machine.host is None else machine.host * world_size / more  # the processes share the host
         for name, prediction in predictions(job, counts, more).items():
             if job.memory in (name, "auto") and Machine(machine.card, host).has_room(prediction):
                 return more
@@ -99,7 +99,7 @@ def more_gpus(job, counts, world_size, machine):
 
 
 def refuse(job, counts, world_size, machine, prediction):
-    """Raise UserError: what there is too little of, and the flags that would help."""
+    """Raise UserError, which says which memory is too small, and which flags would help."""
     what = "a full fine-tune" if not job.lora else f"--lora {job.lora}"
     if job.memory != "auto":
         what = flags_of(job.lora, job.memory)
@@ -121,8 +121,8 @@ def refuse(job, counts, world_size, machine, prediction):
 
 
 def choose(job, world_size, machine):
-    """For --memory auto: (name, why in one line), the first that fits. Raises UserError if none does, naming
-    flags that would."""
+    """For --memory auto: (name, why in one line) of the first --memory that fits. Raises UserError, with flags that
+    would fit, if none does."""
     counts = count(job, torch.bfloat16)
     found = predictions(job, counts, world_size)
     for name, prediction in found.items():
@@ -146,8 +146,8 @@ def because(name, prediction, machine, names):
 
 
 def settle(job, world):
-    """Before anything is loaded: (--memory, a line that says why, or None). What was asked for is checked;
-    auto is chosen. Raises UserError if it does not fit, with flags that do."""
+    """Choose --memory auto, or check any other, before anything is loaded. Returns (--memory, why in one line, or
+    None). Raises UserError, with flags that would fit, if it does not fit."""
     modes.check(job.lora, job.memory)
     if job.memory == "auto" and world.device.type == "cpu":
         return modes.on_a_cpu(job.lora), None
@@ -164,17 +164,18 @@ def settle(job, world):
 
 # -------------------------------------------------------------------------------------------------- the table
 def seconds(prediction, peak, share):
-    """Of an update: computing, or copying between host and card where that takes longer. They overlap."""
+    """Seconds of an update: computing and copying between host and card overlap, so the longer of both. peak: of the
+    card, TFLOP/s; share: of it that is reached, 0 to 1."""
     return max(prediction.flop / TERA / (peak * share), prediction.bus / GIGA / BUS)
 
 
 def show_cards(job, share):
-    """Print what fits one card of every size: a full fine-tune, and a LoRA, each with the first --memory that
-    fits."""
+    """Print, for one card of every size, the first --memory that fits: for a full fine-tune, and for a LoRA. share: of
+    the card's peak that is reached, 0 to 1."""
     counts = count(job, torch.bfloat16)
-    print(f"\nwhat fits one card, predicted ({CONTEXT / GIB:.2f} GiB of CUDA's own counted; an update of "
-          f"{job.images} images at {share:.0%} of the card's peak,\nor of the bus at {BUS} GB/s if that takes longer; "
-          "the optimizer's step on the host apart)")
+    print(f"\nwhat fits one card, predicted (with {CONTEXT / GIB:.2f} GiB for CUDA itself; an update of "
+          f"{job.images} images at {share:.0%} of the card's peak,\nor at {BUS} GB/s over the bus if that is slower; "
+          "without the optimizer's step on the host)")
     print(f"    {'card':20}{'flags':34}{'GiB':>8}{'host GiB':>10}{'an update':>11}{f'{job.updates} updates':>12}")
     for card in gpus.CARDS:
         for rank in (None, job.lora or USUAL_RANK):
@@ -183,7 +184,7 @@ def show_cards(job, share):
 
 
 def row(job, counts, card, share):
-    """A line of the table, behind the card's name."""
+    """A line of the table, without the card's name. job: a `plan.Job`, whose lora says what is trained."""
     for name, prediction in predictions(job, counts, 1).items():
         if Machine(card.gib * GIB).has_room(prediction):
             flags = flags_of(job.lora, name)

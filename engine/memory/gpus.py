@@ -1,17 +1,17 @@
-"""GPUs that many have, from their data sheets."""
+"""Common GPUs, from their data sheets."""
 
 from typing import NamedTuple
 
 from engine.errors import UserError
 
-# Dense bf16 TFLOP/s. H200 stands before H20, which is a part of its name.
+# Dense bf16 TFLOP/s. H200 comes before H20, since "H20" is found in its name too.
 PEAK = {"H200": 989, "H100": 989, "A100": 312, "H20": 148, "L40S": 362, "RTX 4090": 165}
 
 
 class Card(NamedTuple):
-    """A GPU that many have."""
+    """A common GPU."""
     name: str
-    gib: float    # as torch tells its memory
+    gib: float    # memory as torch reports it
     peak: float   # dense bf16 TFLOP/s
 
 
@@ -21,6 +21,6 @@ CARDS = (Card("RTX 4070, 12 GB", 11.6, 58), Card("RTX 4080, 16 GB", 15.7, 97),
 
 
 def check(card):
-    """Raise UserError for a card that no plan can be made for."""
+    """Raise UserError for a card that is not in PEAK."""
     if card not in PEAK:
         raise UserError(f"--card {card}: its peak is not known here; known are {', '.join(PEAK)}")

@@ -1,4 +1,5 @@
-"""A --memory (engine/memory/modes.py) put into practice: what is trained, each parameter's dtype, where it lies."""
+"""Applies a --memory (engine/memory/modes.py) to a transformer: which parameters are trained, their dtypes, and
+whether they are on the GPU or the host."""
 
 from typing import NamedTuple
 
@@ -10,21 +11,22 @@ from engine.model import lora
 
 
 class Layout(NamedTuple):
-    """What is trained and how it fits, for `parallel.load_sharded`. `name` is a --memory other than auto."""
+    """What is trained and how it is stored, for `parallel.load_sharded`. lora: the adapters' rank, or None; name: a
+    --memory other than auto; seed: of the adapters."""
     lora: int | None
     name: str
     seed: int
 
     def prepare(self, transformer, world):
-        """Between building on the meta device and loading: adds the adapters, gives every parameter its
-        dtype, and shards. Returns the device on which the parameters are to lie."""
+        """Add the adapters, give every parameter its dtype, and shard. The transformer is on the meta device, and not
+        loaded yet. Returns the device for the parameters."""
         if self.lora:
             lora.add_adapters(transformer, self.lora)
         for name, parameter in transformer.named_parameters():
             parameter.data = parameter.data.to(self.dtype_of(name, parameter, world))
         if world.mesh is not None:
-            # A frozen base in bf16 is small enough to be whole everywhere. Then nothing of it is gathered,
-            # and the processes exchange the adapters' gradients alone.
+            # A frozen base in bf16 is small enough to be replicated on every GPU. Then it needs no all-gather, and the
+            # processes exchange only the adapters and their gradients.
             replicated = [p for p in transformer.parameters() if self.name == "bf16" and not p.requires_grad]
             parallel.shard(transformer, world, self.name in ON_THE_HOST, replicated, self.hold())
         elif needs_mesh(self.name):
@@ -32,7 +34,7 @@ class Layout(NamedTuple):
         return torch.device("cpu") if self.name in ON_THE_HOST else world.device
 
     def dtype_of(self, name, parameter, world):
-        """The dtype in which a parameter is stored. FSDP2 casts to world.dtype what computes."""
+        """The dtype in which a parameter is stored. FSDP2 computes with a copy in world.dtype."""
         if parameter.requires_grad:
             if self.name == "split":
                 return torch.bfloat16
@@ -42,19 +44,19 @@ class Layout(NamedTuple):
         return world.dtype
 
     def hold(self):
-        """For `parallel.shard`: whether the copies that compute are kept over a rollout."""
+        """Whether `parallel.gathered` keeps the gathered copies for a whole rollout; None: `parallel.shard` decides."""
         if self.name == "offload":
-            return True   # even with one process, since a copy comes over the bus
+            return True   # even for one process: each copy would come over the bus again
         if self.name not in HELD_ON_THE_GPU:
-            return False  # there is no room for a copy in bf16
+            return False  # a bf16 copy of everything would not fit
         return None
 
     def start(self, transformer):
-        """After loading: the values of the adapters."""
+        """Give the adapters their first values, after loading."""
         if self.lora:
             lora.start(transformer, self.seed)
 
 
 def trainable(transformer):
-    """The parameters that the optimizer gets: all, or the adapters'."""
+    """The parameters that are trained: all, or the adapters'."""
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]

@@ -1,4 +1,4 @@
-"""For small cards: of a frozen network, keep on the GPU only the parts that a call runs."""
+"""For small cards: keep only those parts of a frozen network on the GPU that are used."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ import torch
 
 # -------------------------------------------------------------------------------------------- the reward path
 def parts_used(network, call):
-    """The outermost modules of a network that call() runs: its image side, if call() looks at a picture."""
+    """The outermost modules of a network that call() runs. If call() encodes a picture, this is its image side."""
     running = []
     found = []
 
@@ -30,8 +30,8 @@ def parts_used(network, call):
 
 
 def keep_only_what_is_used(network, call, dtype):
-    """Of a frozen network leave on its device what call() runs, in dtype; the rest goes to the host. What is
-    handed to those parts is cast."""
+    """Keep the parts of a frozen network that call() runs on its device, in dtype, and move the rest to the host. The
+    inputs of those parts are cast to dtype."""
     device = next(network.parameters()).device
     parts = parts_used(network, call)
     network.to("cpu")
@@ -41,7 +41,7 @@ def keep_only_what_is_used(network, call, dtype):
 
 
 def cast(dtype, module, arguments, named):
-    """The arguments of a module, those that are floating-point numbers in dtype."""
+    """The arguments of a module, with floating-point tensors cast to dtype."""
     def one(value):
         return value.to(dtype) if torch.is_tensor(value) and value.is_floating_point() else value
 

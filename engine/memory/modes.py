@@ -1,5 +1,5 @@
-"""How a transformer's parameters lie in memory, and which of them are trained: so one card of 12 to 141 GB
-trains FLUX.1-dev, or many do.
+"""How a transformer's parameters are stored, and which of them are trained, so that one card of 12 to 141 GB can train
+FLUX.1-dev, or many can.
 
 `--lora R` says what is trained. Without it all weights are (a full fine-tune); with it the weights stay
 frozen, and thin matrices beside them learn (engine/model/lora.py).
@@ -10,9 +10,9 @@ frozen, and thin matrices beside them learn (engine/model/lora.py).
            split        bf16 weights, gradients and moments; the optimizer keeps the 16 bits that a float32
                         weight has beyond its bf16 one, so that small updates are not lost
            offload      as masters, but in the host's memory; a bf16 copy stays on the GPU over a rollout
-           stream       as offload, but every block is copied to the GPU whenever its turn comes
+           stream       as offload, but every block is copied to the GPU each time before it computes
     LoRA   bf16         frozen weights in bf16, whole on every GPU
-           fp8          the large ones in float8, divided among the GPUs; a block is cast when its turn comes
+           fp8          the large ones in float8, divided among the GPUs; a block is cast before it computes
            fp8-offload  as fp8, but in the host's memory
 
 The adapters themselves are float32 masters. On a CPU all compute in float32.
@@ -34,27 +34,27 @@ def choices(rank):
 
 
 def check(rank, name):
-    """Raise UserError for a --memory that is not for what is trained."""
+    """Raise UserError for a --memory that does not go with this --lora."""
     if name == "auto" or name in choices(rank):
         return
     what = "--lora R" if name in LORA else "a full fine-tune, without --lora"
-    raise UserError(f"--memory {name}: is for {what}; here it may be {', '.join(('auto', *choices(rank)))}")
+    raise UserError(f"--memory {name}: is for {what}; give one of {', '.join(('auto', *choices(rank)))}")
 
 
 def on_a_cpu(rank):
-    """The --memory that computes without FSDP2, in one process on a CPU."""
+    """The --memory for one process on a CPU, which needs no FSDP2."""
     return "bf16" if rank else "masters"
 
 
 def needs_mesh(name):
-    """Whether one process on a CPU needs FSDP2 for it, as it does on a GPU: to cast parameters when a block's
-    turn comes, or to keep them apart from the copies that compute."""
+    """Whether a --memory needs FSDP2 even for one process on a CPU: to cast a block's parameters just before it
+    computes, or to compute with copies of them."""
     return name not in ("auto", "masters", "bf16")
 
 
 def is_lean(name):
-    """Whether a --memory is for a card so small that decoding and the rewards must save too: the VAE's
-    decoder is recomputed in the backward, and of a reward the image side alone is on the GPU, in bf16."""
+    """Whether a --memory is for a card so small that decoding and the rewards must save memory too. Then the VAE's
+    decoder is recomputed in the backward, and only the image side of a reward is on the GPU, in bf16."""
     return name not in HELD_ON_THE_GPU
 
 

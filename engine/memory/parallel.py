@@ -1,7 +1,7 @@
-"""Many GPUs by torch's own means: torchrun, FSDP2 and HSDP.
+"""Many GPUs, with torch's torchrun, FSDP2 and HSDP.
 
-One process on a CPU takes the same path with no mesh. The mean over ranks is taken by FSDP's gradient
-reduction, so everything else in train.py is written as if there were one process.
+One process on a CPU runs the same code without a mesh. FSDP2's gradient reduction takes the mean over the ranks, so
+the rest of train.py is written as if there were one process.
 """
 
 import os
@@ -36,15 +36,15 @@ def device_and_dtype(local_rank=0):
 
 
 def one_thread_on_a_cpu():
-    """A second thread gains a sixth on the miniature, and costs tenfold when the machine is busy."""
+    """Use one thread if there is no GPU: on the miniature a second one saves a sixth of the time, but on a busy machine
+    it takes ten times as long."""
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
 
 
 def meet_the_others(backend, patience):
-    """torch's init_process_group, which in its C++ waits for all processes, and hears no signal: so another
-    thread does it. Who is asked to stop meanwhile can, though another process may have stopped already and
-    never come."""
+    """torch's init_process_group, in another thread: its C++ code waits for all processes, and handles no signal. So a
+    process can be stopped while it waits for another one that has already stopped. patience: a timedelta."""
     errors = []
 
     def meet():
@@ -61,22 +61,22 @@ def meet_the_others(backend, patience):
 
 
 class World:
-    """This process among all: rank, size, device, the mesh to shard over (None: one process on a CPU), and
-    the dtype to compute in: bf16 on a GPU, float32 on a CPU. Masters and optimizer are float32."""
+    """This process among all of them: its rank, the number of processes (size), its device, the mesh to shard over
+    (None: one process on a CPU), and the dtype to compute in: bf16 on a GPU, float32 on a CPU."""
 
     def __init__(self, replicas=1, patience=timedelta(minutes=30), mesh=False):
         """Join the processes that torchrun started, if it did, and take this one's GPU, or one CPU thread.
 
-        `replicas` is HSDP's: the parameters are sharded over size / replicas neighbours (a node) and
-        replicated between them; UserError if it does not divide the size. `patience` is how long a process
-        waits for the others. `mesh` asks for a mesh of one process on a CPU too, for what only FSDP2 can do
-        (`memory.needs_mesh`).
+        replicas: HSDP's number of groups; the parameters are sharded inside each group of size / replicas processes (a
+        node), and replicated between the groups. patience: how long a process waits for the others. mesh: make a mesh
+        even for one process on a CPU, as `modes.needs_mesh` asks. Raises UserError if replicas does not divide the
+        size, or there are fewer GPUs than processes.
         """
         gpu = torch.cuda.is_available()
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
-        self.neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes of this machine
+        self.neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
         if gpu and self.neighbours > torch.cuda.device_count():
             raise UserError(f"--nproc_per_node {self.neighbours}: there are {torch.cuda.device_count()} GPUs")
         if self.size % replicas:
@@ -86,11 +86,11 @@ class World:
         one_thread_on_a_cpu()
         if gpu:
             torch.cuda.set_device(self.device)
-        # Gradient clipping and the exchange of Python objects use gloo on the CPU, all else NCCL on the GPU.
+        # Gradient clipping and the exchange of Python objects use gloo on the CPU; everything else uses NCCL.
         backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
         if "RANK" in os.environ:
             meet_the_others(backend, patience)
-        elif gpu or mesh:  # one process without torchrun: FSDP2 wants a process group all the same
+        elif gpu or mesh:  # one process without torchrun: FSDP2 needs a process group even so
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if dist.is_initialized():
             if replicas > 1:
@@ -104,12 +104,12 @@ class World:
         return self.rank == 0
 
     def say(self, text):
-        """Print a line, once for all processes, under the progress bar if there is one."""
+        """Print a line, once for all processes, without breaking a progress bar."""
         if self.main:
             tqdm.write(printable(text))
 
     def rows(self, n):
-        """The rows of this rank when n each are dealt to all ranks, in rank order: a slice."""
+        """The rows of this rank, a slice, if each rank has n rows, in rank order."""
         return slice(self.rank * n, (self.rank + 1) * n)
 
     def gather(self, value):
@@ -121,14 +121,14 @@ class World:
         return values
 
     def mean(self, numbers):
-        """The mean of a list of {name: number}, each name's over those that have it and over all ranks."""
+        """{name: mean} of a list of {name: number}, over the lists of all ranks; of a name, over those that have it."""
         everyones = [each for theirs in self.gather(numbers) for each in theirs]
         names = dict.fromkeys(name for each in everyones for name in each)
         return {name: fmean(each[name] for each in everyones if name in each) for name in names}
 
     def decide(self, function, *arguments):
-        """What rank 0 finds by function(*arguments), on every rank. Where it finds a user's mistake, rank 0
-        raises that UserError, and the others leave with its exit status and without a word."""
+        """Call function(*arguments) on rank 0, and return its result on every rank. If it raises UserError, rank 0
+        raises that, and the other ranks exit with status 2 and no message."""
         found = None
         mistake = None
         if self.main:
@@ -144,7 +144,8 @@ class World:
         return found if self.main else theirs
 
     def close(self):
-        """All processes leave together: one that left first could break the others' last exchange."""
+        """End the process group, after waiting for all processes: one that ended early could break another's last
+        exchange."""
         if dist.is_initialized():
             self.gather(None)
             dist.destroy_process_group()
@@ -152,27 +153,26 @@ class World:
 
 # -------------------------------------------------------------------------------------- sharding and loading
 def blocks_of(transformer):
-    """All transformer blocks of a FLUX, double then single: the units of sharding, recomputation,
-    compiling."""
+    """All transformer blocks of a FLUX, first the double ones, then the single ones. Each is one unit of sharding, of
+    activation checkpointing and of torch.compile."""
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
 def shard(transformer, world, offload=False, replicated=(), hold=None):
-    """FSDP2: every block its own unit, the rest one more. Compute in world.dtype, reduce gradients in
-    float32.
+    """Shard a transformer by FSDP2: every block is a unit, and the rest is one more. It computes in world.dtype, and
+    reduces gradients in float32.
 
-    With `offload` the shards lie in the host's memory, their gradients too, and each unit is copied to the
-    GPU when its turn comes. The parameters in `replicated` are left out: every process keeps them whole, in
-    the dtype that they have. `hold` says whether `gathered` keeps the copies over a rollout; None: with more
-    than one process.
+    offload: shards and their gradients are in the host's memory, and a unit is copied to the GPU before it computes.
+    replicated: parameters that are not sharded; every process keeps them, in their own dtype. hold: whether `gathered`
+    keeps the gathered copies for a whole rollout; None: only with more than one process.
 
-    cast_forward_inputs is off, since it would cast timesteps, ids and RoPE tables too: `Flux.velocity` casts
-    its own.
+    cast_forward_inputs is off, since it would also cast timesteps, ids and RoPE tables: `Flux.velocity` casts its
+    inputs itself.
     """
     policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32,
                                   cast_forward_inputs=False)
     if offload:
-        # Copies between a GPU and pinned memory are fast and need not be waited for.
+        # Copies between a GPU and pinned memory are fast, and asynchronous.
         where = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     else:
         where = OffloadPolicy()
@@ -183,11 +183,11 @@ def shard(transformer, world, offload=False, replicated=(), hold=None):
 
 
 def load_sharded(kind, source, device, dtype, world=None, layout=None):
-    """A diffusers model of class `kind` from its `Source`; with a world that has a mesh: sharded over it, in float32,
-    or as a `layouts.Layout` says.
+    """A diffusers model of class `kind`, loaded from its `Source`. If the world has a mesh, the model is sharded over
+    it, in float32. A `layouts.Layout`, if given, decides dtype, device and sharding.
 
-    Built on meta, and each rank reads only its own rows of each tensor, so no process ever holds a full copy.
-    Raises UserError if names or shapes differ from the config's.
+    The model is built on the meta device, and each rank reads only its own rows of each tensor, so no process holds a
+    full copy. Raises UserError if names or shapes differ from the config's.
     """
     sharded = world is not None and world.mesh is not None
     network = source.on_meta(kind)
@@ -206,7 +206,7 @@ def load_sharded(kind, source, device, dtype, world=None, layout=None):
 
 
 def clock(device):
-    """Seconds, when all work queued on the device is done."""
+    """The time in seconds, after all work that was queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -214,12 +214,12 @@ def clock(device):
 
 @contextmanager
 def gathered(transformer):
-    """Inside, the parameters are gathered once and stay: 58 all-gathers for a rollout of FLUX.1-dev instead
-    of 1,425. With one process there is nothing to gather, and unsharding would only copy; unless the
-    parameters lie on the host, and there is room on the GPU for a copy of all.
+    """Inside this context, parameters that have been gathered stay gathered, if `shard` was told to hold them. A
+    rollout of FLUX.1-dev then needs 58 all-gathers instead of 1,425. One process holds nothing, since it has all
+    parameters already; except for --memory offload, where they are on the host.
 
-    At the end every unit is resharded. One that is not would go on with its copy after the next step of the
-    optimizer, which sees the shards alone; and `transformer.parameters()` would give the copies."""
+    At the end every unit is resharded. Otherwise a unit would keep its copy after the optimizer's next step, which
+    changes only the shards; and `transformer.parameters()` would return the copies."""
     if not isinstance(transformer, FSDPModule):
         yield
         return
@@ -233,7 +233,7 @@ def gathered(transformer):
 
 
 def reshard(transformer):
-    """Free the gathered copies of all parameters, if there are any."""
+    """Free the gathered copies of all parameters, if any."""
     for module in transformer.modules():  # a module's own reshard() is not recursive
         if isinstance(module, FSDPModule):
             module.reshard()

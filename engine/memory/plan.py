@@ -1,8 +1,9 @@
-"""What an update costs, predicted on any machine with no weights: `python train.py --plan --world-size 8`.
+"""Predicts the memory and the work of an update, on any machine and without weights: `python train.py --plan
+--world-size 8`.
 
-The real modules run on fake tensors, which have shapes and no values: so are FLOP and saved activations
-counted. The rest is arithmetic: FSDP2 with float32 masters holds 16 bytes per parameter (parameter, gradient,
-two moments), divided by the ranks that shard it. `held` does it for every --memory.
+FLOP and saved activations are counted by running the real modules on fake tensors, which have shapes but no values.
+The rest is arithmetic. FSDP2 with float32 masters holds 16 bytes per parameter (parameter, gradient, two moments),
+divided by the number of ranks that shard it; `held` has the arithmetic for every --memory.
 """
 
 from collections.abc import Callable
@@ -24,78 +25,79 @@ from engine.model import lora
 
 MIB, GIB = 2**20, 2**30
 GIGA, TERA = 1e9, 1e12
-MOST_PROCESSES = 64  # beyond that, no number of GPUs is advised
+MOST_PROCESSES = 64  # the largest number of GPUs that a message recommends
 
 
 @dataclass
 class Job:
-    """One update of a training run, as far as it costs anything."""
+    """What the cost of an update of a training run depends on."""
     model: str           # its name, for messages
     transformer: dict    # FluxTransformer2DModel's config
     vae: dict            # AutoencoderKL's config
     text_tokens: int     # of a prompt
     size: int            # side of a picture, pixels
     image_tokens: int    # of a picture
-    images: int          # of an update, of all processes together
-    batch: int           # of them at a time in a process, at most
+    images: int          # of an update, of all processes together: the global batch
+    batch: int           # images that a process computes at a time, at most
     updates: int         # of the run
     rollout_steps: int   # calls of the transformer without a gradient, per image; 0 for photographs
-    calls: int           # calls with one, per image: branches x injections
+    calls: int           # calls with a gradient, per image: branches x injections
     checkpointing: bool  # activation checkpointing: the backward computes each block's activations again
     replicas: int        # HSDP: groups of processes that each hold all parameters
-    # Gives a list of (network, call, times), one a reward: its network; call(grad=False), which runs its
-    # image side on one picture, with a gradient or not; how often that runs for an image, 0 for a reward that
-    # is held out. A function, and not the list: under fake tensors the networks that it makes take no memory.
+    # Returns a list of (network, call, times), one for each reward. call(grad=False) runs the network's image side on
+    # one picture, with a gradient if grad is True. times: how often it runs for an image, 0 for a reward that is held
+    # out. It is a function because networks that are made under fake tensors take no memory.
     reward_networks: Callable
     lora: int | None = None  # rank of the adapters that are trained; None: all weights are
-    memory: str = "masters"  # how they lie in memory: a --memory other than auto
+    memory: str = "masters"  # how they are stored: a --memory other than auto
 
     def share(self, processes):
-        """(images at a time, batches one after the other) of each of so many processes, where they divide the images;
-        otherwise about that."""
+        """(images in a batch, number of batches whose gradients are accumulated) of each process. If the number of
+        processes does not divide the images, each process's share is rounded up."""
         mine = -(-self.images // processes)
         batch = max(n for n in range(1, min(self.batch, mine) + 1) if mine % n == 0)
         return batch, mine // batch
 
 
 class Counts(NamedTuple):
-    """What the networks of a job are, however many processes there are. Memory and work are for one image."""
+    """Sizes and work of a job's networks, which do not depend on the number of processes. Activations and FLOP are for
+    one image."""
     parameters: int     # of the transformer
     largest_block: int  # parameters of its largest block
-    activations: int    # bytes that one call of it saves for the backward
-    reward_path: int    # bytes that decoding and the rewards save for theirs
+    activations: int    # bytes that one call of the transformer saves for its backward
+    reward_path: int    # bytes that decoding and the rewards save for their backward
     frozen: int         # bytes of the VAE and the reward networks
     forward: int        # FLOP of one call of the transformer
     decode: int         # FLOP of one decoded picture
     reward: int         # FLOP of one picture's rewards
     shapes: list        # a `Shape` for every parameter of the transformer
-    adapters: int       # parameters that adapters of rank 1 have
-    lean_path: int      # reward_path and frozen, when `memory.is_lean`
-    lean_frozen: int
+    adapters: int       # parameters of adapters of rank 1
+    lean_path: int      # as reward_path, if `modes.is_lean`
+    lean_frozen: int    # as frozen, if `modes.is_lean`
 
 
 class Shape(NamedTuple):
-    """Of a parameter, divided among the processes by its rows."""
+    """The shape of a parameter, which is sharded by its rows."""
     rows: int
     row: int      # numbers in a row
-    in_fp8: bool  # whether --memory fp8 stores it so
+    in_fp8: bool  # whether --memory fp8 stores it in float8
 
     def numel(self, shards):
-        """The numbers that the first of some processes holds."""
+        """How many numbers the first of `shards` processes holds, which has the most."""
         return -(-self.rows // shards) * self.row
 
 
 @dataclass
 class Prediction:
     """One update of one process: memory and communication in bytes, work in FLOP."""
-    all_parameters: int     # a number, not bytes: the transformer's, of all processes together
+    all_parameters: int     # number (not bytes) of the transformer's parameters, of all processes together
     parameters: float       # on the GPU; so are gradients and optimizer
     gradients: float
-    optimizer: float        # Adam's two moments, and what else it keeps
-    activations: int
-    gathered: int
-    reward_path: int
-    frozen: int
+    optimizer: float        # Adam's two moments, and its other state
+    activations: int        # of the transformer
+    gathered: int           # copies of blocks while they compute, and gradients on their way to the reduction
+    reward_path: int        # activations of decoding and of the rewards
+    frozen: int             # the VAE and the reward networks
     peak_in_update: float
     peak_in_rollout: float
     rollout: int
@@ -117,7 +119,7 @@ class Prediction:
 
 # ------------------------------------------------------------------------ counting, on tensors without values
 def create(kind, config, dtype):
-    """A diffusers module of a config, in dtype from the start: fake tensors have no `to(dtype)`."""
+    """A diffusers module from a config, built in dtype, since fake tensors have no `to(dtype)`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -138,11 +140,11 @@ def forward(transformer, image_tokens, text_tokens, dtype):
 
 
 def attention_flop(query, key, value, *others, out_shape=None, **options):
-    """FLOP of attention, from shapes: its two products of matrices."""
+    """FLOP of attention from the shapes of its inputs: two matrix products."""
     return sdpa_flop_count(query, key, value)
 
 
-# FlopCounterMode knows every kind of attention but the one of CPUs, where fake tensors live.
+# FlopCounterMode does not know attention on a CPU, which is the device of the fake tensors.
 CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flop}
 
 
@@ -154,15 +156,15 @@ def flop_of(run, *arguments):
 
 
 def saved_by(parameters, run, *arguments, **options):
-    """Bytes that run(*arguments, **options) saves for a backward, besides these parameters. As on a GPU,
-    attention saves its inputs and its output, not its matrix."""
+    """Bytes that run(*arguments, **options) saves for a backward, without these parameters. As on a GPU, attention
+    saves its inputs and its output, not its matrix."""
     own = {p.untyped_storage()._cdata for p in parameters}
     saved = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
         if storage._cdata not in own:
-            saved[storage._cdata] = storage  # kept, so that no other storage takes its address
+            saved[storage._cdata] = storage  # a reference, so that the address is not used again
         return tensor
 
     def unpack(tensor):
@@ -174,20 +176,20 @@ def saved_by(parameters, run, *arguments, **options):
 
 
 def saved_by_transformer(transformer, job, dtype):
-    """Bytes of activations that one call for one image needs at most until its backward is done."""
+    """The most bytes of activations that one call for one image holds until its backward is done."""
     call = (forward, transformer, job.image_tokens, job.text_tokens, dtype)
     whole = saved_by(transformer.parameters(), *call)
     if not job.checkpointing:
         return whole
-    # Only the blocks' inputs are kept. In the backward one block at a time has its activations again.
+    # Only the blocks' inputs are kept. The backward recomputes the activations of one block at a time.
     transformer.enable_gradient_checkpointing()
     inputs = saved_by(transformer.parameters(), *call)
     return inputs + whole / len(blocks_of(transformer))
 
 
 def saved_by_decoder(vae, z):
-    """Bytes that decoding saves when the decoder's parts are recomputed in the backward: the inputs of all,
-    and the largest part's own, which it has again when its turn comes."""
+    """Bytes that decoding saves if the decoder's parts are recomputed in the backward: the inputs of all parts, and the
+    activations of the largest part."""
     parts = [vae.decoder.mid_block, *vae.decoder.up_blocks]
     inputs = {}
 
@@ -214,7 +216,7 @@ def bytes_of(module):
 
 
 def count(job, compute_dtype):
-    """The `Counts` of a job whose transformer and VAE compute in compute_dtype, its rewards in float32."""
+    """The `Counts` of a job. Its transformer and VAE compute in compute_dtype, its rewards in float32."""
     with FakeTensorMode():
         transformer = create(diffusers.FluxTransformer2DModel, job.transformer, compute_dtype)
         once = flop_of(forward, transformer, job.image_tokens, job.text_tokens, compute_dtype)
@@ -231,9 +233,9 @@ def count(job, compute_dtype):
         reward_flop = 0
         for network, call, times in job.reward_networks():
             frozen += bytes_of(network)
-            # Lean, the image side alone is there, in two bytes a number instead of four.
+            # In lean modes only the image side is on the GPU, in 2 bytes a number instead of 4.
             lean_frozen += sum(bytes_of(part) for part in parts_used(network, call)) / 2
-            if times:  # one that is held out is only kept
+            if times:  # a reward that is held out takes memory, but does not run in an update
                 reward_flop += times * flop_of(call)
                 saved = times * saved_by(network.parameters(), call, grad=True)
                 path += saved
@@ -253,9 +255,12 @@ def count(job, compute_dtype):
 
 # ------------------------------------------------------------------------------------------------- arithmetic
 def flop_per_call(job, once):
-    """FLOP of one call with a gradient, when `once` is that of a forward. The backward is twice as much: a
-    gradient for the inputs, and one for the parameters, which frozen ones need not (the adapters' own work, a
-    hundredth, is left out). Activation checkpointing runs the forward again."""
+    """FLOP of one call with a gradient. once: FLOP of a forward.
+
+    The backward takes `once` for the gradient of the inputs, and `once` for that of the parameters, which frozen
+    parameters do not need. Activation checkpointing runs the forward again. The adapters' own work, about a hundredth,
+    is left out.
+    """
     backward = 1 if job.lora else 2
     return once * (1 + backward + job.checkpointing)
 
@@ -268,7 +273,7 @@ def forward_flop(job):
 
 
 def update_flop(job, processes=1):
-    """FLOP of the transformer in one update, of each of so many processes: the rollout, and the calls with a
+    """FLOP of the transformer in one update, for each of so many processes: the rollout and the calls with a
     gradient."""
     once = forward_flop(job)
     batch, accumulate = job.share(processes)
@@ -276,31 +281,30 @@ def update_flop(job, processes=1):
 
 
 class Held(NamedTuple):
-    """What one process holds of the transformer, in bytes: on the GPU, but for `host`."""
+    """What one process holds of the transformer, in bytes; on the GPU, except `host`."""
     parameters: float
     gradients: float
     optimizer: float
-    gathered: float             # while a block computes, in forward or backward
-    gathered_in_rollout: float
-    host: float = 0
-    copied: float = 0           # from the host, to compute with every block once
+    gathered: float             # copies while a block computes, in forward or backward
+    gathered_in_rollout: float  # copies in the rollout
+    host: float = 0             # in the host's memory
+    copied: float = 0           # from the host to the GPU, to compute with every block once
 
 
 def held(job, counts, world_size, compute_dtype):
-    """The `Held` of one process of world_size: what FSDP2 does with the layouts of engine/memory/layouts.py."""
+    """The `Held` of one of world_size processes, by what FSDP2 does with the layouts of engine/memory/layouts.py."""
     shards = world_size // job.replicas
     width = compute_dtype.itemsize
     all_of_it = counts.parameters
     block = counts.largest_block
     adapters = (job.lora or 0) * counts.adapters
-    # A block computes with a copy gathered from all ranks, in the compute dtype, and frees it afterwards.
-    # Meanwhile the next block is gathered, so that computing need not wait for the network: two copies at a
-    # time. In the backward, the block's gradient stands beside them, and a float32 copy of it, on the way to
-    # the mean over the ranks.
+    # A block computes with a copy gathered from all ranks, in the compute dtype, and frees it afterwards. Meanwhile the
+    # next block is gathered, so that computing does not wait for the network: two copies at a time. In the backward
+    # there are also the block's gradient and a float32 copy of it, which is reduced over the ranks.
     copies = 2 * width * block
     with_gradient = copies + (width + 4) * block
-    # The rollout calls every block many times and keeps all copies until its end (see parallel.gathered). One
-    # process copies each block when its turn comes: there is nobody to wait for.
+    # The rollout calls every block many times, and keeps all copies until its end (see parallel.gathered). A single
+    # process keeps none: it copies each block just before the block computes.
     in_rollout = width * all_of_it if world_size > 1 else 0
 
     if job.memory == "masters":
@@ -308,11 +312,11 @@ def held(job, counts, world_size, compute_dtype):
             with_gradient = 0  # the masters themselves compute
         return Held(4 * all_of_it / shards, 4 * all_of_it / shards, 8 * all_of_it / shards, with_gradient,
                     in_rollout)
-    if job.memory == "split":  # the optimizer has the lower half of the masters and two moments
+    if job.memory == "split":  # the optimizer holds the lower halves of the masters, and two moments in bf16
         return Held(2 * all_of_it / shards, 2 * all_of_it / shards, 6 * all_of_it / shards, with_gradient,
                     in_rollout)
     if job.memory in ("offload", "stream"):
-        coming = 2 * 4 * block / shards  # the shards of two blocks as they come from the host
+        coming = 2 * 4 * block / shards  # the float32 shards of two blocks, copied from the host
         if job.memory == "offload":
             in_rollout = width * all_of_it + coming
         else:
@@ -321,35 +325,35 @@ def held(job, counts, world_size, compute_dtype):
         return Held(0, 0, 0, with_gradient + coming, in_rollout, host, 4 * all_of_it / shards)
 
     trained = adapters / shards
-    of_block = adapters * block / all_of_it  # about what stands beside the largest block
-    if job.memory == "bf16":  # the base is whole everywhere, and computes as it is
+    of_block = adapters * block / all_of_it  # about the adapters' parameters in the largest block
+    if job.memory == "bf16":  # the base is replicated, and computes without a copy
         in_rollout = width * adapters if world_size > 1 else 0
         return Held(2 * all_of_it + 4 * trained, 4 * trained, 8 * trained, (3 * width + 4) * of_block,
                     in_rollout)
     stored = [(1 if shape.in_fp8 else 2) * shape.numel(shards) for shape in counts.shapes]
-    cast = copies + width * block  # two blocks that are gathered, and the next one's shard, cast
+    cast = copies + width * block  # two gathered blocks, and the next block's shard, cast to the compute dtype
     with_gradient = cast + (3 * width + 4) * of_block
     if job.memory == "fp8":
         return Held(sum(stored) + 4 * trained, 4 * trained, 8 * trained, with_gradient, cast)
     coming = block / shards
-    # The adapters' matrices are small, so they are taken as rounded up by half.
+    # The adapters' matrices are small: `pinned` is taken to round them up by half.
     return Held(0, 0, 0, with_gradient + coming, cast + coming, pinned(stored) + (1.5 * 8 + 8) * trained,
                 sum(stored) + 4 * trained)
 
 
 def pinned(sizes):
-    """Bytes that tensors of these sizes take in the host's memory when a GPU copies them there or from there:
-    torch rounds each up to a power of two."""
+    """Bytes that tensors of these sizes, in bytes, take in pinned memory of the host, from which a GPU copies. Torch
+    rounds each up to a power of two."""
     return sum(2 ** (size - 1).bit_length() for size in sizes)
 
 
 def predict(job, world_size, compute_dtype):
-    """The `Prediction` for one process of world_size."""
+    """The `Prediction` for one of world_size processes."""
     return divide(job, count(job, compute_dtype), world_size, compute_dtype)
 
 
 def divide(job, counts, world_size, compute_dtype):
-    """The `Prediction` for one process of world_size, from what was counted for all."""
+    """The `Prediction` for one of world_size processes, from the `Counts`. Raises UserError as `check_replicas`."""
     check_replicas(job.replicas, world_size)
     shards = world_size // job.replicas
     has = held(job, counts, world_size, compute_dtype)
@@ -359,24 +363,23 @@ def divide(job, counts, world_size, compute_dtype):
     activations = batch * counts.activations
     reward_path = batch * (counts.lean_path if is_lean(job.memory) else counts.reward_path)
     frozen = counts.lean_frozen if is_lean(job.memory) else counts.frozen
-    # Where nothing is rolled out to learn from, the watched pictures still are.
-    # The rollout saves no activations, and the first one of an update finds no gradients. So either may be
-    # the peak.
+    # The rollout saves no activations, and the first one of an update finds no gradients. So the peak may be in the
+    # update or in the rollout. The rollout counts for photographs too: the watched pictures are still sampled.
     peak_in_update = (has.parameters + has.gradients + has.optimizer + activations + has.gathered
                       + reward_path + frozen)
     peak_in_rollout = has.parameters + has.optimizer + has.gathered_in_rollout + frozen
     if accumulate > 1:
         peak_in_rollout += has.gradients
 
-    # What is sharded is gathered for the rollout, once or at every step, and twice a call, in forward and
-    # backward. After each call the float32 gradients are averaged in the group, where one share of all is
-    # this process's own, and then each share between the groups.
+    # Sharded parameters are gathered for the rollout, once or at every step; and twice for a call with a gradient, in
+    # forward and backward. After each such call the float32 gradients are averaged inside the group, of which a process
+    # already has its own 1 / shards; then each shard is averaged between the groups.
     steps = min(1, job.rollout_steps) if job.memory in HELD_ON_THE_GPU else job.rollout_steps
     passes = steps + 2 * job.calls
     sharded = trained if job.memory == "bf16" else counts.parameters
     received = (shards - 1) / shards * (sharded * passes * compute_dtype.itemsize + trained * job.calls * 4)
     received += job.calls * 4 * trained / shards * 2 * (job.replicas - 1) / job.replicas
-    # The same from the host's memory; and the gradients go back there.
+    # With offloading, parameters are copied from the host as often, and the gradients are copied back.
     bus = 0
     if job.memory in ON_THE_HOST:
         bus = has.copied * passes + job.calls * 4 * trained / shards
@@ -388,7 +391,7 @@ def divide(job, counts, world_size, compute_dtype):
         frozen=frozen, peak_in_update=peak_in_update, peak_in_rollout=peak_in_rollout,
         rollout=images * job.rollout_steps * counts.forward,
         update=images * job.calls * flop_per_call(job, counts.forward),
-        # frozen networks: the backward is once the forward, for there is no gradient for parameters
+        # The networks are frozen, so the backward costs as much as the forward: it has no gradient of parameters.
         decode=images * job.calls * (3 if is_lean(job.memory) else 2) * counts.decode,
         reward=images * job.calls * 2 * counts.reward,
         received=accumulate * received, host=has.host, bus=accumulate * bus)
@@ -396,8 +399,8 @@ def divide(job, counts, world_size, compute_dtype):
 
 # ----------------------------------------------------------------------------------- what the scripts ask for
 def achieved(flop, seconds, device):
-    """{"tflop_per_second"} of an update that was measured; on a GPU also its "share_of_peak", None for a card
-    whose peak is not known, and "peak_gib", the most memory held so far."""
+    """{"tflop_per_second"} of a measured update of this process. On a GPU also "share_of_peak", None for a card that
+    is not in gpus.PEAK; and "peak_gib", the most memory allocated so far."""
     rate = flop / seconds / TERA
     reached = {"tflop_per_second": round(rate, 4)}
     if device.type == "cuda":
@@ -426,13 +429,14 @@ def in_time(seconds):
 
 
 def check_replicas(replicas, world_size):
-    """Raise UserError if so many groups cannot be made of the processes."""
+    """Raise UserError if the processes cannot be divided into so many groups."""
     if world_size % replicas:
         raise UserError(f"--replicas {replicas}: does not divide the {world_size} processes")
 
 
 def show(job, world_size, card, share):
-    """Print the plan of one process of world_size, and its seconds on a card at a share of its peak."""
+    """Print the plan of one of world_size processes, and the seconds of an update on a card. share: of the card's peak
+    that is reached, 0 to 1. Raises UserError."""
     gpus.check(card)
     check_replicas(job.replicas, world_size)
     plan = predict(job, world_size, torch.bfloat16)
@@ -457,4 +461,5 @@ def show(job, world_size, card, share):
         print(f"    {name:20}{in_flop(amount)} {100 * amount / plan.flop:6.1f} %")
     print(f"    {'received':20}{plan.received / GIGA:8.1f} GB")
     print(f"\n{in_flop(plan.flop).strip()} an update and process: {seconds:.3g} s on {card} at {share:.0%} of its "
-          f"{gpus.PEAK[card]} TFLOP/s, communication apart; {job.updates} updates: {in_time(job.updates * seconds)}")
+          f"{gpus.PEAK[card]} TFLOP/s, without communication; {job.updates} updates: "
+          f"{in_time(job.updates * seconds)}")

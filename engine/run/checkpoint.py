@@ -1,8 +1,8 @@
-"""Checkpoints, which hold all that a run needs to go on.
+"""Checkpoints: everything that --resume needs to continue a run.
 
-A checkpoint is a folder step_NNNNN of safetensors files, which torch.distributed.checkpoint writes, every
-process its own, with two more: state.json, what the run remembers beside the tensors, and checksums.json, a
-CRC-32 of every other file. Nothing in it is a pickle.
+A checkpoint is a folder step_NNNNN. It holds safetensors files, which torch.distributed.checkpoint writes: each
+process writes its own. state.json holds the run's state besides the tensors. checksums.json holds a CRC-32 of every
+other file. Nothing in a checkpoint is a pickle.
 """
 
 import re
@@ -19,24 +19,24 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from engine.errors import UserError, one_line
 from engine.files import read_json, remove_leftovers, write_json
 
-# one process needs no process group
+# A single process on a CPU has no process group, and needs none.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
-# Frozen weights are not saved: beside a LoRA they are the base model's, which is loaded anyway. What is saved
-# must be there when it is loaded, all the same: torch.distributed.checkpoint sees to it.
+# Frozen weights are not saved: with a LoRA they are the base model's, which is loaded anyway. In spite of strict=False,
+# torch.distributed.checkpoint raises if a tensor that was trained is missing.
 TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 TENSORS = "shard-*-model-*-of-*.safetensors"
 STATE = "state.json"
-SETTINGS = "optimizer"  # in it
+SETTINGS = "optimizer"  # the key in STATE of the optimizer's settings
 SUMS = "checksums.json"
 
-# At most this many bytes of tensors go into a file, or a single larger one. Torch makes a file in memory
-# before it writes it, so this is what a process needs beside its tensors; twice if those are on a GPU.
+# The most bytes of tensors in a file, unless it holds a single larger tensor. Torch builds a file in memory before it
+# writes it. So a process needs this much more memory; twice as much if the tensors are on a GPU.
 FILE_SIZE = 2**28
-CHUNK = 2**24  # bytes that are compared at a time
+CHUNK = 2**24  # bytes that are read at a time for a checksum
 
-# All files that a checkpoint consists of, and so all that goes with it; and its folder, once it is finished,
-# while it is written, and while it is removed.
+# All files of a checkpoint; only these are removed with it. Then the names of its folder: when it is finished, while it
+# is written, and while it is removed.
 OURS = (TENSORS, STATE, SUMS)
 FINISHED = re.compile(r"step_(\d{5}|[1-9]\d{5,})")
 WRITING = ".writing"
@@ -44,17 +44,17 @@ DISCARDED = re.compile(r"\.discarded_" + FINISHED.pattern)
 
 
 class Damaged(Exception):
-    """A checkpoint that is not as it was written."""
+    """A file of a checkpoint is missing or has changed; the message says which."""
 
 
 # ------------------------------------------------------------------------------------------- where they stand
 def step_of(folder):
-    """The number of the update after which a checkpoint was written: 12 of step_00012."""
+    """The number of the update after which a checkpoint was written: 12 for step_00012."""
     return int(folder.name.removeprefix("step_"))
 
 
 def state_of(folder):
-    """What the run remembered in a checkpoint. Raises Damaged."""
+    """The state of a run in a checkpoint, a dict. Raises Damaged."""
     try:
         if read_json(folder / SUMS)[STATE] != digest(folder / STATE):
             raise Damaged(f"{STATE} is not what was written")
@@ -75,14 +75,14 @@ def owner_of(folder):
 
 
 def all_checkpoints(out):
-    """The finished checkpoints in a run's folder, whoever wrote them, oldest first."""
+    """The finished checkpoints in a run's folder, of any run, oldest first."""
     found = [folder for folder in (Path(out) / "checkpoints").glob("step_*")
              if FINISHED.fullmatch(folder.name) and folder.is_dir()]
     return sorted(found, key=step_of)
 
 
 def is_of_an_earlier_version(folder):
-    """Whether a checkpoint is of torch's other format, which was written here before and is not read."""
+    """Whether a checkpoint has torch's .distcp format, which earlier versions wrote and which is not read any more."""
     return any(folder.glob("*.distcp"))
 
 
@@ -92,7 +92,7 @@ def checkpoints(out, run):
 
 
 def discard(folder):
-    """Remove a checkpoint: under its own name it is whole, or not there."""
+    """Remove a checkpoint. It is renamed first, so a folder called step_NNNNN is never incomplete."""
     aside = folder.with_name(f".discarded_{folder.name}")
     if aside.exists():
         remove(aside)
@@ -101,8 +101,8 @@ def discard(folder):
 
 
 def remove(folder):
-    """Remove a folder that holds a checkpoint, or a part of one. If there is more in it, that is someone's:
-    it is kept, in a folder whose name ends in .kept. Of a link only the link goes."""
+    """Remove a folder that holds a checkpoint, or a part of one. Other files in it may be a user's: they are kept, and
+    the folder is renamed to NAME.N.kept. If the folder is a link, only the link is removed."""
     if folder.is_symlink():
         folder.unlink()
         return
@@ -120,7 +120,7 @@ def remove(folder):
 
 
 def remove_unfinished(out):
-    """Remove what a kill left half written or half removed. Nobody may be writing there."""
+    """Remove checkpoints that a kill left half written or half removed. No process may be writing one."""
     for folder in (Path(out) / "checkpoints").glob(".*"):
         ours = folder.name == WRITING or DISCARDED.fullmatch(folder.name)
         if ours and folder.is_dir():
@@ -129,11 +129,11 @@ def remove_unfinished(out):
 
 # ---------------------------------------------------------------------------------------------------- writing
 def save(out, transformer, optimizer, state, world, keep):
-    """Write out/checkpoints/step_NNNNN: weights and optimizer, sharded (every rank its own part), and `state`
-    (with its "step", and the id of its "run") as JSON.
+    """Write out/checkpoints/step_NNNNN: the shards of weights and optimizer, each rank its own, and `state` as JSON.
 
-    Atomic: it is written beside, under another name, and renamed when complete, so a kill at any moment
-    leaves the checkpoint before. The last `keep` stay. Raises OSError, which says what stays.
+    state: a dict with at least "step", a number, and "run", the run's id. Atomic: the folder is written under another
+    name and renamed when complete, so a kill at any moment leaves the previous checkpoint. The newest `keep` stay.
+    Raises OSError, which names the checkpoint that stays.
     """
     folder = Path(out) / "checkpoints" / f"step_{state['step']:05d}"
     beside = folder.with_name(WRITING)
@@ -155,13 +155,14 @@ def save(out, transformer, optimizer, state, world, keep):
         if world.main and beside.exists():
             remove(beside)
         stays = checkpoints(out, state["run"])
-        rest = f"{stays[-1].name} stays" if stays else "there is none before"
+        rest = f"{stays[-1].name} stays" if stays else "there is no earlier checkpoint"
         raise OSError(f"{folder}: cannot be written: {cause_of(error)}; {rest}") from error
     world.gather(None)
 
 
 def finish(folder, beside, state, sums):
-    """Give a checkpoint what it lacks beside the tensors, and its name."""
+    """Write a checkpoint's state and checksums, and give it its final name. beside: the folder while it is written.
+    Raises OSError."""
     write_json(beside / STATE, state)
     write_json(beside / SUMS, sums | {STATE: digest(beside / STATE)})
     if folder.exists():
@@ -172,16 +173,16 @@ def finish(folder, beside, state, sums):
 
 
 def prune(out, state, keep):
-    """Remove the run's checkpoints but for the last `keep` up to the one with this state, which is whole. A
-    later one is damaged: it does not count."""
+    """Keep the newest `keep` checkpoints of the run up to the one with this state, and remove the older ones. A later
+    one can only be damaged: it is not counted, and stays."""
     done = [folder for folder in checkpoints(out, state["run"]) if step_of(folder) <= state["step"]]
     for folder in done[:-keep]:
         discard(folder)
 
 
 def cause_of(error):
-    """In a few words, why a checkpoint could not be written or read. Torch wraps the errors of all processes
-    in one, and makes another one of what the disk said."""
+    """In a few words, why a checkpoint could not be written or read. Torch wraps the errors of all processes in one
+    error, and the error of the disk in another, so both are unwrapped."""
     causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
     first = causes[0] if causes else error
     below = first
@@ -194,8 +195,8 @@ def cause_of(error):
 
 
 def taken_apart(weights, moments):
-    """({name: tensor} of all that is trained and of the optimizer's state; a list of the settings of its
-    parameter groups): a safetensors file holds tensors alone."""
+    """({name: tensor} of the trained weights and of the optimizer's state, [settings] of the optimizer's parameter
+    groups). They are separated because a safetensors file holds only tensors."""
     tensors = {f"transformer.{name}": tensor for name, tensor in weights.items()}
     for name, state in moments["state"].items():
         tensors |= {f"optimizer.{name}.{key}": tensor for key, tensor in state.items()}
@@ -205,7 +206,7 @@ def taken_apart(weights, moments):
 
 
 def files_of(tensors, world):
-    """{name of a tensor: number of the file that it goes to}; of each file every process writes a part."""
+    """{name of a tensor: number of its file, from 1}. Every process writes its own part of each file."""
     numbers = {}
     number = 1
     taken = 0
@@ -229,8 +230,8 @@ def digest(path):
 
 # ---------------------------------------------------------------------------------------------------- reading
 def compare(folder):
-    """Compare every file of a checkpoint with its digest, each process its share. Raises Damaged, on every
-    process."""
+    """Compare every file of a checkpoint with its checksum; each process compares a part of the files. Raises Damaged
+    on every process."""
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     try:
         found = difference(folder, rank, size)
@@ -245,11 +246,12 @@ def compare(folder):
 
 
 def difference(folder, rank, size):
-    """What is wrong with a process's share of a checkpoint's files, in words; None if nothing is."""
+    """What is wrong with the checkpoint's files that process `rank` of `size` compares, in words; None if nothing.
+    Raises UserError or OSError if a file cannot be read."""
     sums = read_json(folder / SUMS)
     if not isinstance(sums, dict):
         return f"{SUMS} is not what was written"
-    # torch reads every safetensors file that it finds there
+    # torch reads every safetensors file in the folder, so an extra one is an error too
     odd = sums.keys() ^ {STATE, *(file.name for file in folder.glob("*.safetensors"))}
     if odd:
         name = min(odd)
@@ -261,9 +263,11 @@ def difference(folder, rank, size):
 
 
 def load(folder, transformer, optimizer):
-    """Restore what `save` wrote, on any number of processes; returns the state. Raises Damaged, on every
-    process: before anything is loaded if a byte of it has changed; else, if it is of something else, the
-    weights may be half loaded."""
+    """Restore what `save` wrote, on any number of processes. Returns the state.
+
+    Raises Damaged on every process. If a file has changed, nothing has been loaded then. If the checkpoint belongs to
+    another network or optimizer, some weights may have been loaded.
+    """
     compare(folder)
     state = state_of(folder)
     weights, moments = get_state_dict(transformer, optimizer, options=TRAINED)
@@ -271,7 +275,7 @@ def load(folder, transformer, optimizer):
     try:
         dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder))
         for group, settings in zip(moments["param_groups"], state.pop(SETTINGS), strict=True):
-            # AdamW's betas are a tuple, of which JSON makes a list
+            # AdamW's betas are a tuple, which JSON stores as a list
             group |= {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items()}
     except (CheckpointException, LookupError, AttributeError, TypeError, ValueError) as error:
         raise Damaged(cause_of(error)) from error
@@ -281,8 +285,8 @@ def load(folder, transformer, optimizer):
 
 
 def load_newest(folders, transformer, optimizer, world):
-    """Restore the newest of some checkpoints (oldest first) that is whole; the others are named. Returns its
-    state. Raises UserError if none is."""
+    """Restore the newest checkpoint that is not damaged. folders: checkpoints, oldest first. A line names each damaged
+    one. Returns the state. Raises UserError if all are damaged."""
     for folder in reversed(folders):
         try:
             return load(folder, transformer, optimizer)

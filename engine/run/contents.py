@@ -1,5 +1,5 @@
-"""What a run learns from, by content and not by path: a folder that was moved is the same model, and a folder
-whose files were replaced is another."""
+"""Digests of what a run reads: prompts, model, --weights, reward. They are compared by content, not by path. A folder
+that was moved is still the same model; a folder whose files were replaced is another."""
 
 import hashlib
 import json
@@ -11,23 +11,23 @@ from engine.files import stamp
 
 
 def digest_in(found, name):
-    """The digest of what is called so in the result of a `Contents`; None if nothing is."""
+    """The digest under a name in the result of a `Contents`; None if the name is missing."""
     return found[name]["sha256"] if name in found else None
 
 
 class Contents:
-    """The contents of what a run reads. Files are hashed once, in the background, while the run goes on; as
-    long as their names, sizes and times of writing stay as they were, they are taken to be the same."""
+    """Digests of all that a run reads. Files are hashed once, in a background thread, while the run trains. They are
+    hashed again only if a name, size or time of writing has changed."""
 
     def __init__(self, texts, places):
-        """texts: {what it is called: texts}; places: {what it is called: files or folders}."""
+        """texts: {name: list of texts}; places: {name: list of files or folders}. Names are for messages."""
         self.places = places
         self.found = {name: {"sha256": hashlib.sha256(json.dumps(lines).encode()).hexdigest(), "stamp": None}
                       for name, lines in texts.items()}
         self.thread = None
 
     def begin(self):
-        """Start to hash all files."""
+        """Start the thread that hashes all files."""
         self.thread = Thread(target=self.hash, args=(self.places,), daemon=True)
         self.thread.start()
 
@@ -37,8 +37,8 @@ class Contents:
             self.found[name] = {"sha256": digest_of_files(places), "stamp": stamp(*places)}
 
     def compare(self, then):
-        """Raise UserError if something is not what it was in `then`, the result of an earlier run. Only files
-        that look changed are hashed."""
+        """Raise UserError if a content differs from `then`, the `result` of the run when it began. Only files whose
+        name, size or time of writing has changed are hashed."""
         for name, places in self.places.items():
             if then.get(name) and then[name]["stamp"] == stamp(*places):
                 self.found[name] = then[name]
@@ -46,11 +46,11 @@ class Contents:
                 self.hash([name])
         for name in self.found | then:
             if digest_in(then, name) != digest_in(self.found, name):
-                raise UserError(f"--resume: {name} is not what it was when the run began; give the same, or "
+                raise UserError(f"--resume: {name} is not what it was when the run began; give the same content, or "
                                 "another --out")
 
     def result(self):
-        """{name: {"sha256", "stamp"}}, as soon as all is hashed."""
+        """{name: {"sha256", "stamp"}}. Waits until all files are hashed."""
         if self.thread is not None:
             self.thread.join()
         return self.found

@@ -1,12 +1,17 @@
-"""The folder of a run: who may write there, what a run leaves there, and where it goes on from.
+"""The folder of a run: its lock, the files in it, and the checkpoints to resume from.
 
-    run.json        the mark of a folder that a run made: the run's id, and which code, libraries, devices made it
-    args.json       every flag
-    log.jsonl       a line an update
-    samples/        the watched pictures
-    checkpoints/    what --resume needs
-    report.html     all of it on one page
-    weights/, weights_best/, summary.json, before_after.png, explain.png, tensorboard/
+    run.json            marks the folder as a run's: the run's id, and the commit, libraries and devices that made it
+    args.json           every flag
+    log.jsonl           a line an update
+    samples/            the watched pictures, step_NNNNN.png
+    checkpoints/        what --resume needs
+    report.html         the run on one page
+    weights/            the weights after the last update: full, or a LoRA
+    weights_best/       the weights with the largest SGP gap among those without a drift warning
+    summary.json        written at the end: the number of updates, and the results
+    before_after.png    the watched pictures before and after training
+    explain.png         --explain's picture of one update
+    tensorboard/        TensorBoard's files, with --tensorboard
 """
 
 import errno
@@ -20,7 +25,7 @@ from engine.errors import UserError
 from engine.files import append, read_json, remove_leftovers, write_json, write_whole
 from engine.run import checkpoint
 
-# All files that a run makes, but for its checkpoints, and so all that --overwrite removes.
+# All files that a run makes besides its checkpoints. --overwrite removes these and the checkpoints, and no other file.
 WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors")
 MARK = "run.json"
 LOCK = ".lock"
@@ -31,25 +36,26 @@ FOLDERS = ("samples", "weights", "weights_best", "checkpoints", "tensorboard")
 
 
 def run_in(out):
-    """The id of the run that made a folder; None if no run did. Raises UserError for a damaged mark."""
+    """The id of the run that made a folder; None if it has no run.json. Raises UserError if that is damaged."""
     mark = Path(out) / MARK
     if not mark.exists():
         return None
     found = read_json(mark)
     if not isinstance(found, dict) or not isinstance(found.get("run"), str):
-        raise UserError(f"{mark}: not the mark of a run; give another --out")
+        raise UserError(f"{mark}: damaged, it has no run's id; give another --out")
     return found["run"]
 
 
 def finished(out):
-    """The finished checkpoints of the run in a folder, oldest first; none if no run is there."""
+    """The finished checkpoints of the run in a folder, oldest first; [] if there is no run."""
     run = run_in(out)
     return [] if run is None else checkpoint.checkpoints(out, run)
 
 
 @contextmanager
 def as_mistakes(out):
-    """A folder that cannot be read or written is a user's mistake; a disk that is full or broken is not."""
+    """Inside, an OSError becomes a UserError about --out, unless the disk is full or broken: that is no user's
+    mistake."""
     try:
         yield
     except OSError as error:
@@ -59,8 +65,8 @@ def as_mistakes(out):
 
 
 def lock(file, out):
-    """Lock an open file for as long as it is open in this process; False if its file system has no locks.
-    Raises UserError if another process has it."""
+    """Lock an open file until this process closes it. Returns False if its file system has no locks. Raises UserError
+    if another process holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -73,7 +79,7 @@ def lock(file, out):
 
 
 def tensorboard():
-    """The class that writes for TensorBoard, an optional package. Raises UserError if it is not installed."""
+    """TensorBoard's SummaryWriter class. Raises UserError if the optional package is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -82,15 +88,15 @@ def tensorboard():
 
 
 class RunFolder:
-    """The folder `out` of a run with the flags `args` (a dict). Raises UserError if the run may not go there; nothing
-    is written or removed before `open`, but for the lock that `take` makes.
+    """The folder `out` of a run with the flags `args`, a dict. Raises UserError if the run may not use the folder.
+    Before `open` nothing is written or removed, except the folder and the lock file that `take` makes.
 
-    `checkpoints` are those to go on from, oldest first; there are none where a run starts from the beginning.
+    `checkpoints`: those to resume from, oldest first; [] if the run starts from the beginning.
     """
 
     def __init__(self, out, args):
         self.out = Path(out)
-        self.args = json.loads(json.dumps(args))  # as a file would give it back
+        self.args = json.loads(json.dumps(args))  # as they would be read from args.json
         self.board = None
         if args.get("tensorboard"):
             tensorboard()
@@ -98,7 +104,7 @@ class RunFolder:
             self.look()
 
     def look(self):
-        """Find the run's id, and the checkpoints to go on from. Raises UserError."""
+        """Find the run's id, and the checkpoints to resume from. Raises UserError."""
         self.checkpoints = []
         self.id = secrets.token_hex(8)
         if self.out.exists() and not self.out.is_dir():
@@ -117,15 +123,15 @@ class RunFolder:
         self.found = {folder: checkpoint.owner_of(folder) for folder in checkpoint.all_checkpoints(self.out)}
         for folder, owner in self.found.items():
             if self.args["resume"] and checkpoint.is_of_an_earlier_version(folder):
-                raise UserError(f"--resume: {folder} is of an earlier version, whose checkpoints are not read here; "
-                                "finish the run with that version, or give another --out")
+                raise UserError(f"--resume: {folder} was written by an earlier version, in a format that is not read "
+                                "here; finish the run with that version, or give another --out")
             if owner not in (self.marked, None):
                 raise UserError(f"{folder} is another run's checkpoint; move it away, or give another --out")
         if self.marked is not None and self.args["resume"]:
             self.continues()
 
     def must_be_empty(self):
-        """Raise UserError if the folder holds files, and no run made it: they are someone's."""
+        """Raise UserError if the folder, which has no run.json, holds files: they may be a user's."""
         if not self.out.exists():
             return
         theirs = [path.name for path in self.out.iterdir()
@@ -135,7 +141,8 @@ class RunFolder:
                             f"{sorted(theirs)[0]}; give another --out")
 
     def continues(self):
-        """Find the checkpoints to go on from, damaged ones among them. Raises UserError if the run is past --steps."""
+        """Set the checkpoints to resume from; damaged ones are among them. Raises UserError if the newest is beyond
+        --steps."""
         done = [folder for folder, owner in self.found.items() if owner is not None]
         self.checkpoints = list(self.found)
         if not done:
@@ -146,19 +153,21 @@ class RunFolder:
                             f"{done[-1].name}; give more steps")
 
     def take(self):
-        """Make the folder, and lock it for as long as this process lives. Raises UserError."""
+        """Make the folder, and lock it until this process ends. Raises UserError."""
         with as_mistakes(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.out / LOCK, "a")
             if not lock(self.lock, self.out):
-                print(f"--out {self.out}: its file system has no locks; see that no other process trains "
+                print(f"--out {self.out}: its file system has no locks; make sure that no other process trains "
                       "there")
             self.must_be_as_seen()
 
     def open(self, made_by=None):
-        """Mark the folder, which was taken, and write args.json; made_by is added to what the mark says of how the run
-        was made. What a kill left half written goes; what an earlier run left too, if --overwrite allows it. Raises
-        UserError."""
+        """Write run.json and args.json into the folder, after `take`. Half-written files that a kill left are removed;
+        so are the files of an earlier run, which `look` allows only with --overwrite.
+
+        made_by: what `made_by.now` returned, appended to the list in run.json. Raises UserError.
+        """
         with as_mistakes(self.out):
             for pattern in (MARK, *MADE):
                 place = self.out / pattern
@@ -176,14 +185,14 @@ class RunFolder:
                 self.board = tensorboard()(self.out / "tensorboard")
 
     def must_be_as_seen(self):
-        """Raise UserError if another run was here since this one looked: what was found is out of date."""
+        """Raise UserError if another process has changed the run or its checkpoints since `look`."""
         now = {folder: checkpoint.owner_of(folder) for folder in checkpoint.all_checkpoints(self.out)}
         if run_in(self.out) != self.marked or now != self.found:
             raise UserError(f"--out {self.out}: another process has trained there meanwhile; start again")
 
     def clear(self):
-        """Remove what the run that marked this folder made, and no other file. The mark stays until another
-        takes its place, so that a kill on the way leaves a folder that is still known as a run's."""
+        """Remove the files of the run that made this folder, and no other file. run.json stays until a new one
+        replaces it. So after a kill the folder is still known as a run's."""
         if self.marked is None:
             return
         inside = self.out.resolve()
@@ -200,17 +209,17 @@ class RunFolder:
             if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
                 try:
                     folder.rmdir()
-                except OSError:  # a mount point stays
+                except OSError:  # a mount point cannot be removed, and stays
                     pass
 
     def go_on_from(self, state):
-        """Make the folder as it was when the checkpoint with this state was written."""
+        """Cut the log, and remove checkpoints, to what they were when the checkpoint with this state was written."""
         self.log_until(state["step"] - (state["unlogged"] is not None))
         checkpoint.prune(self.out, state, self.args["keep"])
 
     def log_until(self, step):
-        """Cut the log after a step: what a killed run logged beyond its checkpoint is computed again. A line
-        that the kill cut short is of that kind."""
+        """Remove the lines of the log after a step: these updates are computed again. A line that a kill truncated is
+        removed too."""
         path = self.out / "log.jsonl"
         lines = path.read_bytes().splitlines() if path.exists() else []
         kept = []
@@ -223,7 +232,7 @@ class RunFolder:
         write_whole(path, b"".join(kept))
 
     def log(self, line):
-        """Append a line, a dict, to log.jsonl, and its numbers to TensorBoard's files."""
+        """Append a line, a dict, to log.jsonl; and its numbers to TensorBoard's files, with --tensorboard."""
         append(self.out / "log.jsonl", json.dumps(line) + "\n")
         if self.board is not None:
             for name, value in {**line, **line.get("drift", {})}.items():

@@ -1,4 +1,4 @@
-"""What made a run: the commit of this code and whether files of it were changed, the libraries, the devices."""
+"""What made a run: the commit of this code, whether its files were changed since, the libraries and the devices."""
 
 import platform
 import subprocess
@@ -12,8 +12,8 @@ LIBRARIES = ("torch", "torchvision", "diffusers", "transformers", "open_clip_tor
 
 
 def now(world):
-    """{"commit", "changed", "python", "libraries", "devices"} of a `parallel.World`. The commit is None where the code
-    is no git checkout; changed: whether tracked files differ from it."""
+    """{"commit", "changed", "python", "libraries", "devices"} of a `parallel.World`. commit: None if the code is not in
+    a git checkout; changed: whether tracked files differ from the commit; devices: one name a process."""
     devices = world.gather(name_of(world.device))
     return {"commit": git("rev-parse", "HEAD"), "changed": bool(git("status", "--porcelain", "--untracked-files=no")),
             "python": platform.python_version(), "libraries": {name: version(name) for name in LIBRARIES},
@@ -21,14 +21,14 @@ def now(world):
 
 
 def name_of(device):
-    """A device in words."""
+    """The name of a device: of the GPU, or of the machine's processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
 
 
 def git(*arguments):
-    """What git says of this code; None if it says nothing, or is not there."""
+    """The output of a git command on this code; None if it is empty, git fails, or git is not installed."""
     try:
         done = subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

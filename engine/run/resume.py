@@ -1,18 +1,18 @@
-"""--resume: a run goes on with its own flags. Nothing here needs torch."""
+"""--resume: a run continues with its own flags, those in its args.json. Nothing here needs torch."""
 
 from engine import command_line as line
 from engine.errors import UserError
 from engine.files import read_json
 
-ONCE = ("resume", "overwrite", "explain", "plan")  # flags of the command that was typed, and not of the run
+ONCE = ("resume", "overwrite", "explain", "plan")  # flags that hold for one command, and are not kept for the run
 
 
 def flags_of(out, parser, groups, recipes, given):
-    """{flag: value} of the run in a folder: its own flags, and of those that are given the ones that may change. None
-    if there is no run, or one without a checkpoint whose flags are others: that starts from the beginning.
+    """{flag: value} for continuing the run in the folder `out`: its own flags, changed by the given ones that may
+    change. None if the run starts from the beginning: there is no run, or it has other flags and no checkpoint yet.
 
-    groups, recipes: as in recipe.py; given: {flag: value} of the command line. Raises UserError for a flag that is
-    given and disagrees, by the name under which it is given.
+    groups, recipes: as in recipe.py; given: {flag: value} of the command line. Raises UserError for a given flag that
+    must not change and differs; the message names the flag as it was given.
     """
     where = out / "args.json"
     if not (out / "run.json").is_file() or not where.is_file():
@@ -32,7 +32,8 @@ def flags_of(out, parser, groups, recipes, given):
 
 
 def disagreement(own, given, may_change, recipes):
-    """The first flag that is given and is not the run's own, in words: "--lora 4, and --lora off is given"; or None."""
+    """The first given flag that differs from the run's own and may not change, in words such as "--lora 4, and --lora
+    off is given"; None if there is none."""
     for name, value in given.items():
         if name in may_change or own[name] == value or (name == "memory" and value == "auto"):
             continue

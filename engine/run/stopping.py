@@ -1,4 +1,4 @@
-"""A script that is asked to stop saves what it has and exits with status 0."""
+"""Signals: a script that is asked to stop saves its work and exits with status 0."""
 
 import os
 import signal
@@ -7,20 +7,20 @@ import time
 from engine.errors import Stopped
 
 ASKS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-ONE_REQUEST = 0.2  # seconds: who stops a whole group of processes reaches some of them twice
+ONE_REQUEST = 0.2  # seconds; stopping a whole group of processes may signal some of them twice within this time
 
 
 class Stopping:
-    """From now on SIGTERM, Ctrl-C and a closed terminal ask to stop: `Stopped` is raised, at once or, after
-    `later`, where the script next calls `check`. The second one ends the process there and then. A SIGHUP
-    that is ignored, as under nohup, stays ignored."""
+    """From now on SIGTERM, Ctrl-C and a closed terminal (SIGHUP) ask the script to stop. `Stopped` is raised at once;
+    after `later`, it is raised when the script next calls `check`. A second signal ends the process at once. A signal
+    that is already ignored, as SIGHUP is under nohup, stays ignored."""
 
     def __init__(self, nothing_lost):
-        """nothing_lost: what a user is told who stops the script before it has begun."""
-        self.asked = None  # when, by the clock
+        """nothing_lost: the message if the script is stopped before `later`."""
+        self.asked = None  # the time of the first signal, seconds of time.monotonic
         self.at_once = True
         self.words = nothing_lost
-        self.outputs = []  # where stdout and stderr went before the terminal was closed
+        self.outputs = []  # copies of stdout's and stderr's file descriptors, once `be_quiet` has replaced these
         for number in ASKS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self.ask)
@@ -39,28 +39,27 @@ class Stopping:
             self.stop()
 
     def be_quiet(self):
-        """Write nothing until the script ends: in a terminal that is closed, or to a reader that left with
-        it, any line would be an error."""
+        """Send stdout and stderr to /dev/null until the script ends: writing to a closed terminal, or to a pipe whose
+        reader has ended, would be an error."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for stream in (1, 2):
             self.outputs.append(os.dup(stream))
             os.dup2(nowhere, stream)
 
     def stop(self):
-        """Raise `Stopped`. Its words are the last, and may be lost."""
+        """Raise `Stopped`, with stdout and stderr as before. Its message is the last line; it may be lost."""
         for stream, before in enumerate(self.outputs, 1):
             os.dup2(before, stream)
         raise Stopped(self.words)
 
     def later(self, words):
-        """From now on a signal only sets `asked`; `words` are what a user is told who stops the script
-        now."""
+        """From now on a signal only sets `asked`, and `check` raises. words: the message if the script is stopped."""
         self.at_once = False
         self.words = words
 
     def check(self, world=None):
-        """Raise `Stopped` if the script was asked to stop; with a `parallel.World`: if any process was, and
-        then in all of them at the same place."""
+        """Raise `Stopped` if the script was asked to stop. With a `parallel.World`, raise it on all processes if any of
+        them was asked, so that all stop at the same place."""
         asked = self.asked is not None
         if world is not None:
             asked = any(world.gather(asked))
