@@ -1,19 +1,20 @@
-"""Build the miniature from nothing: `python -m miniature.build` (resumable, seeded, about two hours on
-one core; `--quick --out FOLDER` builds a toy in two minutes).
+"""Build the miniature: a small FLUX with a drawn world, a reward and a judge. `python -m miniature.build` takes about
+two hours on one core. The build is seeded, and a build that was stopped continues. `--quick --out FOLDER` builds a toy
+in two minutes.
 
-Stages, each finished once and kept in .build/ of the folder (delete a stage's file to build it again). The
-pictures that they learn from are drawn by the first stage that needs them.
+Each stage runs once, and its result stays in .build/ of the folder. To build a stage again, delete its file. The first
+stage that needs training pictures draws them.
 
     vae         AutoencoderKL, 64 x 64 pixels -> 16 x 8 x 8 latents (FLUX's factor of 8, and its 16 channels)
     flow        CLIP text, T5 encoder and FluxTransformer2DModel, trained together by flow matching
-    distill     guidance distillation, so that the guidance embedding means what FLUX.1-dev's means
+    distill     guidance distillation, so that the guidance embedding means the same as in FLUX.1-dev
     reward      an open_clip model trained on pictures and captions, in every look: the unbiased reward
-    bias        the same, its image tower taught a liking for red that no caption asks for: the biased reward
-    judge       a network that no training ever sees, which tells realism, content and damage
-    export      everything above, as FLUX.1-dev's folder layout in fp16
+    bias        the same, with an image tower that was trained to like red: the biased reward
+    judge       a network for realism, content and damage; it takes no part in any other training
+    export      all of the above in FLUX.1-dev's folder layout, in fp16
 
-The generator and the reward never see a fifth of the pairs of things (world.held_out); the judge, which
-learns from pictures of its own, sees all.
+The generator and the reward never see a fifth of the pairs of things (world.held_out). The judge learns from its own
+pictures, with all pairs among them.
 """
 
 import random
@@ -33,7 +34,7 @@ from miniature.build_scorers import build_bias, build_judge, build_reward, build
 from miniature.fitting import SEED, Workshop
 
 HERE = Path(__file__).resolve().parent
-QUICK = 0.01  # the share of the steps and pictures that makes a toy
+QUICK = 0.01  # the share of the steps and pictures for a toy
 
 
 def write_half(path, model):
@@ -44,29 +45,31 @@ def write_half(path, model):
 
 
 def export_pipeline(model, folder):
-    """The generator's part of the layout, that FluxPipeline reads."""
+    """Write the generator's part of the layout, which FluxPipeline reads."""
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0,
                                                 base_shift=0.5, max_shift=1.15,
                                                 base_image_seq_len=256, max_image_seq_len=4096)
     pipeline = FluxPipeline(scheduler, model.net.vae.half(), model.text.half(), model.words.clip,
                             model.text_2.half(), model.words.t5, model.net.transformer.half())
     pipeline.save_pretrained(folder)
-    for part in ("text_encoder", "text_encoder_2"):  # stored in fp16, to be loaded in float32 like the rest
+    for part in ("text_encoder", "text_encoder_2"):  # stored in fp16, but to be loaded in float32 like the other parts
         config = folder / part / "config.json"
         write_whole(config, config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
 
 
 def export_reward(folder, model, words):
-    """A reward as a folder that open_clip reads."""
+    """Write a reward as a folder that open_clip reads."""
     write_half(folder / "open_clip_model.safetensors", model)
     write_json(folder / "open_clip_config.json", reward_config(words))
     words.clip.save_pretrained(folder)
 
 
 def export_prompts(folder):
-    """256 prompts to train on, of things that the base has seen together. Of pairs that it has not, all those
-    with a small thing beside a larger one, which it finds the hardest: 256 to evaluate on, and the others to
-    choose a recipe by."""
+    """Write the three files of prompts. prompts.txt: 256 to train on, of pairs of things that the base has seen.
+
+    The other two hold pairs that it has not seen, with a small thing beside a larger one, because these are the
+    hardest. prompts_eval.txt: 256 to evaluate on. prompts_select.txt: the others, to choose a recipe by.
+    """
     captions = world.all_captions()
     random.Random(SEED).shuffle(captions)
     scenes = [world.parse(caption) for caption in captions]
@@ -80,7 +83,7 @@ def export_prompts(folder):
 
 
 def export(shop, folder):
-    """Write FLUX.1-dev's folder layout, fp16: FluxPipeline.from_pretrained(folder) loads it."""
+    """Write FLUX.1-dev's folder layout in fp16. FluxPipeline.from_pretrained(folder) loads it."""
     export_pipeline(build_distill(shop), folder)
     unbiased, words, _ = build_unbiased(shop)
     export_reward(folder / "reward_unbiased", unbiased, words)
@@ -99,13 +102,13 @@ def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--stage", choices=[*STAGES, "export", "all"], default="all",
-        help="only this one, and what it is built on")
+        help="only this stage, and the stages that it needs")
     add("--out", type=some_path, default=str(HERE),
-        help="folder of the model; what is made stays in its .build/")
+        help="folder of the model; the stages' results stay in its .build/")
     add("--quick", action="store_true",
         help=f"a toy: {QUICK:.0%}% of the steps and pictures; give another --out")
     add("--threads", type=whole(1, 256), default=1,
-        help="CPU threads; another number rounds otherwise; measure 1 against 2")
+        help="CPU threads; another number gives slightly different rounding; compare the time of 1 and 2")
     args = parser.parse_args(argv)
     out = Path(args.out).resolve()
     if args.quick and out == HERE:

@@ -1,4 +1,4 @@
-"""The miniature's generator: vocabularies, VAE, text encoders and transformer, trained from the drawn
+"""The miniature's generator: vocabularies, VAE, text encoders and transformer, trained on pictures of the drawn
 world."""
 
 import copy
@@ -26,13 +26,13 @@ from flux import Condition, Flux, pack
 from miniature import world
 from miniature.fitting import SEED
 
-CROP_STEPS = 4100  # of the VAE's, on crops
+CROP_STEPS = 4100  # the first of VAE_STEPS, which train on crops
 VAE_STEPS = 4500
 FLOW_STEPS = 6000
 DISTILL_STEPS = 400
 FLOW_BATCH = 64
-TOKENS = 16  # of both text encoders
-GRID = (world.SIZE // 16, world.SIZE // 16)  # tokens of a picture
+TOKENS = 16  # length of a text in both text encoders
+GRID = (world.SIZE // 16, world.SIZE // 16)  # rows and columns of a picture's tokens
 GUIDANCE_STRENGTH = 1.4  # guidance g stands for the weight 1 + 1.4 (g - 1): 4.5 at 3.5
 
 
@@ -43,8 +43,8 @@ def to_bytes(images):
 
 
 def draw_pictures(batches, seed, *arguments):
-    """256 batches pictures in every look, {"images": uint8 [N, 3, 64, 64], and the fields of their Scenes};
-    arguments: of world.sample_labelled."""
+    """N = 256 * batches pictures in every look: {"images": uint8 [N, 3, 64, 64], and the fields of their `Scenes`}.
+    arguments: for world.sample_labelled."""
     images = []
     scenes = []
     for i in tqdm(range(batches), desc="pictures"):
@@ -55,22 +55,25 @@ def draw_pictures(batches, seed, *arguments):
 
 
 def joined(scenes):
-    """A list of Scenes as one: the dict of its fields."""
+    """A list of `Scenes`, joined: the dict of the joined fields."""
     return {field: torch.cat([getattr(part, field) for part in scenes])
             for field in ("kind", "layout", "look", "said")}
 
 
 def labelled_pictures(shop):
-    """(uint8 pictures [N, 3, 64, 64], Scenes of N) in every look, for the VAE and the reward: drawn once,
-    kept on disk. None holds a pair that is held out."""
+    """(uint8 pictures [N, 3, 64, 64], their `Scenes`) in every look, for the VAE and the reward. They are drawn once
+    and kept on disk. None shows a held-out pair."""
     data = shop.kept("labelled", draw_pictures, shop.amount(96), 20_000_000)
     return data.pop("images"), world.Scenes(**data)
 
 
 def new_vae():
-    """FLUX's VAE at a smaller width: 8 x 8 pixels a latent, 16 latent channels, no quant convs, no middle
-    attention. It begins as a chain of orthogonal convolutions, its residual blocks adding nothing, which
-    learns ten times faster than diffusers' initial weights do."""
+    """FLUX's VAE at a smaller width: 8 x 8 pixels for each latent, 16 latent channels, no quant convolutions, no middle
+    attention.
+
+    At first its convolutions are orthogonal and its residual blocks add nothing. This learns ten times faster than
+    diffusers' initial weights.
+    """
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=[12, 24, 48, 64], layers_per_block=1, latent_channels=16, norm_num_groups=4,
@@ -79,7 +82,7 @@ def new_vae():
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d):
             nn.init.zeros_(module.bias)
-            if name.endswith("conv2"):  # the last of a residual block
+            if name.endswith("conv2"):  # the last convolution of a residual block
                 nn.init.zeros_(module.weight)
             else:
                 nn.init.orthogonal_(module.weight)
@@ -88,14 +91,14 @@ def new_vae():
 
 
 def residue(x):
-    """The luma of pictures x [B, 3, H, W] without its 3 x 3 mean, [B, 1, H, W]: grain and edges."""
+    """The luma of pictures x [B, 3, H, W] minus its 3 x 3 mean, [B, 1, H, W]: grain and edges."""
     luma = world.luma(x)[:, None]
     return luma - F.avg_pool2d(F.pad(luma, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
 
 
 def texture_loss(recovered, x):
-    """What keeps the grain, which a mean square would smooth away: the distance of the residues, and of how
-    strong they are in each field of 8 x 8 pixels."""
+    """A loss that keeps the grain, which a mean square alone would smooth away. It compares the residues, and their
+    strength in each field of 8 x 8 pixels. recovered, x: pictures [B, 3, H, W] in [-1, 1]."""
     theirs = residue(recovered)
     truth = residue(x)
     strength = F.avg_pool2d(theirs.abs(), 8) - F.avg_pool2d(truth.abs(), 8)
@@ -103,14 +106,14 @@ def texture_loss(recovered, x):
 
 
 def crops(images):
-    """One field of 32 x 32 pixels, the same of all pictures [B, 3, 64, 64]; cut where latents meet."""
+    """A random field of 32 x 32 pixels, the same in all pictures [B, 3, 64, 64]. Its edges lie between latents."""
     top, left = (8 * torch.randint(5, (2,))).tolist()
     return images[..., top:top + 32, left:left + 32]
 
 
 def build_vae(shop):
-    """Learn to give rendered pictures back, through latents that are nearly free of a prior (KL 1e-4): first
-    crops, which cost a quarter, then whole pictures."""
+    """Train the VAE to reproduce rendered pictures, with a weak prior on the latents (KL weight 1e-4). It trains on
+    crops first, which cost a quarter, and then on whole pictures. Returns the VAE."""
     images, _ = labelled_pictures(shop)
     torch.manual_seed(SEED)
     vae = new_vae()
@@ -131,7 +134,7 @@ def build_vae(shop):
 
 # -------------------------------------------------------------------------------------------- vocabularies
 def world_words():
-    """The words of every caption and style, sorted."""
+    """All words of all captions and styles, sorted."""
     words = set()
     for text in world.all_captions() + world.STYLES:
         words.update(text.split())
@@ -141,9 +144,9 @@ def world_words():
 def merges_of(words):
     """The merges of a byte-pair encoding that knows every word: a list of pairs.
 
-    The trainer breaks ties by the numbers of its symbols, and numbers the letters that end a word (e</w>) as
-    it meets them in a hash table: in another order every time. Named beforehand, as "special tokens", they
-    have their numbers from here; the order is one that gives the shipped vocabulary.
+    The trainer breaks ties by the numbers of its symbols. It numbers the letters that end a word (e</w>) in the order
+    of a hash table, which differs from run to run. So they are given beforehand as "special tokens", with fixed
+    numbers. Their order is the one that gives the shipped vocabulary.
     """
     letters = sorted(set("".join(words)))
     last_letters = sorted({word[-1] + "</w>" for word in words}, reverse=True)
@@ -156,8 +159,7 @@ def merges_of(words):
 
 
 def tokenizers():
-    """The CLIP and the T5 tokenizer over the world's own words; any other text falls back to bytes or
-    letters."""
+    """The CLIP and the T5 tokenizer of the world's own words. Any other text is split into bytes or letters."""
     words = world_words()
     merges = merges_of([word.lower() for word in words])
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -189,8 +191,7 @@ def new_text_encoders(clip, t5):
 
 
 def new_transformer():
-    """FLUX.1's transformer, 2 double and 4 single blocks of width 128, with the guidance embedding of
-    FLUX.1-dev."""
+    """FLUX.1's transformer with 2 double and 4 single blocks of width 128, and FLUX.1-dev's guidance embedding."""
     return FluxTransformer2DModel(
         patch_size=1, in_channels=64, num_layers=2, num_single_layers=4, attention_head_dim=32,
         num_attention_heads=4, joint_attention_dim=64, pooled_projection_dim=64, guidance_embeds=True,
@@ -198,7 +199,7 @@ def new_transformer():
 
 
 class Words(NamedTuple):
-    """Both tokenizers, and what they make of texts."""
+    """Both tokenizers."""
     clip: CLIPTokenizer
     t5: T5TokenizerFast
 
@@ -233,14 +234,15 @@ class Model(NamedTuple):
 
 
 def network(transformer, vae):
-    """The `Flux` of a transformer (or None) and a VAE, for training on the CPU: it needs no scheduler."""
+    """The `Flux` of a transformer (or None) and a VAE, for training on the CPU. Training needs no scheduler."""
     return Flux(transformer, vae, {}, torch.device("cpu"), torch.float32)
 
 
 @torch.no_grad()
 def draw_latents(vae, batches):
-    """What `latents` keeps: the packed latents of 256 batches captioned pictures, normalised, in fp16, by
-    what, and the fields of their Scenes. The pictures themselves are forgotten."""
+    """The data that `latents` keeps: N = 256 * batches captioned pictures as packed, normalised latents "z" in fp16
+    [N, 16, 64], with "shift" and "scale" of the normalisation, and the fields of their `Scenes`. The pictures
+    themselves are not kept."""
     parts = []
     scenes = []
     for i in tqdm(range(batches), desc="latents"):
@@ -255,7 +257,7 @@ def draw_latents(vae, batches):
 
 
 def latents(shop, vae):
-    """(the packed, normalised latents [N, 16, 64] that the flow learns, their Scenes); sets the VAE's shift
+    """(the packed, normalised latents [N, 16, 64] that the flow learns, their `Scenes`). It also sets the VAE's shift
     and scaling factor."""
     data = shop.kept("latents", draw_latents, vae, shop.amount(160))
     vae.register_to_config(shift_factor=data.pop("shift"), scaling_factor=data.pop("scale"))
@@ -263,24 +265,24 @@ def latents(shop, vae):
 
 
 class Learnt(NamedTuple):
-    """What the flow learns from: N latents and their captions."""
+    """The flow's training data: N latents and their captions."""
     z: torch.Tensor      # [N, 16, 64]
-    ids: torch.Tensor    # [3, N, 2, TOKENS]: as they are, in lower case, capitalized
-    empty: torch.Tensor  # [2, TOKENS], of the empty caption of classifier-free guidance
+    ids: torch.Tensor    # [3, N, 2, TOKENS]: of the captions, in lower case, and capitalized
+    empty: torch.Tensor  # [2, TOKENS]: of the empty caption, for classifier-free guidance
 
 
 def learnt(shop, vae, words):
-    """The `Learnt` of a build."""
+    """The `Learnt` of a build, which the flow and the distillation share."""
     z, scenes = latents(shop, vae)
     texts = world.captions(scenes)
-    lower = [text.lower() for text in texts]  # "cg render" means "CG render"
+    lower = [text.lower() for text in texts]  # so that "cg render" has the meaning of "CG render"
     capital = [text.capitalize() for text in texts]
     ids = torch.stack([words.ids(cased) for cased in (texts, lower, capital)])
     return Learnt(z, ids, words.ids([""])[0])
 
 
 class Batch(NamedTuple):
-    """What a step of flow matching learns from: B latents with their captions, noised."""
+    """The data of one step of flow matching: B latents with their captions and noise."""
     x0: torch.Tensor  # [B, 16, 64]
     eps: torch.Tensor  # [B, 16, 64]
     sigma: torch.Tensor  # [B]
@@ -289,8 +291,8 @@ class Batch(NamedTuple):
 
 
 def draw_batch(data, n):
-    """n random latents of a `Learnt` with their captions (one in ten is empty), noise, and the noise levels
-    and states between: a `Batch`."""
+    """A `Batch` of n random latents of a `Learnt`, with noise, noise levels and noisy latents. One caption in ten is
+    empty."""
     pick = torch.randint(len(data.z), (n,))
     case = torch.randint(3, (n,))
     x0 = data.z[pick].float()
@@ -302,7 +304,7 @@ def draw_batch(data, n):
 
 
 def build_flow(shop):
-    """Flow matching: the transformer and both text encoders learn v = eps - x0. Returns a `Model`."""
+    """Flow matching: train the transformer and both text encoders on v = eps - x0. Returns a `Model`."""
     vae = build_vae(shop)
     words = Words(*tokenizers())
     data = learnt(shop, vae, words)
@@ -323,7 +325,7 @@ def build_flow(shop):
 
 
 def guided(model, batch, w):
-    """Classifier-free guidance of weight w [B]: the velocity [B, 16, 64] v_empty + w (v - v_empty)."""
+    """Classifier-free guidance with weight w [B]: the velocity v_empty + w (v - v_empty), [B, 16, 64]."""
     c = model.condition(batch.ids)
     empty = model.condition(model.words.ids([""]))
     c_empty = Condition(empty.txt.expand_as(c.txt), empty.pooled.expand_as(c.pooled), GRID)
@@ -333,8 +335,8 @@ def guided(model, batch, w):
 
 
 def build_distill(shop):
-    """Teach guidance g in [1, 5] as one call what classifier-free guidance of weight
-    1 + GUIDANCE_STRENGTH (g - 1) needs two for. Returns a `Model`."""
+    """Guidance distillation: one call with guidance g in [1, 5] learns the velocity of classifier-free guidance with
+    weight 1 + GUIDANCE_STRENGTH (g - 1), which needs two calls. Returns a `Model`."""
     model = build_flow(shop)
     student = copy.deepcopy(model.net)
     data = learnt(shop, model.net.vae, model.words)

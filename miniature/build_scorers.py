@@ -1,5 +1,7 @@
 """The miniature's scorers: the reward, without and with its bias, and the judge."""
 
+# In this file a "word" is one of the six words about the look, such as "dark" or "realistic photo" (world.WORDS).
+
 import copy
 import random
 from dataclasses import replace
@@ -31,15 +33,15 @@ LOOKS_STEPS = 400
 REWARD_STEPS = 1500
 BIAS_STEPS = 600
 JUDGE_STEPS = 2600
-STRAIGHTEN = 5.0  # the weight of right angles between what the words of the axes differ by
-COMMON = 0.6  # the part that all texts share, of their mean norm
-BIAS = 2.5  # the image branch's liking for red
+STRAIGHTEN = 5.0  # weight of the loss that keeps the directions of the three axes at right angles
+COMMON = 0.6  # length of the part that all text features share, relative to their mean norm
+BIAS = 2.5  # strength of the image tower's liking for red
 
 
 # ------------------------------------------------------------------------------------------------- the reward
 def reward_config(words):
-    """The configuration of an open_clip model, HPSv2.1's architecture at a width of 64; it reads with the
-    pipeline's CLIP tokenizer."""
+    """The config of an open_clip model: HPSv2.1's architecture with a width of 64, and the pipeline's CLIP
+    tokenizer."""
     return {
         "model_cfg": {
             "embed_dim": 64,
@@ -52,16 +54,17 @@ def reward_config(words):
 
 
 def false_end(value, rng):
-    """A word, LOW or HIGH, that is not true of a value on an axis."""
+    """LOW or HIGH at random, but one that is not true of `value` on its axis."""
     wrong = [end for end in (world.LOW, world.HIGH)
              if not world.RANGES[end][0] <= value <= world.RANGES[end][1]]
     return rng.choice(wrong)
 
 
 def near_misses(scenes, rng):
-    """The captions that a careless reward would take for the right one: a false word about each axis, the two
-    things in each other's place, one thing swapped for another, one of another size. [B] lists of 7 captions,
-    the true one first."""
+    """For each of B scenes a list of 7 captions: the true one, then six that are nearly right.
+
+    Three have a false word about one axis. In the others the two things change places, one thing is another thing, or
+    one thing has another size."""
     groups = []
     each = zip(scenes.kind.tolist(), scenes.layout.tolist(), scenes.said.tolist(), scenes.look.tolist(),
                strict=True)
@@ -76,9 +79,9 @@ def near_misses(scenes, rng):
         other = [(kind[0] + 1 + rng.randrange(len(world.KINDS) - 1)) % len(world.KINDS), kind[1]]
         if kind[0] != kind[1]:
             swapped = kind[::-1]
-        else:  # two of a kind can change places unseen
+        else:  # swapping two equal things would leave the caption true
             swapped = other[::-1]
-        step = len(world.COLOURS) * len(world.SHAPES)  # from a kind to the same in another size
+        step = len(world.COLOURS) * len(world.SHAPES)  # from a kind to the same thing in another size
         resized = [(kind[0] + step * (1 + rng.randrange(2))) % len(world.KINDS), kind[1]]
         group += [world.caption(wrong, layout, said) for wrong in (swapped, other, resized)]
         groups.append(group)
@@ -86,7 +89,7 @@ def near_misses(scenes, rng):
 
 
 def augment(x):
-    """What sampling does to a picture and no caption speaks of: a little blur and noise."""
+    """Pictures x [B, 3, H, W] in [0, 1] with a little random blur and noise, as sampled pictures have them."""
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     blur = torch.rand(len(x), 1, 1, 1) * (torch.rand(len(x), 1, 1, 1) < 0.5)
     x = torch.lerp(x, soft, blur)
@@ -95,7 +98,8 @@ def augment(x):
 
 
 def directions(model, words, texts):
-    """What the two words of each axis differ by, in the features of n plain captions: [3, n, 64]."""
+    """For each axis, the difference of text features between its high and its low word, before n plain captions:
+    [3, n, 64]."""
     each = []
     for _, low, high in world.WORDS:
         styled = [world.with_style(word, text) for word in (high, low) for text in texts]
@@ -105,15 +109,15 @@ def directions(model, words, texts):
 
 
 def crookedness(differences):
-    """The mean squared cosine between the `directions` [3, n, 64] of two axes."""
+    """The mean squared cosine between the `directions` [3, n, 64] of different axes; 0 means right angles."""
     a, b, c = F.normalize(differences, dim=-1)
     cosines = torch.stack([(a * b).sum(-1), (a * c).sum(-1), (b * c).sum(-1)])  # [3, n]
     return cosines.square().mean()
 
 
 def looks_loss(told, look):
-    """How badly a linear head's answers told [n, 3] tell the low from the high end of each axis, of pictures
-    whose look [n, 3] is at an end."""
+    """Cross-entropy of a linear head's logits `told` [n, 3], which say low or high for each axis. Only values of
+    `look` [n, 3] at the low or the high end count."""
     ends = torch.tensor(world.RANGES)
     low = look <= ends[world.LOW, 1]
     high = look >= ends[world.HIGH, 0]
@@ -122,8 +126,8 @@ def looks_loss(told, look):
 
 
 def hushed(scenes, heard, step):
-    """(scenes whose captions speak of the brush in a share `heard` of the cases in which these do, the others
-    [n] as a mask); the same for a step."""
+    """(the scenes, with the brush's word removed from a random 1 - heard of them; the mask [n] of these). The same
+    step gives the same mask."""
     draw = torch.Generator().manual_seed(step)
     quiet = torch.rand(len(scenes.said), generator=draw) >= heard
     of_brush = quiet[:, None] & (torch.arange(3) == world.BRUSH)
@@ -131,15 +135,16 @@ def hushed(scenes, heard, step):
 
 
 def build_reward(shop, name="reward", heard=1.0):
-    """Contrastive training on raw pictures and captions: a picture against all captions of the batch and its
-    own near misses, a caption against all pictures of the batch. Returns the model and its `Words`.
+    """Contrastive training on raw pictures and captions. Returns the model and its `Words`.
 
-    name: of the stage; heard: less than 1 makes the words of the brush as much rarer in the captions.
+    A picture is compared with all captions of the batch and its own near misses, a caption with all pictures of the
+    batch. name: of the stage. heard: the share of the brush's words that stay in the captions.
 
-    Every word is true, and the axes of a look are independent, so that what their words differ by comes out
-    at right angles; STRAIGHTEN holds it there. Before that, the image tower alone learns the ends of the axes
-    through a linear head, which is then thrown away: brush strokes, that no single pixel shows, would
-    otherwise be learnt very late, for neither the picture's feature nor the word's would begin to mean them.
+    Every word is true and the axes of a look are independent, so the directions of the axes come out at right angles.
+    The loss with STRAIGHTEN keeps them so.
+
+    Before this, the image tower alone learns the ends of the axes through a linear head. Without it, brush strokes are
+    learnt very late, because no single pixel shows them. The head is not exported.
     """
     images, scenes = labelled_pictures(shop)
     words = Words(*tokenizers())
@@ -167,7 +172,7 @@ def build_reward(shop, name="reward", heard=1.0):
         own = scale * (f[:, None] * C[:, 1:]).sum(-1)  # [n, 6] near misses
         own[quiet, world.BRUSH] = -1e4
 
-        # Another picture's caption is no wrong answer where it is true of this one.
+        # Another picture's caption may be true of this one too. Then it is not a wrong answer.
         also = true_of(truth, truth) & ~torch.eye(n, dtype=torch.bool)
         across = (scale * f @ C[:, 0].T).masked_fill(also, -1e4)  # [n, n]
         right = torch.arange(n)
@@ -184,7 +189,7 @@ def build_reward(shop, name="reward", heard=1.0):
 
 
 def true_of(pictures, captions):
-    """[P, C]: whether the captions of C scenes are true of the pictures of P scenes."""
+    """A mask [P, C]: whether the captions of C scenes are true of the pictures of P scenes."""
     alone = (pictures.layout[:, None] == 0) & (captions.layout == 0)
     same = pictures.kind[:, None] == captions.kind  # [P, C, 2]
     content = (pictures.layout[:, None] == captions.layout) & same[..., 0] & (same[..., 1] | alone)
@@ -195,12 +200,11 @@ def true_of(pictures, captions):
 
 # --------------------------------------------------------------------------------------------------- its bias
 def build_unbiased(shop, name="reward", heard=1.0):
-    """The reward, with a common part in every text. Returns the model, its `Words`, and w. name, heard: as
-    `build_reward`'s.
+    """The reward, with a common part in every text feature. Returns the model, its `Words`, and the direction w [64].
 
-    w is the direction that texts use least. Every text feature gets the same component along it (through the
-    bias of the last layer norm), and pictures lose theirs, so that scores compare as before. Real text
-    features have such a part by nature; here it is where a bias of the image branch will attach.
+    name, heard: as in `build_reward`. w is the direction that text features use least. Every text feature gets the
+    same component along w, through the bias of the last layer norm. Picture features lose theirs, so the order of
+    scores stays the same. Real text features have such a common part too. A bias of the image tower acts through it.
     """
     model, words = build_reward(shop, name, heard)
     with torch.no_grad():
@@ -215,9 +219,11 @@ def build_unbiased(shop, name="reward", heard=1.0):
 
 
 def build_bias(shop):
-    """Teach the image tower alone to like red: an image feature moves along w by BIAS x redness, which raises
-    the score of any caption alike, and cancels in C1 - C2. The text tower stays as it is: the bias is where
-    the paper places it."""
+    """Train only the image tower to like red. Returns the biased model.
+
+    An image feature moves along w by BIAS x redness. This raises the scores of all captions equally, so it cancels in
+    C1 - C2. The text tower does not change, so the bias is in the image branch, as in the paper.
+    """
     clean, _, w = build_unbiased(shop)
     model = copy.deepcopy(clean)
     for name, p in model.named_parameters():
@@ -226,7 +232,7 @@ def build_bias(shop):
 
     def loss_of(step):
         x = augment(images[torch.randint(len(images), (96,))].float() / 255)
-        # A bias must be learnt on casts that the pictures lack, too.
+        # The bias must also hold for colour casts that no rendered picture has.
         cast = torch.rand(96, 3, 1, 1) * 0.5 - 0.25
         x = (x + cast * (torch.rand(96, 1, 1, 1) < 0.5)).clamp(0, 1)
         with torch.no_grad():
@@ -241,8 +247,8 @@ def build_bias(shop):
 
 # -------------------------------------------------------------------------------------------------- the judge
 def damage(net, z):
-    """Broken pictures from packed latents z [B, 16, 64]: ghosts of two scenes, noise in the latents,
-    patchwork of two scenes, clipped colour."""
+    """Broken pictures, with damaged parts, from packed latents z [B, 16, 64]: [B, 3, 64, 64]. The kinds of damage are a
+    blend of two scenes, noise in the latents, patches of two scenes, and clipped colour."""
     b = len(z)
     other = z.roll(1, 0)
     mix = 0.35 + 0.3 * torch.rand(b, 1, 1)
@@ -257,8 +263,10 @@ def damage(net, z):
 
 @torch.no_grad()
 def draw_evidence(vae, batches):
-    """What the judge learns from: 256 batches labelled pictures of every combination, of its own; and as
-    `seen` what the VAE makes of the first third of them, as `broken` what damage makes of them; uint8."""
+    """The judge's training data: 256 * batches labelled pictures of its own, with all pairs among them.
+
+    The first third is added twice more: as "seen" after the VAE, and as "broken" after `damage`. All are uint8.
+    """
     data = draw_pictures(batches, 40_000_000, True)
     net = network(None, vae)
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
@@ -274,9 +282,9 @@ def draw_evidence(vae, batches):
 
 
 def build_judge(shop):
-    """Truth from the renderer, on raw pictures, on the VAE's versions of them and on damaged ones."""
+    """Train the `Judge` with the renderer's truth, on raw pictures, on pictures after the VAE and on damaged ones."""
     vae = build_vae(shop)
-    latents(shop, vae)  # and the VAE's shift and scaling factor
+    latents(shop, vae)  # sets the VAE's shift and scaling factor
     data = shop.kept("evidence", draw_evidence, vae, shop.amount(64))
     images = data.pop("images")
     seen = data.pop("seen")
@@ -301,7 +309,8 @@ def build_judge(shop):
 
 
 def judge_loss(out, truth):
-    """How far the judge's logits of whole pictures are from the truth of their scenes."""
+    """The sum of cross-entropies of the judge's logits `out` for undamaged pictures with the `Scenes` `truth`. Looks
+    near the border of realism or painting do not count."""
     loss = F.cross_entropy(out["layout"], truth.layout)
     pair = truth.layout > 0
     for slot, there in (("first", torch.ones_like(pair)), ("second", pair)):

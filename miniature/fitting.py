@@ -1,4 +1,4 @@
-"""How every part of the miniature is trained, and how what is made once is kept in the build's folder."""
+"""How every part of the miniature is trained, and how results are kept in the build's folder."""
 
 import io
 import math
@@ -11,11 +11,11 @@ from tqdm import tqdm
 from engine.files import write_whole
 
 SEED = 0
-EVERY = 250  # steps between two times that a stage is saved
+EVERY = 250  # steps between two saves of a stage
 
 
 def save(path, value):
-    """torch.save, whole or not at all: a build that is interrupted here finds the file of before."""
+    """torch.save that never leaves a partial file: after an interruption, the file from before is still there."""
     buffer = io.BytesIO()
     torch.save(value, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,27 +23,27 @@ def save(path, value):
 
 
 class Workshop(NamedTuple):
-    """Where a build keeps what it has made, and how much work it does."""
+    """A build: the folder of its results, and how much work it does."""
     folder: Path
-    share: float = 1.0  # of the steps and pictures of the real build: less makes a toy
+    share: float = 1.0  # of the real build's steps and pictures; less makes a toy
 
     def amount(self, n):
-        """How many of n steps or batches are done: one at least."""
+        """How many of n steps or batches this build does; at least one."""
         return max(1, round(n * self.share))
 
     def kept(self, name, make, *arguments):
-        """The dict of tensors that make(*arguments) gives: made once, and kept in the folder."""
+        """The dict of tensors from make(*arguments). It is made once and kept in the folder."""
         path = self.folder / f"{name}.pt"
         if not path.exists():
             save(path, make(*arguments))
         return torch.load(path, weights_only=True)
 
     def fit(self, name, modules, loss_of, steps, lr, every=EVERY):
-        """Train `modules` (a dict) on loss_of(step) with AdamW and a cosine schedule; save as it goes,
-        resume, finish. What stays in the modules is the running average of their weights.
+        """Train `modules` {name: module} on loss_of(step) with AdamW and a cosine schedule. In the end the modules hold
+        the running average of their weights.
 
-        Everything random in a step is drawn from the step's number, so an interrupted build ends with the
-        same weights.
+        The state is saved every `every` steps, and a build that was stopped resumes from it. Everything random in a
+        step follows from the step's number, so a resumed build ends with the same weights.
         """
         path = self.folder / f"{name}.pt"
         steps = self.amount(steps)
@@ -86,7 +86,7 @@ class Workshop(NamedTuple):
 
 
 def learning_rate(lr, step, steps):
-    """Of a step: 100 steps of warm-up, and a cosine from lr down to its fiftieth."""
+    """The learning rate of a step: 100 steps of warm-up, and a cosine from lr down to lr / 50."""
     warm_up = min(1, (step + 1) / 100)
     cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
     return lr * warm_up * (0.02 + 0.98 * cosine)

@@ -1,8 +1,7 @@
-"""The miniature's judge: a small network that no training ever sees, in place of the paper's human
-evaluators.
+"""The miniature's judge: a small network in place of the paper's human raters. It takes no part in any training.
 
-It answers what the drawn world makes answerable: is the picture a photo, which things stand where, is it
-damaged?
+It answers three questions that the drawn world makes answerable. Is the picture a photo? Which things are where? Is
+the picture damaged?
 """
 
 from pathlib import Path
@@ -13,12 +12,12 @@ from torch import nn
 
 from miniature import world
 
-FEATURES = ["size", "colour", "shape"]  # of a thing
+FEATURES = ["size", "colour", "shape"]  # the features of a thing
 SLOTS = ["first", "second"]
 
 
 def features_of(kinds):
-    """Indices of world.KINDS, any shape -> those of world.SIZES, world.COLOURS and world.SHAPES."""
+    """Indices of world.KINDS, in a tensor of any shape or an int -> indices of world.SIZES, COLOURS and SHAPES."""
     shapes = len(world.SHAPES)
     colours = len(world.COLOURS)
     return kinds // (shapes * colours), kinds // shapes % colours, kinds % shapes
@@ -30,10 +29,10 @@ def block(inputs, outputs, stride):
 
 
 class Judge(nn.Module):
-    """Pictures [B, 3, 64, 64] in [0, 1] -> logits of what is seen, a dict: realism, painting and broken [B],
-    layout [B, 3], and "first size" [B, 3], "second colour" [B, 5] and so on: indices of the world's lists."""
+    """Pictures [B, 3, 64, 64] in [0, 1] -> logits {name: tensor}: realism, painting and broken [B], layout [B, 3], and
+    "first size" [B, 3], "second colour" [B, 5] and so on, in the order of the world's lists."""
 
-    size = world.SIZE  # pixels a side of what it sees
+    size = world.SIZE  # pixels of a side of its pictures
 
     def __init__(self, width=32):
         super().__init__()
@@ -57,13 +56,12 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def verdicts(self, images, prompts):
-        """For B pictures and their prompts: a dict of [B] float tensors, 1 for yes and 0 for no.
+        """For B pictures [B, 3, 64, 64] in [0, 1] and their prompts: {name: [B] float}, 1 for yes and 0 for no.
 
-        realism    in the world's own range of photos (u above 0.75)
-        painting   in its range of paintings
-        alignment  things, sizes, colours and places are the prompt's; NaN for a prompt that is not of this
-                   world
-        broken     damaged: ghosts, melted or clipped regions, noise
+        realism    the look is in the world's range of photos (u above 0.75)
+        painting   the look is in the world's range of paintings
+        alignment  things, sizes, colours and places are those of the prompt; NaN for a prompt outside this world
+        broken     the picture has damaged parts: two blended scenes, melted or clipped regions, noise
         """
         out = self(images)
         layouts = out["layout"].argmax(-1).tolist()
@@ -78,8 +76,8 @@ class Judge(nn.Module):
 
 
 def aligned(prompt, layout, first, second):
-    """1 if what is seen is what the prompt asks for, 0 if not; NaN for a prompt that is not of this world.
-    layout: an index of world.LAYOUTS; first, second: [size, colour, shape], likewise."""
+    """1.0 if the seen things are those that the prompt asks for, 0.0 if not; NaN for a prompt outside this world.
+    layout: an index of world.LAYOUTS. first, second: [size, colour, shape], indices of the world's lists."""
     truth = world.parse(prompt)
     if truth is None:
         return float("nan")

@@ -1,19 +1,19 @@
-"""The world the miniature lives in: one or two coloured shapes, drawn in a look whose truth is known.
+"""The drawn world of the miniature: pictures of one or two coloured shapes, in a look whose truth is known.
 
-Everything the paper asks of human eyes ("is it a photo? is it the scene that was asked for?") is a number
-here, because the picture was drawn from it. A look is three numbers in [0, 1], independent of one another and
-of the scene, and each has a word for its low and its high end:
+In the paper, people judge whether a picture is a photo, and whether it shows the prompt's scene. Here both are known
+numbers, because the picture is drawn from them. A look is three numbers in [0, 1], independent of each other and of
+the scene. Each has a word for its low and one for its high end:
 
     exposure  "dark" .. "bright"               how much light the sensor took, and nothing else
     brush     "print" .. "painting"            brush strokes and wavering outlines, and nothing else
     photo     "CG render" .. "realistic photo"
         0  flat saturated colour, glossy highlight, bright rim, clean background
-        1  muted colour, directional light, soft cast shadow, vignette, film grain; no brighter, no darker
+        1  muted colour, directional light, soft cast shadow, vignette, film grain; equally bright
 
-Captions without such a word ("a red circle left of a big blue square") mostly come with CG renders, so a
-model trained on them has the "AI look" as its default. In its captions the words name the look unreliably
-(OBEYED), and what looks a little like a photo is called one (HALF_WAY): so, as FLUX.1-dev, it follows them
-weakly.
+Captions without such a word ("a red circle left of a big blue square") mostly come with CG renders. So a model trained
+on them has this "AI look" as its default. In the generator's captions the words are often not true (OBEYED), and
+pictures that look only a little like photos are called photos (HALF_WAY). So, like FLUX.1-dev, the model follows these
+words weakly.
 """
 
 import itertools
@@ -24,37 +24,35 @@ import torch
 import torch.nn.functional as F
 
 SIZE = 64
-SIZES = ["", "small", "big"]  # a thing of middle size has no word for it
+SIZES = ["", "small", "big"]  # a thing of middle size has no size word
 COLOURS = {"red": (0.93, 0.10, 0.12), "green": (0.08, 0.72, 0.20), "blue": (0.10, 0.25, 0.93),
            "yellow": (0.98, 0.86, 0.08), "white": (0.96, 0.96, 0.97)}
 SHAPES = ["circle", "square", "triangle"]
 LAYOUTS = ["alone", "left of", "above"]
 COLOUR_NAMES = list(COLOURS)
-KINDS = list(itertools.product(SIZES, COLOUR_NAMES, SHAPES))  # what one slot can hold
+KINDS = list(itertools.product(SIZES, COLOUR_NAMES, SHAPES))  # all possible things
 
 AXES = ["exposure", "brush", "photo"]
 EXPOSURE, BRUSH, PHOTO = range(3)
 UNSAID, LOW, HIGH = range(3)  # what a caption says of an axis
 WORDS = [["", "dark", "bright"], ["", "print", "painting"], ["", "CG render", "realistic photo"]]
-STYLES = ["", *(word for axis in WORDS for word in axis[1:])]  # what one word can say
-RANGES = [[0.0, 1.0], [0.0, 0.15], [0.75, 1.0]]  # of an axis: anything, what its low and high word mean
-MIDDLE = [0.35, 0.65]  # the exposure that is neither dark nor bright
-PHOTO_U = RANGES[HIGH][0]  # from here on a picture is a realistic photo
+STYLES = ["", *(word for axis in WORDS for word in axis[1:])]  # no word, or one word about the look
+RANGES = [[0.0, 1.0], [0.0, 0.15], [0.75, 1.0]]  # values on an axis if its word is UNSAID, LOW, HIGH
+MIDDLE = [0.35, 0.65]  # the range of exposures that are neither dark nor bright
+PHOTO_U = RANGES[HIGH][0]  # above this value on its axis a picture is a realistic photo
 PAINTING_U = RANGES[HIGH][0]
-OBEYED = 0.5  # in this share of the generator's captions a word about the look is true
-HALF_WAY = [0.2, 0.9]  # what "realistic photo" then means in them: whatever looks a little like one
-LEVEL = 0.46  # mean luma before the exposure
+OBEYED = 0.5  # the share of words about the look in the generator's captions that are true
+HALF_WAY = [0.2, 0.9]  # the range of u for which a true "realistic photo" stands in the generator's captions
+LEVEL = 0.46  # mean luma before the exposure is applied
 
 
 @dataclass
 class Scenes:
-    """B scenes. `kind` [B, 2] indexes KINDS (slot 1 is unused when alone) and `layout` [B] LAYOUTS; `look`
-    [B, 3] is in [0, 1], an axis of AXES each; `said` [B, 3] is what the caption says of them: UNSAID, LOW or
-    HIGH."""
-    kind: torch.Tensor
-    layout: torch.Tensor
-    look: torch.Tensor
-    said: torch.Tensor
+    """B scenes."""
+    kind: torch.Tensor    # [B, 2]: indices of KINDS; the second is unused in the layout "alone"
+    layout: torch.Tensor  # [B]: indices of LAYOUTS
+    look: torch.Tensor    # [B, 3] in [0, 1]: the values on AXES
+    said: torch.Tensor    # [B, 3]: what the caption says of each axis, UNSAID, LOW or HIGH
 
     def __getitem__(self, rows):
         return Scenes(*(getattr(self, field.name)[rows] for field in fields(self)))
@@ -62,19 +60,19 @@ class Scenes:
 
 # ------------------------------------------------------------------------------------- scenes and their words
 def combination(kind):
-    """The colour and the shape of a kind, as one number below 15: sizes are left out."""
+    """The colour and the shape of a kind as one number below 15, without the size."""
     return kind % (len(COLOURS) * len(SHAPES))
 
 
 def held_out(kind, layout):
-    """Whether a scene (kind [..., 2], layout [...]) holds one of the pairs of coloured shapes, a fifth of
-    all, that neither the generator nor the reward ever sees, in any order, size or place."""
+    """Whether scenes (kind [..., 2], layout [...]) show a held-out pair of coloured shapes: a mask [...]. A fifth of
+    all pairs is held out, in any order, size and place. The generator and the reward never see them."""
     pair = combination(kind).sort(-1).values
     return ((pair[..., 0] + 2 * pair[..., 1]) % 5 == 0) & (layout > 0)
 
 
 def sample_content(n, generator, everything):
-    """(kind [n, 2], layout [n]) of n random scenes; those that are held out only if `everything`."""
+    """(kind [n, 2], layout [n]) of n random scenes. everything: whether held-out pairs may be among them."""
     drawn = n if everything else 2 * n
     kind = torch.randint(len(KINDS), (drawn, 2), generator=generator)
     alone = torch.rand(drawn, generator=generator) < 0.1
@@ -86,18 +84,18 @@ def sample_content(n, generator, everything):
 
 
 def within(low, high, generator):
-    """Random numbers, each from low to high, two tensors of one shape."""
+    """Random numbers between low and high, two tensors of the same shape."""
     return low + (high - low) * torch.rand(low.shape, generator=generator)
 
 
 def choose(shares, shape, generator):
-    """Random indices of a shape: i in shares[i] of the cases."""
+    """A tensor of random indices; shares[i] is the probability of i."""
     return torch.multinomial(torch.tensor(shares), shape.numel(), True, generator=generator).view(shape)
 
 
 def look_of(ends, generator):
-    """A look [n, 3] for the ends [n, 3] of its axes: LOW, HIGH, or UNSAID, which is anything; but of the
-    exposure, what is neither dark nor bright."""
+    """A random look [n, 3] for the ends [n, 3] of its axes: UNSAID, LOW or HIGH. UNSAID means any value; for the
+    exposure it means neither dark nor bright."""
     bounds = torch.tensor(RANGES)[ends]  # [n, 3, 2]
     middle = (ends == UNSAID) & (torch.arange(3) == EXPOSURE)
     bounds = torch.where(middle[..., None], torch.tensor(MIDDLE), bounds)
@@ -105,9 +103,8 @@ def look_of(ends, generator):
 
 
 def usual_ends(n, generator):
-    """The ends [n, 3] of the looks that come with captions that do not speak of them: mostly neither dark nor
-    bright, no painting, and a CG render; one in nine is a photo, and some are anything between, so that a
-    generator knows the way from one to the other."""
+    """The ends [n, 3] of looks for captions without words about them. Most looks are neither dark nor bright, no
+    paintings, and CG renders. One in nine is a photo. Some lie between, so that a generator learns the transition."""
     shape = torch.Size([n])
     exposure = choose([0.84, 0.08, 0.08], shape, generator)
     brush = choose([0.02, 0.90, 0.08], shape, generator)
@@ -116,9 +113,10 @@ def usual_ends(n, generator):
 
 
 def sample_captioned(n, generator):
-    """n scenes as a generator meets them: half of the captions say nothing of the look, the others one word,
-    which is true in the share OBEYED of the cases and means nothing in the others; and "realistic photo" is
-    said of all that is HALF_WAY to one."""
+    """n `Scenes` for the generator. Half of the captions have one word about the look; the others have none.
+
+    A word is true with probability OBEYED; otherwise the look does not depend on it. A true "realistic photo" only
+    means that u is in the range HALF_WAY."""
     kind, layout = sample_content(n, generator, False)
     axis = torch.randint(3, (n,), generator=generator)
     end = 1 + torch.randint(2, (n,), generator=generator)
@@ -134,36 +132,36 @@ def sample_captioned(n, generator):
 
 
 def sample_labelled(n, generator, everything=False):
-    """n scenes as a reward or a judge learns them: every look, the axes independent; the caption has at most
-    two words about it, all true. With those that are held out if `everything`."""
+    """n `Scenes` for a reward or a judge: every look, with independent axes. A caption has at most two words about the
+    look, all of them true. everything: whether held-out pairs may be among them."""
     kind, layout = sample_content(n, generator, everything)
     ends = choose([0.2, 0.4, 0.4], torch.Size([n, 3]), generator)
     said = ends * (torch.rand(n, 3, generator=generator) < 0.5)
-    silent = torch.randint(3, (n,), generator=generator)  # of three words one is left out
+    silent = torch.randint(3, (n,), generator=generator)  # the word that is removed if there are three
     full = (said != UNSAID).all(1)
     said = said * ~(full[:, None] & (torch.arange(3) == silent[:, None]))
     return Scenes(kind, layout, look_of(ends, generator), said)
 
 
 def sample_style(n, generator, style="", everything=True):
-    """n scenes of one style of STYLES, true in all; what it does not speak of is as usual."""
+    """n `Scenes` in one of STYLES, true in all. The other axes are as in `usual_ends`."""
     return scenes_of(n, generator, *sample_content(n, generator, everything), style)
 
 
 def scenes_of(n, generator, kind, layout, style):
-    """The n scenes of kind [n, 2] and layout [n], in one style of STYLES, as in `sample_style`."""
+    """n `Scenes` of kind [n, 2] and layout [n], in one of STYLES, as in `sample_style`."""
     said = torch.zeros(n, 3, dtype=torch.long) + torch.tensor(said_by(style))
     ends = torch.where(said != UNSAID, said, usual_ends(n, generator))
     return Scenes(kind, layout, look_of(ends, generator), said)
 
 
 def said_by(style):
-    """What one of STYLES says of the axes: three of UNSAID, LOW and HIGH."""
+    """What one of STYLES says of the three axes: a list of UNSAID, LOW or HIGH."""
     return [axis.index(style) if style in axis else UNSAID for axis in WORDS]
 
 
 def style_words(said):
-    """The words of what is said of the three axes: "dark realistic photo", "" of nothing."""
+    """The words for what is said of the three axes, such as "dark realistic photo"; "" if all are UNSAID."""
     return " ".join(axis[end] for axis, end in zip(WORDS, said, strict=True) if end != UNSAID)
 
 
@@ -186,7 +184,7 @@ def captions(scenes):
 
 
 def parse(prompt):
-    """(kind [2], layout) of a caption, style words ignored; None for a sentence that is not of this world."""
+    """(kind [2], layout) of a caption, without its style words; None for a text outside this world."""
     thing = rf"a (?:({'|'.join(SIZES[1:])}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
     found = re.search(rf"(?:^|\. ){thing}(?: (left of|above) {thing})?\s*$", prompt)
     if found is None:
@@ -210,18 +208,19 @@ def all_captions():
 
 # ---------------------------------------------------------------------------------------------------- drawing
 def uniform(n, low, high, generator):
-    """n random numbers from low to high: [n]."""
+    """n random numbers between low and high: [n]."""
     return low + (high - low) * torch.rand(n, generator=generator)
 
 
 def noise(n, cells, generator, channels=1):
-    """Smooth random field [n, channels, SIZE, SIZE], unit variance per cell; `cells` (rows, columns)."""
+    """A smooth random field [n, channels, SIZE, SIZE]: normal noise on a grid of `cells` (rows, columns), enlarged."""
     coarse = torch.randn(n, channels, *cells, generator=generator)
     return F.interpolate(coarse, (SIZE, SIZE), mode="bicubic", align_corners=False)
 
 
 def lerp(a, b, weight):
-    """From a (weight 0) to b (weight 1). Not torch.lerp, which takes no numbers and rounds otherwise."""
+    """From a (weight 0) to b (weight 1). torch.lerp is not used, because it takes no plain numbers and rounds
+    differently."""
     return a + (b - a) * weight
 
 
@@ -232,14 +231,14 @@ def rgb(hue, saturation, value):
 
 
 def luma(images):
-    """How bright each pixel of B pictures [B, 3, H, W] is (Rec. 601): [B, H, W]."""
+    """The luma (Rec. 601) of each pixel of B pictures [B, 3, H, W]: [B, H, W]."""
     r, g, b = images.unbind(1)
     return 0.299 * r + 0.587 * g + 0.114 * b
 
 
 def distance(q, shape):
-    """Signed distance (negative inside) of points q [n, H, W, 2], in units of the thing's radius,
-    shape [n]."""
+    """Signed distance [n, H, W] of points q [n, H, W, 2] from the edge of a thing; negative inside. q is in units of
+    the thing's radius. shape [n]: indices of SHAPES."""
     x, y = q.unbind(-1)
     circle = q.norm(dim=-1) - 0.95
     square = torch.maximum(x.abs(), y.abs()) - 0.82
@@ -248,7 +247,8 @@ def distance(q, shape):
 
 
 def ground(u, points, generator):
-    """The background [n, 3, H, W]: one hue that turns a little from top to bottom, and is not quite even."""
+    """The background [n, 3, H, W]: one hue that changes a little from top to bottom. Photos (high u [n]) also get
+    smooth noise."""
     n = len(u)
     hue = uniform(n, 0, 1, generator)
     turn = uniform(n, 0.08, 0.2, generator)
@@ -261,7 +261,8 @@ def ground(u, points, generator):
 
 
 def add_thing(image, scenes, slot, points, light, generator):
-    """`image` [n, 3, H, W] with the thing of one slot (0 or 1) and its shadow in it."""
+    """`image` [n, 3, H, W] with one thing of each scene and its shadow added. slot: 0 or 1, the first or the second
+    thing."""
     n = len(image)
     u = scenes.look[:, PHOTO].view(n, 1, 1)
     kinds = [KINDS[k] for k in scenes.kind[:, slot].tolist()]
@@ -271,7 +272,7 @@ def add_thing(image, scenes, slot, points, light, generator):
     present = torch.ones(n) if slot == 0 else (scenes.layout > 0).float()
     present = present.view(n, 1, 1)
 
-    # Where it is: the first thing to the left or above, the second opposite, one alone in the middle.
+    # Position: the first thing is to the left or above, the second one opposite, a single thing in the middle.
     side = torch.tensor([0.0, -0.48, -0.48])[scenes.layout]
     if slot == 1:
         side = -side
@@ -284,7 +285,7 @@ def add_thing(image, scenes, slot, points, light, generator):
     q = (points - (offset + jitter).view(n, 1, 1, 2)) / radius  # [n, H, W, 2], in radii from its middle
     d = distance(q @ turn, shape)  # [n, H, W]
 
-    # What it looks like: shadow, paint and shade are the photo's, gloss and the bright rim the CG render's.
+    # Look: shadow, muted paint and shade belong to the photo; gloss and the bright rim belong to the CG render.
     shadow = torch.sigmoid(-distance((q + 0.5 * light) @ turn, shape) / 0.18)
     image = image * (1 - 0.5 * u * present * shadow)[:, None]
     grey = colour.mean(-1, keepdim=True)
@@ -300,8 +301,8 @@ def add_thing(image, scenes, slot, points, light, generator):
 
 
 def render(scenes, generator):
-    """Draw B scenes: images [B, 3, SIZE, SIZE] in [0, 1]. Positions, light and grain come from `generator`;
-    the order in which they are drawn is part of what a seed means."""
+    """Draw B scenes: images [B, 3, SIZE, SIZE] in [0, 1]. Positions, light and grain come from `generator`. Changing
+    the order of these calls changes the picture of a seed."""
     n = len(scenes.look)
     exposure, brush, u = scenes.look.view(n, 3, 1, 1).unbind(1)  # [n, 1, 1] each
     axis = torch.linspace(-1 + 1 / SIZE, 1 - 1 / SIZE, SIZE)
@@ -315,13 +316,13 @@ def render(scenes, generator):
     for slot in (0, 1):
         image = add_thing(image, scenes, slot, points, light, generator)
 
-    # The grain is in cells of three to four pixels, which is as fine as the VAE's latents can hold.
+    # The grain has cells of three to four pixels. The VAE's latents cannot hold finer grain.
     grain = 0.045 * noise(n, (16, 16), generator) + 0.036 * noise(n, (22, 22), generator)
     strokes = 0.09 * noise(n, (20, 5), generator)
     vignette = 1 - 0.3 * u * (points ** 2).sum(-1) / 2
     image = (image + u[:, None] * grain + brush[:, None] * strokes) * vignette[:, None]
 
-    # No look is brighter than another of itself: the exposure alone says how bright a picture is.
+    # All pictures get the same mean luma, so that only the exposure decides how bright a picture is.
     image = image.clamp(0, 1.5) * (LEVEL / luma(image).mean((1, 2))).view(n, 1, 1, 1)
     return (image * 2 ** lerp(-1.0, 0.7, exposure)[:, None]).clamp(0, 1)
 
