@@ -11,8 +11,8 @@ import unicodedata
 from engine.errors import UserError
 from engine.paths import not_a_path
 
-MOST = 10**6          # the largest whole number that a flag takes; a larger one is a typing mistake
-LARGEST = 1e6         # the largest real number that a flag takes; products of two still fit float32
+MOST = 10**6          # the usual limit of a whole number; a larger one is a typing mistake
+LARGEST = 1e6         # the usual limit of a real number; products of such numbers still fit float32
 LONGEST_WORDS = 1000  # characters
 
 

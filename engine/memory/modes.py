@@ -1,5 +1,5 @@
-"""How a transformer's parameters are stored, and which of them are trained, so that one card of 12 to 141 GB can train
-FLUX.1-dev, or many can.
+"""How a transformer's parameters are stored, and which of them are trained. So FLUX.1-dev trains on one card of 12 to
+141 GB, or on many.
 
 `--lora R` says what is trained. Without it all weights are (a full fine-tune); with it the weights stay
 frozen, and thin matrices beside them learn (engine/model/lora.py).

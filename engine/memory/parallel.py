@@ -186,8 +186,8 @@ def load_sharded(kind, source, device, dtype, world=None, layout=None):
     """A diffusers model of class `kind`, loaded from its `Source`. If the world has a mesh, the model is sharded over
     it, in float32. A `layouts.Layout`, if given, decides dtype, device and sharding.
 
-    The model is built on the meta device, and each rank reads only its own rows of each tensor, so no process holds a
-    full copy. Raises UserError if names or shapes differ from the config's.
+    The model is built on the meta device. Each rank reads only its own rows of each tensor, so no process holds a full
+    copy. Raises UserError if names or shapes differ from the config's.
     """
     sharded = world is not None and world.mesh is not None
     network = source.on_meta(kind)

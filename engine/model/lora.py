@@ -1,8 +1,8 @@
 """LoRA (arXiv 2106.09685): adapters beside a FLUX's linear layers, and their file in diffusers' format.
 
 A layer computes y = W x + B A x. W [out, in] is frozen. A [R, in] starts random and B [out, R] zero, so that training
-starts from the base model. The layers are peft's. peft cannot fill, read or write adapters of a transformer that is
-built on the meta device and sharded by FSDP2, so that is done here.
+starts from the base model. The layers are peft's. What peft does not do for a sharded transformer that was built on the
+meta device is done here: to fill its adapters, and to read and write them.
 """
 
 import importlib
