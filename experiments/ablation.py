@@ -1,11 +1,11 @@
-"""Fig. 9 d: what each part is for. Without early steps, lambda(t), inversion; with other noise. Measured
-where the rows can differ: on the way, and not at the end.
+"""Fig. 9 d: the effect of each part. Rows without early steps, lambda(t) or inversion, and with other noise.
 
     python -m experiments.ablation
 
-The first row is the paper's own configuration: Eq. 10 over the whole trajectory, lambda(t) decaying, both
-branches. Every other row changes the one thing that it names. The learning rate is twice the miniature's, so
-that 52 updates go as far as 104 of the recipe, and every row can be seen to break.
+The first row is the paper's own configuration: Eq. 10 over the whole trajectory, a decaying lambda(t), both branches.
+Every other row changes one thing, which it names. The rows are compared during training, because they differ there and
+not at the end. The learning rate is twice the miniature's. So 52 updates go as far as 104 of the recipe, and every row
+breaks: its pictures get melted or damaged parts.
 """
 
 import sys
@@ -18,7 +18,7 @@ LONG = "--lr 8e-5 --steps 52 --threshold off"
 EARLY_TO_LATE = "--sigma-range 0.99 0.01"
 LATE = "--sigma-range 0.5 0.01"
 SRP = "--form srp"
-LAMBDA = "--lam 1 0.4"  # ours: the paper gives no numbers
+LAMBDA = "--lam 1 0.4"  # [ours]: the paper gives no numbers
 ROWS = [Setting("all of it", f"{LONG} {EARLY_TO_LATE} {SRP} {LAMBDA}"),
         Setting("without early steps", f"{LONG} {LATE} {SRP} {LAMBDA}"),
         Setting("without late steps (released)", f"{LONG} {SRP} {LAMBDA}"),
@@ -30,7 +30,7 @@ ROWS = [Setting("all of it", f"{LONG} {EARLY_TO_LATE} {SRP} {LAMBDA}"),
                 f"{LONG} {EARLY_TO_LATE} --form cfg {LAMBDA} --branches denoise"),
         Setting("one noise for all images", f"{LONG} {EARLY_TO_LATE} {SRP} {LAMBDA} --noise shared"),
         Setting("the same, fresh to inject", f"{LONG} {EARLY_TO_LATE} {SRP} {LAMBDA} --noise fresh")]
-SGP = 0.28  # where the main run ends
+SGP = 0.28  # the SGP gap at the end of the main run; the gap is f.(C1 - C2), the reward's difference of two prompts
 COLUMNS = {"realism_50": ("realism passes 50 % at update", ".1f"),
            "broken_5": ("broken passes 5 % at update", ".1f"),
            "warned": ("first warning at update", ".1f"),
@@ -45,7 +45,7 @@ AT_EQUAL = ("realism", "broken", "alignment", "redness", "saturation", "texture"
 
 
 def numbers(log):
-    """{column: number} of a run; None for what it never reaches."""
+    """{column: number} of a run, from its log; None for what it never reaches."""
     row = {"realism_50": runs.first_step(log, "realism", lambda value: value >= 0.5),
            "broken_5": runs.breaks(log),
            "warned": runs.first_warning(log)}
@@ -65,10 +65,10 @@ def main(argv=None):
             breaks = sum(row["broken_5"] is not None for row in each)
             rows[setting.name] = runs.over_seeds(each) | {"breaks": runs.spread([breaks])}
             curves[setting.name] = logs[0]
-        told = (f"48 watched pictures over 52 updates at twice the recipe's learning rate, {own.seeds} "
-                "seeds, mean ± standard deviation between those that get there; equal SGP is a gap of "
-                f"{SGP}; - where no run gets there. The first row is the paper's own: Eq. 10 over the "
-                "whole trajectory, lambda(t), both branches. Every other one changes what it names.")
+        told = (f"48 watched pictures over 52 updates at twice the recipe's learning rate, {own.seeds} seeds. Each "
+                "number is the mean ± standard deviation between the runs that get there; - means that no run does. "
+                f"Equal SGP is a gap of {SGP}. The first row is the paper's own: Eq. 10 over the whole trajectory, "
+                "lambda(t), both branches. Every other row changes the one thing that it names.")
         figure = runs.curve_figure(curves, ("realism", "broken", "redness"),
                                    "48 watched pictures every 2 updates, seed 0")
         runs.write(own, "ablation", "Ablation (Fig. 9 d)", told, [(rows, COLUMNS)], figure)

@@ -1,10 +1,10 @@
-"""One update timed, phase by phase.
+"""Times one update, phase by phase.
 
     python -m experiments.bench --model miniature                      on a laptop
     torchrun --nproc_per_node=8 -m experiments.bench --random-init     FLUX.1-dev's size
 
-It takes every flag of train.py, and runs its code; random weights need no download. --released times the same
-work done the way the released loop does it, adding one habit after another.
+It takes the flags of train.py and runs train.py's code. With --random-init nothing is downloaded. --released times the
+same work as the released code's loop does it. It adds that loop's habits one after another.
 """
 
 import sys
@@ -32,24 +32,25 @@ HABITS = ["one image at a time", "text features four times", "VAE not frozen", "
 
 
 def flags(argv):
-    """(this script's own flags, those of train.py, the `Model`) of a command line. Raises UserError."""
+    """(this script's own flags, those of train.py, the `Model`) of a command line. Raises UserError for a wrong flag,
+    and for flags of train.py that make no sense here."""
     parser = Parser(__doc__)
     parser.add_argument("--random-init", action="store_true",
-                        help="random weights: --model gives the size, and ViT-H/14 is the reward")
+                        help="random weights: --model gives the size, and the reward is a ViT-H/14")
     parser.add_argument("--released", action="store_true", help="compare with the released loop's habits")
-    parser.add_argument("--repeats", type=whole(1), default=5, help="timed updates, after one that is not")
+    parser.add_argument("--repeats", type=whole(1), default=5, help="timed updates, after one untimed update")
     own, others = parser.parse_known_args(argv)
     a, model = recipe.read(others)
     for name in ("plan", "explain", "resume", "overwrite", "tensorboard", "out", "weights", "images"):
         if getattr(a, name):
-            raise UserError(f"--{name}: an update is timed here, and nothing else; it is train.py's")
+            raise UserError(f"--{name}: an update is timed here, and nothing else; leave it out")
     return own, a, model
 
 
 # --------------------------------------------------------------------------------------------- random weights
 def random_flux(model, world, layout):
-    """A `flux.Flux` of a model's size. The transformer is sharded before it takes any memory, as when it is
-    loaded."""
+    """A `flux.Flux` with a model's size and random weights. As in loading, the transformer is sharded before it takes
+    any memory."""
     transformer = meta_network(trained.kind(), model.configs.transformer)
     transformer.to_empty(device=layout.prepare(transformer, world))
     for name, parameter in tensors.own_parameters(transformer).items():
@@ -66,7 +67,7 @@ def random_flux(model, world, layout):
 
 
 def random_reward(world):
-    """`Rewards` of one network of HPSv2.1's size."""
+    """`Rewards` of one network with HPSv2.1's size and random weights."""
     with clip_model.quiet(), world.device:
         clip = open_clip.create_model(clip_model.ARCH, load_weights=False, device=world.device)
     reward = clip_model.ClipReward(clip, open_clip.get_tokenizer(clip_model.ARCH))
@@ -74,7 +75,7 @@ def random_reward(world):
 
 
 def random_embeddings(net, prompts, text_tokens):
-    """`Embeddings` of P prompts: txt [P, L, D], pooled [P, D']."""
+    """Random `Embeddings` of P prompts: txt [P, L, D], pooled [P, D']. text_tokens: L."""
     config = net.transformer.config
     txt = torch.randn(len(prompts), text_tokens, config.joint_attention_dim)
     pooled = torch.randn(len(prompts), config.pooled_projection_dim)
@@ -82,7 +83,7 @@ def random_embeddings(net, prompts, text_tokens):
 
 
 def random_run(a, model, world):
-    """What prepare.set_up loads, with random weights."""
+    """The `prepare.Run` of prepare.set_up, but with random weights and without watched pictures."""
     flux.needs_gpu(model)
     torch.manual_seed(0)
     share = recipe.share_of(a, world.size)
@@ -99,7 +100,7 @@ def random_run(a, model, world):
 
 # ------------------------------------------------------------------------------------------------- one update
 def one_by_one(batch):
-    """A `prepare.Batch` of B images as B batches of one."""
+    """Yields a `prepare.Batch` of B images as B batches of one image."""
     for row in range(len(batch.prompts)):
         own = slice(row, row + 1)
         c = flux.Condition(batch.c.txt[own], batch.c.pooled[own], batch.c.grid)
@@ -109,7 +110,7 @@ def one_by_one(batch):
 
 
 def text_again(a, reward, batch):
-    """The same batch, its text features computed anew, twice."""
+    """The same batch, with its text features computed again, twice."""
     for _ in range(2):
         for part, _ in reward.parts.values():
             part.cache.clear()
@@ -118,7 +119,7 @@ def text_again(a, reward, batch):
 
 
 def batches_of(a, run, habits, step):
-    """The batches of an update, as some of HABITS make them."""
+    """Yields the batches of an update, with some of HABITS."""
     for whole_batch in run.batches(a, step):
         for batch in one_by_one(whole_batch) if "one image at a time" in habits else [whole_batch]:
             if "text features four times" in habits:
@@ -127,7 +128,7 @@ def batches_of(a, run, habits, step):
 
 
 def one_update(a, run, habits, step=1):
-    """One update of `train.update` but for `habits`, some of HABITS. Returns {phase: seconds}."""
+    """One update by `train.update`, with some of HABITS. Returns {phase: seconds}."""
     run.net.vae.requires_grad_("VAE not frozen" in habits)
     with torch.autograd.set_detect_anomaly("anomaly detection" in habits):
         told = train.update(a, run, step, batches_of(a, run, habits, step))
@@ -137,7 +138,8 @@ def one_update(a, run, habits, step=1):
 
 # ------------------------------------------------------------------------------------------------- the report
 def report(a, run, rungs, measured):
-    """Print a line for each rung, of the medians of what was measured: a list of {phase: seconds} a rung."""
+    """Print a line of medians for each rung. rungs: lists of habits. measured: for each rung a list of
+    {phase: seconds}."""
     device = run.world.device
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, one thread"
     print(f"{card}, {run.world.size} process(es), --method {a.method}, an update of {a.global_batch} images, "
@@ -159,7 +161,7 @@ def report(a, run, rungs, measured):
 def main():
     with frame("bench"):
         own, a, model = flags(sys.argv[1:])
-        a.steps = 1  # the same update again and again
+        a.steps = 1  # every timed update is the first one
         world = parallel.World(a.replicas, mesh=modes.needs_mesh(a.memory))
         prepare.settle(a, model, world)
         run = random_run(a, model, world) if own.random_init else prepare.set_up(a, model, world)
@@ -168,7 +170,7 @@ def main():
             rungs = [HABITS[:n] for n in range(len(HABITS) + 1)]
         measured = [[] for _ in rungs]
         for repeat in range(own.repeats + 1):
-            # in turn, so that a machine that drifts drifts for all
+            # The rungs take turns, so that a machine that gets slower slows all of them.
             for habits, updates in zip(rungs, measured, strict=True):
                 seconds = one_update(a, run, habits)
                 if repeat > 0:

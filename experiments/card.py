@@ -1,7 +1,7 @@
 """The rows of the miniature's model card that need no training: python -m experiments.card
 
-How much texture the VAE keeps, whether the reward's words stand at right angles, what its bias is worth, how
-often the judge is right, and what the Frechet distance and the diversity say of the truth itself.
+It measures how much texture the VAE keeps, the angles between the reward's directions, and the size of its bias. It
+also measures how often the judge is right, and the Frechet distance and the diversity of rendered pictures.
 """
 
 import sys
@@ -22,17 +22,17 @@ from miniature import world
 from miniature.judge import load_judge
 from rewards import load_rewards
 
-N = 1024  # pictures of a row
+N = 1024  # pictures for a row
 PHOTO = "realistic photo"
 CG = "CG render"
-CAST = (0.12, -0.06, -0.06)  # that is added to R, G and B
-SEED = 60_000_000  # of the true pictures
-PER_PROMPT = 4  # pictures, between which the diversity is measured, as in table1
+CAST = (0.12, -0.06, -0.06)  # the red cast: what is added to R, G and B
+SEED = 60_000_000  # of the rendered pictures
+PER_PROMPT = 4  # pictures of a prompt for the diversity, as in table1
 
 
 @torch.no_grad()
 def textures(model):
-    """The mean texture of true photos, and of the same through the VAE."""
+    """(the mean texture of rendered photos, the same after encoding and decoding by the VAE)."""
     vae = flux.load(Model(model)).vae
     photos, _ = world.draw(world.sample_style, N, 8, PHOTO, True)
     again = []
@@ -44,7 +44,8 @@ def textures(model):
 
 
 def largest_cosine(folder, prompts):
-    """Between what the two words of two axes differ by, in a reward's text features."""
+    """The largest |cosine| between the directions of two axes in a reward's text features. A direction is the mean
+    difference between the axis's two words."""
     part, _ = next(iter(load_rewards(folder).parts.values()))
     apart = []
     for _, low, high in world.WORDS:
@@ -55,7 +56,7 @@ def largest_cosine(folder, prompts):
 
 
 def worth_of_red(folder):
-    """What a red cast adds to a reward's mean score of pictures in their usual looks."""
+    """How much a red cast changes a reward's mean score of pictures in their usual looks."""
     images, scenes = world.draw(world.sample_style, 256, 5, "", True)
     red = (images + torch.tensor(CAST).view(1, 3, 1, 1)).clamp(0, 1)
     reward = load_rewards(folder)
@@ -64,7 +65,7 @@ def worth_of_red(folder):
 
 
 def judged(model):
-    """{row: share of right answers} of the judge, on rendered truth in every look."""
+    """{row: share of right answers} of the judge, for rendered pictures in every look."""
     judge = load_judge(model)
     images, scenes = world.draw(world.sample_labelled, 4 * N, 99, True)
     answers = [judge.verdicts(part, prompts) for part, prompts in
@@ -82,12 +83,12 @@ def judged(model):
 
 
 def batches(items, size):
-    """A list in parts of so many."""
+    """A list in parts of `size` items."""
     return [items[i:i + size] for i in range(0, len(items), size)]
 
 
 def true_pictures(prompts, style):
-    """True pictures of the prompts, in one style: [P, 3, 64, 64]."""
+    """Rendered pictures of P prompts, in one style: [P, 3, 64, 64]."""
     scenes = [world.parse(prompt) for prompt in prompts]
     kind = torch.tensor([kind for kind, _ in scenes])
     layout = torch.tensor([layout for _, layout in scenes])
@@ -96,13 +97,13 @@ def true_pictures(prompts, style):
 
 
 def from_truth(prompts, style):
-    """The Frechet distance of true pictures of the prompts, in one style, from other true photos."""
+    """The Frechet distance of rendered pictures of the prompts, in one style, from other rendered photos of them."""
     return frechet.of_pictures(true_pictures(prompts, style), prompts)["frechet"]["mean"]
 
 
 def true_diversity(folder, prompts, style):
-    """How far apart true pictures of one prompt are, in one style, in a reward's features: what table1's
-    column says of a model's."""
+    """The diversity of rendered pictures of a prompt, in one style and a reward's features. table1 has the same number
+    for models."""
     texts = [prompt for prompt in prompts[:diversity.PROMPTS] for _ in range(PER_PROMPT)]
     pictures = [to_pil_image(image) for image in true_pictures(texts, style)]
     return diversity.Scorer(load_rewards(folder))(pictures, texts)["diversity"].mean().item()

@@ -1,13 +1,12 @@
-"""Section 3.2 and Fig. 9 d: what inversion is for. Every form of the reward, with one branch and with
-both.
+"""Section 3.2 and Fig. 9 d: the purpose of inversion. Every form of the reward, with one branch and with both.
 
     python -m experiments.common_mode
 
-In an update f moves along a C1 - b C2, summed over the branches, whose network terms have opposite signs:
-that is (a - b)/2 (C1 + C2) + (a + b)/2 (C1 - C2). The first part is common mode: what both texts share, and
-with it every bias of the image side. The second is what the words say. So the hacked statistic, redness,
-should follow (a - b) / (a + b). The denoising branch of --form branches is that of --form sgp, and is made
-once.
+In an update, f moves along a C1 - b C2, summed over the branches. The branches' network terms have opposite signs. The
+sum is (a - b)/2 (C1 + C2) + (a + b)/2 (C1 - C2). The first part is the common mode: what both texts share, and with it
+every bias of the image branch. The second part is the meaning of the words. So redness, the statistic that is hacked
+here, should follow (a - b) / (a + b). The denoising branch of --form branches equals that of --form sgp, so it is run
+only once.
 """
 
 import sys
@@ -19,18 +18,19 @@ from engine.errors import frame
 from experiments import runs
 from experiments.runs import Setting
 
-# a and b of a form, None where all is common mode; the released discounts at the middle of their ranges.
+# (a, b) of each form; None if all is common mode. The released form's discounts are at the middle of their ranges.
 DENOISE = {"plain": None, "sgp": (1, 0), "cfg": (1.5, 0.5), "released": (1.175, 1), "srp": (1, 1)}
 BOTH = {"plain": None, "sgp": (2, 0), "cfg": (2, 2), "branches": (1, 1), "released": (2.175, 2.155),
         "srp": (2, 2)}
-MORE = 4  # what is common to two branches cancels in the mean: so it does better with more pictures
+MORE = 4  # times the pictures. The branches' common mode cancels only in the mean, so more pictures cancel it better
 COLUMNS = {"predicted": ("common mode, predicted", ".2f"), "redness": ("redness", "+.3f"),
            "realism": ("realism", ".1%"), "alignment": ("alignment", ".1%"), "broken": ("broken", ".1%"),
            "sgp": ("SGP", "+.3f"), "grad_norm": ("gradient norm", ".2f")}
 
 
 def settings():
-    """{`Setting`: predicted common mode per unit of difference, None where it is all there is}."""
+    """{`Setting`: the predicted common mode per unit of difference, (a - b) / (a + b); None if there is no
+    difference}."""
     found = {}
     for name, branches, weights in (("denoise only", "denoise", DENOISE), ("both", "denoise,invert", BOTH)):
         for form, each in weights.items():
@@ -45,7 +45,7 @@ def settings():
 
 
 def norm_of(run):
-    """The mean norm of a run's gradients, before they were clipped."""
+    """The mean norm of a run's gradients, before clipping. run: its folder."""
     return mean(line["grad_norm"] for line in runs.log_of(run))
 
 
@@ -60,16 +60,16 @@ def main(argv=None):
             rows[setting.name]["grad_norm"] = runs.spread(norms)
         order = sorted(rows, key=lambda name: rows[name]["redness"].mean, reverse=True)
         rows = {name: rows[name] for name in order}
-        told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "
-                "them. Common mode per unit of difference, predicted from the weights of the two texts; the "
-                "plain reward has nothing else.")
+        told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between them. The "
+                "common mode per unit of difference is predicted from the weights of the two texts. The plain reward "
+                "has only common mode, so it has no such number.")
         runs.write(own, "common_mode", "Common mode: what inversion cancels", told,
                    [(rows, COLUMNS)], draw(own, rows))
 
 
 def draw(own, rows):
-    """Redness against the predicted common mode, a colour a form and a marker for its branches; and as
-    bars."""
+    """A figure: redness against the predicted common mode, with a colour for each form and a marker for its branches;
+    beside it, redness as bars."""
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     left = axes[0]
     for name, row in rows.items():

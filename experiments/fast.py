@@ -1,10 +1,10 @@
-"""The cheap recipe, --recipe fast, against the released one; how many rollout steps it takes; and where each
+"""The cheap recipe, --recipe fast, against the released one: results, rollout steps, and the update at which each
 breaks.
 
     python -m experiments.fast
 
-Direct-Align recovers any clean image from known noise, so the rollout's image need not be good; and one
-branch is enough where the form leaves no common mode (Eq. 10).
+Direct-Align recovers any clean image from known noise, so the rollout's image does not have to be good. One branch is
+enough if the form has no common mode (Eq. 10; experiments/common_mode.py).
 """
 
 import sys
@@ -23,7 +23,7 @@ COLUMNS = {"realism": ("realism", ".1%"), "alignment": ("alignment", ".1%"), "br
 
 
 def settings():
-    """(the two recipes, both at every number of rollout steps)."""
+    """(`Setting`s of the two recipes, `Setting`s with one and both branches at every number of rollout steps)."""
     recipes = [Setting("released", ""), Setting("fast", FAST)]
     steps = []
     for n in ROLLOUTS:
@@ -32,8 +32,8 @@ def settings():
     return recipes, steps
 
 
-def cliffs(own):
-    """({row: {column: `Spread`}}, {row: log}) of runs that go on to where they break: `margin`'s columns."""
+def limits(own):
+    """({row: {column: `Spread`}}, {row: log}) of runs that train until they break, with the columns of `margin`."""
     rate = recipe.flags(["--model", own.model]).lr
     long = f"--lr {rate:g} --steps {margin.UPDATES} --threshold off"
     rows = {}
@@ -51,13 +51,13 @@ def main(argv=None):
         one_seed = Namespace(**vars(own) | {"seeds": 1})
         found = runs.measured(own, recipes, "fast")
         rollouts = runs.measured(one_seed, steps, "rollout_steps")
-        broken, logs = cliffs(own)
+        broken, logs = limits(own)
         figure = runs.curve_figure(logs, ("realism", "alignment", "broken"),
                                    f"{margin.PICTURES} pictures every {margin.EVERY} updates, seed 0")
-        told = (f"{own.pictures} held-out prompts: first the recipes, {own.seeds} seeds, mean ± standard "
-                "deviation between them; then the rollout's steps, seed 0; then, seed 0 and the selection "
-                f"prompts, a run of {margin.UPDATES} updates: the first look at which {margin.GOAL:.0%} are "
-                "photos, and where it breaks.")
+        told = (f"The first table has the recipes: {own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard "
+                "deviation between them. The second has the rollout's steps, for the same prompts and seed 0. The "
+                f"third has a run of {margin.UPDATES} updates, for the selection prompts and seed 0: the first look "
+                f"at which {margin.GOAL:.0%} are photos, and when the pictures break.")
         tables = [(found, COLUMNS), (rollouts, COLUMNS), (broken, margin.COLUMNS)]
         runs.write(own, "fast", "The cheap recipe", told, tables, figure)
 

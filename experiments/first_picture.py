@@ -1,7 +1,8 @@
-"""The README's first picture: what the base makes of eight prompts, what it makes of them with the words
-before them, what SRPO makes of them, and true photos of the same.
+"""The README's first picture, with a column for each of eight prompts.
 
     python -m experiments.first_picture --weights runs/miniature/weights
+
+The rows: the base; the base, with every prompt prefixed with "realistic photo"; SRPO; true photos of the same scenes.
 """
 
 import sys
@@ -24,7 +25,7 @@ SEED = 70_000_000  # of the true photos
 
 
 def sampled(net, model, prompts, a):
-    """What a network makes of prompts, at noise seeds 0, 1, ...: [P, 3, H, W]."""
+    """A network's pictures of P prompts, at noise seeds 0, 1, ...: [P, 3, H, W] in [0, 1]."""
     embeddings = flux.encode_prompts(Model(model), prompts)
     grid = net.grid(a.size, a.size)
     start = flux.noise(net, grid, range(len(prompts)))
@@ -32,7 +33,7 @@ def sampled(net, model, prompts, a):
 
 
 def true_photos(prompts):
-    """Photos of the prompts' scenes, drawn: [P, 3, 64, 64]."""
+    """Drawn photos of the scenes of P prompts: [P, 3, 64, 64]."""
     scenes = [world.parse(prompt) for prompt in prompts]
     kind = torch.tensor([kind for kind, _ in scenes])
     layout = torch.tensor([layout for _, layout in scenes])
@@ -41,7 +42,7 @@ def true_photos(prompts):
 
 
 def draw(rows, path):
-    """Write {label: pictures [COLUMNS, 3, H, W]} as a labelled picture."""
+    """Write {label: pictures [COLUMNS, 3, H, W]} as one picture, with a labelled row for each entry."""
     figure, axes = pyplot.subplots(len(rows), COLUMNS, figsize=(1.2 * COLUMNS + 1.6, 1.2 * len(rows)),
                                    layout="constrained")
     for (label, images), line in zip(rows.items(), axes, strict=True):
@@ -59,8 +60,8 @@ def main(argv=None):
     with frame("first_picture"):
         parser = Parser(__doc__)
         parser.add_argument("--model", default="miniature", help="the miniature's folder")
-        parser.add_argument("--weights", type=some_path, required=True, help="of a run of train.py")
-        parser.add_argument("--out", type=some_path, default="assets/first.png", help="the picture")
+        parser.add_argument("--weights", type=some_path, required=True, help="folder of weights, from train.py")
+        parser.add_argument("--out", type=some_path, default="assets/first.png", help="file of the picture")
         own = parser.parse_args(sys.argv[1:] if argv is None else argv)
         a = recipe.flags(["--model", own.model])
         prompts = read_prompts(a.eval_prompts)[:COLUMNS]
@@ -68,7 +69,7 @@ def main(argv=None):
         base = flux.load(Model(own.model))
         aligned = flux.load(Model(own.model), own.weights)
         draw({"base": sampled(base, own.model, prompts, a),
-              'base, with\n"realistic\nphoto" before': sampled(base, own.model, words, a),
+              'base, prompt\nprefixed with\n"realistic\nphoto"': sampled(base, own.model, words, a),
               "SRPO": sampled(aligned, own.model, prompts, a),
               "true photos": true_photos(prompts)}, own.out)
         print(own.out)

@@ -1,11 +1,11 @@
-"""Fig. 7: which part of the trajectory is trained. Early (the first quarter), all, late (the last quarter),
-with the plain reward and with the relative one, without a discount.
+"""Fig. 7: which part of the trajectory is trained: early (the first quarter), all, or late (the last quarter).
 
     python -m experiments.intervals
 
-A late step may move pictures more, or less, than an early one: so the intervals are compared where they have
-climbed equally far, the plain reward, or the SGP gap to where the main run ends; and at the end of 26 updates
-at twice the miniature's learning rate, which go as far as 52 of the recipe.
+Each part is trained with the plain reward and with the relative one, without a discount. A late step may change
+pictures more, or less, than an early one. So the parts are compared when the reward has risen equally far. For the
+relative reward that is the SGP gap f.(C1 - C2) at the end of the main run. They are also compared after 26 updates at
+twice the miniature's learning rate, which go as far as 52 of the recipe.
 """
 
 import sys
@@ -16,15 +16,15 @@ from experiments import runs
 from experiments.runs import Setting
 
 LONG = "--lr 8e-5 --steps 26 --threshold off"
-# In sigma: the first quarter of 50 steps with shift 3 ends at 0.9, the last one begins at 0.5.
+# In sigma. Of 50 steps with shift 3, the first quarter ends at 0.9, and the last quarter begins at 0.5.
 RANGES = {"early": "0.99 0.9", "all": "0.99 0.02", "late": "0.5 0.02"}
 
 
 class Climb(NamedTuple):
-    """A reward: the flags that train on it, what it climbs, and how far the intervals are compared."""
-    flags: str
-    column: str
-    height: float
+    """A reward to train on, and the value at which runs are compared."""
+    flags: str     # of train.py
+    column: str    # the column of the log that training raises
+    height: float  # the value of that column at which runs are compared
 
 
 CLIMBS = {"plain": Climb("--form plain", "reward", 0.8), "relative": Climb("--form srp", "sgp", 0.28)}
@@ -39,7 +39,7 @@ AT_THE_END = ("realism", "redness", "broken", "frechet")
 
 
 def numbers(log, climb):
-    """{column: number} of a run; None for what it never reaches."""
+    """{column: number} of a run, from its log; None for what it never reaches."""
     row = {"at_update": runs.first_step(log, climb.column, lambda value: value >= climb.height),
            "broken_5": runs.breaks(log),
            "warned": runs.first_warning(log)}
@@ -63,10 +63,9 @@ def main(argv=None):
         in_words = ", ".join(f"{name} is {sigmas.replace(' ', ' to ')}" for name, sigmas in RANGES.items())
         plain = CLIMBS["plain"].height
         relative = CLIMBS["relative"].height
-        told = (f"48 watched pictures, {own.seeds} seeds, mean ± standard deviation between them. The rows "
-                f"are compared where they have climbed equally far, the plain reward to {plain}, the SGP "
-                f"gap to {relative}; - where no run gets there. In sigma, {in_words}. 26 updates at twice "
-                "the recipe's learning rate.")
+        told = (f"48 watched pictures, {own.seeds} seeds, mean ± standard deviation between them. The rows are "
+                f"compared at the update when the plain reward has risen to {plain}, or the SGP gap to {relative}; - "
+                f"means that no run gets there. In sigma, {in_words}. 26 updates at twice the recipe's learning rate.")
         runs.write(own, "intervals", "Which part of the trajectory (Fig. 7)", told,
                    [(rows, COLUMNS)], figure)
 

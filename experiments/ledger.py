@@ -1,6 +1,8 @@
-"""The README's ledger: the miniature's main run with one departure of the released code at a time taken back.
+"""The ledger of docs/ledger.md: where the released code departs from the paper.
 
     python -m experiments.ledger
+
+Each row is the miniature's main run with one of these departures taken back.
 """
 
 import sys
@@ -24,9 +26,8 @@ def main(argv=None):
         own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv, seeds=3)
         rows = runs.measured(own, ROWS, "ledger")
         figure = runs.bar_figure(rows, ("realism", "alignment", "broken"), runs.what_n_is(own))
-        told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "
-                "them. The rows are the README's; D5 comes with D6, and D13, the words, is in "
-                "[styles](styles.md).")
+        told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between them. The rows "
+                "are those of docs/ledger.md. D5 is measured with D6. D13, the words, is in [styles](styles.md).")
         runs.write(own, "ledger", "Where the released code departs from the paper", told, [(rows, COLUMNS)],
                    figure)
 

@@ -1,9 +1,9 @@
-"""A LoRA in place of full weights: which learning rate, and what it comes to.
+"""A LoRA in place of full weights: which learning rate it needs, and its results.
 
     python -m experiments.lora
 
-The rate in the miniature's srpo.json (lora_lr) is the smallest of RATES at which, after the recipe's updates,
-as many of the selection prompts' pictures are photos as `margin` asks for.
+The rate in the miniature's srpo.json is lora_lr. It is the smallest of RATES that reaches the goal of `margin` after
+the recipe's updates: the share of photos among the pictures of the selection prompts.
 """
 
 import sys
@@ -32,10 +32,9 @@ def main(argv=None):
             rates[f"LoRA, learning rate {rate:g}"] = runs.over_seeds([at_the_end(log)])
         found = runs.measured(own, [Setting("full weights", ""), Setting("LoRA", LORA)], "lora")
         figure = runs.bar_figure(rates, ("realism", "alignment", "broken"), "104 pictures, seed 0")
-        told = ("Rank 16 beside all linear layers of the blocks. First the rates, seed 0, "
-                f"{min(margin.PICTURES, own.pictures)} selection prompts; then the one that was chosen, "
-                f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "
-                "them.")
+        told = ("Rank 16, beside all linear layers of the blocks. The first table has the rates, for "
+                f"{min(margin.PICTURES, own.pictures)} selection prompts and seed 0. The second has the chosen rate, "
+                f"for {own.pictures} held-out prompts and {own.seeds} seeds, mean ± standard deviation between them.")
         runs.write(own, "lora", "A LoRA", told, [(rates, COLUMNS), (found, COLUMNS)], figure)
 
 

@@ -1,12 +1,12 @@
-"""How many updates, and how far is the cliff? Five learning rates, up to three times the recipe's updates.
+"""How many updates to train, and when training breaks: five learning rates, up to three times the recipe's updates.
 
     python -m experiments.margin
 
-Everything is measured on the selection prompts (--watch-prompts), none of which is evaluated. The rule, for
-each learning rate, on seed 0: the updates are the first look at which GOAL of the pictures are photos, and
-the rate is safe if at most BROKEN of them are broken until half as many updates more. Of the safe rates that
-need at most MOST updates, half a minute on one core, that one is chosen whose pictures are then nearest to
-true photos (the Frechet distance).
+Everything is measured on the selection prompts (--watch-prompts), which are never evaluated. A rule chooses the recipe,
+on seed 0. For each learning rate, the number of updates is the first look at which GOAL of the pictures are photos. The
+rate is safe if at most BROKEN of the pictures are broken until 1.5 times that number. Only rates with at most MOST
+updates, half a minute on one core, are considered. Of the safe ones, the rule chooses the rate whose pictures are
+nearest to true photos (the Frechet distance). Broken pictures have melted or damaged parts.
 """
 
 import sys
@@ -18,10 +18,10 @@ RATES = (1e-5, 2e-5, 4e-5, 6e-5, 8e-5)
 UPDATES = 84
 EVERY = 2  # updates between two looks
 PICTURES = 104
-GOAL = 0.85  # realism
-BROKEN = 0.02
-MOST = 30
-FALL = 0.05  # of alignment, below the first look's
+GOAL = 0.85  # share of photos
+BROKEN = 0.02  # largest share of broken pictures
+MOST = 30  # updates
+FALL = 0.05  # fall of alignment below the first look's
 COLUMNS = {"updates": ("updates", ".0f"), "realism": ("realism", ".1%"), "alignment": ("alignment", ".1%"),
            "broken": ("broken", ".1%"), "frechet": ("Frechet", ".1f"), "saturation": ("saturation", ".3f"),
            "fallen": ("alignment falls 5 points at", ".0f"),
@@ -29,18 +29,18 @@ COLUMNS = {"updates": ("updates", ".0f"), "realism": ("realism", ".1%"), "alignm
 
 
 def looks_of(log):
-    """Those lines of a log that have a look at the watched pictures."""
+    """The lines of a log that have a look at the watched pictures."""
     return [line for line in log if "watch" in line]
 
 
 def arrival(log):
-    """The first look at which GOAL of the pictures are photos; None if there is none."""
+    """The line of the first look at which GOAL of the pictures are photos; None if there is none."""
     return runs.first(looks_of(log), lambda line: line["watch"]["realism"] >= GOAL)
 
 
 def is_safe(log):
-    """Whether it arrives in time, and until half as many updates more at most BROKEN of the pictures are
-    broken."""
+    """Whether a run reaches GOAL within MOST updates, and at most BROKEN of its pictures are broken until 1.5 times
+    that update. A run whose log ends earlier is not safe."""
     arrived = arrival(log)
     if arrived is None or arrived["step"] > MOST or log[-1]["step"] < 1.5 * arrived["step"]:
         return False
@@ -49,13 +49,13 @@ def is_safe(log):
 
 
 def alignment_falls(log):
-    """The first look at which alignment is FALL below the first look's; None if there is none."""
+    """The update of the first look whose alignment is more than FALL below the first look's; None if there is none."""
     least = looks_of(log)[0]["watch"]["alignment"] - FALL
     return runs.first_step(log, "alignment", lambda value: value < least)
 
 
 def numbers(log):
-    """{column: number} of a run, where it arrives; None for what it never reaches."""
+    """{column: number} of a run, at the look when it reaches GOAL; None for what it never reaches."""
     arrived = arrival(log)
     row = {name: arrived and arrived["watch"][name]
            for name in ("realism", "alignment", "broken", "frechet", "saturation")}
@@ -67,7 +67,7 @@ def numbers(log):
 
 
 def chosen(logs):
-    """The learning rate of {rate: log} that the rule chooses, or None."""
+    """The learning rate that the rule chooses from {rate: log}; None if no rate is safe."""
     safe = [rate for rate, log in logs.items() if is_safe(log)]
     return min(safe, key=lambda rate: arrival(logs[rate])["watch"]["frechet"], default=None)
 
@@ -86,8 +86,8 @@ def main(argv=None):
         told = f"None of these learning rates reaches a realism of {GOAL:.0%} safely."
         if rate is not None:
             told = f"The rule chooses `--lr {rate:g} --steps {arrival(first[rate])['step']}`."
-        told += (f" The {min(PICTURES, own.pictures)} selection prompts' pictures at the first look at which "
-                 f"{GOAL:.0%} are photos, and where they break; a look every {EVERY} updates.")
+        told += (f" The table has the pictures of the {min(PICTURES, own.pictures)} selection prompts, with a look "
+                 f"every {EVERY} updates: at the first look at which {GOAL:.0%} are photos, and when they break.")
         figure = runs.curve_figure({f"lr {rate:g}": log for rate, log in first.items()},
                                    ("realism", "alignment", "broken", "frechet"),
                                    f"{PICTURES} pictures every {EVERY} updates, seed 0")

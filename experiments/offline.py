@@ -1,16 +1,14 @@
-"""S5: does SRPO learn from photographs as it learns from its own pictures? And what does supervised
-fine-tuning learn from the same ones, in as many updates?
+"""S5: SRPO with photographs in place of its own pictures, against supervised fine-tuning on the same photographs.
 
     python -m experiments.offline
 
-The photographs are drawn: scenes of the miniature's world in their photographic look, with captions that say
-nothing of it, and none of them a held-out prompt. Every arm begins with the same model and makes the same
-number of updates, but for one that says another; all are judged on the same held-out prompts and noise.
+The photographs are drawn: scenes of the miniature's world in the look of a photo. Their captions do not mention the
+look, and no caption is a held-out prompt. Every arm starts from the same model and makes the same number of updates,
+unless its name gives another number. All are judged on the same held-out prompts and noise.
 
-"Noisier" trains where a photograph is hardly seen any more (sigma from 0.99 to 0.9 in place of 0.964 to
-0.75): so the network meets there what it meets when it samples. Supervised is one step of flow matching an
-update, |v - (eps - x0)|^2, at the noise levels of the sampler, with the learning rate of SRPO and with larger
-ones.
+"Noisier" trains with sigma from 0.99 to 0.9 in place of 0.964 to 0.75. There, almost nothing of the photograph is
+visible, so the network's input is like the one in sampling. Supervised is one step of flow matching for each update,
+|v - (eps - x0)|^2, at the sampler's noise levels. It is run with SRPO's learning rate and with larger ones.
 """
 
 import hashlib
@@ -36,22 +34,22 @@ from experiments import runs
 from miniature import world as drawn
 
 LOOK = "realistic photo"  # of the miniature's world
-FASTER = (1, 4, 16)  # learning rates of supervised fine-tuning, in those of SRPO
+FASTER = (1, 4, 16)  # learning rates of supervised fine-tuning, as multiples of SRPO's
 COLUMNS = {"realism": ("realism", ".1%"), "alignment": ("alignment", ".1%"), "broken": ("broken", ".1%"),
            "frechet": ("Frechet", ".1f"), "redness": ("redness", "+.3f"), "sgp": ("SGP", "+.3f"),
            "painting": ("painting", ".1%"), "gflop": ("GFLOP an update", ".2f")}
 
 
 class Arm(NamedTuple):
-    """A way to train: flags of train.py."""
+    """A way to train: its name, and its flags of train.py."""
     name: str
     flags: list
 
 
 # -------------------------------------------------------------------------------------------- the photographs
 def draw(folder, number, held_out):
-    """Fill a folder with so many photographs of the world, each with its caption beside it; none of them is
-    of a held-out prompt. What is there already is drawn again."""
+    """Write `number` photographs of the world into a folder, each with its caption in a .txt beside it. held_out: the
+    set of prompts that no caption may be. Existing files are written again."""
     folder.mkdir(parents=True, exist_ok=True)
     images, scenes = drawn.draw(drawn.sample_style, 2 * number, 0, LOOK)
     captions = [caption.removeprefix(f"{LOOK}. ") for caption in drawn.captions(scenes)]
@@ -63,8 +61,7 @@ def draw(folder, number, held_out):
 
 # --------------------------------------------------------------------------------------------------- supervised
 def flow_matching(a, net, reward, batch):
-    """A method of one loss term: |v_theta - (eps - x0)|^2 on the batches that SRPO would have had, with the same
-    noise."""
+    """A method with one loss term, |v_theta - (eps - x0)|^2. Batches and noise are the same as SRPO's."""
     u = torch.rand(len(batch.prompts), generator=torch.Generator().manual_seed(batch.step))
     sigma = da.shift(u, a.shift or net.shift(batch.x0.shape[1])).to(batch.x0.device)  # [B]
     x_t = da.inject(batch.x0, batch.eps, sigma)
@@ -84,7 +81,7 @@ recipe.METHODS["supervised"] = recipe.Method(flow_matching, "flow matching on ph
 
 # --------------------------------------------------------------------------------------------------- the arms
 def arms(a, folder):
-    """All ways to train; `a` are the flags that they share."""
+    """A list of all `Arm`s. a: the flags that they share. folder: the photographs."""
     offline = ["--images", str(folder)]
     noisier = [*offline, "--sigma-range", "0.99", "0.9"]
     longer = a.steps + a.steps // 6
@@ -97,8 +94,8 @@ def arms(a, folder):
 
 
 def evaluated(arm, own, shared, seed, world):
-    """{"before", "after"} training an arm: each {column: mean over the held-out pictures}. Made once, and
-    kept in --home. Raises UserError for a model that has no judge."""
+    """{"before", "after"} training an arm, each {column: mean over the held-out pictures}. It is trained once, and the
+    numbers are kept in --home. Raises UserError for a model without a judge."""
     argv = [*shared, *arm.flags, "--eval", str(own.pictures), "--seed", str(seed)]
     digest = hashlib.sha256(shlex.join(argv).encode()).hexdigest()[:8]
     kept = Path(own.home) / f"offline_{digest}.json"
@@ -109,12 +106,12 @@ def evaluated(arm, own, shared, seed, world):
 
 
 def trained(argv, world):
-    """Train with the flags of an arm: what `evaluated` says of it."""
+    """Train with the flags of an arm. Returns {"before", "after"} as `evaluated` does."""
     a, model = recipe.read(argv)
     prepare.settle(a, model, world)
     run = prepare.set_up(a, model, world)
     if run.watched.judge is None:
-        raise UserError(f"--model {a.model}: it has no judge, and nothing else knows what a photo is")
+        raise UserError(f"--model {a.model}: it has no judge, which is needed to count photos; give the miniature")
     before = run.watched.evaluate("evaluate before")
     for step in range(1, a.steps + 1):
         train.update(a, run, step)
@@ -123,12 +120,12 @@ def trained(argv, world):
 
 
 def means(row):
-    """{column: number} of a row of train.py's table."""
+    """{column: mean} of a row of train.py's table."""
     return {column: cell["mean"] for column, cell in row.items() if cell}
 
 
 def flop_of(arm, shared):
-    """FLOP of the transformer in one update."""
+    """The transformer's FLOP in one update of an arm."""
     return plan.update_flop(prepare.job(*recipe.read([*shared, *arm.flags])))
 
 
@@ -149,9 +146,8 @@ def main(argv=None):
             rows[arm.name] = runs.over_seeds([each["after"] for each in found])
             rows[arm.name]["gflop"] = runs.spread([flop_of(arm, shared) / 1e9])
         figure = runs.bar_figure(rows, ("realism", "alignment", "broken"), runs.what_n_is(own))
-        told = (f"{own.photos} photographs; {a.steps} updates of {a.global_batch} images, lr "
-                f"{a.lr:g}; {own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation "
-                "between them.")
+        told = (f"{own.photos} photographs. {a.steps} updates of {a.global_batch} images, learning rate {a.lr:g}. "
+                f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between them.")
         runs.write(own, "offline", "Photographs in place of rollouts (S5)", told, [(rows, COLUMNS)], figure)
         world.close()
 

@@ -1,9 +1,9 @@
-"""How long until the pictures are photos? Recipes race to a realism on the miniature, timed update by update.
+"""How long until the pictures are photos? Recipes train the miniature until a share of the pictures are photos.
 
     python -m experiments.race --model miniature
 
-Only updates are timed; after each, held-out prompts are sampled and judged, off the clock. The released
-recipe is also timed with the released loop's habits, which change its seconds and not its pictures.
+Only updates are timed. After each update, held-out prompts are sampled and judged; this time does not count. The
+released recipe is also timed with the habits of the released code's loop. They change its seconds, not its pictures.
 """
 
 import sys
@@ -17,19 +17,19 @@ from engine.errors import UserError, frame
 from engine.memory import parallel, plan
 from experiments import bench
 
-LIMIT = 60  # updates after which a recipe has not arrived
+LIMIT = 60  # most updates of a recipe
 
 
 class Lap(NamedTuple):
-    """A recipe's race: updates until it arrived, seconds of one (median) and of all, FLOP of one."""
-    updates: int
-    each: float
-    total: float
-    flop: int
+    """The result of a recipe."""
+    updates: int  # until the goal was reached
+    each: float   # seconds of an update, the median
+    total: float  # seconds of all updates
+    flop: int     # of an update
 
 
 def flags(argv):
-    """This script's own flags, and those of train.py that are for every recipe. Raises UserError."""
+    """(this script's own flags, the others, which go to train.py for every recipe). Raises UserError."""
     parser = Parser(__doc__)
     parser.add_argument("--goal", type=real(0, 1), default=0.9,
                         help="share of pictures that the judge calls photos")
@@ -38,13 +38,14 @@ def flags(argv):
 
 
 def race(name, others, own, world):
-    """Train with a recipe until the goal; its `Lap`. Raises UserError for a model that has no judge."""
+    """Train with a recipe until the goal is reached. Returns its `Lap`. Raises UserError for a model without a judge,
+    and if LIMIT updates do not reach the goal."""
     a, model = recipe.read([*others, "--recipe", name, "--watch", str(own.pictures)])
     a.steps = LIMIT
     prepare.settle(a, model, world)
     run = prepare.set_up(a, model, world)
     if run.watched.judge is None:
-        raise UserError(f"--model {a.model}: it has no judge, and nothing else knows what a photo is")
+        raise UserError(f"--model {a.model}: it has no judge, which is needed to count photos; give the miniature")
     seconds = []
     for step in range(1, LIMIT + 1):
         phases = bench.one_update(a, run, [], step)
@@ -53,12 +54,13 @@ def race(name, others, own, world):
         if scores["realism"].mean() >= own.goal:
             break
     else:
-        raise UserError(f"--recipe {name}: {LIMIT} updates did not reach a realism of {own.goal:.0%}")
+        raise UserError(f"--recipe {name}: {LIMIT} updates did not reach a realism of {own.goal:.0%}; "
+                        "give a lower --goal")
     return Lap(len(seconds), median(seconds), sum(seconds), plan.update_flop(run.job))
 
 
 def with_habits(others, world, repeats=3):
-    """Median seconds of one released update made with the released loop's habits."""
+    """The median seconds of an update of the released recipe with the released loop's habits."""
     a, model = recipe.read([*others, "--recipe", "released"])
     prepare.settle(a, model, world)
     run = prepare.set_up(a, model, world)

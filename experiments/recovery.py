@@ -1,7 +1,8 @@
-"""Fig. 3: the picture that is recovered from a noisy one, by the network alone in one step, and by
-Direct-Align, which takes the known noise back out.
+"""Fig. 3: the picture that is recovered from a noisy one.
 
     python -m experiments.recovery
+
+It compares one step of the network alone with Direct-Align, which removes the known noise.
 """
 
 import sys
@@ -17,14 +18,16 @@ from engine.errors import frame
 from engine.model.folder import Model
 from experiments import runs
 
-SIGMAS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # 5 to 50 % of the way from noise
-WEIGHTS = (0.075, 0.025)  # of the network's term in Eq. 5: the step from sigma to sigma_to
-SHOWN = 2  # prompts in the strip
+SIGMAS = (0.95, 0.9, 0.8, 0.7, 0.6, 0.5)  # 5 to 50 % of the way from noise to the picture
+WEIGHTS = (0.075, 0.025)  # weights of the network's term in Eq. 5: sigma - sigma_to
+SHOWN = 2  # number of prompts in the figure
 
 
 @torch.no_grad()
 def recovered(net, x0, eps, c, guidance):
-    """{row: pictures [sigmas, B, 3, H, W]}: what each way makes of x_t at every noise level."""
+    """{row: pictures [sigmas, B, 3, H, W]}: x_t, and the picture that each way recovers from it, at every noise level.
+
+    x0, eps: [B, tokens, channels]. c: the prompts' `Condition`."""
     ways = {"one step of the network": None} | {f"Direct-Align, weight {w}": w for w in WEIGHTS}
     found = {"x_t": [], **{name: [] for name in ways}}
     for sigma in SIGMAS:
@@ -60,14 +63,15 @@ def main(argv=None):
                 for sigma, row in zip(SIGMAS, error, strict=True):
                     errors[name][str(sigma)] = runs.spread(row.tolist())
         columns = {str(s): (f"sigma {s}", ".3f") for s in SIGMAS}
-        told = (f"Root mean square error of the pictures (0 to 1) against the clean ones, {len(prompts)} "
-                "held-out prompts, mean ± standard deviation between the pictures.")
+        told = ("Root mean square error of the pictures, with values from 0 to 1, against the clean ones. "
+                f"{len(prompts)} held-out prompts, mean ± standard deviation between the pictures.")
         runs.write(own, "recovery", "What is recovered (Fig. 3)", told, [(errors, columns)],
                    strip(pictures, truth))
 
 
 def strip(pictures, truth):
-    """The pictures of the first prompts: a row a way, a column a noise level, and the clean one last."""
+    """A figure of the first prompts' pictures: a row for each way, a column for each noise level, the clean pictures
+    last."""
     rows = list(pictures)
     figure, axes = pyplot.subplots(len(rows), len(SIGMAS) + 1, figsize=(13, 3.4), layout="constrained")
     for y, name in enumerate(rows):

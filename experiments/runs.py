@@ -1,8 +1,8 @@
-"""What the experiments here are made of: runs of train.py, each made once and kept; evaluate.py's numbers of
-what they trained; and results as Markdown, JSON and a picture.
+"""The parts of every experiment: runs of train.py, evaluate.py's numbers of their weights, and pages of results.
 
-A run lies in a folder that is named by its flags, so experiments share runs, and go on where they were
-stopped.
+Each run is made once and kept, in a folder that is named by its flags. So experiments share runs, and an experiment
+that was stopped continues. Results are Markdown, JSON and a picture. Watched pictures are held-out prompts, sampled at
+fixed seeds while a run trains. Broken pictures have melted or damaged parts.
 """
 
 import argparse
@@ -25,12 +25,12 @@ from evaluation.report.curves import read_log
 
 matplotlib.use("Agg")
 RESULTS = Path(__file__).resolve().parent / "results"
-HELD_OUT = "miniature/reward_unbiased"  # a reward that no run is trained on
-# Colours that people with any kind of colour vision tell apart (Okabe and Ito).
+HELD_OUT = "miniature/reward_unbiased"  # the held-out reward; only unbiased and rare_words train on it
+# Colours that people with any kind of colour vision can tell apart (Okabe and Ito).
 COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#999999"]
 
-BROKEN = 0.05  # the share of broken pictures from which on a run has broken
-# How a column is drawn: its title with its unit, and the factor that makes the unit.
+BROKEN = 0.05  # a run breaks when the share of broken pictures is larger than this
+# How a column is drawn: its title with its unit, and the factor to that unit.
 DRAWN = {"realism": ("realism, %", 100), "alignment": ("alignment, %", 100), "broken": ("broken, %", 100),
          "painting": ("paintings, %", 100), "redness": ("redness, R - (G + B)/2", 1),
          "saturation": ("saturation (HSV)", 1), "brightness": ("brightness (mean luma)", 1),
@@ -44,15 +44,14 @@ class Setting(NamedTuple):
 
 
 def with_a_judge(text):
-    """A type for argparse: a model's folder with a judge; one that is not there is named by train.py."""
+    """A type for argparse: a model's folder with a judge. A folder that does not exist is refused by train.py."""
     if Path(text).is_dir() and not (Path(text) / "judge").is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: must be a folder with judge/ in it: nothing else knows "
-                                         "what a photo is")
+        raise argparse.ArgumentTypeError(f"{text}: must be a folder with judge/ in it, which is needed to count photos")
     return text
 
 
 def flag_line(text):
-    """A type for argparse: flags as a shell reads them."""
+    """A type for argparse: flags as in a shell."""
     try:
         shlex.split(text)
     except ValueError as error:
@@ -61,36 +60,36 @@ def flag_line(text):
 
 
 def parser(doc, seeds=5, pictures=128):
-    """The flags that every experiment has."""
+    """The parser of the flags that every experiment has. seeds, pictures: the defaults of two of them."""
     common = Parser(doc)
     add = common.add_argument
     add("--model", type=with_a_judge, default="miniature", help="a model folder with a judge")
     add("--seeds", type=whole(1, 100), default=seeds, help="runs of each row, seeds 0, 1, ...")
-    add("--home", default="runs/experiments", help="where the runs are kept, and shared between experiments")
+    add("--home", default="runs/experiments", help="folder of the runs, which experiments share")
     add("--results", default=str(RESULTS), help="folder of the Markdown, the JSON and the picture")
     add("--pictures", type=whole(4), default=pictures, help="held-out pictures that are evaluated")
     add("--flags", type=flag_line, default="",
-        help="of train.py, for every run, above its own: --steps 2 tries all")
+        help="flags of train.py for every run, which override the run's own; --steps 2 tests that everything runs")
     return common
 
 
 def parse(doc, argv, seeds=5, pictures=128):
-    """What a command line says to them. Raises UserError."""
+    """The values of these flags on a command line. Raises UserError."""
     return parser(doc, seeds, pictures).parse_args(argv)
 
 
 # ------------------------------------------------------------------------------------------------------- runs
-SELDOM = "--watch 2 --watch-every 1000"  # for runs of which only the end is looked at
+SELDOM = "--watch 2 --watch-every 1000"  # for runs whose watched pictures are not used
 
 
 def watching(own, pictures=48, every=2):
-    """Flags of train.py, for runs that are looked at on the way: the watched pictures, and how often."""
+    """Flags of train.py for runs whose watched pictures are used: how many, and every how many updates."""
     return f"--watch {min(pictures, own.pictures)} --watch-every {every}"
 
 
 def trained(own, flags, seed, looks=SELDOM):
-    """The folder of the finished run of train.py with these flags (one line) and a seed, made now if it is
-    not there; looks: flags, too, that change nothing but what is watched."""
+    """The folder of the finished run of train.py with these flags (one line) and a seed. It is run now if it does not
+    exist. looks: further flags, which only change what is watched."""
     argv = ["--model", own.model, *shlex.split(looks), *shlex.split(flags), *shlex.split(own.flags)]
     argv += ["--seed", str(seed)]
     name = re.sub(r"[^\w.]+", "_", flags).strip("_")[:60] or "main"
@@ -103,20 +102,20 @@ def trained(own, flags, seed, looks=SELDOM):
 
 
 def watched(own, flags, seed, pictures=48, every=2):
-    """A run's log: a list of dicts, of which those of every so many steps have the means over the watched
-    pictures under "watch"."""
+    """The log of a run: a list of dicts, one for each update. Every `every` updates, "watch" has the means over the
+    watched pictures."""
     return log_of(trained(own, flags, seed, watching(own, pictures, every)))
 
 
 def log_of(folder):
-    """The log of a run's folder: a list of dicts, one an update."""
+    """The log in a run's folder: a list of dicts, one for each update."""
     return read_log(folder / "log.jsonl")
 
 
 def evaluated(own, weights, name, prefix=None, per_prompt=1):
-    """{row: {column: mean over the pictures}} by evaluate.py, of the base, of the base with the words
-    `prefix` in its prompts, and of {row: folder of a run}: `own.pictures` of each, `per_prompt` of a
-    prompt."""
+    """{row: {column: mean over the pictures}} by evaluate.py. Rows: the base, with `prefix` the base whose prompts are
+    prefixed with it, and weights {row: folder of a run}. Each row has `own.pictures` pictures, `per_prompt` of each
+    prompt. Raises UserError if pictures cannot be read."""
     out = Path(own.home) / f"evaluate_{name}"
     prompts = own.pictures // per_prompt
     argv = ["--model", own.model, "--out", str(out), "--first", str(prompts), "--batch", "16",
@@ -134,8 +133,8 @@ def evaluated(own, weights, name, prefix=None, per_prompt=1):
 
 
 def measured(own, settings, name, prefix=None, per_prompt=1, looks=SELDOM):
-    """{row: {column: `Spread`}} of what `evaluated` says of the base (and of the base with the words) and of
-    every `Setting`, over the seeds; looks: as in `trained`."""
+    """{row: {column: `Spread`}} over the seeds, of `evaluated` for every `Setting` and for the base, with and without
+    `prefix`. looks: as in `trained`."""
     per_seed = {setting.name: [] for setting in settings}
     for seed in range(own.seeds):
         weights = {setting.name: trained(own, setting.flags, seed, looks) for setting in settings}
@@ -147,20 +146,20 @@ def measured(own, settings, name, prefix=None, per_prompt=1, looks=SELDOM):
 
 
 def seconds_of(log):
-    """Of an update, the mean."""
+    """The mean seconds of an update with its rollout."""
     return mean(line["seconds_rollout"] + line["seconds_update"] for line in log)
 
 
 # ------------------------------------------------------------------------------------------ mean and spread
 class Spread(NamedTuple):
-    """A number over seeds: mean and standard deviation between them (None for one seed)."""
+    """A number over n seeds: the mean, and the standard deviation between the seeds (None for one seed)."""
     mean: float
     std: float | None
     n: int
 
 
 def spread(values):
-    """The `Spread` of a list of numbers; None of an empty one."""
+    """The `Spread` of a list of numbers without its Nones; None if nothing is left."""
     values = [value for value in values if value is not None]
     if not values:
         return None
@@ -168,23 +167,23 @@ def spread(values):
 
 
 def over_seeds(rows):
-    """[{column: number}] of the seeds -> {column: `Spread`}."""
+    """[{column: number}], one for each seed -> {column: `Spread`}."""
     return {column: spread([row.get(column) for row in rows]) for column in rows[0]}
 
 
 def first(lines, wanted):
-    """The first line of a log that is `wanted`(line); None if none is."""
+    """The first line of a log for which wanted(line) is true; None if there is none."""
     return next((line for line in lines if wanted(line)), None)
 
 
 def first_step(log, column, reached):
-    """The first update at which the watched mean of a column is `reached`(value); None if it never is."""
+    """The first update at which reached(watched mean of the column) is true; None if there is none."""
     found = first(log, lambda line: "watch" in line and reached(line["watch"][column]))
     return found and found["step"]
 
 
 def breaks(log):
-    """The first update at which more than BROKEN of the watched pictures are broken; None if none is."""
+    """The first update at which more than BROKEN of the watched pictures are broken; None if there is none."""
     return first_step(log, "broken", lambda value: value > BROKEN)
 
 
@@ -195,8 +194,8 @@ def first_warning(log):
 
 
 def at_equal(log, column, climbed, value):
-    """A watched column where another one, `climbed`, first passes a value, interpolated between two looks;
-    None if it never does."""
+    """The watched mean of `column` at the point where that of `climbed` first reaches `value`, interpolated between two
+    looks. None if it never does."""
     before = None
     for line in log:
         if "watch" not in line:
@@ -213,7 +212,7 @@ def at_equal(log, column, climbed, value):
 
 # ---------------------------------------------------------------------------------------------------- results
 def shown(value, form):
-    """A `Spread` as text: mean ± standard deviation between the seeds."""
+    """A `Spread` as text, mean ± standard deviation between the seeds, in a format such as ".1%"; "-" for None."""
     if value is None:
         return "-"
     text = format(value.mean, form)
@@ -223,7 +222,7 @@ def shown(value, form):
 
 
 def table(rows, columns):
-    """A Markdown table of {row: {column: `Spread`}}; columns {column: (title, format)}."""
+    """A Markdown table of rows {row: {column: `Spread`}}. columns: {column: (title, format)}."""
     lines = ["| | " + " | ".join(title for title, _ in columns.values()) + " |",
              "|---" * (len(columns) + 1) + "|"]
     for name, row in rows.items():
@@ -233,10 +232,11 @@ def table(rows, columns):
 
 
 def write(own, name, title, told, tables, figure, **more):
-    """Write NAME.md (a title, the command, what the numbers are, the tables), NAME.json (the tables, and what
-    there is `more`) and, of a matplotlib figure, NAME.png; print the Markdown.
+    """Write NAME.md, NAME.json and NAME.png into --results, and print the Markdown.
 
-    tables: a list of ({row: {column: `Spread`}}, {column: (title, format)}).
+    NAME.md has the title, the command, the text `told`, which explains the numbers, and the tables. NAME.json has the
+    tables and `more`. NAME.png is the matplotlib figure. tables: a list of ({row: {column: `Spread`}}, {column: (title,
+    format)}).
     """
     folder = Path(own.results)
     folder.mkdir(parents=True, exist_ok=True)
@@ -251,7 +251,7 @@ def write(own, name, title, told, tables, figure, **more):
 
 
 def bars(axis, rows, column, title, scale=1):
-    """Draw a column of {row: {column: `Spread`}}: a bar a row, with the deviation between the seeds."""
+    """Draw a column of rows {row: {column: `Spread`}} on an axis: a bar for each row, with the standard deviation."""
     nothing = True
     for place, row in enumerate(rows.values()):
         value = row.get(column)
@@ -268,7 +268,7 @@ def bars(axis, rows, column, title, scale=1):
 
 
 def lines(axis, rows, title, scale=1):
-    """Draw {row: [(update, number)]} as curves over the updates."""
+    """Draw {row: [(update, number)]} on an axis as curves over the updates. scale: a factor for the numbers."""
     for place, (name, points) in enumerate(rows.items()):
         again, colour = divmod(place, len(COLOURS))
         axis.plot([step for step, _ in points], [scale * value for _, value in points], label=name,
@@ -278,13 +278,13 @@ def lines(axis, rows, title, scale=1):
 
 
 def what_n_is(own, pictures=None):
-    """What n is, to be written below a figure of bars; pictures: if they are not the held-out ones."""
+    """The note below a figure of bars: numbers of pictures and seeds. pictures: None for --pictures."""
     return (f"{pictures or own.pictures} pictures a seed, {own.seeds} seeds; lines on the bars: standard "
             "deviation between the seeds")
 
 
 def bar_figure(rows, columns, note):
-    """A figure of `bars`, a panel a column; the note says what n is."""
+    """A figure of `bars`, with a panel for each column, and a note below."""
     size = (3.3 + 3.2 * len(columns), 1.2 + 0.27 * len(rows))
     figure, axes = pyplot.subplots(1, len(columns), figsize=size, layout="constrained", squeeze=False)
     for axis, column in zip(axes[0], columns, strict=True):
@@ -297,8 +297,8 @@ def bar_figure(rows, columns, note):
 
 
 def curve_figure(logs, columns, note):
-    """A figure of the watched pictures over the updates, a panel a column and a line for each of {row: log};
-    the note says what n is."""
+    """A figure of the watched means over the updates, with a panel for each column, a line for each of {row: log}, and
+    a note below."""
     size = (4 * len(columns), 4.2)
     figure, axes = pyplot.subplots(1, len(columns), figsize=size, layout="constrained", squeeze=False)
     for axis, column in zip(axes[0], columns, strict=True):
@@ -311,12 +311,12 @@ def curve_figure(logs, columns, note):
 
 
 def points(log, column):
-    """[(update, mean of the watched pictures)] of a run, where there is such a number."""
+    """[(update, mean over the watched pictures)] of a run, without looks that have no such number."""
     looks = [(line["step"], line["watch"][column]) for line in log if "watch" in line]
     return [(step, value) for step, value in looks if value is not None]
 
 
 def as_json(rows):
-    """{row: {column: `Spread`}} for a JSON file."""
+    """{row: {column: `Spread`}} with dicts in place of `Spread`s, for a JSON file."""
     return {name: {column: value and value._asdict() for column, value in row.items()}
             for name, row in rows.items()}

@@ -19,9 +19,8 @@ def main(argv=None):
         own = runs.parse(__doc__, argv, pictures=256)
         rows = table1.measure(own, ROWS, "second_recipe")
         figure = runs.bar_figure(rows, ("realism", "frechet", "redness"), runs.what_n_is(own))
-        told = (f"Mean ± standard deviation between {own.seeds} seeds, "
-                f"{own.pictures // table1.PER_PROMPT} held-out prompts, {table1.PER_PROMPT} pictures of "
-                "each.")
+        told = (f"{own.pictures // table1.PER_PROMPT} held-out prompts, {table1.PER_PROMPT} pictures of each, "
+                f"{own.seeds} seeds, mean ± standard deviation between them.")
         runs.write(own, "second_recipe", "The authors' second recipe", told,
                    [(rows, table1.COLUMNS)], figure)
 

@@ -1,7 +1,8 @@
-"""Fig. 8: other words than "realistic photo", in the recipe's updates and in half of them: some words are
-quicker.
+"""Fig. 8: other words than "realistic photo".
 
     python -m experiments.styles
+
+Each pair of words is trained for the recipe's updates and for half of them, because some words need fewer.
 """
 
 import sys
@@ -17,7 +18,7 @@ COLUMNS = {"realism": ("realism", ".1%"), "brightness": ("brightness", ".3f"),
 
 
 def flags_of(words):
-    """Of train.py, for a wanted and an unwanted word."""
+    """The flags of train.py for a pair of words: the wanted and the unwanted one."""
     wanted, unwanted = words
     return f"--control '{wanted}' --neg '{unwanted}' --threshold off"
 
@@ -33,8 +34,8 @@ def main(argv=None):
             settings += [Setting(name, flags), Setting(f"{name}, {half} updates", f"{flags} --steps {half}")]
         rows = runs.measured(own, settings, "styles", WORDS[0][0])
         figure = runs.bar_figure(rows, ("realism", "brightness", "painting"), runs.what_n_is(own))
-        told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between "
-                "them; brightness is the mean luma.")
+        told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between them. "
+                "Brightness is the mean luma.")
         runs.write(own, "styles", "Other words (Fig. 8)", told, [(rows, COLUMNS)], figure)
 
 

@@ -1,9 +1,9 @@
-"""Table 1 of the paper on the miniature: SRPO, its parts and the baselines, at equal updates and over FLOP.
+"""Table 1 of the paper on the miniature: SRPO, its parts and the baselines, after equal updates and over FLOP.
 
     python -m experiments.table1                 five seeds
     python -m experiments.table1 --seeds 1       about six minutes on one core
 
-experiments/unbiased.py calls it with a reward into which no bias was built.
+experiments/unbiased.py calls it with a reward that has no built-in bias.
 """
 
 import sys
@@ -26,7 +26,7 @@ ROWS = [Setting("ReFL", f"--method refl {BASELINE}"),
         Setting("SRPO fast", "--recipe fast")]
 WORDS = "realistic photo"
 EVERY = 4  # updates between two looks at the watched pictures
-PER_PROMPT = 4  # pictures, between which the diversity is measured
+PER_PROMPT = 4  # pictures of a prompt, as the diversity needs
 COLUMNS = {"reward": ("reward", ".3f"), "clip": ("held-out reward", ".3f"), "sgp": ("SGP", "+.3f"),
            "realism": ("realism", ".1%"), "broken": ("broken", ".1%"), "alignment": ("alignment", ".1%"),
            "frechet": ("Frechet", ".1f"), "redness": ("redness", "+.3f"), "saturation": ("saturation", ".3f"),
@@ -35,7 +35,7 @@ COLUMNS = {"reward": ("reward", ".3f"), "clip": ("held-out reward", ".3f"), "sgp
 
 
 def cost(own, flags, log):
-    """{column: number} of what a run took: TFLOP of the transformer, seconds, optimizer steps."""
+    """{column: number}: what a run cost, in TFLOP of the transformer, seconds, and optimizer steps."""
     a, model = recipe.read(["--model", own.model, *flags.split(), *own.flags.split()])
     each = recipe.METHODS[a.method].optimizer_steps
     return {"tflop": a.steps * plan.update_flop(prepare.job(a, model)) / plan.TERA,
@@ -43,8 +43,8 @@ def cost(own, flags, log):
 
 
 def measure(own, rows, name, looks=runs.SELDOM):
-    """{row: {column: `Spread`}} of the base, of the base with the words, and of every setting, with what it
-    cost; looks: as in `runs.trained`."""
+    """{row: {column: `Spread`}} of the base, of the base with prompts prefixed with WORDS, and of every setting with
+    its cost. looks: as in `runs.trained`."""
     found = runs.measured(own, rows, name, WORDS, PER_PROMPT, looks)
     for setting in rows:
         costs = []
@@ -56,11 +56,11 @@ def measure(own, rows, name, looks=runs.SELDOM):
 
 
 def curves(own, rows):
-    """{row: {"tflop", "realism"}} of every look at the watched pictures, of seed 0."""
+    """{row: {"tflop", "realism"}}: lists with a number for each look at the watched pictures, seed 0."""
     found = {}
     for setting in rows:
         log = runs.watched(own, setting.flags, 0, every=EVERY)
-        flop = cost(own, setting.flags, log)["tflop"] / log[-1]["step"]  # of an update
+        flop = cost(own, setting.flags, log)["tflop"] / log[-1]["step"]  # TFLOP of an update
         looks = [line for line in log if "watch" in line]
         found[setting.name] = {"tflop": [flop * line["step"] for line in looks],
                                "realism": [line["watch"]["realism"] for line in looks]}
@@ -68,7 +68,7 @@ def curves(own, rows):
 
 
 def draw(found, curves, note):
-    """Bars of realism, redness and broken for every row; and realism over FLOP. The note says what n is."""
+    """A figure: bars of realism, redness and broken for every row, curves of realism over FLOP, and a note below."""
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 4.4), width_ratios=[1, 1, 1, 1.5], layout="constrained")
     for axis, column in zip(axes[:3], ("realism", "redness", "broken"), strict=True):
         title, scale = runs.DRAWN[column]
@@ -95,9 +95,10 @@ def main(argv=None, name="table1", title="Table 1", reward=None):
             own.flags = f"--reward {reward} {own.flags}"
         found = measure(own, ROWS, name, runs.watching(own, every=EVERY))
         over_flop = curves(own, ROWS)
-        told = (f"{own.pictures // PER_PROMPT} held-out prompts, {PER_PROMPT} pictures of each; mean ± "
-                f"standard deviation between {own.seeds} seeds; every row has as many updates, of as "
-                "many images, at the same learning rate. TFLOP: the transformer's; seconds: one CPU thread.")
+        told = (f"{own.pictures // PER_PROMPT} held-out prompts, {PER_PROMPT} pictures of each, {own.seeds} seeds, "
+                "mean ± standard deviation between them. Every row has the same number of updates, the same number of "
+                "images for each update, and the same learning rate. TFLOP are the transformer's. Seconds are those "
+                "of one CPU thread.")
         runs.write(own, name, f"{title} on the miniature", told, [(found, COLUMNS)],
                    draw(found, over_flop, runs.what_n_is(own)), curves=over_flop)
 

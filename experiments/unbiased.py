@@ -1,4 +1,4 @@
-"""Table 1 again, with a reward that has no bias: how much of the hacking was built in.
+"""Table 1 with a reward that has no built-in bias. It shows how much of the hacking comes from the built-in bias.
 
     python -m experiments.unbiased
 """

@@ -240,9 +240,9 @@ def network(transformer, vae):
 
 @torch.no_grad()
 def draw_latents(vae, batches):
-    """The data that `latents` keeps: N = 256 * batches captioned pictures as packed, normalised latents "z" in fp16
-    [N, 16, 64], with "shift" and "scale" of the normalisation, and the fields of their `Scenes`. The pictures
-    themselves are not kept."""
+    """The data that `latents` keeps, of N = 256 * batches captioned pictures. "z" [N, 16, 64]: packed, normalised
+    latents in fp16. "shift", "scale": of the normalisation. The fields of their `Scenes`. The pictures themselves are
+    not kept."""
     parts = []
     scenes = []
     for i in tqdm(range(batches), desc="latents"):
