@@ -157,11 +157,19 @@ def lam(sigma, sigma_max, sigma_min, early, late, a=1.0):
     """Eq. 6's lambda(t): from `early` at sigma_max down to `late` at sigma_min, [B]. t is where the network
     is called. On the way it follows shift(u, a), a straight line for a = 1.
 
-    The paper asks for a decaying factor and gives no numbers; late = early switches the discount off. The
-    authors' second recipe (Qwen-Image) has a = 3, early 1, late 0.
+    The paper asks for a decaying factor and gives no numbers; late = early switches the discount off.
     """
     u = (sigma - sigma_min) / (sigma_max - sigma_min)
     return late + (early - late) * shift(u, a)
+
+
+def lam_landing(sigma_to, sigma_max, sigma_min, cells, early, late, a=1.0):
+    """Eq. 6's lambda(t) where t is the cell on which a branch lands, [B]: late + (early - late) shift(m / T, a).
+
+    m counts the T cells from the clean end. The authors' second recipe: a = 3, early 1, late 0, T = 100.
+    """
+    m = 1 + (cells - 1) * (sigma_to - sigma_min) / (sigma_max - sigma_min)
+    return late + (early - late) * shift(m / cells, a)
 
 
 def aggregate(r, weight, n):

@@ -91,6 +91,9 @@ class DirectAlign:
                         choices=("velocity", "epsilon"), model=True)
     lam: list = flag([1.0, 1.0], real(0), "lambda(t) of Eq. 6 at both ends of --sigma-range [released code: none]",
                      metavar=("EARLY", "LATE"), model=True)
+    lam_at: str = flag("call", help="lambda(t) is that of the level where the network is called, or of the cell "
+                       "where a branch lands; the paper leaves it open [ours; the authors' second recipe: landing]",
+                       choices=("call", "landing"), model=True)
     lam_shift: float = flag(1.0, real(1e-3), "between them lambda(t) follows the time shift of this strength; 1: a "
                             "straight line [the authors' second recipe: 3]")
 
@@ -210,7 +213,8 @@ RECIPES = {
                            "threshold": None}),
     "2026": Recipe("the authors' recipe for Qwen-Image; words, reward and learning rate are left to the flags",
                   {"form": "srp", "branches": ["denoise"], "injections": 2, "lam": [1.0, 0.0], "lam_shift": 3.0,
-                   "sigma_range": [0.9, 0.2], "cells": 100, "groundtruth_ratio": 0.6, "threshold": None})}
+                   "lam_at": "landing", "sigma_range": [0.9, 0.2], "cells": 100, "groundtruth_ratio": 0.6,
+                   "threshold": None})}
 
 
 # -------------------------------------------------------------------------------------------------- the methods
@@ -278,12 +282,15 @@ def dancegrpo_group(a):
     return a.group
 
 
+# What the baselines' authors do: the reward of the bare prompt, no threshold, a noise for each image, and guidance 3.5
+# in the rollout (DanceGRPO's for FLUX).
+BASELINE = {"form": "plain", "threshold": None, "rollout_guidance": 3.5, "noise": "independent"}
 METHODS = {
     "srpo": Method("train.srpo", "the paper's", srpo_calls, takes_photographs=True),
-    "refl": Method("baselines.refl", "Eq. 2", refl_calls, {"form": "plain"}),
-    "draft-lv": Method("baselines.draft_lv", "Eq. 1", draft_lv_calls, {"form": "plain"}),
-    "dancegrpo": Method("baselines.dancegrpo", "a baseline of the paper", dancegrpo_calls, {"form": "plain"},
-                        dancegrpo_group, DANCE_OPTIMIZER_STEPS)}
+    "refl": Method("baselines.refl", "Eq. 2", refl_calls, BASELINE),
+    "draft-lv": Method("baselines.draft_lv", "Eq. 1", draft_lv_calls, BASELINE),
+    "dancegrpo": Method("baselines.dancegrpo", "a baseline of the paper", dancegrpo_calls, BASELINE, dancegrpo_group,
+                        DANCE_OPTIMIZER_STEPS)}
 
 
 # --------------------------------------------------------------------------------------- images among processes
@@ -325,7 +332,7 @@ def parser():
     """The command line of train.py, from the fields above."""
     methods = "; ".join(f"{name}, {method.says}" for name, method in METHODS.items())
     p = line.Parser("SRPO: align FLUX.1 with the difference between two prompts (arXiv 2509.06942).",
-                    epilog=recipes_in_words(), prog="train.py")
+                    epilog=in_words(), prog="train.py")
     texts = {"methods": methods, "rewards": ", ".join(rewards.names())}
     for group in GROUPS:
         line.add_group(p, group, texts)
@@ -338,13 +345,20 @@ def as_line(a):
     return f"{line.as_line(GROUPS, vars(a))} --recipe {a.recipe}"
 
 
-def recipes_in_words():
-    """What each recipe sets, for the help."""
+def in_words():
+    """What each recipe sets, and each method's own defaults, for the help."""
     told = ["recipes:"]
     for name, recipe in RECIPES.items():
-        flags = line.as_line(GROUPS, recipe.differs)
-        told.append(f"  {name}: {recipe.says}" + (f":\n      {flags}" if flags else ""))
+        told.append(f"  {name}: {recipe.says}" + indented(recipe.differs))
+    told.append("methods:")
+    for name, method in METHODS.items():
+        told.append(f"  {name}: {method.says}" + indented(method.flags))
     return "\n".join(told)
+
+
+def indented(flags):
+    """Flags {name: value} as a line of their own; nothing without any."""
+    return f":\n      {line.as_line(GROUPS, flags)}" if flags else ""
 
 
 def flags(argv):

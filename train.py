@@ -63,7 +63,10 @@ def srpo(a, net, reward, batch):
             f = reward.image_features(image)                                     # [B, D]
             d = da.discount(at.cell, *discount_of(a, branch), a.cells)           # [B]
             r = sr.branch_reward(a.form, branch, f, batch.C0, batch.C1, batch.C2, d, a.cfg_k)  # Eqs. 12, 13
-            weight = da.lam(at.sigma, *a.sigma_range, *a.lam, a.lam_shift)       # [B]
+            if a.lam_at == "call":
+                weight = da.lam(at.sigma, *a.sigma_range, *a.lam, a.lam_shift)   # [B]
+            else:
+                weight = da.lam_landing(at.sigma_to, *a.sigma_range, a.cells, *a.lam, a.lam_shift)
             loss = da.aggregate(sr.loss(r, a.threshold), weight, n).mean()       # Eq. 6
             sgp = sr.relative(f.detach(), batch.C1, batch.C2)
             yield loss, Term(batch.prompts, branch, x_t, v_theta, image, r, sgp,

@@ -16,6 +16,7 @@ from engine.data.prompt_files import read_prompts
 from engine.errors import frame
 from engine.model.folder import Model
 from evaluation.metrics import diversity, frechet
+from evaluation.metrics.look import load_look
 from evaluation.metrics.statistics import pixel_statistics
 from evaluation.watch import measure
 from miniature import world
@@ -27,6 +28,7 @@ PHOTO = "realistic photo"
 CG = "CG render"
 CAST = (0.12, -0.06, -0.06)  # the red cast: what is added to R, G and B
 SEED = 60_000_000  # of the rendered pictures
+BORDER = ((0.6, 0.65), (0.65, 0.7), (0.7, 0.75), (0.75, 0.8))  # looks u beside world.PHOTO_U
 PER_PROMPT = 4  # pictures of a prompt for the diversity, as in table1
 
 
@@ -79,6 +81,12 @@ def judged(model):
         right = verdict[name].bool() == (scenes.look[:, axis] > border)
         found[f"judge: {name}"] = right.float().mean().item()
     found["judge: whole pictures called broken"] = verdict["broken"].mean().item()
+    u = scenes.look[:, world.PHOTO]
+    second = torch.cat([load_look(model).verdicts(part)["realism_2"] for part in images.split(256)])
+    for name, photo in (("judge", verdict["realism"]), ("second judge", second)):
+        for low, high in BORDER:
+            found[f"{name}: called a photo, of pictures with u from {low} to {high}"] = \
+                photo[(u >= low) & (u < high)].mean().item()
     return found
 
 

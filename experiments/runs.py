@@ -119,7 +119,7 @@ def evaluated(own, weights, name, prefix=None, per_prompt=1):
     out = Path(own.home) / f"evaluate_{name}"
     prompts = own.pictures // per_prompt
     argv = ["--model", own.model, "--out", str(out), "--first", str(prompts), "--batch", "16",
-            "--metrics", f"reward,statistics,judge,frechet,clip={HELD_OUT}", "--per-prompt", str(per_prompt)]
+            "--metrics", f"reward,statistics,judge,look,frechet,clip={HELD_OUT}", "--per-prompt", str(per_prompt)]
     if prefix:
         argv += ["--prefix", prefix]
     if weights:

@@ -152,6 +152,17 @@ def test_placement_stays_on_the_grid_and_on_the_right_side(meet):
     assert torch.equal(same[0][far], same[1][far])
 
 
+def test_eq6_lambda_of_the_authors_second_recipe_is_that_of_the_landing_cell():
+    """shift(m / T, 3) of m = 30 of 100 cells is 0.5625 where a branch lands on it; called 41 cells away it is 0.82."""
+    a = recipe.flags(["--recipe", "2026"])
+    grid = da.training_grid(*a.sigma_range, a.cells)
+    at = da.place("denoise", torch.tensor([30]), grid, da.reach_of(a.groundtruth_ratio, a.cells))
+    landing = da.lam_landing(at.sigma_to, *a.sigma_range, a.cells, *a.lam, a.lam_shift)
+    assert a.lam_at == "landing" and landing.item() == pytest.approx(0.5625, abs=1e-5)
+    call = da.lam(at.sigma, *a.sigma_range, *a.lam, a.lam_shift)
+    assert call.item() > 0.8
+
+
 @pytest.mark.parametrize("cells, low, high", [(1000, 5, 995), (100, 2, 98)])
 def test_middles_are_uniform_over_the_grid(cells, low, high):
     """Released code: U{5, ..., 995} of 1000 cells; U{2, ..., 98} of 100. Ten classes, 20,000 draws:

@@ -64,7 +64,7 @@ def test_killed_it_goes_on_to_the_same_end(tmp_path, flags, ranks):
     """kill -9 of every process, some time after the first checkpoint; bit-identical with a run that nobody
     killed."""
     printed = tmp_path / "printed"
-    common = [*SMALL, "--global-batch", "1", "--steps", "3", "--save-every", "1", *flags]
+    common = [*SMALL, "--global-batch", "2", "--steps", "3", "--save-every", "1", *flags]
     call(printed, *common, "--out", tmp_path / "whole", ranks=ranks)
     processes = start(printed, *common, "--out", tmp_path / "killed", ranks=ranks)
     while not run_folder.finished(tmp_path / "killed"):
