@@ -3,35 +3,44 @@
 import ast
 from pathlib import Path
 
+import pytest
+
 # From the ground up: a room imports only from those before it, and from itself.
 FLOORS = ["engine", "direct_align", "srpo_reward", "flux", "rewards", "recipe", "miniature", "evaluation",
           "baselines", "prepare", "train", "sample", "evaluate", "experiments"]
-FILES = [path for room in FLOORS for path in (Path(f"{room}.py"), *Path(room).rglob("*.py")) if path.exists()]
+ENGINE = ["errors", "files", "paths", "hub", "command_line", "data", "model", "memory", "run", "merge"]
+HOUSES = [(Path("."), FLOORS), (Path("engine"), ENGINE)]
 
 
-def room_of(path):
-    """The folder of the first floor in a path, or the file's own name."""
-    return path.parts[0].removesuffix(".py")
+def rooms_of(house):
+    """The rooms of a folder: its files and its packages, without __init__.py."""
+    files = {path.stem for path in house.glob("*.py")} - {"__init__"}
+    return files | {path.parent.name for path in house.glob("*/__init__.py")}
 
 
-def imported(path):
-    """The rooms that a file imports from, wherever in it the import stands."""
-    rooms = set()
+def modules(path):
+    """The dotted names that a file imports, wherever in it the import stands: ["engine", "model"] and so on."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            rooms |= {alias.name.split(".")[0] for alias in node.names}
+            yield from (alias.name.split(".") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            rooms.add(node.module.split(".")[0])
-    return rooms & set(FLOORS)
+            yield from ([*node.module.split("."), alias.name] for alias in node.names)
 
 
-def test_every_room_has_a_floor():
-    rooms = {path.stem for path in Path(".").glob("*.py")}
-    rooms |= {path.parent.name for path in Path(".").glob("*/__init__.py")}
-    assert rooms == set(FLOORS)
+def imported(path, house):
+    """The rooms of a house that a file imports from."""
+    deep = len(house.parts)
+    return {name[deep] for name in modules(path) if tuple(name[:deep]) == house.parts and len(name) > deep}
 
 
-def test_imports_point_down():
-    for path in FILES:
-        below = FLOORS[:FLOORS.index(room_of(path)) + 1]
-        assert imported(path) <= set(below), path
+@pytest.mark.parametrize("house, floors", HOUSES, ids=str)
+def test_every_room_has_a_floor(house, floors):
+    assert rooms_of(house) == set(floors)
+
+
+@pytest.mark.parametrize("house, floors", HOUSES, ids=str)
+def test_imports_point_down(house, floors):
+    for height, room in enumerate(floors):
+        for path in (house / f"{room}.py", *(house / room).rglob("*.py")):
+            if path.exists():
+                assert imported(path, house) & set(floors) <= set(floors[:height + 1]), path
