@@ -22,7 +22,7 @@ from engine.run import made_by
 from engine.run.contents import Contents
 from engine.run.folder import RunFolder
 from engine.run.stopping import Stopping
-from evaluation import watch
+from evaluation import landing, watch
 
 
 class Batch(NamedTuple):
@@ -126,6 +126,7 @@ def set_up(a, model, world, folder=None, stopping=None):
     model.fetch(parts)
     curriculum = curriculum_of(a, model, world, share, texts)
     both = curriculum.prompts + texts.watched + texts.held_out
+    references = landing.references(a, model, world)
     kept = Cache(cache.folder_of(a.cache, flux.is_full_size(model)))
     embeddings = flux.encode_prompts(model, both, world.device, world.dtype, kept)
     if embeddings.truncated:
@@ -137,11 +138,13 @@ def set_up(a, model, world, folder=None, stopping=None):
         # what latents depend on beside their picture
         vae = [known_digest([model.part("vae")], kept), str(world.dtype), world.device.type]
         curriculum.encode(net.encode, vae, kept, world)
-    optimizer = make_ready(a, net, reward, curriculum, texts.watched + texts.held_out)
+    scored = texts.watched + texts.held_out + [photograph.caption for photograph in references]
+    optimizer = make_ready(a, net, reward, curriculum, scored)
     first = len(curriculum.prompts)
     last = first + len(texts.watched)
     watching = watch.Watch(a, model, world, net, reward, watch.Prompts(texts.watched, embeddings.part(first, last)),
                            watch.Prompts(texts.held_out, embeddings.part(last, len(both))), stopping)
+    watching.level = landing.level(a, model, references, net, reward, world)
     said = curriculum.texts | {"--watch-prompts": texts.watched, "--eval-prompts": texts.held_out}
     places = curriculum.places | {"--model": [model.part(part) for part in parts]}
     if a.weights:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import rewards
 from engine import command_line as line
-from engine.command_line import flag, must_differ, or_off, real, whole, words
+from engine.command_line import flag, must_differ, number_or_folder, or_off, real, whole, words
 from engine.errors import UserError
 from engine.memory import gpus, modes
 from engine.model.folder import Model
@@ -140,6 +140,9 @@ class Watching:
     watch: int = flag(4, whole(1), "pictures sampled at fixed seeds while training [ours]", model=True)
     watch_every: int = flag(5, whole(1), "updates between them [ours]", model=True)
     eval: int = flag(0, whole(0), "pictures evaluated before and after; 0: none [ours]", model=True)
+    land: str = flag(None, or_off(number_or_folder), "the run ends at the look whose watched SGP gap reaches this: a "
+                     "number, or the mean of the photographs in a folder, with captions as for --images [ours]",
+                     metavar="GAP|DIR", resume=True)
     drift_band: list = flag([0.25, 0.1, 0.2, 0.04], real(0), "largest change of these mean statistics of the watched "
                             "pictures; beyond it the drift warning says that the reward is hacked [ours]",
                             metavar=("SATURATION", "REDNESS", "BRIGHTNESS", "TEXTURE"), model=True)
@@ -468,4 +471,7 @@ def notes(a, model):
     if a.images is not None:
         lines.append(f"--images {a.images}: captions are the prompts, nothing is rolled out, and every photograph gets "
                      "noise of its own in every update; --prompts, --noise and --rollout-* are not read")
+    if a.land is not None and a.watch < 16:
+        lines.append(f"--land {a.land} --watch {a.watch}: the mean gap of so few pictures is unsure by about "
+                     f"{0.1 / a.watch ** 0.5:.2f}; give --watch 16 or more")
     return lines

@@ -139,12 +139,14 @@ def optimizer_step(a, run, step, trouble):
 
 # --------------------------------------------------------------------------------------------------- the loop
 def train(a, run, state):
-    """Updates until --steps, with checkpoints. `state` is what a checkpoint holds beside the weights: the last finished
-    update. Raises Stopped if the run is asked to stop."""
+    """Updates until --steps, or until the watched pictures have landed (--land), with checkpoints. `state` is what a
+    checkpoint holds beside the weights: the last finished update. Raises Stopped if the run is asked to stop."""
     flop = plan.update_flop(run.job, run.world.size)  # of this process
     bar = tqdm(range(state["step"] + 1, a.steps + 1), initial=state["step"], total=a.steps, desc="train",
                disable=not run.world.main)
     for step in bar:
+        if run.watched.landed(state):
+            break
         line = update(a, run, step)
         seconds = line["seconds_rollout"] + line["seconds_update"]
         line |= plan.achieved(flop, seconds, run.net.device)
@@ -154,8 +156,9 @@ def train(a, run, state):
         if "watch" in line:
             hacked = "YES" if line["hacking"] else "no"
             bar.set_postfix(sgp=f"{line['watch']['sgp']:+.3f}", hacking=hacked)
-        if step % a.save_every == 0 or step == a.steps:
+        if step % a.save_every == 0:
             save(a, run, state)
+    save(a, run, state)
 
 
 def save(a, run, state):

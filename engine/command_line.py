@@ -116,6 +116,14 @@ def some_path(text):
     return text
 
 
+def number_or_folder(text):
+    """A type for argparse: a finite number, or else a path that a folder could have."""
+    try:
+        return real()(text)
+    except argparse.ArgumentTypeError:
+        return some_path(text)
+
+
 def must_differ(control, neg):
     """Raise UserError if a text of the list `control` (wanted) is also in the list `neg` (unwanted). They are compared
     as a text encoder reads them: it does not see upper case, or how wide a space is."""

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import flux
 import srpo_reward as sr
-from engine.errors import NotFinite
+from engine.errors import NotFinite, UserError
 from engine.files import write_json, write_whole
 from engine.model import lora
 from evaluation import tables
@@ -111,6 +111,7 @@ class Watch:
         self.watched = watched
         self.evaluated = evaluated
         self.stopping = stopping
+        self.level = None  # the SGP gap at which the run ends (--land); None: it ends after --steps
         self.flags = ""  # the run's flags as one line for its report; train.py sets it
         self.grid = net.grid(a.size, a.size)
 
@@ -164,7 +165,11 @@ class Watch:
             evaluated = self.evaluate("evaluate before")
         if self.world.main:
             save_grid(images, folder.out / "samples" / "step_00000.png")
-        return {"run": folder.id, "images": self.a.global_batch, "step": 0, "unlogged": None,
+        gap = scores["sgp"].mean().item()
+        if self.level is not None and gap >= self.level:
+            raise UserError(f"--land {self.a.land}: before training the watched pictures' SGP gap is {gap:+.3f}, and "
+                            f"--land's is {self.level:+.3f}; give a higher one, or other --control and --neg")
+        return {"run": folder.id, "images": self.a.global_batch, "step": 0, "unlogged": None, "gap": gap,
                 "best": None, "best_step": None, "warned": False,
                 "before": {name: values.tolist() for name, values in scores.items()},
                 "evaluated": evaluated}
@@ -199,6 +204,9 @@ class Watch:
             self.world.say(report.advice(drift.warnings, state, vars(self.a)))
         state["warned"] = bool(drift.warnings)
         sgp = now["sgp"].mean().item()
+        state["gap"] = sgp
+        if self.landed(state):
+            self.world.say(f"step {step}: landed: the watched SGP gap is {sgp:+.3f}, and --land's {self.level:+.3f}")
         if not drift.warnings and (state["best"] is None or sgp > state["best"]):
             lora.export(self.net.transformer, folder.out / "weights_best", self.world, self.net.dtype)
             state |= {"best": sgp, "best_step": step}
@@ -206,7 +214,12 @@ class Watch:
             save_grid(images, folder.out / "samples" / f"step_{step:05d}.png")
         means = {name: value and value["mean"]
                  for name, value in self.summary(images, now, self.watched).items()}
-        return {"drift": drift.changes, "watch": means, "hacking": drift.warnings}
+        found = {"drift": drift.changes, "watch": means, "hacking": drift.warnings}
+        return found if self.level is None else found | {"land": self.level}
+
+    def landed(self, state):
+        """Whether the last look's SGP gap has reached that of --land."""
+        return self.level is not None and state["gap"] >= self.level
 
     def finish(self, folder, state):
         """Evaluate after training. Write before_after.png (first watched pictures above the last), summary.json and the
@@ -219,7 +232,10 @@ class Watch:
         if all(path.is_file() for path in samples):
             pictures = [read_image(str(path)) for path in samples]
             write_whole(out / "before_after.png", bytes(encode_png(torch.cat(pictures, 1)).numpy()))
-        write_json(out / "summary.json", {"steps": self.a.steps, "best_sgp": state["best"],
+        if self.level is not None and not self.landed(state):
+            self.world.say(f"not landed: after {state['step']} updates the watched SGP gap is {state['gap']:+.3f}, and "
+                           f"--land's is {self.level:+.3f}; give more --steps and --resume")
+        write_json(out / "summary.json", {"steps": state["step"], "best_sgp": state["best"],
                                           "before": state["evaluated"], "after": after})
         self.report(folder, state, finished=True)
         if after is not None:

@@ -39,21 +39,22 @@ class Skipped(Exception):
 
 
 # ---------------------------------------------------------------------------------------- a folder's pictures
-def read(folder, side, unit, world):
+def read(folder, side, unit, world, flag="--images"):
     """The `Photograph`s in a folder and its subfolders, sorted. They are for pictures of about side x side pixels, and
     for tokens of unit x unit pixels. The processes of a `parallel.World` each check a part of the pictures. Those that
-    cannot be trained on are named once. Raises UserError if none is left."""
+    cannot be trained on are named once. flag: the one that named the folder, for messages. Raises UserError if none is
+    left."""
     if not_a_path(folder) or not Path(folder).is_dir():
-        raise UserError(f"--images {folder[:80]!r}: no such folder; give a folder of pictures, with captions in "
+        raise UserError(f"{flag} {folder[:80]!r}: no such folder; give a folder of pictures, with captions in "
                         f".txt files beside them or in a {METADATA}")
     folder = Path(folder)
-    captions = captions_of_metadata(folder)
+    captions = captions_of_metadata(folder, flag)
     files = pictures_in(folder)
     if not files:
-        raise UserError(f"--images {folder}: no picture in it ({', '.join(PICTURES)})")
+        raise UserError(f"{flag} {folder}: no picture in it ({', '.join(PICTURES)})")
     found = {}
     mine = files[world.rank::world.size]
-    for file in tqdm(mine, "look at --images", leave=False, disable=not world.main or len(mine) < 100):
+    for file in tqdm(mine, f"look at {flag}", leave=False, disable=not world.main or len(mine) < 100):
         found[file] = look(file, captions, shapes_of(side // unit), unit)
     for theirs in world.gather(found):
         found |= theirs
@@ -61,24 +62,24 @@ def read(folder, side, unit, world):
     photographs = [found[file] for file in files if isinstance(found[file], Photograph)]
     skipped = {file: found[file] for file in files if not isinstance(found[file], Photograph)}
     if set(skipped.values()) == {NO_CAPTION} and not photographs:
-        raise UserError(f"--images {folder}: no caption for any of its {len(files)} pictures; write one "
+        raise UserError(f"{flag} {folder}: no caption for any of its {len(files)} pictures; write one "
                         f'beside each (fox.txt for fox.jpg), or a {METADATA} with "file_name" and "text"')
     if not photographs:
         file, why = next(iter(skipped.items()))
-        raise UserError(f"--images {folder}: none of its {len(files)} pictures can be trained on, such as "
+        raise UserError(f"{flag} {folder}: none of its {len(files)} pictures can be trained on, such as "
                         f"{file.relative_to(folder)}: {why}")
     for name in sorted(captions.keys() - {os.path.normpath(file) for file in files}):
         skipped[name] = f"named in {METADATA}, and there is no such picture"
-    tell(skipped, folder, world)
+    tell(skipped, folder, world, flag)
     return photographs
 
 
-def tell(skipped, folder, world):
+def tell(skipped, folder, world, flag):
     """Print which pictures are skipped, {file: why}: the first MOST_TOLD in a line each, then how many more."""
     for file, why in list(skipped.items())[:MOST_TOLD]:
-        world.say(f"--images: {os.path.relpath(file, folder)} is skipped: {why}")
+        world.say(f"{flag}: {os.path.relpath(file, folder)} is skipped: {why}")
     if len(skipped) > MOST_TOLD:
-        world.say(f"--images: {len(skipped) - MOST_TOLD} more are skipped")
+        world.say(f"{flag}: {len(skipped) - MOST_TOLD} more are skipped")
 
 
 def pictures_in(folder):
@@ -91,15 +92,15 @@ def pictures_in(folder):
     return found
 
 
-def captions_of_metadata(folder):
+def captions_of_metadata(folder, flag):
     """{path: caption} of all pictures that a metadata.jsonl in a folder names, in the format of Hugging Face's
     imagefolder: a line is an object with a "file_name", relative to the metadata.jsonl, and one of
     `prompt_files.KEYS`. Raises UserError."""
     captions = {}
     for file in sorted(folder.rglob(METADATA)):
-        for number, line in prompt_files.lines_of_jsonl(file, "--images"):
+        for number, line in prompt_files.lines_of_jsonl(file, flag):
             if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
-                raise UserError(f'--images {file}: line {number} must be an object with a "file_name" and a '
+                raise UserError(f'{flag} {file}: line {number} must be an object with a "file_name" and a '
                                 '"text"; fix it or remove it')
             captions[os.path.normpath(file.parent / line["file_name"])] = prompt_files.prompt_in(line)
     return captions
@@ -204,7 +205,7 @@ def pixels(photograph, unit):
     try:
         picture = ImageOps.fit(upright(photograph.file), size, Image.Resampling.LANCZOS)
     except Exception as error:  # a decoder may raise anything for a damaged file
-        raise UserError(f"--images: {photograph.file} cannot be read as a picture: {one_line(error)}; remove "
+        raise UserError(f"{photograph.file} cannot be read as a picture: {one_line(error)}; remove "
                         "it") from error
     image = torch.from_numpy(np.array(picture)).float() / 255  # [H, W, 3]
     return image.permute(2, 0, 1)[None]

@@ -117,7 +117,8 @@ def curves(run):
         if isinstance(line.get("drift"), dict):
             drift[step] = line["drift"]
     branches = {name: None for line in run.lines for name in line if name.startswith("reward_")}
-    found = {"SGP gap": {"watched": curve(watched, "sgp"), "training": curve(lines, "sgp")},
+    found = {"SGP gap": {"watched": curve(watched, "sgp"), "training": curve(lines, "sgp"),
+                         "--land": curve(lines, "land")},
              "Reward in training, by branch": {name[7:]: curve(lines, name) for name in branches},
              "Reward of the watched pictures": {"watched": curve(watched, "reward")},
              "Judge: % of the watched pictures": {name: curve(watched, name, 100) for name in judge.COLUMNS}}

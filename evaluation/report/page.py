@@ -214,7 +214,7 @@ def status_of(folder, args, lines):
                 run_folder.lock(file, folder)
             except UserError:
                 return "running"
-    done = lines[-1]["step"] >= args["steps"] and (folder / "summary.json").is_file()
+    done = lines[-1]["step"] == summary_of(folder).get("steps")
     return "finished" if done else "stopped"
 
 
