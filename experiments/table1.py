@@ -17,9 +17,10 @@ from engine.memory import plan
 from experiments import runs
 from experiments.runs import Setting
 
-ROWS = [Setting("ReFL", "--method refl"),
-        Setting("DRaFT-LV", "--method draft-lv"),
-        Setting("DanceGRPO", "--method dancegrpo"),
+BASELINE = "--threshold off"
+ROWS = [Setting("ReFL", f"--method refl {BASELINE}"),
+        Setting("DRaFT-LV", f"--method draft-lv {BASELINE}"),
+        Setting("DanceGRPO", f"--method dancegrpo {BASELINE}"),
         Setting("Direct-Align", "--recipe direct-align"),
         Setting("SRPO", ""),
         Setting("SRPO fast", "--recipe fast")]
@@ -27,8 +28,7 @@ WORDS = "realistic photo"
 EVERY = 4  # updates between two looks at the watched pictures
 PER_PROMPT = 4  # pictures of a prompt, as the diversity needs
 COLUMNS = {"reward": ("reward", ".3f"), "clip": ("held-out reward", ".3f"), "sgp": ("SGP", "+.3f"),
-           "realism": ("realism", ".1%"), "realism_2": ("realism, second judge", ".1%"), "look": ("look u", ".3f"),
-           "broken": ("broken", ".1%"), "alignment": ("alignment", ".1%"),
+           "realism": ("realism", ".1%"), "broken": ("broken", ".1%"), "alignment": ("alignment", ".1%"),
            "frechet": ("Frechet", ".1f"), "redness": ("redness", "+.3f"), "saturation": ("saturation", ".3f"),
            "diversity": ("diversity", ".4f"), "optimizer_steps": ("optimizer steps", ".0f"),
            "tflop": ("TFLOP", ".2f"), "seconds": ("seconds", ".1f")}

@@ -92,7 +92,7 @@ if os.environ["RANK"] == "1":
 train.main()
 """)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*torchrun, str(script), *SMALL[1:], "--global-batch", "1", "--steps", "3",
+    done = subprocess.run([*torchrun, str(script), *SMALL[1:], "--global-batch", "2", "--steps", "3",
                            "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0
     assert done.stderr.count("ArithmeticError: the cause") == 1 and "RuntimeError" not in done.stderr

@@ -85,17 +85,25 @@ def test_the_method_is_six_lines_of_train_py():
 def commands(path):
     """Every command in a fenced block of a README, in order, without its comment."""
     found = []
-    for block in re.findall(r"```\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL):
-        for line in block.splitlines():
+    text = path.read_text(encoding="utf-8")
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        for line in block.splitlines() if not language else []:
             command = re.sub(r"\s{2,}#.*", "", line).split("&&")[-1].strip()
             if command.startswith(("python ", "torchrun ", "pytest")):
                 found.append(command)
     return list(dict.fromkeys(found))
 
 
+def test_the_readme_has_commands():
+    """Set-up and main job, the tests, FLUX.1-dev on eight GPUs; and no language's block is taken for a command."""
+    found = commands(READMES[0])
+    assert len(found) > 8 and "pytest" in found and "python train.py --model miniature" in found
+    assert any(command.startswith("torchrun") for command in found)
+
+
 # The smallest size at which a command still does all that it does.
 SMALLEST = {
-    "train.py": ["--steps", "2", "--batch", "2", "--rollout-steps", "1", "--eval-steps", "1", "--watch", "2"],
+    "train.py": ["--steps", "2", "--global-batch", "2", "--rollout-steps", "1", "--eval-steps", "1", "--watch", "2"],
     "sample.py": ["--eval-steps", "1"],
     "evaluate.py": ["--first", "3", "--eval-steps", "1"],
     "experiments.bench": ["--repeats", "1", "--batch", "2", "--rollout-steps", "1"],
@@ -107,7 +115,7 @@ SMALLEST = {
     "engine.merge": [],
     "miniature.build": ["-h"]}
 for name in ("table1", "unbiased", "recovery", "common_mode", "intervals", "ablation", "second_recipe",
-             "when_to_stop", "styles", "rare_words", "margin", "fast", "lora", "ledger", "offline"):
+             "when_to_stop", "styles", "rare_words", "margin", "fast", "lora", "ledger", "offline", "landing"):
     SMALLEST[f"experiments.{name}"] = [
         "--seeds", "1", "--pictures", "8", "--results", "runs/results", "--flags",
         "--steps 1 --watch 4 --watch-every 1 --rollout-steps 2 --eval-steps 1 --batch 8"]
