@@ -138,7 +138,7 @@ def rows(args, model):
     if args.per_prompt > 1 and "diversity" not in metrics.parse_metrics(args.metrics):
         args.metrics += ",diversity"
     args.out = args.out or "runs/evaluate_" + ("images" if args.images else Path(args.model).name)
-    metrics.parse_metrics(args.metrics)
+    metrics.all_shown(metrics.parse_metrics(args.metrics))
     rewards.parse_rewards(args.reward)
     must_differ([args.control], [args.neg])
     if args.images and args.prefix:
@@ -317,7 +317,7 @@ def finish(args, methods, tasks, pictures, outcome):
     """Write and print the results; the exit status."""
     out = Path(args.out)
     asked = metrics.parse_metrics(args.metrics)
-    columns = tables.in_order({name: metrics.shown(name) for name in asked})
+    columns = tables.in_order(metrics.all_shown(asked))
     tasks = [task for task in tasks if task.name not in outcome.missing]
     task_of = {column: task for task in tasks for column in task.metric.COLUMNS}
     pictures_of = {column: task_of[column].pictures for column in columns if column in task_of}

@@ -376,7 +376,7 @@ def read(argv):
     check_method(given)
     values = None
     if given.get("resume"):
-        out = Path(given.get("out") or f"runs/{Path(given.get('model', Trained().model)).name}")
+        out = out_of(given.get("out"), given.get("model", Trained().model))
         values = resume.flags_of(out, p, GROUPS, RECIPES, given)
     if values is not None:
         a = Namespace(**values)
@@ -387,18 +387,34 @@ def read(argv):
     return a, model
 
 
+def out_of(out, model):
+    """The folder of a run: --out, or a folder in runs/ with the model's name."""
+    return Path(out or f"runs/{Path(model).name}")
+
+
 def begins(p, given):
     """(flags, `Model`) of a run that starts from the beginning."""
     values = line.defaults(GROUPS) | {"recipe": given.get("recipe", "released")}
+    differs = differs_of(p, values["recipe"])
     model = Model(given.get("model", values["model"]))
     own = model.flags(may_set(GROUPS))
     rate = own.pop("lora_lr", LORA_LR)
-    if given.get("lora"):
+    if (differs | given).get("lora"):
         own["lr"] = rate
     values |= line.read_values(p, own, model.says)
     values |= METHODS[given.get("method", values["method"])].flags
-    values |= RECIPES[values["recipe"]].differs
+    values |= differs
     return Namespace(**values | given), model
+
+
+def differs_of(p, name):
+    """{flag: value} that the recipe of a name sets. Raises UserError for what the command line would refuse."""
+    differs = RECIPES[name].differs
+    for flag_name in differs:
+        if flag_name not in line.defaults(GROUPS) or flag_name in ("model", "method"):
+            raise UserError(f"--recipe {name}: {flag_name} is no flag that a recipe can set; see RECIPES in recipe.py")
+    line.read_values(p, differs, f"--recipe {name}")
+    return differs
 
 
 def of_script(p, argv):
@@ -437,6 +453,10 @@ def check(a, model):
     check_what_learns(a)
     if a.resume and a.overwrite:
         raise UserError("--resume --overwrite: go on with the run in --out, or start again; give one")
+    out = out_of(a.out, a.model).resolve()
+    if a.overwrite and a.weights and out in Path(a.weights).resolve().parents:
+        raise UserError(f"--overwrite --weights {a.weights}: the weights would be deleted, which the run starts from; "
+                        "give another --out")
     gpus.check(a.card)
     model.grid(a.size, a.size)
     rewards.parse_rewards(a.reward)

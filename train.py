@@ -17,7 +17,6 @@ if __name__ == "__main__":
     with frame("train.py"):
         answered = recipe.read(sys.argv[1:])  # -h, and a refused flag, are answered before torch is imported
 
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -222,7 +221,7 @@ def main(argv=None, read=None):
     with frame("train.py"):
         stopping = Stopping("stopped before the first update: there is nothing to save")
         a, model = read or recipe.read(sys.argv[1:] if argv is None else argv)
-        out = Path(a.out or f"runs/{Path(a.model).name}")
+        out = recipe.out_of(a.out, a.model)
         if a.plan:
             return show_plan(a, model)
         if a.explain:

@@ -18,6 +18,7 @@ from experiments.runs import Setting
 REFERENCES = 256  # photographs
 MOST = 200  # updates
 RATES = (2e-5, 4e-5, 8e-5, 16e-5)  # half to four times the usual
+LORA_RATE = 5e-4
 BEYOND = 52  # updates of the run without --land: twice the recipe's
 COLUMNS = {"updates": ("updates", ".1f"), "realism": ("realism", ".1%"), "realism_2": ("realism, second judge", ".1%"),
            "alignment": ("alignment", ".1%"), "broken": ("broken", ".1%"), "frechet": ("Frechet", ".1f"),
@@ -28,8 +29,8 @@ def settings(folder):
     """The rows: runs that land, and runs that do not. folder: of the photographs."""
     land = f"--land {folder} --steps {MOST} --threshold off"
     rows = [Setting(f"fast, lr {rate:g}", f"--recipe fast --lr {rate:g} {land}") for rate in RATES]
-    rows += [Setting(f"released, lr {rate:g}", f"--lr {rate:g} {land}") for rate in RATES[1::2]]
-    rows += [Setting("fast, LoRA", f"--recipe fast --lora 16 {land}"),
+    rows += [Setting(f"released, lr {rate:g}", f"--lr {rate:g} {land}") for rate in RATES[1:]]
+    rows += [Setting(f"fast, LoRA, lr {LORA_RATE:g}", f"--recipe fast --lora 16 --lr {LORA_RATE:g} {land}"),
              Setting(f"fast without --land, {BEYOND} updates", f"--recipe fast --threshold off --steps {BEYOND}")]
     return rows
 

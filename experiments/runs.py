@@ -98,6 +98,8 @@ def trained(own, flags, seed, looks=SELDOM):
     if not (out / "summary.json").exists():
         print(f"train.py {shlex.join(argv)} --out {out}", flush=True)
         train.main([*argv, "--eval", "0", "--out", str(out), "--resume"])
+        if not (out / "summary.json").exists():
+            raise UserError(f"{out}: stopped; start the same command again to go on")
     return out
 
 

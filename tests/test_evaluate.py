@@ -27,8 +27,9 @@ from scripts import call, start
 import evaluate
 import flux
 from engine.data import prompt_files
+from engine.errors import UserError
 from evaluation import metrics, picture_folders, tables
-from evaluation.metrics import diversity, geneval
+from evaluation.metrics import diversity, geneval, statistics
 
 SMALL = ["--model", "miniature", "--first", "40", "--eval-steps", "2", "--batch", "8"]
 
@@ -457,3 +458,9 @@ def test_a_prefixed_base_is_sampled_with_the_words_and_scored_without(tmp_path):
         prefixed = out / "base_with_the_words" / f"{i:05d}.png"
         assert prefixed.read_bytes() == (tmp_path / "longer" / "base" / f"{i:05d}.png").read_bytes()
         assert prefixed.read_bytes() != (out / "base" / f"{i:05d}.png").read_bytes()
+
+
+def test_two_metrics_with_one_column_are_refused(monkeypatch):
+    monkeypatch.setattr(diversity, "COLUMNS", {"redness": statistics.COLUMNS["redness"]})
+    with pytest.raises(UserError, match="--metrics statistics,diversity: both have a column 'redness'"):
+        metrics.all_shown(["statistics", "diversity"])

@@ -116,6 +116,7 @@ def test_two_ranks_train_as_one_process_and_resume_on_one_and_three(tmp_path, ra
     call(printed, *flags, "--steps", 1, "--out", two, ranks=2)
     call(printed, *flags, "--steps", 2, "--out", one)
     call(printed, "train.py", "--steps", 2, "--out", two, "--resume", ranks=ranks)
+    assert json.loads((two / "weights_best" / "config.json").read_text())["_class_name"] == "FluxTransformer2DModel"
     reference = weights(one)
     difference = max((reference[k] - w).abs().max().item() for k, w in weights(two).items())
     # an update moves a weight by 4e-5: Adam turns 1e-8 of a small gradient into more

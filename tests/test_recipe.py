@@ -302,3 +302,40 @@ def test_a_flux_run_imports_nothing_of_the_miniature_nor_of_the_study(tmp_path):
     read = [line.split()[1] for line in lines if line.startswith("READ ")]
     read = [file for file in read if str(tmp_path / "run") not in file]
     assert len(read) == len(set(read)) <= 12, read
+
+
+@pytest.mark.parametrize("differs, said", [
+    ({"rolout_steps": 6}, "--recipe mine: rolout_steps is no flag that a recipe can set"),
+    ({"method": "refl"}, "--recipe mine: method is no flag that a recipe can set"),
+    ({"form": "crp"}, "--recipe mine: --form: invalid choice: 'crp'"),
+    ({"rollout_steps": 0}, "--recipe mine: --rollout-steps 0: must be a whole number")])
+def test_a_recipe_is_checked_as_a_command_line_is(monkeypatch, differs, said):
+    monkeypatch.setitem(recipe.RECIPES, "mine", recipe.Recipe("mine", differs))
+    with pytest.raises(UserError) as refused:
+        recipe.flags(["--model", "miniature", "--recipe", "mine"])
+    assert said in str(refused.value)
+
+
+def test_a_recipe_with_adapters_has_their_learning_rate(monkeypatch):
+    monkeypatch.setitem(recipe.RECIPES, "mine", recipe.Recipe("mine", {"lora": 4}))
+    assert recipe.flags(["--model", "miniature", "--recipe", "mine"]).lr == 5e-4
+
+
+def test_resume_alone_needs_a_run(tmp_path):
+    with pytest.raises(UserError, match="there is no run in it"):
+        recipe.flags(["--resume", "--out", str(tmp_path / "nowhere")])
+
+
+def test_resume_needs_the_runs_flags(tmp_path):
+    """A checkpoint without args.json: nothing could be compared."""
+    (tmp_path / "checkpoints" / "step_00001").mkdir(parents=True)
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(UserError, match="args.json: no such file"):
+        recipe.flags(["--model", "miniature", "--resume", "--out", str(tmp_path), "--lr", "1"])
+
+
+def test_overwrite_keeps_the_weights_that_a_run_starts_from(tmp_path):
+    given = ["--model", "miniature", "--overwrite", "--out", str(tmp_path), "--weights"]
+    with pytest.raises(UserError, match="the weights would be deleted"):
+        recipe.flags([*given, str(tmp_path / "weights")])
+    assert recipe.flags([*given, str(tmp_path.parent / "other")]).overwrite

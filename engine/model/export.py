@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from engine.files import write_whole
+from engine.files import write_json, write_whole
 from engine.model.tensor_files import INDEX, ONE_FILE
 from engine.model.tensors import full
 
@@ -47,5 +47,7 @@ def export(transformer, folder, world, dtype=torch.float32):
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / ONE_FILE, pieces)
-    write_whole(folder / "config.json", transformer.to_json_string())
+    config = json.loads(transformer.to_json_string())
+    config["_class_name"] = type(transformer).__name__.removeprefix("FSDP")  # FSDP2 renames the class that it shards
+    write_json(folder / "config.json", config)
     (folder / INDEX).unlink(missing_ok=True)

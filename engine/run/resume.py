@@ -15,7 +15,12 @@ def flags_of(out, parser, groups, recipes, given):
     must not change and differs; the message names the flag as it was given.
     """
     where = out / "args.json"
-    if not (out / "run.json").is_file() or not where.is_file():
+    has_run = (out / "run.json").is_file()
+    if not has_run and given.keys() == {"resume", "out"}:
+        raise UserError(f"--resume --out {out}: there is no run in it; give the --out of one, or a new run's flags")
+    if has_run and not where.is_file() and any((out / "checkpoints").glob("step_*")):
+        raise UserError(f"{where}: no such file, and it has the run's flags; put it back, or give another --out")
+    if not has_run or not where.is_file():
         return None
     then = read_json(where)
     if not isinstance(then, dict):

@@ -75,6 +75,19 @@ def shown(name):
     return getattr(metric, "SET_COLUMNS", metric.COLUMNS)
 
 
+def all_shown(asked):
+    """{metric: `shown`} of several metrics. Raises UserError if two of them have a column of one name."""
+    found = {}
+    owner = {}
+    for name in asked:
+        found[name] = shown(name)
+        for column in found[name]:
+            if column in owner:
+                raise UserError(f"--metrics {owner[column]},{name}: both have a column {column!r}; rename one")
+            owner[column] = name
+    return found
+
+
 def parse_metrics(spec):
     """"hpsv2.1,pickscore=PATH" -> {name: path or None}. Raises UserError for an unknown or repeated name."""
     known = names()
