@@ -41,13 +41,13 @@ def recover_exact(x_t, eps, sigma):
 def recover(x_t, v_theta, eps, sigma, sigma_to):
     """Eq. 5 for a velocity:  x0_hat = (x_t + (sigma_to - sigma) v_theta - sigma_to eps) / (1 - sigma_to).
 
-    One Euler step of the network to sigma_to, and the known noise does the rest. sigma_to < sigma is the
-    "denoise" direction (Eq. 12), sigma_to > sigma the "invert" direction (Eq. 13): the network's sign flips
+    One Euler step of the network to sigma_to; the known noise gives the rest of the way to x0. sigma_to < sigma
+    is the "denoise" direction (Eq. 12), sigma_to > sigma the "invert" direction (Eq. 13): the network's sign flips
     between them, since
         x0_hat = x0 + (sigma_to - sigma) / (1 - sigma_to) * (v_theta - (eps - x0)).
     All tensors [B, N, C]; sigma in [0, 1], sigma_to in [0, 1). Differs from the paper: it divides by alpha
     where the network is called, which is right for its epsilon (`recover_epsilon`) and wrong for a velocity.
-    Released code: this.
+    The released code does the same as this function.
     """
     sigma, sigma_to = column(sigma, x_t), column(sigma_to, x_t)
     return (x_t + (sigma_to - sigma) * v_theta - sigma_to * eps) / (1 - sigma_to)
@@ -57,9 +57,8 @@ def recover_epsilon(x_t, eps_theta, eps, sigma, sigma_to):
     """Eq. 5:  x0_hat = (x_t - dsigma eps_theta - (sigma - dsigma) eps) / alpha,  dsigma = sigma - sigma_to.
 
     As in the paper: alpha = 1 - sigma, of the call. All tensors [B, N, C]; sigma in [0, 1), sigma_to in
-    [0, 1]. With eps_theta = `epsilon(x_t, v_theta, sigma)` it is exact for a perfect network, like `recover`,
-    but passes on (1 - sigma_to) times as much of the network's error: 4 to 28 times less between sigma 0.75
-    and 0.964.
+    [0, 1]. With eps_theta = `epsilon(x_t, v_theta, sigma)` it is exact for a perfect network, like `recover`.
+    The network's error counts (1 - sigma_to) times as much: 4 to 28 times less between sigma 0.75 and 0.964.
     """
     sigma, sigma_to = column(sigma, x_t), column(sigma_to, x_t)
     dsigma = sigma - sigma_to
@@ -111,10 +110,10 @@ class Injection:
 
 
 def reach_of(groundtruth_ratio, cells):
-    """How many cells the network is trusted with, int((1 - ratio) T) + 1 (released code); the known noise
-    does the rest. A ratio of 0.92 leaves it 80 of 1000 cells, 0.017 of sigma. Fig. 3 states another number,
-    the weight of the model's term, 0.075 and 0.025: in Eq. 5 that term is dsigma eps_theta, so it is the step
-    sigma - sigma_to itself, and no ratio."""
+    """How many cells the network steps over, int((1 - ratio) T) + 1 (released code); the known noise gives the rest.
+
+    A ratio of 0.92 leaves it 80 of 1000 cells, 0.017 of sigma. Fig. 3 gives 0.075 and 0.025 as the weight of the
+    model's term. In Eq. 5 that term is dsigma eps_theta: these numbers are steps sigma - sigma_to, not ratios."""
     return int((1 - groundtruth_ratio) * cells) + 1
 
 
@@ -145,12 +144,11 @@ def draw_middle(n, cells, generator):
 
 
 # ------------------------------------------------------------------------------------------------------ Eq. 6
-def discount(cell, first, last, cells):
-    """The released code's late-timestep discount d = linspace(first, last, T)[cell], [B]: it weighs one text
-    feature (1 + d), see `srpo_reward.relative_released`. cell 0 is the clean (late) end, so `last` belongs to
-    the early steps.
+def discount(cell, late, early, cells):
+    """The released code's late-timestep discount d = linspace(late, early, T)[cell], [B]: it weighs one text
+    feature (1 + d), see `srpo_reward.relative_released`. cell 0 is the clean (late) end.
     """
-    return torch.linspace(first, last, cells)[cell]
+    return torch.linspace(late, early, cells)[cell]
 
 
 def lam(sigma, sigma_max, sigma_min, early, late, a=1.0):

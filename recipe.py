@@ -78,8 +78,8 @@ class DirectAlign:
     sigma_range: list = flag([27 / 28, 0.75], real(0, 1, open_high=True), "noise levels that are trained [released "
                              "code: 0.9643 0.75]", metavar=("MAX", "MIN"), model=True)
     cells: int = flag(1000, whole(20, 10**6), "grid cells in that range [released code]", model=True)
-    groundtruth_ratio: float = flag(0.92, real(0, 1), "share of the range left to the known noise; the network is "
-                                    "called the rest away from where it lands [released code: 0.92 HPS, 0.9 Pick]",
+    groundtruth_ratio: float = flag(0.92, real(0, 1), "share of the range left to the known noise; the network "
+                                    "steps over the remaining 1 - ratio [released code: 0.92 HPS, 0.9 Pick]",
                                     model=True)
     branches: list = flag(["denoise", "invert"], words, "denoise, invert, or both [paper 3.2]", model=True)
     injections: int = flag(1, whole(1), "n of Eq. 6: noise levels that a branch visits per image [released code]",
@@ -94,8 +94,8 @@ class DirectAlign:
     lam_at: str = flag("call", help="lambda(t) is that of the level where the network is called, or of the cell "
                        "where a branch lands; the paper leaves it open [ours; the authors' second recipe: landing]",
                        choices=("call", "landing"), model=True)
-    lam_shift: float = flag(1.0, real(1e-3), "between them lambda(t) follows the time shift of this strength; 1: a "
-                            "straight line [the authors' second recipe: 3]")
+    lam_shift: float = flag(1.0, real(1e-3), "between EARLY and LATE lambda(t) follows the shift of this strength, "
+                            "1: a straight line [the authors' second recipe: 3]")
 
 
 @dataclass
@@ -122,8 +122,8 @@ class Reward:
 @dataclass
 class Baselines:
     """the baselines"""
-    refl_steps: int = flag(6, whole(1), "refl: a rollout stops 1 to so many steps before its end [as ReFL, the last "
-                           "quarter]", model=True)
+    refl_steps: int = flag(6, whole(1), "refl: a rollout stops k steps early, k drawn from 1 to this [as ReFL, the "
+                           "last quarter]", model=True)
     group: int = flag(12, whole(2), "dancegrpo: images of a prompt, which are compared [DanceGRPO]", model=True)
 
 
@@ -227,7 +227,7 @@ class Calls(NamedTuple):
     with_gradient: int
 
 
-def one(a):
+def one_image(a):
     """Images of one prompt in an update, for a method that does not compare them."""
     return 1
 
@@ -238,7 +238,7 @@ class Method(NamedTuple):
     says: str               # for the help
     calls: Callable         # flags -> Calls
     flags: dict = {}        # its own defaults
-    group: Callable = one   # flags -> images of one prompt; a group is never split between batches
+    group: Callable = one_image   # flags -> images of one prompt; a group is never split between batches
     optimizer_steps: int = 1         # in an update; with more than one a process makes all its images at once
     takes_photographs: bool = False  # whether --images can replace its rollouts
 
@@ -467,7 +467,7 @@ def check_what_learns(a):
     """Raise UserError for flags that --method, --images and --explain do not do together."""
     method = METHODS[a.method]
     if a.explain and a.method != "srpo":
-        raise UserError(f"--explain --method {a.method}: only srpo is told")
+        raise UserError(f"--explain --method {a.method}: only srpo can be explained")
     if a.images is not None and not method.takes_photographs:
         raise UserError(f"--images --method {a.method}: it learns from its own rollouts, and not from photographs")
     if a.images is not None and a.noise == "fresh":

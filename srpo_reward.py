@@ -44,7 +44,7 @@ def relative_released(f, C1, C2, d):
 
 # --------------------------------------------------------------------------------------------- Eqs. 12 and 13
 def branch_reward(form, branch, f, C0, C1, C2, d, k):
-    """Eqs. 12 and 13: the reward of one branch, to be maximised in either: f, C0, C1, C2 [B, D] -> r [B].
+    """Eqs. 12 and 13: the reward of one branch, to be maximised in both: f, C0, C1, C2 [B, D] -> r [B].
 
     form      denoise (Eq. 12)       invert (Eq. 13)
     released  f.((1 + d) C1 - C2)    f.((1 + d) C2 - C1)    the released code: whole relative reward in both
@@ -54,9 +54,8 @@ def branch_reward(form, branch, f, C0, C1, C2, d, k):
     sgp       f.C1                  -f.C1                   Eq. 8: control words, but nothing relative
     plain     f.C0                  -f.C0                   Eq. 7: no control words (plain Direct-Align)
 
-    Why the sides change places: in `direct_align.recover` the network's term has the other sign when
-    inverting, so ascending r2 there is descending it for the sampler ("which has the opposite effect",
-    section 3.2).
+    When inverting, the network's term in `direct_align.recover` has the opposite sign. Raising r2 there lowers it
+    for the sampler ("which has the opposite effect", section 3.2). So the sides change places.
     """
     if branch == "denoise":
         wanted, unwanted = C1, C2
@@ -81,8 +80,8 @@ def branch_reward(form, branch, f, C0, C1, C2, d, k):
 
 
 def loss(r, threshold=None):
-    """What is minimised, [B]: -r (Eq. 6), or relu(threshold - r) (released code: 0.7, a habit of ReFL; it
-    stops the gradient of a reward above it, which an HPS cosine never is)."""
+    """What is minimised, [B]: -r (Eq. 6), or relu(threshold - r) (released code: 0.7, from ReFL). Above
+    the threshold the gradient is 0; cosines of an HPS stay below 0.7."""
     return -r if threshold is None else F.relu(threshold - r)
 
 
@@ -94,7 +93,7 @@ def with_words(words, prompts):
 
 class Rewards:
     """Several rewards as one. r = sum of w_i f_i.C_i is again a dot product, of (w_1 f_1, w_2 f_2, ...) with
-    (C_1, C_2, ...), so every equation above holds for it as it stands. A reward of weight 0 is held out: not
+    (C_1, C_2, ...), so every equation above holds for it unchanged. A reward of weight 0 is held out: not
     trained on, but in `parts`, to be watched.
     """
     unit = 1.0

@@ -15,7 +15,7 @@ from engine.errors import frame
 
 if __name__ == "__main__":
     with frame("train.py"):
-        answered = recipe.read(sys.argv[1:])  # -h, and a refused flag, are answered before torch is imported
+        answered = recipe.read(sys.argv[1:])  # -h and wrong flags end here, before torch is imported
 
 
 import torch

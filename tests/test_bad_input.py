@@ -236,7 +236,7 @@ FILES = [
     Mistake("train.py", "--images pictures --noise fresh", "there is no rollout whose noise could"),
     Mistake("bench", "--images pictures", "--images: an update is timed here"),
     Mistake("train.py", "--images pictures --method refl", "it learns from its own rollouts, and not from photographs"),
-    Mistake("train.py", "--explain --method draft-lv", "--explain --method draft-lv: only srpo is told"),
+    Mistake("train.py", "--explain --method draft-lv", "--explain --method draft-lv: only srpo can be explained"),
     Mistake("train.py", "--method dancegrpo --rollout-steps 3 --global-batch 4 --group 3",
             "a process makes 4 images (--global-batch 4, 1 processes), which is no multiple of --group 3; "
             "--global-batch 3 is"),
