@@ -177,8 +177,8 @@ def contents_of(texts, places, reward):
     """The `Contents` of what a run reads: texts {what: texts} and places {what: files or folders}, with every reward of
     the `Rewards`."""
     for number, (part, weight) in enumerate(reward.parts.values(), 1):
-        texts[f"the weight of reward {number}"] = [str(weight)]
-        places[f"reward {number}"] = [part.path]
+        texts[f"the weight of part {number} of --reward"] = [str(weight)]
+        places[f"part {number} of --reward"] = [part.path]
     return Contents(texts, places)
 
 

@@ -4,6 +4,9 @@ The defaults are the released code's recipe, in full. Every other recipe is what
 line, its help, the printed line of flags, what a model's srpo.json may set and what --resume may change are all
 made from the fields below. Nothing here needs torch, so -h and a refused flag are answered at once.
 
+To add a recipe, add an entry to RECIPES. To add a method, add an entry to METHODS, and a function like those of
+baselines.py. A new file at the top also needs a floor in tests/test_house.py.
+
     [released code]  the authors' training code      [paper N]  section N of arXiv 2509.06942
     [ours]           chosen here; nobody published a number
 """
@@ -247,7 +250,10 @@ class Method(NamedTuple):
         if callable(self.losses):
             return self.losses
         file, _, name = self.losses.rpartition(".")
-        return getattr(importlib.import_module(file), name)
+        try:
+            return getattr(importlib.import_module(file), name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UserError(f"METHODS in recipe.py: {self.losses!r} cannot be imported: {error}") from error
 
 
 DRAFT_EXTRA = 2            # n of DRaFT-LV: fresh noises, beside the rollout's own last step

@@ -75,8 +75,8 @@ def real(low=-LARGEST, high=LARGEST, open_low=False, open_high=False):
                 limits.append(f"above {low:g}" if open_low else f"at least {low:g}")
             if high < LARGEST or value > high:
                 limits.append(f"below {high:g}" if open_high else f"at most {high:g}")
-            wanted = " and ".join(limits) or "any"
-            raise argparse.ArgumentTypeError(f"{text}: must be a finite number, {wanted}")
+            wanted = ", ".join(["must be a finite number", *[" and ".join(limits)][:len(limits)]])
+            raise argparse.ArgumentTypeError(f"{text}: {wanted}")
         return value
     return read
 
@@ -84,7 +84,10 @@ def real(low=-LARGEST, high=LARGEST, open_low=False, open_high=False):
 def or_off(read):
     """A type for argparse: what `read` accepts, or the word "off", which becomes None."""
     def read_or_off(text):
-        return None if text == "off" else read(text)
+        try:
+            return None if text == "off" else read(text)
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{error}; or off") from error
 
     read_or_off.takes_off = True
     return read_or_off

@@ -235,6 +235,8 @@ def test_a_run_goes_on_with_its_own_flags(begun):
     (["--lora", "off"], "has --lora 2, and --lora off is given"),
     (["--seed", "1"], "has --seed 0, and --seed 1 is given"),
     (["--global-batch", "4"], "has --global-batch 2, and --global-batch 4 is given"),
+    (["--weights", "miniature/transformer"], "has --weights off, and --weights miniature/transformer is given"),
+    (["--recipe", "released"], "has --recipe fast, and --recipe released is given"),
     (["--control", "dark"], "has --control realistic photo, and --control dark is given"),
     (["--recipe", "paper"], "has --form srp, and --recipe paper is given")])
 def test_a_flag_that_disagrees_is_named_as_it_was_given(begun, argv, words):
@@ -249,7 +251,7 @@ def test_a_refused_resume_changes_nothing(begun, capsys):
     before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
     with pytest.raises(SystemExit) as stop:
         train.main(["--resume", "--out", str(begun), "--steps", "9", "--reward", "miniature/reward_unbiased"])
-    assert stop.value.code == 2 and "reward 1 is not what it was" in capsys.readouterr().err
+    assert stop.value.code == 2 and "part 1 of --reward is not what it was" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == before
 
 

@@ -216,7 +216,7 @@ def test_a_full_disk_is_said_once_and_training_goes_on(tmp_path, monkeypatch, ca
 def test_several_runs_lie_side_by_side(tmp_path, capsys):
     a, args = made(tmp_path / "a", [line(1), line(2)], "--steps", "2", "--lr", "1e-5")
     b, _ = made(tmp_path / "b", [line(1)], "--steps", "2", "--seed", "1", "--compile", "--threshold", "0.7")
-    (a / "summary.json").write_text("{}")
+    (a / "summary.json").write_text('{"steps": 2}')
     written(a, args, finished=True)
     with open(b / LOCK, "w") as held:
         lock(held, b)
@@ -236,7 +236,7 @@ def test_several_runs_lie_side_by_side(tmp_path, capsys):
 def test_the_evaluation_is_the_number_that_a_run_ends_with(tmp_path, capsys):
     folder, _ = made(tmp_path / "a", [line(1), line(2)], "--steps", "2")
     after = {"sgp": {"mean": 0.25, "se": 0.01, "n": 8}, "realism": {"mean": 0.5, "se": None, "n": 1}}
-    (folder / "summary.json").write_text(json.dumps({"before": None, "after": after}))
+    (folder / "summary.json").write_text(json.dumps({"steps": 2, "before": None, "after": after}))
     report.main([str(folder), str(folder), "--out", str(tmp_path / "page.html")])
     assert "| a: after, evaluated | +0.250 ± 0.010 | 50.0% |" in capsys.readouterr().out
 

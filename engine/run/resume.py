@@ -40,11 +40,18 @@ def disagreement(own, given, may_change, recipes):
     """The first given flag that differs from the run's own and may not change, in words such as "--lora 4, and --lora
     off is given"; None if there is none."""
     for name, value in given.items():
-        if name in may_change or own[name] == value or (name == "memory" and value == "auto"):
+        if agrees(name, value, own, may_change):
             continue
-        if name != "recipe":
+        if name != "recipe" or value == "released":
             return f"{line.shown(name, own[name])}, and {line.shown(name, value)} is given"
         for inner, wanted in recipes[value].differs.items():
             if own[inner] != wanted and inner not in given:
                 return f"{line.shown(inner, own[inner])}, and --recipe {value} is given"
     return None
+
+
+def agrees(name, value, own, may_change):
+    """Whether a given flag may stand beside the run's own flags. Of --weights only the path may change."""
+    if name == "weights":
+        return (own[name] is None) == (value is None)
+    return name in may_change or own[name] == value or (name == "memory" and value == "auto")
