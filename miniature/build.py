@@ -91,7 +91,8 @@ def export(shop, folder):
     write_half(folder / "judge" / "judge.safetensors", build_judge(shop))
     export_prompts(folder)
     if folder != HERE:
-        shutil.copy(HERE / "srpo.json", folder)
+        for file in ("srpo.json", "judge/look.safetensors"):  # the second judge knows the world, and no model
+            shutil.copy(HERE / file, folder / file)
 
 
 STAGES = {"vae": build_vae, "flow": build_flow, "distill": build_distill, "reward": build_reward,
