@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from builders import make_foreign_flux, make_foreign_reward, make_photographs
+from builders import make_foreign_flux, make_foreign_reward
 from scripts import call
 
 import evaluate
 import recipe
 from experiments import bench
+from experiments.offline import draw
 
 READMES = [Path("README.md"), *sorted(Path(".").glob("[a-z]*/README.md")), Path("docs/ledger.md")]
 README = READMES[0].read_text(encoding="utf-8")
@@ -128,7 +129,7 @@ FLAGS = {"train.py": recipe.flags, "evaluate.py": evaluate.flags().parse_args,
 
 def on_a_gpu(words):
     """Whether a command is for FLUX.1-dev."""
-    runs_here = any(name in " ".join(words) for name in ("miniature", "my_flux"))
+    runs_here = any(name in " ".join(words) for name in ("miniature", "my_flux", "--resume"))
     of_pictures = words[0] == "evaluate.py" and "--images" in words
     return not runs_here and not of_pictures and words[0] in FLAGS
 
@@ -144,7 +145,7 @@ def place(tmp_path_factory):
     make_foreign_flux(folder / "my_flux")
     make_foreign_reward(folder / "my_reward")
     (folder / "my_prompts.txt").write_text("a red circle\na blue square\na white triangle\n")
-    make_photographs(folder / "photographs")
+    draw(folder / "photographs", 6, set())
     return folder
 
 
