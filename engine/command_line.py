@@ -75,8 +75,8 @@ def real(low=-LARGEST, high=LARGEST, open_low=False, open_high=False):
                 limits.append(f"above {low:g}" if open_low else f"at least {low:g}")
             if high < LARGEST or value > high:
                 limits.append(f"below {high:g}" if open_high else f"at most {high:g}")
-            wanted = ", ".join(["must be a finite number", *[" and ".join(limits)][:len(limits)]])
-            raise argparse.ArgumentTypeError(f"{text}: {wanted}")
+            wanted = f", {' and '.join(limits)}" if limits else ""
+            raise argparse.ArgumentTypeError(f"{text}: must be a finite number{wanted}")
         return value
     return read
 

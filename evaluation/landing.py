@@ -39,5 +39,5 @@ def level(a, model, shown, net, rewards, world):
     gaps = torch.cat([gap for theirs in world.gather(mine) for gap in theirs])
     found = gaps.mean().item()
     world.say(f"--land {a.land}: {len(gaps)} photographs have an SGP gap of {found:+.3f} on average, with a standard "
-              f"deviation of {gaps.std().item():.3f}; the run ends when the watched pictures reach it")
+              f"deviation of {gaps.std(correction=0).item():.3f}; the run ends when the watched pictures reach it")
     return found

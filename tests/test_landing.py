@@ -78,6 +78,16 @@ def test_the_level_of_a_folder_is_the_mean_gap_of_its_photographs_through_the_va
     assert len(gaps) == 6 and found == pytest.approx(torch.cat(gaps).mean().item(), abs=1e-5)
 
 
+def test_one_photograph_is_enough(tmp_path, capsys):
+    folder = make_photographs(tmp_path / "six")
+    model = Model("miniature")
+    world = parallel.World()
+    a = SimpleNamespace(land=str(folder), size=64, control=["realistic photo"], neg=["CG render"])
+    first = landing.references(a, model, world)[:1]
+    landing.level(a, model, first, flux.load(model), rewards.load_rewards("miniature/reward"), world)
+    assert "standard deviation of 0.000" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("land", [None, 0.2])
 def test_a_number_is_the_level(land):
     a = SimpleNamespace(land=land)
