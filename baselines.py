@@ -114,9 +114,9 @@ def draft_lv(a, net, reward, batch):
 
 # ------------------------------------------------------------------------------------------------ DanceGRPO
 class Transition(NamedTuple):
-    """One step of a stochastic rollout, for B images."""
-    s: float
-    s_next: float
+    """One step of a stochastic rollout, for B images; or one step of each image, and then s and s_next are [B]."""
+    s: torch.Tensor
+    s_next: torch.Tensor
     x: torch.Tensor        # [B, N, C]
     x_next: torch.Tensor   # [B, N, C]
     logp: torch.Tensor     # [B] under the policy that made it
@@ -125,16 +125,17 @@ class Transition(NamedTuple):
 def sde_mean(x, v, s, s_next):
     """Where DanceGRPO's SDE goes in the mean:  mu = x - d v - (eta^2 d / 2s) eps_hat,  eps_hat = x + (1-s) v.
 
-    x, v [B, N, C]; 0 < s <= 1. The score -eps_hat / s turns the ODE into an SDE with the same marginals,
-    however large eta is.
+    x, v [B, N, C]; s, s_next numbers or [B], 0 < s <= 1. The score -eps_hat / s turns the ODE into an SDE with the
+    same marginals, however large eta is.
     """
-    d = s - s_next
+    s = da.column(s, x)
+    d = s - da.column(s_next, x)
     return x - d * v - ETA**2 * d / (2 * s) * da.epsilon(x, v, s)
 
 
 def log_probability(x_next, mean, s, s_next):
     """log p(x_next | x) but for a constant, [B]: the mean over all numbers, not their sum (released code of
-    DanceGRPO), of -(x_next - mean)^2 / (2 eta^2 d)."""
+    DanceGRPO), of -(x_next - mean)^2 / (2 eta^2 d). s, s_next: numbers or [B]."""
     return -((x_next - mean) ** 2).mean((1, 2)) / (2 * ETA**2 * (s - s_next))
 
 
@@ -174,31 +175,43 @@ def stochastic_rollout(a, net, batch):
     return x0, path
 
 
-def dancegrpo(a, net, reward, batch):
-    """DanceGRPO (arXiv 2505.07818): no gradient of the reward, but the probability of what did well in its
-    group of --group images of one prompt.
+def chosen(path, numbers, rows):
+    """The `Transition` of some images whose i-th is that of step numbers[i] of row rows[i]; numbers, rows [B]."""
+    steps = [path[number] for number in numbers]
+    pick = list(zip(steps, rows, strict=True))
+    s = torch.tensor([step.s for step in steps], device=path[0].x.device)
+    s_next = torch.tensor([step.s_next for step in steps], device=path[0].x.device)
+    return Transition(s, s_next, torch.stack([step.x[row] for step, row in pick]),
+                      torch.stack([step.x_next[row] for step, row in pick]),
+                      torch.stack([step.logp[row] for step, row in pick]))
 
-    Yields (loss, `Term`) for the images' parts and the trained transitions, and `STEP` between the parts:
-    three optimizer steps a rollout, as released. rho = exp(logp - logp_old), the loss is PPO's clipped one;
-    no KL. Differs from the release: a part is trained on all at once, not image by image, which is the same
-    sum.
+
+def dancegrpo(a, net, reward, batch):
+    """DanceGRPO (arXiv 2505.07818): no gradient of the reward. An image's transitions become more probable if it has a
+    higher reward than its group, the --group images of one prompt.
+
+    Yields (loss, `Term`) for every part of the images and every transition that is trained, and `STEP` between the
+    parts: three optimizer steps a rollout, as released (fewer with fewer images). Each image draws its own 60 %
+    of the transitions, as released. rho = exp(logp - logp_old); the loss is PPO's clipped one; no KL. Differs from the
+    release: a part is one batch, not image by image, which gives the same sum.
     """
     x0, path = stochastic_rollout(a, net, batch)
     with torch.no_grad():
         image, r, sgp = rewarded(a, net, reward, batch, x0)
     A = advantages(r, a.group).to(x0.device)
-    kept = batch.chance.some(len(path), transitions_kept(a.rollout_steps))
-    parts = torch.arange(len(r)).chunk(DANCE_OPTIMIZER_STEPS)
+    n = transitions_kept(a.rollout_steps)
+    kept = batch.chance.some_each(len(path), n)  # [B, n]
+    parts = torch.arange(len(r)).tensor_split(min(DANCE_OPTIMIZER_STEPS, len(r)))
     for number, rows in enumerate(parts):
         c = batch.c.rows(rows)
-        for each in kept:
-            was = path[each]
-            v_theta = net.velocity(was.x[rows], was.s, c, a.rollout_guidance)
-            mean = sde_mean(was.x[rows], v_theta, was.s, was.s_next)
-            logp = log_probability(was.x_next[rows], mean, was.s, was.s_next)  # [B / 3]
-            ratio = torch.exp(logp - was.logp[rows])
-            loss = clipped_loss(ratio, A[rows]).mean() / len(kept)
-            prompts = [batch.prompts[row] for row in rows]
-            yield loss, Term(prompts, "dancegrpo", was.x[rows], v_theta, image[rows], r[rows], sgp[rows])
+        prompts = [batch.prompts[row] for row in rows]
+        for k in range(n):
+            was = chosen(path, kept[rows, k].tolist(), rows.tolist())
+            v_theta = net.velocity(was.x, was.s, c, a.rollout_guidance)        # [B / 3, N, C]
+            mean = sde_mean(was.x, v_theta, was.s, was.s_next)
+            logp = log_probability(was.x_next, mean, was.s, was.s_next)        # [B / 3]
+            ratio = torch.exp(logp - was.logp)
+            loss = clipped_loss(ratio, A[rows]).mean() / n
+            yield loss, Term(prompts, "dancegrpo", was.x, v_theta, image[rows], r[rows], sgp[rows])
         if number < len(parts) - 1:
             yield STEP, None

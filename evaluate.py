@@ -94,7 +94,8 @@ def run(argv):
 
     if not world.main:
         return 0
-    return finish(args, methods, tasks, sum(groups, []), outcome)
+    pictures = list({picture.name: picture for group in groups for picture in group}.values())
+    return finish(args, methods, tasks, pictures, outcome)
 
 
 # ------------------------------------------------------------------------------------ what the user asks for
@@ -128,7 +129,7 @@ def flags():
     add("--seed", type=whole(0, 2**30), default=0,
         help="prompt i is sampled from noise seed + i, for every model")
     add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
-    add("--out", type=some_path, help="folder of pictures, scores, table.md, results.json and sheet.png "
+    add("--out", type=some_path, help="folder of pictures, scores, table.md, results.json, pictures.jsonl and sheet.png "
                       "(None: runs/evaluate_<model>)")
     return parser
 
@@ -330,12 +331,13 @@ def finish(args, methods, tasks, pictures, outcome):
     text = tables.report(results, columns)
     write_json(out / "results.json", {"args": vars(args), "missing": outcome.missing,
                                       "unreadable": outcome.unreadable, "rows": results})
+    write_whole(out / "pictures.jsonl", tables.per_picture(pictures, outcome.scores))
     write_whole(out / "table.md", text)
     picture_folders.contact_sheet(methods, pictures, out / "sheet.png")
     print(text)
     tell_gaps(methods, tasks, pictures, outcome)
     tell_missing(outcome.missing)
-    print(printable(f"pictures, scores, table.md, results.json and sheet.png in {out}/"))
+    print(printable(f"pictures, scores, table.md, results.json, pictures.jsonl and sheet.png in {out}/"))
     return 1 if outcome.unreadable else 0
 
 

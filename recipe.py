@@ -291,12 +291,15 @@ def dancegrpo_group(a):
     return a.group
 
 
+# What the baselines' authors do: the reward of the bare prompt, no threshold, a noise for each image, and guidance 3.5
+# in the rollout (DanceGRPO's for FLUX).
+BASELINE = {"form": "plain", "threshold": None, "rollout_guidance": 3.5, "noise": "independent"}
 METHODS = {
     "srpo": Method("train.srpo", "the paper's", srpo_calls, takes_photographs=True),
-    "refl": Method("baselines.refl", "Eq. 2", refl_calls, {"form": "plain"}),
-    "draft-lv": Method("baselines.draft_lv", "Eq. 1", draft_lv_calls, {"form": "plain"}),
-    "dancegrpo": Method("baselines.dancegrpo", "a baseline of the paper", dancegrpo_calls, {"form": "plain"},
-                        dancegrpo_group, DANCE_OPTIMIZER_STEPS)}
+    "refl": Method("baselines.refl", "Eq. 2", refl_calls, BASELINE),
+    "draft-lv": Method("baselines.draft_lv", "Eq. 1", draft_lv_calls, BASELINE),
+    "dancegrpo": Method("baselines.dancegrpo", "a baseline of the paper", dancegrpo_calls, BASELINE, dancegrpo_group,
+                        DANCE_OPTIMIZER_STEPS)}
 
 
 # --------------------------------------------------------------------------------------- images among processes

@@ -29,7 +29,7 @@ PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last bytes of every PNG
 OWN = ("geneval", "diversity")  # metrics with their own pictures, in subfolders of these names
 PREFIXED = "base with the words"
 # The names that evaluate.py itself writes in --out.
-TAKEN = ["base", "base_with_the_words", "scores", "results.json", "table.md", "sheet.png"]
+TAKEN = ["base", "base_with_the_words", "scores", "results.json", "pictures.jsonl", "table.md", "sheet.png"]
 
 
 @dataclass

@@ -1,5 +1,7 @@
 """From scores to tables: means with standard errors, paired differences, and the rows of the paper's Table 1."""
 
+import json
+import math
 import re
 
 import torch
@@ -115,6 +117,20 @@ def results(names, pictures_of, categories, scores):
                       "categories": {category: summary(within(category, row)) for category in categories},
                       "difference": summary(difference, groups)}
     return told
+
+
+def per_picture(pictures, scores):
+    """A line of JSON for each picture of each row: its row, name, prompt, category and scores; null for what is not
+    finite. pictures: a list of `Picture`. scores: as in `results`."""
+    lines = []
+    for row, found in scores.items():
+        for picture in pictures:
+            if picture.name in found:
+                values = {column: value if math.isfinite(value) else None
+                          for column, value in found[picture.name].items()}
+                lines.append(json.dumps({"row": row, "picture": picture.name, "prompt": picture.prompt,
+                                         "category": picture.category, **values}) + "\n")
+    return "".join(lines)
 
 
 # ------------------------------------------------------------------------------------------------ as Markdown

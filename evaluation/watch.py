@@ -19,10 +19,11 @@ from engine.files import write_json, write_whole
 from engine.model import lora
 from evaluation import tables
 from evaluation.metrics import frechet, judge, reward, statistics
-from evaluation.metrics.statistics import STATISTICS, pixel_statistics
+from evaluation.metrics.statistics import STATISTICS
 from evaluation.picture_folders import save_grid
 from evaluation.report import page as report
 from rewards.base import Column
+from rewards.pictures import pixel_statistics
 
 
 @torch.no_grad()

@@ -17,11 +17,11 @@ from engine.errors import frame
 from engine.model.folder import Model
 from evaluation.metrics import diversity, frechet
 from evaluation.metrics.look import load_look
-from evaluation.metrics.statistics import pixel_statistics
 from evaluation.watch import measure
 from miniature import world
 from miniature.judge import load_judge
 from rewards import load_rewards
+from rewards.pictures import pixel_statistics
 
 N = 1024  # pictures for a row
 PHOTO = "realistic photo"

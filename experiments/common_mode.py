@@ -9,13 +9,14 @@ here, should follow (a - b) / (a + b). The denoising branch of --form branches e
 only once.
 """
 
-import sys
+import math
 from statistics import mean
 
 from matplotlib import pyplot
 
 from engine.errors import frame
-from experiments import runs
+from experiments import pages, runs
+from experiments.pages import shown
 from experiments.runs import Setting
 
 # (a, b) of each form; None if all is common mode. The released form's discounts are at the middle of their ranges.
@@ -51,23 +52,30 @@ def norm_of(run):
 
 def main(argv=None):
     with frame("common_mode"):
-        own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv)
+        own = runs.parse(runs.parser(__doc__), argv)
         rows = runs.measured(own, list(settings()), "common_mode")
         rows["base"]["predicted"] = None
         for setting, mode in settings().items():
-            rows[setting.name]["predicted"] = runs.spread([mode])
+            rows[setting.name]["predicted"] = pages.spread([mode])
             norms = [norm_of(runs.trained(own, setting.flags, seed)) for seed in range(own.seeds)]
-            rows[setting.name]["grad_norm"] = runs.spread(norms)
+            rows[setting.name]["grad_norm"] = pages.spread(norms)
         order = sorted(rows, key=lambda name: rows[name]["redness"].mean, reverse=True)
         rows = {name: rows[name] for name in order}
-        told = (f"{own.pictures} held-out prompts, {own.seeds} seeds, mean ± standard deviation between them. The "
-                "common mode per unit of difference is predicted from the weights of the two texts. The plain reward "
-                "has only common mode, so it has no such number.")
-        runs.write(own, "common_mode", "Common mode: what inversion cancels", told,
-                   [(rows, COLUMNS)], draw(own, rows))
+        one, both = rows["cfg, denoise only"], rows["cfg, both"]
+        apart = one["redness"].mean - both["redness"].mean
+        result = pages.verdict(
+            apart > 2 * math.hypot(one["redness"].error, both["redness"].error),
+            f"redness with Eq. 11 is {shown(one['redness'], '+.3f')} with one branch and "
+            f"{shown(both['redness'], '+.3f')} with both (base {shown(rows['base']['redness'], '+.3f')}). What "
+            "inversion cancels is the common mode of the two texts.")
+        told = (f"{pages.counted(rows)} {pages.ERROR} The common mode per unit of difference is predicted from the "
+                "weights of the two texts. The plain reward has only common mode, so it has no such number.")
+        claim = "Inversion regularises (section 3.2, Fig. 9 d)."
+        page = pages.Page("Common mode: what inversion cancels", claim, result, told, [(rows, COLUMNS)])
+        pages.write(own, "common_mode", page, draw(rows))
 
 
-def draw(own, rows):
+def draw(rows):
     """A figure: redness against the predicted common mode, with a colour for each form and a marker for its branches;
     beside it, redness as bars."""
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
@@ -76,17 +84,17 @@ def draw(own, rows):
         if row["predicted"] is None:
             continue
         form, branches, *_ = name.split(", ")
-        colour = runs.COLOURS[list(BOTH).index(form)]
+        colour = pages.COLOURS[list(BOTH).index(form)]
         marker = "o" if branches == "both" else "s"
-        left.errorbar(row["predicted"].mean, row["redness"].mean, yerr=row["redness"].std, fmt=marker,
+        left.errorbar(row["predicted"].mean, row["redness"].mean, yerr=row["redness"].error, fmt=marker,
                       markersize=8, color=colour, label=name)
     left.axhline(rows["base"]["redness"].mean, color="grey", linestyle="dashed", label="base")
     left.set_xlabel("common mode per unit of difference, predicted: (a - b) / (a + b)")
     left.set_ylabel("redness, R - (G + B)/2, measured")
     left.legend(fontsize=8, loc="upper left")
-    title, scale = runs.DRAWN["redness"]
-    runs.bars(axes[1], rows, "redness", title, scale)
-    figure.supxlabel(runs.what_n_is(own), fontsize=9)
+    title, scale = pages.DRAWN["redness"]
+    pages.bars(axes[1], rows, "redness", title, scale)
+    figure.supxlabel(pages.note(rows, ["redness"]), fontsize=9)
     return figure
 
 

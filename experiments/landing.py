@@ -3,62 +3,89 @@
     python -m experiments.landing
 
 The photographs are drawn, as in offline. There is a look at the watched pictures every two updates, and a run ends at
-the first one that has reached the photographs' gap. The table is of the held-out prompts. Only "above the best" is of
-the watched pictures: the Frechet distance of the last look minus the smallest of the run.
+the first one that has reached the photographs' gap. The aim of each such run: realism of 90 %, alignment at most 3
+points below the base, at most 1 % broken, and a Frechet distance at most 1.5 above the best look of the run.
+
+The last rows do not land. A hinge relu(threshold - r) takes the gradient from each picture by itself: at what true
+photos score, with the relative reward and with the plain one.
 """
 
-import sys
 from pathlib import Path
 
 from engine.data import prompt_files
 from engine.errors import frame
-from experiments import offline, runs
+from experiments import margin, offline, pages, runs
 from experiments.runs import Setting
 
 REFERENCES = 256  # photographs
 MOST = 200  # updates
 RATES = (2e-5, 4e-5, 8e-5, 16e-5)  # half to four times the usual
 LORA_RATE = 5e-4
-BEYOND = 52  # updates of the run without --land: twice the recipe's
+BEYOND = 52  # updates of the runs that do not land: twice the recipe's
+AIM = {"realism": 0.9, "alignment": -0.03, "broken": 0.01, "above": 1.5}
 COLUMNS = {"updates": ("updates", ".1f"), "realism": ("realism", ".1%"), "realism_2": ("realism, second judge", ".1%"),
            "alignment": ("alignment", ".1%"), "broken": ("broken", ".1%"), "frechet": ("Frechet", ".1f"),
-           "above": ("above the best", ".1f"), "sgp": ("SGP", "+.3f"), "redness": ("redness", "+.3f")}
+           "above": ("above the best look", ".1f"), "warned": ("runs with a drift warning", ".0f"),
+           "kept_at": ("weights_best of update", ".1f"), "sgp": ("SGP", "+.3f"), "redness": ("redness", "+.3f")}
 
 
 def settings(folder):
-    """The rows: runs that land, and runs that do not. folder: of the photographs."""
+    """(`Setting`s of runs that land, of runs that do not). folder: of the photographs."""
     land = f"--land {folder} --steps {MOST} --threshold off"
-    rows = [Setting(f"fast, lr {rate:g}", f"--recipe fast --lr {rate:g} {land}") for rate in RATES]
-    rows += [Setting(f"released, lr {rate:g}", f"--lr {rate:g} {land}") for rate in RATES[1:]]
-    rows += [Setting(f"fast, LoRA, lr {LORA_RATE:g}", f"--recipe fast --lora 16 --lr {LORA_RATE:g} {land}"),
-             Setting(f"fast without --land, {BEYOND} updates", f"--recipe fast --threshold off --steps {BEYOND}")]
-    return rows
+    landing = [Setting(f"fast, lr {rate:g}", f"--recipe fast --lr {rate:g} {land}") for rate in RATES]
+    landing += [Setting(f"released, lr {rate:g}", f"--lr {rate:g} {land}") for rate in RATES]
+    landing += [Setting("2026, lr 4e-05", f"--recipe 2026 --lr 4e-5 {land}"),
+                Setting("photographs, lr 4e-05", f"--images {folder} --sigma-range 0.99 0.9 --lr 4e-5 {land}"),
+                Setting(f"fast, LoRA, lr {LORA_RATE:g}", f"--recipe fast --lora 16 --lr {LORA_RATE:g} {land}")]
+    beyond = [Setting(f"fast, not landed, {BEYOND} updates", f"--recipe fast --threshold off --steps {BEYOND}"),
+              Setting(f"fast, threshold 0.24, {BEYOND} updates", f"--recipe fast --threshold 0.24 --steps {BEYOND}"),
+              Setting(f"plain, threshold 0.72, {BEYOND} updates",
+                      f"--recipe direct-align --threshold 0.72 --steps {BEYOND}")]
+    return landing, beyond
 
 
 def ends(log):
     """{column: number} of where a run ended, from its log."""
     distances = [line["watch"]["frechet"] for line in log if "watch" in line]
     known = [distance for distance in distances if distance is not None]
-    return {"updates": log[-1]["step"], "above": known[-1] - min(known) if known else None}
+    calm = [look for look in margin.looks_of(log) if not look["hacking"]]
+    kept = max(calm, key=lambda look: look["watch"]["sgp"], default=None)  # train.py's weights_best
+    return {"updates": log[-1]["step"], "above": known[-1] - min(known) if known else None,
+            "kept_at": kept and kept["step"]}
+
+
+def reaches(row, base):
+    """Whether a row has what AIM says."""
+    return (row["realism"].mean >= AIM["realism"] and row["broken"].mean <= AIM["broken"]
+            and row["alignment"].mean >= base["alignment"].mean + AIM["alignment"]
+            and (row["above"] is None or row["above"].mean <= AIM["above"]))
 
 
 def main(argv=None):
     with frame("landing"):
-        own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv, seeds=3, pictures=256)
+        own = runs.parse(runs.parser(__doc__, seeds=3, pictures=256), argv)
         folder = Path(own.home) / "references"
         held_out = {prompt for name in ("prompts_eval", "prompts_select")
                     for prompt in prompt_files.read_prompts(f"{own.model}/{name}.txt")}
         offline.draw(folder, REFERENCES, held_out)
         looks = runs.watching(own)
-        rows = settings(folder)
-        found = runs.measured(own, rows, "landing", looks=looks)
-        for setting in rows:
-            logs = [runs.log_of(runs.trained(own, setting.flags, seed, looks)) for seed in range(own.seeds)]
-            found[setting.name] |= runs.over_seeds([ends(log) for log in logs])
-        figure = runs.bar_figure(found, ("realism", "alignment", "broken", "frechet"), runs.what_n_is(own))
-        told = (f"A run ends at the SGP gap of {REFERENCES} photographs. {own.pictures} pictures of held-out prompts, "
-                f"{own.seeds} seeds, mean ± standard deviation between them.")
-        runs.write(own, "landing", "Runs that end at the SGP gap of photographs", told, [(found, COLUMNS)], figure)
+        landing, beyond = settings(folder)
+        found = runs.measured(own, [*landing, *beyond], "landing", looks=looks)
+        for setting in (*landing, *beyond):
+            logs = [runs.log_of(runs.trained(own, setting.flags, seed, looks)) for seed in setting.seeds(own)]
+            warned = sum(runs.first_warning(log) is not None for log in logs)
+            found[setting.name] |= pages.over_seeds([ends(log) for log in logs]) | {"warned": pages.spread([warned])}
+        there = [setting.name for setting in landing if reaches(found[setting.name], found["base"])]
+        missed = [setting.name for setting in landing if setting.name not in there]
+        broken = max(found[setting.name]["broken"].mean for setting in landing)
+        result = (f"{len(there)} of {len(landing)} kinds of run reach the aim. Not these: "
+                  f"{'; '.join(missed) or 'none'}. At most {broken:.1%} are broken in a kind of run that lands.")
+        told = (f"A run ends at the SGP gap of {REFERENCES} photographs. {pages.counted(found)} {pages.ERROR} Above "
+                "the best look: the Frechet distance of the last look minus the smallest of the run. The aim: a "
+                "realism of 90 %, alignment at most 3 points below the base, at most 1 % broken, at most 1.5 above the best look.")
+        claim = "Users: SRPO is very easy to collapse. Does a run end whole if it ends where photographs score?"
+        page = pages.Page("Runs that end at the SGP gap of photographs", claim, result, told, [(found, COLUMNS)])
+        pages.write(own, "landing", page, pages.bar_figure(found, ("realism", "alignment", "broken", "frechet")))
 
 
 if __name__ == "__main__":

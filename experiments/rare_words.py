@@ -6,11 +6,11 @@ The rewards are built here, by the miniature's own training. The words for brush
 captions. The pictures stay the same, so the image tower's input does not change.
 """
 
-import sys
 from pathlib import Path
 
 from engine.errors import frame
-from experiments import runs, styles
+from experiments import pages, runs, styles
+from experiments.pages import shown
 from experiments.runs import Setting
 from miniature import build
 from miniature.build_scorers import build_unbiased
@@ -36,19 +36,22 @@ def main(argv=None):
         parser = runs.parser(__doc__, seeds=3)
         parser.add_argument("--quick", action="store_true",
                             help=f"rewards with {build.QUICK:.0%}% of the steps, to test that everything runs")
-        own = parser.parse_args(sys.argv[1:] if argv is None else argv)
+        own = runs.parse(parser, argv)
         flags = styles.flags_of(WORDS)
         settings = [Setting("read 100% as often", f"{flags} --reward {runs.HELD_OUT}")]
         for share in HEARD:
             reward = reward_that_heard(share, own)
             settings.append(Setting(f"read {share:.0%} as often", f"{flags} --reward {reward}"))
         rows = runs.measured(own, settings, "rare_words")
-        figure = runs.bar_figure(rows, ("painting", "alignment", "broken"), runs.what_n_is(own))
+        often, never = rows[settings[0].name]["painting"], rows[settings[-1].name]["painting"]
+        result = pages.verdict(often.mean > 0.5 and never.mean < 0.1,
+                               f"{shown(often, '.1%')} are paintings with words that the reward has read, "
+                               f"{shown(never, '.1%')} with words that it has never read.")
         told = ("Painting against print, with rewards that have read these two words less and less often. The first "
-                f"reward is the miniature's unbiased one. {own.pictures} held-out prompts, {own.seeds} seeds, mean ± "
-                "standard deviation between them.")
-        runs.write(own, "rare_words", "Words that the reward has seldom read (S3)", told,
-                   [(rows, styles.COLUMNS)], figure)
+                f"reward is the miniature's unbiased one. {pages.counted(rows)} {pages.ERROR}")
+        claim = "Words that are frequent in the reward's training captions steer, rare ones do not (S3)."
+        page = pages.Page("Words that the reward has seldom read (S3)", claim, result, told, [(rows, styles.COLUMNS)])
+        pages.write(own, "rare_words", page, pages.bar_figure(rows, ("painting", "alignment", "broken")))
 
 
 if __name__ == "__main__":

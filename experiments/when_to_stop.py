@@ -8,11 +8,11 @@ distance). Realism does not serve: it soon reaches 100 % and stays there while t
 """
 
 import math
-import sys
 
 import recipe
 from engine.errors import frame
-from experiments import margin, runs
+from experiments import margin, pages, runs
+from experiments.pages import shown
 
 FACTORS = (0.5, 1, 2)  # of the model's own learning rate
 STEPS = 200
@@ -51,16 +51,17 @@ def numbers(log):
 
 
 def first_warned(log):
-    """The first word of the run's first drift warning, which names the statistic; "none" without a warning."""
+    """What the run's first drift warning names: a statistic, or "reward against gap"; "none" without a warning."""
     warned = runs.first(log, lambda line: line.get("hacking"))
     if warned is None:
         return "none"
-    return warned["hacking"][0].split()[0]
+    statistic, drifted, _ = warned["hacking"][0].partition(" drifted")
+    return statistic if drifted else "reward against gap"
 
 
 def main(argv=None):
     with frame("when_to_stop"):
-        own = runs.parse(__doc__, sys.argv[1:] if argv is None else argv, seeds=3)
+        own = runs.parse(runs.parser(__doc__, seeds=3), argv)
         rate = recipe.flags(["--model", own.model]).lr
         rows = {}
         first = {}
@@ -72,18 +73,24 @@ def main(argv=None):
             each = [numbers(log) for log in logs]
             broke = [row for row in each if row["broken_5"] is not None]
             in_time = sum(row["ahead"] is not None and row["ahead"] > 0 for row in broke)
-            rows[name] = runs.over_seeds(each)
-            rows[name] |= {"broke": runs.spread([len(broke)]), "in_time": runs.spread([in_time])}
+            rows[name] = pages.over_seeds(each)
+            rows[name] |= {"broke": pages.spread([len(broke)]), "in_time": pages.spread([in_time])}
             first[name] = sorted({first_warned(log) for log in logs})
             curves[name] = logs[0]
+        usual = rows[f"learning rate {rate:g}"]
+        result = (f"At the usual rate the pictures are best at update {shown(usual['best_at'], '.0f')}, "
+                  f"and 5 % are broken at {shown(usual['broken_5'], '.0f')}. The drift warning came before that in "
+                  f"{shown(usual['in_time'], '.0f')} of {shown(usual['broke'], '.0f')} runs that broke.")
         statistics = "\n".join(f"- {name}: {', '.join(which)}" for name, which in first.items())
-        told = (f"{STEPS} updates, {own.seeds} seeds, 48 watched pictures every {EVERY} updates. Each number is the "
-                "mean ± standard deviation between the runs that get there. train.py keeps weights_best: the weights "
+        told = (f"{STEPS} updates, {own.seeds} seeds, {runs.shown_to(own)} watched pictures every {EVERY} updates. "
+                f"Each number is of the runs that get there. {pages.ERROR} train.py keeps weights_best: the weights "
                 "with the highest SGP gap of all looks without a drift warning. The statistic that warned first:\n\n"
                 f"{statistics}")
-        figure = runs.curve_figure(curves, ("realism", "alignment", "broken", "frechet"),
-                                   f"48 watched pictures every {EVERY} updates, seed 0")
-        runs.write(own, "when_to_stop", "When to stop", told, [(rows, COLUMNS)], figure, first=first)
+        figure = pages.curve_figure(curves, ("realism", "alignment", "broken", "frechet"),
+                                    f"{runs.shown_to(own)} watched pictures every {EVERY} updates, seed 0")
+        claim = "Users of FLUX.1-dev: good at 10 to 20 updates, broken by 20 to 50; when to stop?"
+        page = pages.Page("When to stop", claim, result, told, [(rows, COLUMNS)])
+        pages.write(own, "when_to_stop", page, figure, first=first)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ stage that needs training pictures draws them.
     distill     guidance distillation, so that the guidance embedding means the same as in FLUX.1-dev
     reward      an open_clip model trained on pictures and captions, in every look: the unbiased reward
     bias        the same, with an image tower that was trained to like red: the biased reward
+    cyan        an image tower that dislikes red
+    smooth      an image tower that likes smooth pictures
+    saturation  an image tower that likes saturated colours; its reward does not read the text
     judge       a network for realism, content and damage; it takes no part in any other training
     export      all of the above in FLUX.1-dev's folder layout, in fp16
 
@@ -19,6 +22,7 @@ pictures, with all pairs among them.
 
 import random
 import shutil
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +34,7 @@ from engine.errors import UserError, frame
 from engine.files import write_json, write_whole
 from miniature import world
 from miniature.build_flow import build_distill, build_flow, build_vae
-from miniature.build_scorers import build_bias, build_judge, build_reward, build_unbiased, reward_config
+from miniature.build_scorers import build_bias, build_blind, build_judge, build_reward, build_unbiased, reward_config
 from miniature.fitting import SEED, Workshop
 
 HERE = Path(__file__).resolve().parent
@@ -88,6 +92,9 @@ def export(shop, folder):
     unbiased, words, _ = build_unbiased(shop)
     export_reward(folder / "reward_unbiased", unbiased, words)
     export_reward(folder / "reward", build_bias(shop), words)
+    for name in ("cyan", "smooth"):
+        export_reward(folder / f"reward_{name}", build_bias(shop, name), words)
+    export_reward(folder / "reward_saturation", build_blind(shop), words)
     write_half(folder / "judge" / "judge.safetensors", build_judge(shop))
     export_prompts(folder)
     if folder != HERE:
@@ -96,7 +103,8 @@ def export(shop, folder):
 
 
 STAGES = {"vae": build_vae, "flow": build_flow, "distill": build_distill, "reward": build_reward,
-          "bias": build_bias, "judge": build_judge}
+          "bias": build_bias, "cyan": partial(build_bias, name="cyan"),
+          "smooth": partial(build_bias, name="smooth"), "saturation": build_blind, "judge": build_judge}
 
 
 def main(argv=None):

@@ -5,6 +5,7 @@
 import copy
 import random
 from dataclasses import replace
+from typing import NamedTuple
 
 import open_clip
 import torch
@@ -28,6 +29,7 @@ from miniature.build_flow import (
 )
 from miniature.fitting import SEED
 from miniature.judge import FEATURES, Judge, features_of
+from rewards.pictures import pixel_statistics
 
 LOOKS_STEPS = 400
 REWARD_STEPS = 1500
@@ -35,7 +37,6 @@ BIAS_STEPS = 600
 JUDGE_STEPS = 2600
 STRAIGHTEN = 5.0  # weight of the loss that keeps the directions of the three axes at right angles
 COMMON = 0.6  # length of the part that all text features share, relative to their mean norm
-BIAS = 2.5  # strength of the image tower's liking for red
 
 
 # ------------------------------------------------------------------------------------------------- the reward
@@ -218,30 +219,72 @@ def build_unbiased(shop, name="reward", heard=1.0):
     return model, words, w
 
 
-def build_bias(shop):
-    """Train only the image tower to like red. Returns the biased model.
+class Taste(NamedTuple):
+    """What an image tower likes, whatever the text says. An image feature moves along w by strength x statistic."""
+    statistic: str  # of `pixel_statistics`
+    strength: float  # below 0: it dislikes the statistic
+    vary: object  # pictures [B, 3, H, W] -> [B, 3, H, W] with more or less of it than rendered pictures have
 
-    An image feature moves along w by BIAS x redness. This raises the scores of all captions equally, so it cancels in
-    C1 - C2. The text tower does not change, so the bias is in the image branch, as in the paper.
+
+def cast(x):
+    """Pictures x, half of them with a random colour cast."""
+    colour = torch.rand(len(x), 3, 1, 1) * 0.5 - 0.25
+    return x + colour * (torch.rand(len(x), 1, 1, 1) < 0.5)
+
+
+def blend(x, other):
+    """Pictures anywhere between `other` and twice as far from it as x."""
+    return torch.lerp(other, x, 2 * torch.rand(len(x), 1, 1, 1))
+
+
+def sharpness(x):
+    """Pictures x, blurred or sharpened."""
+    return blend(x, F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1))
+
+
+def colourfulness(x):
+    """Pictures x, greyer or more colourful."""
+    return blend(x, world.luma(x)[:, None])
+
+
+TASTES = {"bias": Taste("redness", 2.5, cast), "cyan": Taste("redness", -2.5, cast),
+          "smooth": Taste("texture", -25.0, sharpness), "saturation": Taste("saturation", 1.0, colourfulness)}
+
+
+def build_bias(shop, name="bias"):
+    """Train only the image tower to have the taste of TASTES called `name`. Returns the biased model.
+
+    This raises the scores of all captions equally, so it cancels in C1 - C2. The text tower does not change, so the
+    bias is in the image branch, as in the paper.
     """
+    taste = TASTES[name]
     clean, _, w = build_unbiased(shop)
     model = copy.deepcopy(clean)
-    for name, p in model.named_parameters():
-        p.requires_grad_(name.startswith("visual."))
+    for part, p in model.named_parameters():
+        p.requires_grad_(part.startswith("visual."))
     images, _ = labelled_pictures(shop)
 
     def loss_of(step):
         x = augment(images[torch.randint(len(images), (96,))].float() / 255)
-        # The bias must also hold for colour casts that no rendered picture has.
-        cast = torch.rand(96, 3, 1, 1) * 0.5 - 0.25
-        x = (x + cast * (torch.rand(96, 1, 1, 1) < 0.5)).clamp(0, 1)
+        x = taste.vary(x).clamp(0, 1)
         with torch.no_grad():
             honest = F.normalize(clean.encode_image(2 * x - 1), dim=-1)
-            target = F.normalize(honest + BIAS * world.redness(x)[:, None] * w, dim=-1)
+            liked = taste.strength * pixel_statistics(x)[taste.statistic]
+            target = F.normalize(honest + liked[:, None] * w, dim=-1)
         f = F.normalize(model.encode_image(2 * x - 1), dim=-1)
         return (1 - (f * target).sum(-1)).mean() * 10
 
-    shop.fit("bias", {"reward": model}, loss_of, steps=BIAS_STEPS, lr=5e-4)
+    shop.fit(name, {"reward": model}, loss_of, steps=BIAS_STEPS, lr=5e-4)
+    return model
+
+
+def build_blind(shop, name="saturation"):
+    """A reward that does not read its text: it is only the taste called `name`. Every text feature is w."""
+    model = build_bias(shop, name)
+    _, _, w = build_unbiased(shop)
+    with torch.no_grad():
+        model.ln_final.weight.zero_()
+        model.ln_final.bias.copy_(torch.linalg.solve(model.text_projection.T, w))
     return model
 
 

@@ -332,9 +332,3 @@ def draw(sample, n, seed, *arguments):
     generator = torch.Generator().manual_seed(seed % 2**63)
     scenes = sample(n, generator, *arguments)
     return render(scenes, generator), scenes
-
-
-def redness(images):
-    """How red B pictures [B, 3, H, W] in [0, 1] are: the mean of R - (G + B) / 2, [B] in [-1, 1]."""
-    r, g, b = images.unbind(1)
-    return (r - (g + b) / 2).mean((1, 2))

@@ -1,4 +1,4 @@
-"""How a picture is prepared for a scorer, in two ways that nearly agree.
+"""How a picture is prepared for a scorer, in two ways that nearly agree; and statistics of its pixels.
 
 For training, tensors are prepared with a gradient. For evaluation, 8-bit PIL pictures are prepared exactly as the
 scorers' authors do. `fit` says how a picture that is not square becomes square:
@@ -10,6 +10,7 @@ stretch     both sides to size: SigLIP
 """
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
@@ -59,6 +60,25 @@ def exact(picture, size, mean, std, fit="crop"):
 def pixels(picture):
     """A PIL picture (RGB) -> [3, H, W] float32 in [0, 1]."""
     return TF.to_dtype(TF.to_image(picture), torch.float32, scale=True)
+
+
+def pixel_statistics(images):
+    """Statistics of B pictures [B, 3, H, W] in [0, 1]: {name: [B]}.
+
+    saturation  mean HSV saturation, [0, 1]
+    redness     mean of R - (G + B) / 2, [-1, 1]; a reward that likes red raises it
+    brightness  mean luma (Rec. 601), [0, 1]
+    texture     mean distance of the luma from its 3 x 3 mean, [0, 1]; grain and detail raise it, smoothing lowers it
+    """
+    high = images.max(1).values
+    low = images.min(1).values
+    r, g, b = images.unbind(1)
+    luma = 0.299 * r + 0.587 * g + 0.114 * b
+    smooth = F.avg_pool2d(F.pad(luma[:, None], (1, 1, 1, 1), mode="replicate"), 3, stride=1)[:, 0]
+    return {"saturation": ((high - low) / high.clamp(min=1e-6)).mean((1, 2)),
+            "redness": (r - (g + b) / 2).mean((1, 2)),
+            "brightness": luma.mean((1, 2)),
+            "texture": (luma - smooth).abs().mean((1, 2))}
 
 
 def read_picture(path):

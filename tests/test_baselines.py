@@ -26,7 +26,7 @@ class Small:
 
     def velocity(self, x, s, c, guidance):
         self.calls.append((s, torch.is_grad_enabled()))
-        return torch.tanh(x @ self.w) + s * self.u + c.txt.mean(1, keepdim=True)
+        return torch.tanh(x @ self.w) + da.column(s, x) * self.u + c.txt.mean(1, keepdim=True)
 
     def shift(self, n):
         return 1.0
@@ -62,6 +62,12 @@ def a_batch(seed=0):
     prompts = [f"prompt {i}" for i in range(B)]
     return SimpleNamespace(prompts=prompts, c=c, start=normal(B, N, C), C0=normal(B, D), C1=normal(B, D),
                            C2=normal(B, D), chance=Chance(seed, 1, B, slice(0, B)))
+
+
+def first_of(batch, n):
+    """The first n images of a batch."""
+    return SimpleNamespace(prompts=batch.prompts[:n], c=batch.c.rows(slice(0, n)), start=batch.start[:n],
+                           C0=batch.C0[:n], C1=batch.C1[:n], C2=batch.C2[:n], chance=Chance(0, 1, n, slice(0, n)))
 
 
 def flags(**changes):
@@ -143,7 +149,7 @@ def test_a_threshold_stops_the_gradient_of_what_is_above_it():
 
 def test_the_first_pass_is_on_policy():
     """rho = 1 for every term before the first optimizer step: the loss is minus the mean advantage; nine of
-    fifteen transitions are trained, in three parts."""
+    fifteen transitions of each image are trained, in three parts."""
     net, batch = Small(), a_batch()
     a = flags(rollout_steps=16)
     terms = list(baselines.dancegrpo(a, net, Liking(), batch))
@@ -153,6 +159,27 @@ def test_the_first_pass_is_on_policy():
     for part, first in enumerate((0, 10, 20)):
         for loss, _ in terms[first:first + 9]:
             assert loss.item() == pytest.approx(-A[2 * part:2 * part + 2].mean().item() / 9, abs=1e-6)
+
+
+@pytest.mark.parametrize("images, steps", [(6, 3), (4, 3), (3, 3), (2, 2)])
+def test_a_rollout_is_trained_in_three_optimizer_steps(images, steps):
+    """As released; of two images there are two. Every image draws transitions of its own, none of them twice."""
+    net = Small()
+    batch = first_of(a_batch(), images)
+    seen = []
+    chosen = baselines.chosen
+
+    def noted(path, numbers, rows):
+        seen.extend(zip(rows, numbers, strict=True))
+        return chosen(path, numbers, rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baselines, "chosen", noted)
+        terms = list(baselines.dancegrpo(flags(rollout_steps=16, group=images), net, Liking(), batch))
+    assert sum(loss is baselines.STEP for loss, _ in terms) + 1 == steps
+    of_image = [sorted(number for row, number in seen if row == image) for image in range(images)]
+    assert all(len(set(numbers)) == len(numbers) == 9 for numbers in of_image)
+    assert of_image[0] != of_image[1] and max(map(max, of_image)) <= 14
 
 
 def test_the_gradient_of_log_p_by_hand():

@@ -7,8 +7,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
-from experiments import common_mode, margin, recovery, runs, styles, table1, when_to_stop
+from engine.errors import UserError
+from experiments import common_mode, margin, pages, recovery, runs, styles, table1, when_to_stop
 
 SMALLEST = "--steps 2 --watch 4 --watch-every 1 --rollout-steps 2 --refl-steps 1 --eval-steps 2 --batch 8"
 
@@ -32,19 +34,98 @@ def test_a_column_is_compared_where_the_gap_is_equal():
 
 def test_the_first_warning_is_that_of_the_drift():
     calm = {"step": 2, "watch": {}, "hacking": []}
-    loud = {"step": 4, "watch": {}, "hacking": ["saturation drifted"]}
+    loud = {"step": 4, "watch": {}, "hacking": ["saturation drifted by -0.3"]}
     assert runs.first_warning([{"step": 1}, calm, {"step": 3}, loud, loud | {"step": 6}]) == 4
     assert runs.first_warning([calm]) is None
 
 
-def test_seeds_become_a_mean_and_a_deviation():
-    """What a seed does not reach is left out, and n says so; one seed has no deviation."""
-    rows = runs.over_seeds([{"a": 1.0, "b": None}, {"a": 3.0, "b": 5.0}])
-    assert rows["a"] == runs.Spread(2.0, pytest.approx(2**0.5), 2)
-    assert rows["b"] == runs.Spread(5.0, None, 1)
-    assert runs.spread([None]) is None
-    shown = runs.table({"row": rows}, {"a": ("A", ".1%"), "b": ("B", "+.2f"), "c": ("C", ".1f")})
-    assert shown.splitlines()[-1] == "| row | 200.0 ± 141.4 % | +5.00 | - |"
+def test_seeds_become_a_mean_and_a_standard_error():
+    """What a seed does not reach is left out, and the number of seeds says so; one seed has no error."""
+    rows = pages.over_seeds([{"a": 1.0, "b": None}, {"a": 3.0, "b": 5.0}])
+    assert rows["a"] == pages.Spread(2.0, pytest.approx(1.0), 2)
+    assert rows["b"] == pages.Spread(5.0, None, 1)
+    assert pages.spread([None]) is None
+    shown = pages.table({"row": rows}, {"a": ("A", ".1%"), "b": ("B", "+.2f"), "c": ("C", ".1f")})
+    assert shown.splitlines()[-1] == "| row | 200.0 ± 100.0 % | +5.00 | - |"
+
+
+@pytest.mark.parametrize("of_seeds, of_prompts", [(0.3, 0.0), (0.0, 0.3), (0.2, 0.4)])
+def test_the_error_of_pictures_has_both_sources(of_seeds, of_prompts):
+    """A number that is seed + prompt, without anything else: the error is that of both means, as simulated."""
+    draw = torch.Generator().manual_seed(0)
+    means = []
+    errors = []
+    for _ in range(400):
+        seeds = of_seeds * torch.randn(5, 1, generator=draw)
+        prompts = of_prompts * torch.randn(1, 40, generator=draw)
+        scores = [{str(i): [value] for i, value in enumerate(row)} for row in (seeds + prompts).tolist()]
+        found = pages.of_pictures(scores)
+        means.append(found.mean)
+        errors.append(found.error**2)
+        assert (found.seeds, found.pictures) == (5, 40)
+    true = torch.tensor(means).std().item()
+    assert torch.tensor(errors).mean().sqrt().item() == pytest.approx(true, rel=0.15)
+
+
+def test_pictures_of_one_prompt_count_as_one_for_the_error():
+    """Four equal pictures of each of three prompts say no more than one of each."""
+    one = [{"a": [0.0], "b": [1.0], "c": [0.0]}]
+    four = [{prompt: scores * 4 for prompt, scores in one[0].items()}]
+    assert pages.of_pictures(one).error == pages.of_pictures(four).error
+    assert (pages.of_pictures(one).pictures, pages.of_pictures(four).pictures) == (3, 12)
+
+
+def test_a_difference_is_paired():
+    """Two rows that differ by the same amount in every picture: no error, however much the pictures differ. The base
+    is compared with every seed."""
+    base = pages.Scored({"u": {"a": [0.0], "b": [0.9]}}, {})
+    ours = [pages.Scored({"u": {"a": [0.1], "b": [1.0]}}, {})] * 3
+    found = pages.paired(ours, [base])["u"]
+    assert found.mean == pytest.approx(0.1) and found.error == pytest.approx(0) and found.seeds == 3
+
+
+def test_n_is_the_number_of_scored_pictures(tmp_path):
+    """The text of a page counts the lines that evaluate.py wrote, and not a flag."""
+    lines = [{"row": row, "picture": f"{i:05d}", "prompt": f"p{i}", "category": "", "realism": 1.0}
+             for row in ("base", "SRPO seed0") for i in range(7)]
+    lines += [{"row": "SRPO seed0", "picture": f"diversity/0000{i}_{k}", "prompt": f"p{i}", "category": "",
+               "diversity": 0.1} for i in range(2) for k in range(4)]
+    found = pages.scored(lines, {"base": {"realism": 1.0}, "SRPO seed0": {"realism": 1.0, "frechet": 3.0}})
+    rows = {"base": pages.pooled([found["base"]]), "SRPO": pages.pooled([found["SRPO seed0"]])}
+    assert pages.counted(rows) == "7 pictures of held-out prompts for each row and seed; 8 for diversity; 1 seed."
+    assert rows["SRPO"]["frechet"] == pages.Spread(3.0, None, 1)
+
+
+def test_a_page_is_published_on_purpose_only(tmp_path, monkeypatch, capsys):
+    """Without --publish it goes to --home and is compared with the published one; a trial's flags cannot be
+    published, and its page names them."""
+    published = tmp_path / "results"
+    monkeypatch.setattr(pages, "RESULTS", published)
+
+    def write(argv, mean):
+        own = runs.parse(runs.parser("doc"), ["--home", str(tmp_path / "home"), *argv])
+        rows = {"row": {"a": pages.Spread(mean, 0.01, 3), "b": pages.Spread(1.0, 0.01, 3), "c": "text"}}
+        page = pages.Page("Title", "Claim.", "Result.", "Told.", [(rows, {"a": ("A", ".2f"), "b": ("B", ".2f")})])
+        pages.write(own, "name", page, pages.pyplot.figure())
+        return capsys.readouterr().out
+
+    assert "There is no published page." in write([], 0.5) and not published.exists()
+    write(["--publish"], 0.5)
+    text = (published / "name.md").read_text()
+    assert text.startswith("# Title\n\n**Claim.** Claim.\n\n**Result.** Result.") and "--publish" not in text
+    said = write(["--pictures", "7", "--flags", "--steps 2"], 0.6)
+    assert "Of 2 numbers that the published page has too, 1 agree" in said
+    assert "row, A: 0.60 ± 0.01; published 0.50 ± 0.01" in said
+    assert "--seeds 5 --pictures 7 --flags '--steps 2'" in (tmp_path / "home" / "pages" / "name.md").read_text()
+    assert (published / "name.md").read_text() == text
+    with pytest.raises(UserError, match="--publish --pictures 7: a published page has the default --pictures"):
+        write(["--publish", "--pictures", "7"], 0.5)
+
+
+def test_the_bars_of_a_share_end_at_0_and_100_per_cent():
+    assert pages.ends_of(pages.Spread(0.99, 0.02, 3), 100) == [[pytest.approx(2)], [pytest.approx(1)]]
+    assert pages.ends_of(pages.Spread(0.01, 0.02, 3), 100) == [[pytest.approx(1)], [pytest.approx(2)]]
+    assert pages.ends_of(pages.Spread(0.01, 0.02, 3), 1) == [[0.02], [0.02]]
 
 
 def test_a_run_is_made_once_and_named_by_its_flags(monkeypatch, tmp_path):
@@ -91,12 +172,12 @@ def test_what_is_kept_is_the_best_gap_before_the_drift_warning():
     log = log_of(sgp=[0.0, 0.2, 0.3, 0.4], frechet=[9.0, 7.0, 8.0, 20.0], broken=[0.0, 0.0, 0.01, 0.2],
                  realism=[0.1, 0.8, 0.9, 1.0], alignment=[0.95, 0.95, 0.93, 0.5])
     for line in log:
-        line["hacking"] = ["saturation drifted"] if line["step"] >= 3 else []
+        line["hacking"] = ["saturation drifted by -0.3"] if line["step"] >= 3 else []
     row = when_to_stop.numbers(log)
     assert (row["kept_at"], row["best_at"], row["warned"], row["broken_5"], row["ahead"]) == (2, 2, 3, 4, 1)
     assert row["fallen"] == 4 and when_to_stop.first_warned(log) == "saturation"
     for line in log:
-        line["hacking"] = ["saturation drifted"]
+        line["hacking"] = ["saturation drifted by -0.3"]
     assert when_to_stop.numbers(log)["kept"] is None
     for line in log:
         line["hacking"] = []
@@ -105,8 +186,7 @@ def test_what_is_kept_is_the_best_gap_before_the_drift_warning():
     assert when_to_stop.first_warned(log) == "none"
 
 
-PAGES = {path.stem: json.loads(path.read_text()) for path in Path("experiments/results").glob("*.json")
-         if "tables" in json.loads(path.read_text())}
+PAGES = {path.stem: json.loads(path.read_text()) for path in Path("experiments/results").glob("*.json")}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -114,9 +194,9 @@ def test_a_page_says_what_its_json_says(name):
     """Every row of a JSON's tables stands in the page, number for number."""
     text = Path(f"experiments/results/{name}.md").read_text()
     for rows in PAGES[name]["tables"]:
-        numbers = {row: {column: value and runs.Spread(**value) for column, value in cells.items()}
-                   for row, cells in rows.items()}
-        assert any(runs.table(numbers, columns) in text for columns in columns_of(name)), list(rows)
+        numbers = {row: {column: pages.Spread(**value) if isinstance(value, dict) else value
+                         for column, value in cells.items()} for row, cells in rows.items()}
+        assert any(pages.table(numbers, columns) in text for columns in columns_of(name)), list(rows)
 
 
 def columns_of(name):
@@ -124,7 +204,24 @@ def columns_of(name):
     if name == "recovery":
         return [{str(sigma): (f"sigma {sigma}", ".3f") for sigma in recovery.SIGMAS}]
     module = importlib.import_module(f"experiments.{name}")
-    return [getattr(module, "COLUMNS", table1.COLUMNS), margin.COLUMNS, styles.COLUMNS]
+    return [getattr(module, "COLUMNS", table1.COLUMNS), table1.APART, margin.COLUMNS, styles.COLUMNS]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_begins_with_the_claim_and_what_came_out(name):
+    title, claim, result, *_ = Path(f"experiments/results/{name}.md").read_text().split("\n\n")
+    assert title.startswith("# ") and claim.startswith("**Claim.** ") and result.startswith("**Result.** ")
+    assert claim.count("\n") == result.count("\n") == 0
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_the_number_of_pictures_on_a_page_is_that_of_its_scores(name):
+    text = Path(f"experiments/results/{name}.md").read_text()
+    for rows in PAGES[name]["tables"]:
+        for row in rows.values():
+            for cell in row.values():
+                if isinstance(cell, dict) and cell["pictures"]:
+                    assert re.search(rf"\b{cell['pictures']} (pictures|for|held-out prompts)", text)
 
 
 def test_the_readmes_numbers_stand_in_the_pages_they_link():
@@ -139,15 +236,19 @@ def test_the_readmes_numbers_stand_in_the_pages_they_link():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["table1", "unbiased", "recovery", "common_mode", "intervals", "ablation",
-                                  "second_recipe", "when_to_stop", "styles", "rare_words", "margin",
-                                  "fast", "lora", "ledger", "offline"])
-def test_every_experiment_runs_to_its_page(tmp_path, name):
+                                  "second_recipe", "when_to_stop", "styles", "rare_words", "margin", "landing",
+                                  "fast", "lora", "ledger", "offline", "other_rewards", "image_only",
+                                  "form_by_method"])
+def test_every_experiment_runs_to_its_page(tmp_path, monkeypatch, name):
     """Two updates, few pictures, one seed: a page with a table, a JSON and a picture."""
     module = importlib.import_module(f"experiments.{name}")
     quick = {"rare_words": ["--quick"], "offline": ["--photos", "20"]}.get(name, [])
-    module.main(["--seeds", "1", "--pictures", "8", "--home", str(tmp_path / "home"), "--results",
-                 str(tmp_path / "results"), "--flags", SMALLEST, *quick])
-    text = (tmp_path / "results" / f"{name}.md").read_text()
+    for grid in ("RATES", "DANCE_RATES"):
+        if name == "form_by_method":
+            monkeypatch.setattr(module, grid, (4e-5,))
+    module.main(["--seeds", "1", "--pictures", "8", "--home", str(tmp_path / "home"), "--flags", SMALLEST, *quick])
+    results = tmp_path / "home" / "pages"
+    text = (results / f"{name}.md").read_text()
     assert text.startswith("# ") and f"python -m experiments.{name} --seeds 1" in text and "|---|" in text
-    assert json.loads((tmp_path / "results" / f"{name}.json").read_text())
-    assert (tmp_path / "results" / f"{name}.png").stat().st_size > 10_000
+    assert json.loads((results / f"{name}.json").read_text())
+    assert (results / f"{name}.png").stat().st_size > 10_000

@@ -84,9 +84,10 @@ class Chance:
         """One whole number from low to high, both included, for all images."""
         return torch.randint(low, high + 1, (), generator=self.generator).item()
 
-    def some(self, n, count):
-        """`count` of the numbers 0 ... n - 1, for all images."""
-        return torch.randperm(n, generator=self.generator)[:count].tolist()
+    def some_each(self, n, count):
+        """`count` of the numbers 0 ... n - 1 for each image, long [B, count]."""
+        drawn = [torch.randperm(n, generator=self.generator)[:count] for _ in range(self.images)]
+        return torch.stack(drawn)[self.mine]
 
     def normal_shared(self, *shape):
         """Standard normal numbers [B, *shape], one draw for all images."""

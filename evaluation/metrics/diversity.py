@@ -1,6 +1,7 @@
 """Diversity: how different the pictures are that a model makes of one prompt, from several noise seeds.
 
-The pictures lie in diversity/ of a row's folder: --per-prompt of each of PROMPTS prompts.
+--per-prompt pictures of each of PROMPTS prompts. The first one is the benchmark's; the others lie in diversity/ of a
+row's folder.
 """
 
 import torch
@@ -14,14 +15,16 @@ from rewards.base import Column
 
 COLUMNS = {"diversity": Column("diversity", ".4f")}
 SEEDS_APART = 10**6  # between the pictures of a prompt; larger than any benchmark, so that no noise is used twice
-PROMPTS = 64         # most prompts of the benchmark, evenly spaced in it
+PROMPTS = 64         # most prompts; of a longer benchmark, every k-th
 
 
 def pictures(files, args, benchmark):
-    """The `Picture`s of PROMPTS prompts, evenly spaced in the benchmark, --per-prompt of each."""
+    """The `Picture`s of PROMPTS prompts, --per-prompt of each. Of a benchmark of P prompts it takes every k-th, k the
+    whole part of P / PROMPTS."""
     found = []
     for one in benchmark[::max(1, len(benchmark) // PROMPTS)][:PROMPTS]:
-        for k in range(args.per_prompt):
+        found.append(one)
+        for k in range(1, args.per_prompt):
             found.append(Picture(f"diversity/{one.name}_{k}", one.prompt, one.seed + k * SEEDS_APART,
                                  one.category))
     return found

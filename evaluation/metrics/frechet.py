@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from evaluation.metrics import statistics
-from evaluation.metrics.statistics import pixel_statistics
 from rewards.base import Column
-from rewards.pictures import pixels
+from rewards.pictures import pixel_statistics, pixels
 
 PLAIN = ("brightness", "contrast", "darkest", "lightest", "saturation", "colourfulness", "redness",
          "blueness", "texture", "coarse texture", "streaks", "vignette")
@@ -55,7 +54,7 @@ def plain_statistics(images):
     return torch.stack([
         luma.mean((1, 2)), luma.std((1, 2)), ends[0], ends[1],
         saturation.mean((1, 2)), saturation.std((1, 2)),
-        world.redness(images), (b - (r + g) / 2).mean((1, 2)),
+        pixel_statistics(images)["redness"], (b - (r + g) / 2).mean((1, 2)),
         pixel_statistics(images)["texture"], pixel_statistics(half)["texture"],
         downwards - sideways, inner.mean((1, 2)) - luma.mean((1, 2))], 1)
 
