@@ -308,9 +308,12 @@ def save_grid(images, path, columns=8):
 
 def contact_sheet(methods, pictures, path, rows=24):
     """Write a PNG with the pictures of all methods side by side, prompt by prompt: `rows` prompts in all, divided
-    equally among the categories."""
+    equally among the categories, the first picture of each."""
     groups = defaultdict(list)  # {category: the pictures that all methods have}
+    first = {}
     for picture in pictures:
+        first.setdefault(picture.prompt, picture)
+    for picture in first.values():
         if all(method.path(picture).exists() for method in methods):
             groups[picture.category].append(picture)
     images = []

@@ -4,8 +4,6 @@ It measures how much texture the VAE keeps, the angles between the reward's dire
 also measures how often the judge is right, and the Frechet distance and the diversity of rendered pictures.
 """
 
-import sys
-
 import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
@@ -27,6 +25,12 @@ N = 1024  # pictures for a row
 PHOTO = "realistic photo"
 CG = "CG render"
 CAST = (0.12, -0.06, -0.06)  # the red cast: what is added to R, G and B
+CHANGES = {"a red cast": lambda x: x + torch.tensor(CAST).view(1, 3, 1, 1),
+           "blur": lambda x: F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1),
+           "half of the saturation": lambda x: torch.lerp(x, world.luma(x)[:, None], 0.5)}
+TOLD = {"reward": "a red cast", "reward_unbiased": "a red cast", "reward_cyan": "a red cast", "reward_smooth": "blur",
+        "reward_saturation": "half of the saturation"}
+BLIND = ("reward_saturation",)  # rewards that read no text
 SEED = 60_000_000  # of the rendered pictures
 BORDER = ((0.6, 0.65), (0.65, 0.7), (0.7, 0.75), (0.75, 0.8))  # looks u beside world.PHOTO_U
 PER_PROMPT = 4  # pictures of a prompt for the diversity, as in table1
@@ -57,12 +61,12 @@ def largest_cosine(folder, prompts):
     return (apart @ apart.T - torch.eye(3)).abs().max().item()
 
 
-def worth_of_red(folder):
-    """How much a red cast changes a reward's mean score of pictures in their usual looks."""
+def worth(folder, change):
+    """How much one of CHANGES changes a reward's mean score of pictures in their usual looks."""
     images, scenes = world.draw(world.sample_style, 256, 5, "", True)
-    red = (images + torch.tensor(CAST).view(1, 3, 1, 1)).clamp(0, 1)
+    changed = CHANGES[change](images).clamp(0, 1)
     reward = load_rewards(folder)
-    scores = [measure(x, world.captions(scenes), reward, None, PHOTO, CG)["reward"] for x in (images, red)]
+    scores = [measure(x, world.captions(scenes), reward, None, PHOTO, CG)["reward"] for x in (images, changed)]
     return (scores[1] - scores[0]).mean().item()
 
 
@@ -121,15 +125,16 @@ def main(argv=None):
     with frame("card"):
         parser = Parser(__doc__)
         parser.add_argument("--model", default="miniature", help="the miniature's folder")
-        own = parser.parse_args(sys.argv[1:] if argv is None else argv)
+        own = parser.parse_args(argv)
         prompts = read_prompts(f"{own.model}/prompts_eval.txt")
         true, through = textures(own.model)
         rows = {"texture of true photos": f"{true:.4f}",
                 "texture of true photos through the VAE": f"{through:.4f}, {through / true:.0%}"}
-        for name in ("reward", "reward_unbiased"):
+        for name, change in TOLD.items():
             folder = f"{own.model}/{name}"
-            rows[f"{name}: largest cosine between two axes' words"] = f"{largest_cosine(folder, prompts):.3f}"
-            rows[f"{name}: what a red cast adds"] = f"{worth_of_red(folder):+.3f}"
+            if name not in BLIND:
+                rows[f"{name}: largest cosine between two axes' words"] = f"{largest_cosine(folder, prompts):.3f}"
+            rows[f"{name}: what {change} adds"] = f"{worth(folder, change):+.3f}"
         rows |= {name: f"{share:.1%}" for name, share in judged(own.model).items()}
         rows["Frechet distance of true photos from others"] = f"{from_truth(prompts, PHOTO):.1f}"
         rows["Frechet distance of true CG renders"] = f"{from_truth(prompts, CG):.1f}"

@@ -145,7 +145,7 @@ def main(argv=None):
             rows["base"] = pages.over_seeds([found[0]["before"]])
             rows[arm.name] = pages.over_seeds([each["after"] for each in found])
             rows[arm.name]["gflop"] = pages.spread([flop_of(arm, shared) / 1e9])
-        online, offline = rows["SRPO online"], rows["SRPO offline, noisier"]
+        online, offline = rows["SRPO online"], rows["SRPO offline"]
         result = (f"Partly: realism {shown(offline['realism'], '.1%')}, Frechet {shown(offline['frechet'], '.1f')}, "
                   f"but alignment {shown(offline['alignment'], '.1%')}; online {shown(online['realism'], '.1%')}, "
                   f"{shown(online['frechet'], '.1f')} and {shown(online['alignment'], '.1%')}. Supervised fine-tuning: "

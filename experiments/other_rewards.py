@@ -29,7 +29,7 @@ def settings():
         alone.append(Setting(f"SRPO, likes {likes}", reward))
         alone.append(Setting(f"plain, likes {likes}", f"{PLAIN} {reward}".strip()))
     mixtures = [Setting(f"plain, {share:g} red + {1 - share:g} the opposite",
-                        f"{PLAIN} --reward miniature/reward={share:g},miniature/reward_cyan={1 - share:g}")
+                        f"{PLAIN} --reward miniature/reward:{share:g},miniature/reward_cyan:{1 - share:g}")
                 for share in SHARES]
     return alone, mixtures
 

@@ -429,14 +429,19 @@ def test_diversity_is_the_distance_of_a_prompts_pictures(monkeypatch):
 
 
 def test_per_prompt_samples_pictures_for_diversity_alone(tmp_path, monkeypatch):
-    """In a subfolder, four of each prompt, from seeds that no other picture has; the table has the column."""
+    """The benchmark's picture of a prompt and three more, in a subfolder, from seeds that no other picture has; the
+    table has the column, and no picture is sampled twice."""
     out = tmp_path / "out"
     argv = ["--model", "miniature", "--first", "8", "--metrics", "statistics", "--per-prompt", "4",
             "--eval-steps", "2", "--out", str(out)]
     assert evaluate.run(argv) == 0
     row = json.loads((out / "results.json").read_text())["rows"]["base"]["overall"]
     assert row["diversity"]["n"] == 32 and 0 < row["diversity"]["mean"] < 1 and row["redness"]["n"] == 8
-    assert len(list((out / "base" / "diversity").glob("*.png"))) == 32
+    files = [*(out / "base").glob("*.png"), *(out / "base" / "diversity").glob("*.png")]
+    assert len(files) == 32 == len({file.read_bytes() for file in files})
+    lines = [json.loads(line) for line in (out / "pictures.jsonl").read_text().splitlines()]
+    assert len(lines) == 32 and sum("redness" in line for line in lines) == 8
+    assert sum(line["redness"] for line in lines if "redness" in line) / 8 == pytest.approx(row["redness"]["mean"])
     args = evaluate.flags().parse_args(["--per-prompt", "4"])
     pictures = diversity.pictures(None, args, picture_folders.benchmark([("a", ""), ("b", "")], 0, None))
     assert len({picture.seed for picture in pictures}) == 8
