@@ -13,6 +13,7 @@ import prepare
 import recipe
 from engine.errors import frame
 from engine.memory import plan
+from evaluation.metrics import diversity
 from experiments import pages, runs
 from experiments.pages import shown
 from experiments.runs import Setting
@@ -110,8 +111,9 @@ def page(own, name, title, claim, verdict):
     over_flop = curves(own, ROWS)
     told = (f"{pages.counted(found)} {pages.ERROR} Every row has the same number of updates, the same number of images "
             "for each update, and the same learning rate. TFLOP are the transformer's. Realism is the word of a judge; "
-            "look u is the second judge's guess of the look, 0 a CG render, 1 a photo; true photos have "
-            f"u > 0.75. The second table has differences, picture by picture and seed by seed.")
+            "look u is the second judge's guess of the look, 0 a CG render, 1 a photo; true photos have u > 0.75. "
+            f"Diversity is of {PER_PROMPT} pictures of each of {min(own.pictures, diversity.PROMPTS)} prompts. The second "
+            "table has differences, picture by picture and seed by seed.")
     text = pages.Page(f"{title} on the miniature", claim, verdict(found, apart), told,
                       [(found, COLUMNS), (apart, APART)])
     pages.write(own, name, text, draw(found, over_flop), curves=over_flop)

@@ -220,10 +220,12 @@ def build_unbiased(shop, name="reward", heard=1.0):
 
 
 class Taste(NamedTuple):
-    """What an image tower likes, whatever the text says. An image feature moves along w by strength x statistic."""
+    """What an image tower likes, whatever the text says. An image feature moves along w by strength x (statistic -
+    usual)."""
     statistic: str  # of `pixel_statistics`
     strength: float  # below 0: it dislikes the statistic
     vary: object  # pictures [B, 3, H, W] -> [B, 3, H, W] with more or less of it than rendered pictures have
+    usual: float = 0.0
 
 
 def cast(x):
@@ -248,7 +250,7 @@ def colourfulness(x):
 
 
 TASTES = {"bias": Taste("redness", 2.5, cast), "cyan": Taste("redness", -2.5, cast),
-          "smooth": Taste("texture", -25.0, sharpness), "saturation": Taste("saturation", 1.0, colourfulness)}
+          "smooth": Taste("texture", -100.0, sharpness, 0.007), "saturation": Taste("saturation", 1.0, colourfulness)}
 
 
 def build_bias(shop, name="bias"):
@@ -269,7 +271,7 @@ def build_bias(shop, name="bias"):
         x = taste.vary(x).clamp(0, 1)
         with torch.no_grad():
             honest = F.normalize(clean.encode_image(2 * x - 1), dim=-1)
-            liked = taste.strength * pixel_statistics(x)[taste.statistic]
+            liked = taste.strength * (pixel_statistics(x)[taste.statistic] - taste.usual)
             target = F.normalize(honest + liked[:, None] * w, dim=-1)
         f = F.normalize(model.encode_image(2 * x - 1), dim=-1)
         return (1 - (f * target).sum(-1)).mean() * 10
