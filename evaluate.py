@@ -129,8 +129,8 @@ def flags():
     add("--seed", type=whole(0, 2**30), default=0,
         help="prompt i is sampled from noise seed + i, for every model")
     add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
-    add("--out", type=some_path, help="folder of pictures, scores, table.md, results.json, pictures.jsonl and sheet.png "
-                      "(None: runs/evaluate_<model>)")
+    add("--out", type=some_path, help="folder of pictures, scores, table.md, results.json, pictures.jsonl and "
+                      "sheet.png (None: runs/evaluate_<model>)")
     return parser
 
 

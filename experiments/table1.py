@@ -112,8 +112,8 @@ def page(own, name, title, claim, verdict):
     told = (f"{pages.counted(found)} {pages.ERROR} Every row has the same number of updates, the same number of images "
             "for each update, and the same learning rate. TFLOP are the transformer's. Realism is the word of a judge; "
             "look u is the second judge's guess of the look, 0 a CG render, 1 a photo; true photos have u > 0.75. "
-            f"Diversity is of {PER_PROMPT} pictures of each of {min(own.pictures, diversity.PROMPTS)} prompts. The second "
-            "table has differences, picture by picture and seed by seed.")
+            f"Diversity is of {PER_PROMPT} pictures of each of {min(own.pictures, diversity.PROMPTS)} prompts. The "
+            "second table has differences, picture by picture and seed by seed.")
     text = pages.Page(f"{title} on the miniature", claim, verdict(found, apart), told,
                       [(found, COLUMNS), (apart, APART)])
     pages.write(own, name, text, draw(found, over_flop), curves=over_flop)
