@@ -41,6 +41,23 @@ def tell(function, **values):
         print(f"      {symbol:10} {shown(value)}")
 
 
+# How much of the network's error v_theta - (eps - x0) is in x0_hat, by --recover.
+FACTORS = {"velocity": "(sigma_to - sigma) / (1 - sigma_to)", "epsilon": "sigma_to - sigma"}
+
+
+def factor_of(term, recover):
+    """The number of FACTORS, [B], of a `Term`."""
+    step = term.sigma_to - term.sigma
+    return step / (1 - term.sigma_to) if recover == "velocity" else step
+
+
+def rows_of(function, name):
+    """(the heads, the row of `name`) of the table in a function's docstring."""
+    lines = [line.strip() for line in inspect.getdoc(function).splitlines()]
+    return next(line for line in lines if line.startswith("form ")), next(
+        line for line in lines if line.startswith(f"{name} "))
+
+
 class Explanation:
     """A listener of `train.update` that prints one update, batch by batch and term by term, and draws it."""
 
@@ -78,14 +95,23 @@ class Explanation:
         tell(da.inject, x0=term.x0, eps=self.batch.eps, x_t=term.x_t)
         tell(flux.Flux.velocity, guidance=a.guidance, v_theta=term.v_theta)
         tell(da.recover if a.recover == "velocity" else da.recover_epsilon, x0_hat=term.x0_hat)
+        self.tell_sign(term)
         tell(flux.Flux.decode, image=term.image)
         tell(sr.Rewards.image_features, f=term.f)
         tell(da.discount, d=term.d)
         tell(sr.branch_reward, form=a.form, branch=term.branch, r=term.reward)
+        head, row = rows_of(sr.branch_reward, a.form)
+        print(f"      this form in both branches: C1 and C2 change places, or the sign does\n      {head}\n      {row}")
         tell(sr.loss, threshold=a.threshold)
         tell(da.lam, early=a.lam[0], late=a.lam[1])
         tell(da.aggregate, loss=loss)
         self.remember(term)
+
+    def tell_sign(self, term):
+        """Print how much of the network's error is in x0_hat, and with which sign."""
+        factor = factor_of(term, self.a.recover)
+        print(f"      x0_hat = x0 + factor (v_theta - (eps - x0)),  factor = {FACTORS[self.a.recover]}")
+        print(f"      factor     {shown(factor)}: {'below' if factor.max() < 0 else 'above'} 0 in this branch")
 
     @torch.no_grad()
     def remember(self, term):
@@ -95,6 +121,9 @@ class Explanation:
         one_step = term.x_t - sigma * term.v_theta.detach()  # the prediction of an ordinary sampler
         wanted = -term.image.grad                            # less loss is more reward
         strength = wanted.abs().flatten(1).quantile(0.99, 1).clamp(min=1e-12).view(-1, 1, 1, 1)
+        factor = factor_of(term, self.a.recover)
+        # One step alone, x0 - sigma error, is too strong. The inverting branch adds the error the other way.
+        side = ":\nas in one step" if term.branch == "denoise" else ":\nthe other way, so pale"
         equation = "Eq. 12" if term.branch == "denoise" else "Eq. 13"
         panels = {
             "clean image $x_0$": self.net.decode(term.x0, grid),
@@ -102,13 +131,15 @@ class Explanation:
             "one-step prediction\n$x_t - \\sigma v_\\theta$, from $\\sigma$ = {sigma:.3f}":
                 self.net.decode(one_step, grid),
             f"Eq. 5, {equation} ({term.branch}): $\\hat x_0$,\n"
-            "$\\sigma$ = {sigma:.3f} to {sigma_to:.3f}": term.image.detach(),
+            "$\\sigma$ = {sigma:.3f} to {sigma_to:.3f}\n"
+            "{factor:+.3f} of the network's error" + side: term.image.detach(),
             "Eq. 6: what the reward asks\nof each pixel (grey: nothing)": 0.5 + 0.5 * wanted / strength}
         for i, prompt in enumerate(self.batch.prompts):
             row = {}
             for title, images in panels.items():
                 filled = title.replace("{sigma:.3f}", f"{term.sigma[i]:.3f}")
                 filled = filled.replace("{sigma_to:.3f}", f"{term.sigma_to[i]:.3f}")
+                filled = filled.replace("{factor:+.3f}", f"{factor[i]:+.3f}")
                 row[filled] = images[i].float().clamp(0, 1).permute(1, 2, 0).cpu().numpy()  # [H, W, 3]
             self.rows.append((prompt, row))
 

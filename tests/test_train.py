@@ -18,6 +18,7 @@ import rewards
 import train
 from engine.data import draws
 from engine.model.folder import Model
+from evaluation import explain
 from evaluation.watch import hacking
 from rewards.clip_model import ClipReward
 from rewards.pictures import read_picture
@@ -170,14 +171,32 @@ def test_explain_tells_one_step_in_the_order_of_the_code(monkeypatch, capsys, tm
     run(monkeypatch, "--explain", "--out", tmp_path)  # a folder with a run is no obstacle
     told = capsys.readouterr().out
     order = ["Rewards.conditions(", "flux.Flux.rollout(", "direct_align.place(", "Eq. 3:",
-             "flux.Flux.velocity(", "Eq. 5 for a", "flux.Flux.decode(", "image_features(",
+             "flux.Flux.velocity(", "Eq. 5 for a", "factor     [2]", "flux.Flux.decode(", "image_features(",
              "direct_align.discount(", "branch_reward(", "Eq. 6:", "gradient norm"]
     places = [told.index(word) for word in order]
     assert places == sorted(places)
+    assert "below 0 in this branch" in told and "above 0 in this branch" in told
+    assert told.count("released  f.((1 + d) C1 - C2)    f.((1 + d) C2 - C1)") == 2
     assert "[2, 16, 64]" in told and "[2, 3, 64, 64]" in told
     after = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
     assert [entry for entry in after if entry[0].name != "explain.png"] == before
     assert read_picture(tmp_path / "explain.png").width > 800
+
+
+@pytest.mark.parametrize("recover", ["velocity", "epsilon"])
+def test_explain_tells_the_factor_of_the_networks_error(recover):
+    """x0_hat = x0 + factor (v_theta - (eps - x0)), for either way to recover: below 0 when denoising."""
+    x0, eps, v = torch.randn(3, 2, 4, 8)
+    for sigma, sigma_to in ((0.9, 0.8), (0.8, 0.9)):
+        s, s_to = torch.full((2,), sigma), torch.full((2,), sigma_to)
+        x_t = da.inject(x0, eps, s)
+        if recover == "velocity":
+            x0_hat = da.recover(x_t, v, eps, s, s_to)
+        else:
+            x0_hat = da.recover_epsilon(x_t, da.epsilon(x_t, v, s), eps, s, s_to)
+        factor = explain.factor_of(types.SimpleNamespace(sigma=s, sigma_to=s_to), recover)
+        assert torch.allclose(x0_hat, x0 + factor.view(-1, 1, 1) * (v - (eps - x0)), atol=1e-5)
+        assert (factor < 0).all() == (sigma_to < sigma)
 
 
 def test_prompts_that_the_judge_does_not_know_are_a_dash(monkeypatch, capsys, tmp_path):
