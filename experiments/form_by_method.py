@@ -35,12 +35,15 @@ COLUMNS = {"chosen": ("chosen", "s")} | {column: table1.COLUMNS[column] for colu
     "realism", "realism_2", "look", "alignment", "broken", "frechet", "redness", "reward", "sgp", "tflop")}
 
 
-def grid(method, form):
-    """The flags of the settings that a method and a form choose from."""
+def grid(method, form, quick=False):
+    """The flags of the settings that a method and a form choose from. quick: the first of them."""
     base = f"{METHODS[method]} --form {FORMS[form]}"
     if method == "DanceGRPO":
-        return [f"{base} --lr {rate:g}" for rate in DANCE_RATES]
-    return [f"{base} --lr {rate:g} --threshold {threshold}" for rate in RATES for threshold in ("off", PHOTOS[form])]
+        found = [f"{base} --lr {rate:g}" for rate in DANCE_RATES]
+    else:
+        found = [f"{base} --lr {rate:g} --threshold {threshold}" for rate in RATES
+                 for threshold in ("off", PHOTOS[form])]
+    return found[:1] if quick else found
 
 
 def last_look(own, flags, steps):
@@ -87,13 +90,15 @@ def draw(rows):
 
 def main(argv=None):
     with frame("form_by_method"):
-        own = runs.parse(runs.parser(__doc__, pictures=256), argv)
+        parser = runs.parser(__doc__, pictures=256)
+        parser.add_argument("--quick", action="store_true", help="a grid of one setting, to test that everything runs")
+        own = runs.parse(parser, argv)
         usual = recipe.flags(["--model", own.model, *own.flags.split()])
         budget = table1.cost(own, "")["tflop"]
         best = {}
         for method in METHODS:
             for form in FORMS:
-                looks = {flags: last_look(own, flags, usual.steps) for flags in grid(method, form)}
+                looks = {flags: last_look(own, flags, usual.steps) for flags in grid(method, form, own.quick)}
                 best[f"{method}, {form}"] = chosen(looks)
         same_flop = {}
         for name, flags in best.items():

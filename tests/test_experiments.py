@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from engine.errors import UserError
-from experiments import common_mode, margin, pages, recovery, runs, styles, table1, when_to_stop
+from experiments import (
+    common_mode,
+    form_by_method,
+    image_only,
+    margin,
+    pages,
+    recovery,
+    runs,
+    styles,
+    table1,
+    when_to_stop,
+)
 
 SMALLEST = "--steps 2 --watch 4 --watch-every 1 --rollout-steps 2 --refl-steps 1 --eval-steps 2 --batch 8"
 
@@ -239,16 +250,38 @@ def test_the_readmes_numbers_stand_in_the_pages_they_link():
                                   "second_recipe", "when_to_stop", "styles", "rare_words", "margin", "landing",
                                   "fast", "lora", "ledger", "offline", "other_rewards", "image_only",
                                   "form_by_method"])
-def test_every_experiment_runs_to_its_page(tmp_path, monkeypatch, name):
+def test_every_experiment_runs_to_its_page(tmp_path, name):
     """Two updates, few pictures, one seed: a page with a table, a JSON and a picture."""
     module = importlib.import_module(f"experiments.{name}")
-    quick = {"rare_words": ["--quick"], "offline": ["--photos", "20"]}.get(name, [])
-    for grid in ("RATES", "DANCE_RATES"):
-        if name == "form_by_method":
-            monkeypatch.setattr(module, grid, (4e-5,))
+    quick = {"rare_words": ["--quick"], "form_by_method": ["--quick"], "offline": ["--photos", "20"]}.get(name, [])
     module.main(["--seeds", "1", "--pictures", "8", "--home", str(tmp_path / "home"), "--flags", SMALLEST, *quick])
     results = tmp_path / "home" / "pages"
     text = (results / f"{name}.md").read_text()
     assert text.startswith("# ") and f"python -m experiments.{name} --seeds 1" in text and "|---|" in text
     assert json.loads((results / f"{name}.json").read_text())
     assert (results / f"{name}.png").stat().st_size > 10_000
+
+
+def test_the_settings_of_a_row_are_chosen_by_realism_among_whole_pictures():
+    """The most real of those that are neither broken nor misaligned; if there is none, the most whole."""
+    looks = {"a": {"realism": 0.6, "broken": 0.0, "alignment": 0.95},
+             "b": {"realism": 0.8, "broken": 0.02, "alignment": 0.91},
+             "c": {"realism": 1.0, "broken": 0.3, "alignment": 0.95},
+             "d": {"realism": 0.9, "broken": 0.0, "alignment": 0.5}}
+    assert form_by_method.chosen(looks) == "b"
+    assert form_by_method.chosen({name: looks[name] for name in "cd"}) == "c"
+    assert form_by_method.in_words("--lr 4e-05 --threshold 0.24") == "lr 4e-05, threshold 0.24"
+    assert form_by_method.in_words("--lr 4e-05 --threshold off") == "lr 4e-05"
+
+
+def test_a_reward_relative_to_its_noised_picture_is_a_difference():
+    """f(x) - f(x + noise), so a reward that is linear in the picture has no gradient but the noise's clipping."""
+    class Mean:
+        def image_features(self, images):
+            return images.mean((2, 3))
+
+    inside = torch.full((2, 3, 8, 8), 0.5, requires_grad=True)
+    f = image_only.Noised(Mean(), 0).image_features(inside)
+    assert 0 < f.abs().max() < 0.1
+    gradient, = torch.autograd.grad(f.sum(), inside)
+    assert gradient.abs().max() == 0

@@ -114,14 +114,17 @@ SMALLEST = {
     "experiments.first_picture": ["--out", "runs/first.png"],
     "evaluation.study": [],
     "evaluation.report": [],
+    "evaluation.film": [],
     "engine.merge": [],
     "miniature.build": ["-h"]}
 for name in ("table1", "unbiased", "recovery", "common_mode", "intervals", "ablation", "second_recipe",
-             "when_to_stop", "styles", "rare_words", "margin", "fast", "lora", "ledger", "offline", "landing"):
+             "when_to_stop", "styles", "rare_words", "margin", "fast", "lora", "ledger", "offline", "landing",
+             "form_by_method", "other_rewards", "image_only"):
     SMALLEST[f"experiments.{name}"] = [
-        "--seeds", "1", "--pictures", "8", "--results", "runs/results", "--flags",
+        "--seeds", "1", "--pictures", "8", "--flags",
         "--steps 1 --watch 4 --watch-every 1 --rollout-steps 2 --eval-steps 1 --batch 8"]
 SMALLEST["experiments.rare_words"].append("--quick")
+SMALLEST["experiments.form_by_method"].append("--quick")
 SMALLEST["experiments.offline"] += ["--photos", "20"]
 # Only their flags are read: on a GPU, with a machine's own paths, they are real.
 FLAGS = {"train.py": recipe.flags, "evaluate.py": evaluate.flags().parse_args,

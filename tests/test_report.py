@@ -17,6 +17,7 @@ from test_study_browser import Browser, programs
 import recipe
 from engine.command_line import as_line
 from engine.run.folder import LOCK, lock
+from evaluation import film
 from evaluation.metrics.statistics import STATISTICS
 from evaluation.picture_folders import save_grid
 from evaluation.report import page as report
@@ -397,3 +398,19 @@ def test_in_a_browser_a_phone_has_no_sideways_scroll(browser, tmp_path):
         assert nothing_went_wrong(browser)
     finally:
         browser.phone(False)
+
+
+def test_a_film_has_a_frame_for_each_look(tmp_path, capsys):
+    """In the order of the updates, the last one longest; without pictures it is one line."""
+    samples = tmp_path / "run" / "samples"
+    samples.mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        film.main([str(tmp_path / "run")])
+    assert "no samples/step_00000.png" in capsys.readouterr().err
+    for update, colour in ((0, "red"), (5, "green"), (10, "blue")):
+        Image.new("RGB", (64, 32), colour).save(samples / f"step_{update:05d}.png")
+    film.main([str(tmp_path / "run")])
+    with Image.open(tmp_path / "run" / "film.gif") as gif:
+        assert gif.n_frames == 3 and gif.size == (64, 32 + film.LABEL)
+        gif.seek(2)
+        assert gif.convert("RGB").getpixel((32, 40))[2] > 200 and gif.info["duration"] == 5000 * film.SECONDS
