@@ -29,6 +29,7 @@ DRAWN = {"realism": ("realism, %", 100), "alignment": ("alignment, %", 100), "br
          "saturation": ("saturation (HSV)", 1), "brightness": ("brightness (mean luma)", 1),
          "texture": ("texture (luma - its 3 x 3 mean)", 1), "frechet": ("Frechet distance to true photos", 1)}
 ERROR = "± is the standard error over seeds and prompts (experiments/pages.py)."
+ERROR_OF_SEEDS = "± is the standard error over the seeds."
 
 
 # -------------------------------------------------------------------------------------------------- numbers

@@ -83,7 +83,7 @@ def main(argv=None):
                   f"{shown(usual['in_time'], '.0f')} of {shown(usual['broke'], '.0f')} runs that broke.")
         statistics = "\n".join(f"- {name}: {', '.join(which)}" for name, which in first.items())
         told = (f"{STEPS} updates, {own.seeds} seeds, {runs.shown_to(own)} watched pictures every {EVERY} updates. "
-                f"Each number is of the runs that get there. {pages.ERROR} train.py keeps weights_best: the weights "
+                f"Each number is of the runs that get there. {pages.ERROR_OF_SEEDS} train.py keeps weights_best: the weights "
                 "with the highest SGP gap of all looks without a drift warning. The statistic that warned first:\n\n"
                 f"{statistics}")
         figure = pages.curve_figure(curves, ("realism", "alignment", "broken", "frechet"),
