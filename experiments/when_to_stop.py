@@ -83,9 +83,9 @@ def main(argv=None):
                   f"{shown(usual['in_time'], '.0f')} of {shown(usual['broke'], '.0f')} runs that broke.")
         statistics = "\n".join(f"- {name}: {', '.join(which)}" for name, which in first.items())
         told = (f"{STEPS} updates, {own.seeds} seeds, {runs.shown_to(own)} watched pictures every {EVERY} updates. "
-                f"Each number is of the runs that get there. {pages.ERROR_OF_SEEDS} train.py keeps weights_best: the weights "
-                "with the highest SGP gap of all looks without a drift warning. The statistic that warned first:\n\n"
-                f"{statistics}")
+                f"Each number is of the runs that get there. {pages.ERROR_OF_SEEDS} train.py keeps weights_best: the "
+                "weights with the highest SGP gap of all looks without a drift warning. The statistic that warned "
+                f"first:\n\n{statistics}")
         figure = pages.curve_figure(curves, ("realism", "alignment", "broken", "frechet"),
                                     f"{runs.shown_to(own)} watched pictures every {EVERY} updates, seed 0")
         claim = "Users of FLUX.1-dev: good at 10 to 20 updates, broken by 20 to 50; when to stop?"
