@@ -73,7 +73,7 @@ def main(argv=None):
             f"{shown(alone['alignment_at'], '.1%')} alone; the Frechet distance is {shown(ours['frechet_at'], '.1f')} "
             f"and {shown(alone['frechet_at'], '.1f')}. It is reached at update {shown(ours['at_update'], '.1f')} and "
             f"{shown(alone['at_update'], '.1f')}. After 52 updates {shown(ours['broken'], '.1%')} and "
-            f"{shown(alone['broken'], '.1%')} are broken, so in equal updates it does hack less: the reward rises less.")
+            f"{shown(alone['broken'], '.1%')} are broken: in equal updates it hacks less, as the reward rises less.")
         told = (f"{runs.shown_to(own)} watched pictures, {own.seeds} seeds. {pages.ERROR_OF_SEEDS} Equally far is a "
                 f"reward of {height:.3f}. The noise has a standard deviation of {NOISE:g}.")
         claim = "A reward that reads no text hacks less if it is relative to its own noised picture (S1)."
