@@ -68,8 +68,9 @@ def main(argv=None):
             f"redness with Eq. 11 is {shown(one['redness'], '+.3f')} with one branch and "
             f"{shown(both['redness'], '+.3f')} with both (base {shown(rows['base']['redness'], '+.3f')}). What "
             "inversion cancels is the common mode of the two texts.")
-        told = (f"{pages.counted(rows)} {pages.ERROR} The common mode per unit of difference is predicted from the "
-                "weights of the two texts. The plain reward has only common mode, so it has no such number.")
+        told = (f"{pages.counted(rows)} {pages.ERROR} In an update f moves along a C1 - b C2, summed over the "
+                "branches. Its common mode is (a - b)/2 (C1 + C2). Per unit of difference, (a - b) / (a + b), it is "
+                "predicted from the weights of the two texts. The plain reward has only common mode, so it has no such number.")
         claim = "Inversion regularises (section 3.2, Fig. 9 d)."
         page = pages.Page("Common mode: what inversion cancels", claim, result, told, [(rows, COLUMNS)])
         pages.write(own, "common_mode", page, draw(rows))
@@ -89,7 +90,7 @@ def draw(rows):
         left.errorbar(row["predicted"].mean, row["redness"].mean, yerr=row["redness"].error, fmt=marker,
                       markersize=8, color=colour, label=name)
     left.axhline(rows["base"]["redness"].mean, color="grey", linestyle="dashed", label="base")
-    left.set_xlabel("common mode per unit of difference, predicted: (a - b) / (a + b)")
+    left.set_xlabel("f moves along a C1 - b C2: common mode (a - b) / (a + b), predicted")
     left.set_ylabel("redness, R - (G + B)/2, measured")
     left.legend(fontsize=8, loc="upper left")
     title, scale = pages.DRAWN["redness"]

@@ -236,9 +236,11 @@ def test_the_number_of_pictures_on_a_page_is_that_of_its_scores(name):
 
 
 def test_the_readmes_numbers_stand_in_the_pages_they_link():
-    """Every number with a deviation, in a line that links results/NAME.md, is a cell of one of its pages."""
-    for readme in (Path("README.md"), Path("experiments/README.md"), Path("miniature/README.md")):
-        for line in readme.read_text().splitlines():
+    """Every number with a deviation, in a line or an entry that links results/NAME.md, is a cell of one of its
+    pages."""
+    for readme in (Path("README.md"), Path("experiments/README.md"), Path("miniature/README.md"), Path("docs/LOG.md")):
+        text = readme.read_text()
+        for line in re.split(r"\n(?=- )", text) if readme.name == "LOG.md" else text.splitlines():
             names = re.findall(r"results/(\w+)\.md\)", line)
             pages = "".join(Path(f"experiments/results/{name}.md").read_text() for name in names)
             for number in re.findall(r"[+-]?\d+\.?\d* ± \d+\.?\d*", line) if names else []:

@@ -18,7 +18,7 @@ import recipe
 from experiments import bench
 from experiments.offline import draw
 
-READMES = [Path("README.md"), *sorted(Path(".").glob("[a-z]*/README.md")), Path("docs/ledger.md")]
+READMES = [Path("README.md"), *sorted(Path(".").glob("[a-z]*/README.md")), Path("docs/LOG.md"), Path("docs/ledger.md")]
 README = READMES[0].read_text(encoding="utf-8")
 TESTS = "\n".join(path.read_text(encoding="utf-8") for path in Path("tests").glob("test_*.py"))
 
