@@ -70,7 +70,8 @@ def main(argv=None):
             "inversion cancels is the common mode of the two texts.")
         told = (f"{pages.counted(rows)} {pages.ERROR} In an update f moves along a C1 - b C2, summed over the "
                 "branches. Its common mode is (a - b)/2 (C1 + C2). Per unit of difference, (a - b) / (a + b), it is "
-                "predicted from the weights of the two texts. The plain reward has only common mode, so it has no such number.")
+                "predicted from the weights of the two texts. The plain reward has only common mode, so it has no such "
+                "number.")
         claim = "Inversion regularises (section 3.2, Fig. 9 d)."
         page = pages.Page("Common mode: what inversion cancels", claim, result, told, [(rows, COLUMNS)])
         pages.write(own, "common_mode", page, draw(rows))
