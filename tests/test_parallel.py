@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -247,3 +248,34 @@ def test_a_size_that_does_not_divide_is_one_line(tmp_path):
     ours = [line for line in printed.splitlines() if line.startswith("train.py:")]
     assert ours == ["train.py: --replicas 3: does not divide the 2 processes"]
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_the_slurm_script_stops_before_the_limit_and_is_requeued(tmp_path):
+    """With stand-ins for srun and scontrol: SIGTERM saves a checkpoint and requeues; the next start ends the run."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    python = Path(sys.executable).parent
+    for name, text in (("srun", 'exec "$@"'),
+                       ("scontrol", f'[ "$1" = show ] && echo localhost || echo "$@" >> {tmp_path}/said')):
+        (tools / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tools / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "1", "SLURM_JOB_NODELIST": "localhost", "SLURM_GPUS_ON_NODE": "2"}
+    path = f"{tools}:{python}:{os.environ['PATH']}"
+    quiet = {"env": os.environ | slurm | {"PATH": path, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL,
+             "stderr": subprocess.DEVNULL}
+    out = tmp_path / "run"
+    command = ["bash", "docs/slurm.sh", "--model", "miniature", "--steps", "6", "--global-batch", "2", "--rollout-steps",
+               "1", "--eval-steps", "1", "--watch", "2", "--watch-every", "6", "--save-every", "1", "--eval", "0",
+               "--out", str(out)]
+    with subprocess.Popen(command, **quiet) as first:
+        deadline = time.monotonic() + 300
+        while not (out / "log.jsonl").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        first.terminate()
+        first.wait(120)
+    assert (tmp_path / "said").read_text() == "requeue 7\n"
+    assert list((out / "checkpoints").iterdir()) and not (out / "summary.json").exists()
+    subprocess.run(command, check=True, timeout=300, **quiet)
+    assert json.loads((out / "summary.json").read_text())["steps"] == 6
+    assert (tmp_path / "said").read_text() == "requeue 7\n"
