@@ -53,7 +53,7 @@ def draw(rows, mixtures):
     axes[2].set_xlabel(pages.DRAWN["redness"][0])
     axes[2].set_title(pages.DRAWN["realism"][0], fontsize=10)
     axes[2].set_ylim(0, 100)
-    axes[2].legend(fontsize=8)
+    axes[2].legend(fontsize=8, loc="center")
     figure.supxlabel(pages.note(rows, ("redness", "texture", "realism")), fontsize=8)
     return figure
 

@@ -265,9 +265,9 @@ def test_the_slurm_script_stops_before_the_limit_and_is_requeued(tmp_path):
     quiet = {"env": os.environ | slurm | {"PATH": path, "OMP_NUM_THREADS": "1"}, "stdout": subprocess.DEVNULL,
              "stderr": subprocess.DEVNULL}
     out = tmp_path / "run"
-    command = ["bash", "docs/slurm.sh", "--model", "miniature", "--steps", "6", "--global-batch", "2", "--out",
-               str(out), "--rollout-steps", "1", "--eval-steps", "1", "--watch", "2", "--watch-every", "6", "--save-every", "1",
-               "--eval", "0"]
+    flags = ("--model miniature --steps 6 --global-batch 2 --rollout-steps 1 --eval-steps 1 --watch 2 --watch-every 6 "
+             "--save-every 1 --eval 0")
+    command = ["bash", "docs/slurm.sh", *flags.split(), "--out", str(out)]
     with subprocess.Popen(command, **quiet) as first:
         deadline = time.monotonic() + 300
         while not (out / "log.jsonl").exists() and time.monotonic() < deadline:
