@@ -18,6 +18,7 @@ from engine.errors import UserError
 from engine.files import write_whole
 from engine.model import lora_files
 from engine.model.export import export as export_full
+from engine.model.export import export_as, finite
 from engine.model.lora_files import FILE, PREFIX
 from engine.model.tensors import fill, full, local_part, my_rows, own_parameters
 
@@ -92,23 +93,39 @@ def is_lora(place):
     return lora_files.file_in(place) is not None
 
 
-def export_adapters(transformer, folder, world, dtype=torch.float32):
-    """Write the adapters as pytorch_lora_weights.safetensors, which FluxPipeline.load_lora_weights and
-    ComfyUI load. Raises OSError."""
-    tensors = {}
-    for name, parameter in adapters(transformer).items():  # on every process: an all-gather needs all of them
-        tensors[name] = full(parameter.detach()).to("cpu", dtype).contiguous()
+def exported(transformer, dtype):
+    """{name in the file: tensor on the CPU} of all adapters, on every rank. Raises NotFinite."""
+    return {name: finite(name, full(parameter.detach()).to("cpu", dtype).contiguous())
+            for name, parameter in adapters(transformer).items()}
+
+
+def write_lora(path, tensors, world):
+    """Write the tensors of a LoRA as a safetensors file, by rank 0. Raises OSError."""
     if world.main:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_whole(Path(folder) / FILE, save(tensors, {"format": "pt"}))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, save(tensors, {"format": "pt"}))
 
 
 def export(transformer, folder, world, dtype=torch.float32):
-    """Write what was trained: the adapters if there are any, otherwise all weights. Raises OSError."""
+    """Write what was trained: the adapters, if there are any, as pytorch_lora_weights.safetensors, which
+    FluxPipeline.load_lora_weights and ComfyUI load; otherwise all weights. Raises OSError and NotFinite."""
     if adapters(transformer):
-        export_adapters(transformer, folder, world, dtype)
+        write_lora(Path(folder) / FILE, exported(transformer, dtype), world)
     else:
         export_full(transformer, folder, world, dtype)
+
+
+def save_as(transformer, path, world, name):
+    """Write what was trained as one file in bf16. name: of `command_line.SAVE_AS`. Raises OSError and NotFinite."""
+    if name != "kohya":
+        export_as(transformer, path, world, name)
+        return
+    tensors = exported(transformer, torch.bfloat16)
+    pairs = {}
+    for key in tensors:
+        if ".lora_A." in key:
+            pairs[lora_files.layer_of(key)] = lora_files.Pair(tensors[key], tensors[key.replace("lora_A", "lora_B")])
+    write_lora(path, lora_files.in_kohyas_names(pairs, transformer.config), world)
 
 
 def fitting(transformer, place, rank=None):

@@ -263,3 +263,35 @@ def scaled_by_peft(network, state, alphas, settings):
 def layer_of(name):
     """The layer of a tensor in diffusers' format."""
     return name.removeprefix(PREFIX).split(".lora_")[0]
+
+
+# ------------------------------------------------------------------------------------------------------ writing
+def in_kohyas_names(pairs, config):
+    """{kohya's name: tensor in bf16} of a LoRA {layer: `Pair`}, for a transformer with this config. kohya's layers are
+    black-forest-labs', some of which are several of diffusers': each of these gets its own share of the rank, so that
+    reading gives the same matrices. Raises UserError for a bias, which kohya's files cannot hold."""
+    tensors = {}
+    for name, parts in released.parts_of(config).items():
+        there = {ours: pairs[ours.removesuffix(".weight")] for ours in parts if ours.removesuffix(".weight") in pairs}
+        if not there:
+            continue
+        if any(pair.bias is not None for pair in there.values()):
+            raise UserError(f"--save-as kohya: {next(iter(there))} has a bias, which kohya's files cannot hold")
+        share = max(len(pair.A) for pair in there.values())
+        one, pair = next(iter(there.items()))
+        pieces = parts[one]
+        rows = len(pair.B) * pieces[0].marks // sum(piece.last - piece.first for piece in pieces)
+        down = torch.zeros(share * len(parts), pair.A.shape[1])
+        up = torch.zeros(rows, share * len(parts))
+        for number, ours in enumerate(parts):
+            if ours not in there:
+                continue
+            A, B, _ = there[ours]
+            own = slice(number * share, number * share + len(A))
+            down[own] = A.float()
+            up[torch.cat([torch.arange(*piece.of(rows)) for piece in parts[ours]]), own] = B.float()
+        layer = f"lora_unet_{flat(name.removesuffix('.weight'))}"
+        tensors[f"{layer}.lora_down.weight"] = down.bfloat16()
+        tensors[f"{layer}.lora_up.weight"] = up.bfloat16()
+        tensors[f"{layer}.alpha"] = torch.tensor(float(len(down)))
+    return tensors
