@@ -348,8 +348,52 @@ def test_a_folder_of_peft_is_what_peft_merges(base, tmp_path):
     assert largest(ours(base, tmp_path), wanted) < 1e-6
     assert largest(ours(base, tmp_path / "adapter_model.safetensors"), wanted) < 1e-6
     (tmp_path / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match="has no adapter_config.json beside it"):
+    with pytest.raises(UserError, match="no adapter_config.json beside it"):
         ours(base, tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "another name.safetensors")
+    with pytest.raises(UserError, match="no adapter_config.json beside it"):
+        ours(base, tmp_path)
+
+
+def test_a_lora_in_float8_is_read(base, tmp_path):
+    state = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in kohya(base)[0].items()}
+    save_file(state, tmp_path / "float8.safetensors")
+    save_file({name: tensor.float() for name, tensor in state.items()}, tmp_path / "float32.safetensors")
+    assert largest(ours(base, tmp_path / "float8.safetensors"), theirs(base, tmp_path / "float32.safetensors")) < 1e-6
+
+
+def test_a_lora_of_another_tool_is_trained_on(base, tmp_path):
+    """With --lora and its rank, if its layers are those that get adapters; the network is then the same."""
+    pairs = matrices(base, [Q, K, V, OUT, FF])
+    state = (in_diffusers(pairs, "lora_down", "lora_up", "lora_transformer_", flat)
+             | alphas(pairs, (8,), "lora_transformer_", flat))
+    save_file(state, tmp_path / "it.safetensors")
+    network = diffusers.FluxTransformer2DModel.from_config(base.config)
+    network.load_state_dict(base.state_dict())
+    lora.add_adapters(network, 4)
+    lora.start(network, 0)
+    lora.load_into(network, tmp_path / "it.safetensors")
+    wanted = changed(base, {layer: 2 * B @ A for layer, (A, B) in pairs.items()})
+    for layer in lora.layers_of(base):
+        module = network.get_submodule(layer)
+        found = module.base_layer.weight + module.get_delta_weight("default")
+        assert (found - wanted[f"{layer}.weight"]).abs().max() < 1e-6, layer
+
+
+ON = {"has ranks [2, 4]; without --lora it is merged": lambda base: in_diffusers(matrices(base, [Q, FF], (4, 2))),
+      "--lora 4 goes on with it": lambda base: in_diffusers(matrices(base, [Q])),
+      "gets no adapter with --lora": lambda base: in_diffusers(matrices(base, [NORM], (8,))),
+      "has a bias": lambda base: in_diffusers(matrices(base, [Q], (8,))) | {
+          f"transformer.{Q}.lora_B.bias": torch.ones(D)}}
+
+
+@pytest.mark.parametrize("words", ON)
+def test_what_cannot_be_trained_on_says_how_it_is_merged(words, base, tmp_path):
+    save_file(ON[words](base), tmp_path / "it.safetensors")
+    with pytest.raises(UserError) as error:
+        trained.check(str(tmp_path / "it.safetensors"), Model("miniature"), rank=8)
+    assert words in str(error.value) and "python -m engine.merge" in str(error.value), str(error.value)
+    trained.check(str(tmp_path / "it.safetensors"), Model("miniature"))
 
 
 # ------------------------------------------------------------------------------------------------- what is refused

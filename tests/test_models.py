@@ -329,6 +329,27 @@ def test_a_lora_is_merged_into_full_weights_that_diffusers_loads(tmp_path, capsy
         assert "exists, and is not an empty folder" in capsys.readouterr().err
 
 
+def test_a_run_saves_for_another_tool_too(tmp_path, run):
+    """--save-as, of full weights and of a LoRA; --weights takes both, and --overwrite removes them."""
+    out = tmp_path / "run"
+    flags = [*SMALL, "--steps", "1", "--out", out]
+    assert is_refused(run, "its names are a LoRA's", *SMALL, "--save-as", "kohya", "--out", out)
+    assert is_refused(run, "python -m engine.merge --save-as comfyui", *SMALL, "--lora", "2", "--save-as", "comfyui",
+                      "--out", out)
+    assert run(train, *flags, "--save-as", "comfyui")[0] == 0
+    own = flux.load(Model("miniature"), str(out)).transformer.state_dict()
+    found = flux.load(Model("miniature"), str(out / "weights" / "comfyui.safetensors")).transformer.state_dict()
+    assert all(torch.equal(found[name], tensor.bfloat16().float()) for name, tensor in own.items())
+    assert is_refused(run, "the weights would be deleted", *SMALL, "--weights", out, "--overwrite", "--out", out)
+    assert run(train, *flags, "--lora", "2", "--save-as", "kohya", "--overwrite")[0] == 0
+    assert {path.name for path in (out / "weights").iterdir()} == {lora.FILE, "kohya.safetensors"}
+    own = flux.load(Model("miniature"), str(out)).transformer.state_dict()
+    found = flux.load(Model("miniature"), str(out / "weights" / "kohya.safetensors")).transformer.state_dict()
+    base = flux.load(Model("miniature")).transformer.state_dict()
+    assert max((own[name] - base[name]).abs().max() for name in base) > 1e-6
+    assert max((own[name] - found[name]).abs().max() for name in base) < 1e-6
+
+
 @pytest.mark.slow
 def test_the_other_scripts_take_one_file_too(tmp_path, run):
     save_file(released_names(load_file(Path("miniature") / PART)), tmp_path / "flux.safetensors")

@@ -28,8 +28,9 @@ METADATA = "lora_adapter_metadata"         # where diffusers notes peft's config
 PREFIX = "transformer."                    # diffusers and ComfyUI put it before the names of a transformer's tensors
 
 # Before the names of a transformer's layers, in the files of peft, ComfyUI, OneTrainer, kohya and LyCORIS.
-PREFIXES = ("base_model.model.", "model.diffusion_model.", "diffusion_model.", PREFIX, "lora_transformer_",
-            "lora_unet_", "lycoris_")
+WRAPPED = "base_model.model."  # peft's
+PREFIXES = (WRAPPED, "model.diffusion_model.", "diffusion_model.", PREFIX, "lora_transformer_", "lora_transformer.",
+            "lora_unet_", "lora_unet.", "lycoris_")
 TEXT_ENCODERS = ("text_encoder", "lora_te", "te1_", "te2_", "bundle_emb", "clip_l.", "t5xxl.")
 SIDES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_A.default.weight": "A", ".lora_B.default.weight": "B",
          ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora.down.weight": "down", ".lora.up.weight": "up",
@@ -76,7 +77,7 @@ def file_in(place):
 
 def is_of_text(name):
     """Whether a tensor of a LoRA belongs to a text encoder, or to a word that was learned."""
-    return name.removeprefix("base_model.model.").startswith(TEXT_ENCODERS)
+    return name.removeprefix(WRAPPED).startswith(TEXT_ENCODERS)
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -91,8 +92,8 @@ def read(place, config):
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys() if not is_of_text(name)}
-            tensors = {name: tensor for name, tensor in tensors.items()
-                       if not name.endswith(DIFFERENCES) or tensor.any()}
+            tensors = {name: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+                       for name, tensor in tensors.items() if not name.endswith(DIFFERENCES) or tensor.any()}
             noted = json.loads((file.metadata() or {}).get(METADATA) or "{}")
     except Exception as error:
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
@@ -133,9 +134,10 @@ def settings_of(path, tensors, noted):
     beside = path.parent / PEFT_CONFIG
     if isinstance(noted, dict):
         noted = {name.removeprefix(PREFIX): value for name, value in noted.items() if name.startswith(PREFIX)}
-    if not noted and path.name == OF_PEFT:
+    is_pefts = any(name.startswith(WRAPPED) and "transformer_blocks." in name for name in tensors)
+    if not noted and (is_pefts or path.name == OF_PEFT):
         if not beside.is_file():
-            raise UserError(f"{path}: has no {PEFT_CONFIG} beside it, which says how large its change is")
+            raise UserError(f"{path}: peft's, and there is no {PEFT_CONFIG} beside it, which says how large the change is")
         noted = read_json(beside)
     if not isinstance(noted, dict):
         raise UserError(f"{path}: its note of a LoRA's settings is damaged")

@@ -67,7 +67,7 @@ def with_scales(slices, file):
                 weight = name.removesuffix(ending) + ".weight"
                 if weight not in found:
                     raise UserError(f"{file}: {name} is a scale, and there is no {weight}")
-                found[weight] = Scaled(found[weight], slices[name][:], f"{file}: {name}")
+                found[weight] = Scaled(found[weight], slices[name][...], f"{file}: {name}")
     return found
 
 
