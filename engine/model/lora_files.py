@@ -137,7 +137,7 @@ def settings_of(path, tensors, noted):
     is_pefts = any(name.startswith(WRAPPED) and "transformer_blocks." in name for name in tensors)
     if not noted and (is_pefts or path.name == OF_PEFT):
         if not beside.is_file():
-            raise UserError(f"{path}: peft's, and there is no {PEFT_CONFIG} beside it, which says how large the change is")
+            raise UserError(f"{path}: peft's, and there is no {PEFT_CONFIG} beside it, which has its alpha")
         noted = read_json(beside)
     if not isinstance(noted, dict):
         raise UserError(f"{path}: its note of a LoRA's settings is damaged")
