@@ -76,6 +76,8 @@ def run(argv):
     world = parallel.World(patience=timedelta(days=30))
     for note in [] if args.images else model.notes(vars(args)):
         world.say(note)
+    for note in [note for method in methods for note in trained.notes(method.weights)]:
+        world.say(note)
     benchmark = picture_folders.benchmark(prompts, args.seed, args.first)
     tasks, missing = available(args, methods, benchmark, world)
     groups = [benchmark, *(task.pictures for task in tasks if task.pictures is not benchmark)]

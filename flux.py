@@ -196,7 +196,7 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, world=None, lay
         vae.register_to_config(shift_factor=0.0)
     if weights is not None and not trained.is_full(weights):
         take = lora.load_into if lora.adapters(transformer) else lora.merge_into
-        take(transformer, weights)
+        take(transformer, trained.place_of(weights))
     if not weights_are_finite(transformer.parameters(), world):
         whose = f"--model {model.name}" if weights is None else f"--weights {weights}"
         raise UserError(f"{whose}: its weights hold numbers that are not finite")

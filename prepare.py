@@ -123,6 +123,8 @@ def set_up(a, model, world, folder=None, stopping=None):
     share = recipe.share_of(a, world.size)
     texts = texts_of(a)
     parts = trained.check(a.weights, model, a.lora)
+    for note in trained.notes(a.weights):
+        world.say(note)
     model.fetch(parts)
     curriculum = curriculum_of(a, model, world, share, texts)
     both = curriculum.prompts + texts.watched + texts.held_out
@@ -148,7 +150,7 @@ def set_up(a, model, world, folder=None, stopping=None):
     said = curriculum.texts | {"--watch-prompts": texts.watched, "--eval-prompts": texts.held_out}
     places = curriculum.places | {"--model": [model.part(part) for part in parts]}
     if a.weights:
-        places["--weights"] = [a.weights]
+        places["--weights"] = [trained.place_of(a.weights)]
     return Run(world, model, net, reward, recipe.METHODS[a.method].load(), share, planned, curriculum, embeddings,
                watching, optimizer, net.grid(a.size, a.size), contents_of(said, places, reward), folder, stopping,
                made_by.now(world))

@@ -157,6 +157,8 @@ class Folder:
     out: str = flag(None, line.some_path, "folder of the run (None: runs/<model>)", resume=True)
     save_every: int = flag(10, whole(1), "updates between checkpoints", resume=True)
     keep: int = flag(2, whole(1), "checkpoints that stay", resume=True)
+    save_as: str = flag(None, choices=line.SAVE_AS, help=f"at the end, in out/weights/: {line.SAVE_AS_HELP}",
+                        resume=True)
     resume: bool = flag(False, help="go on with the run in --out, with its own flags", resume=True)
     overwrite: bool = flag(False, help="delete the run in --out first", resume=True)
     tensorboard: bool = flag(False, help="also write out/tensorboard (needs: pip install tensorboard)", resume=True)
@@ -463,13 +465,14 @@ def check(a, model):
     if a.resume and a.overwrite:
         raise UserError("--resume --overwrite: go on with the run in --out, or start again; give one")
     out = out_of(a.out, a.model).resolve()
-    if a.overwrite and a.weights and out in Path(a.weights).resolve().parents:
+    if a.overwrite and a.weights and out in (Path(a.weights).resolve(), *Path(a.weights).resolve().parents):
         raise UserError(f"--overwrite --weights {a.weights}: the weights would be deleted, which the run starts from; "
                         "give another --out")
     gpus.check(a.card)
     model.grid(a.size, a.size)
     rewards.parse_rewards(a.reward)
     modes.check(a.lora, a.memory)
+    line.check_save_as(a.save_as, bool(a.lora))
 
 
 def check_what_learns(a):

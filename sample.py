@@ -50,7 +50,7 @@ def run(argv, stopping):
     prompts = args.prompt or prompt_files.read_prompts(args.eval_prompts)[:args.first]
     check_out(args.out)
     folder = Folder(args, prompts)
-    for note in model.notes(vars(args)):
+    for note in [*model.notes(vars(args)), *trained.notes(args.weights)]:
         print(printable(note))
 
     parallel.one_thread_on_a_cpu()
@@ -90,7 +90,7 @@ class Folder:
         self.prompts = prompts
         self.files = self.named(len(prompts))
         self.made = {"by": "sample.py", "prompts": prompts, "model": args.model, "size": args.size,
-                     "weights": stamp(args.weights) if args.weights else [],
+                     "weights": stamp(trained.place_of(args.weights)) if args.weights else [],
                      "eval_steps": args.eval_steps, "guidance": args.guidance, "seed": args.seed}
         note = self.out / "made.json"
         self.then = read_json(note) if note.exists() else {}

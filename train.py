@@ -245,6 +245,8 @@ def main(argv=None, read=None):
                 run.watched.report(folder, state, stopped=True)
             raise
         lora.export(run.net.transformer, out / "weights", world, run.net.dtype)
+        if a.save_as:
+            lora.save_as(run.net.transformer, out / "weights" / f"{a.save_as}.safetensors", world, a.save_as)
         stopping.words = f"stopped after the last update; its weights are in {out}/weights"
         run.watched.finish(folder, state)
         world.close()

@@ -16,9 +16,24 @@ LARGEST = 1e6         # the usual limit of a real number; products of such numbe
 LONGEST_WORDS = 1000  # characters
 
 
-WEIGHTS = ("the transformer's weights instead of the model's own, such as runs/miniature/weights: a folder with "
-           "config.json and safetensors; one .safetensors with the names of diffusers, black-forest-labs or "
-           "ComfyUI; or a LoRA, a folder or file with the names of diffusers")
+WEIGHTS = ("the transformer's weights instead of the model's own: a run's folder, such as runs/miniature; a folder "
+           "with config.json and safetensors, or a pipeline's; one .safetensors with the names of diffusers, "
+           "black-forest-labs or ComfyUI, also in scaled float8; a LoRA of diffusers, kohya, ComfyUI, OneTrainer, "
+           "XLabs or peft; or a hub id of any of these, OWNER/NAME or OWNER/NAME/FILE")
+SAVE_AS = ("diffusers", "comfyui", "comfyui-fp8", "kohya")
+SAVE_AS_HELP = ("write the weights as one file in bf16 too: diffusers: with diffusers' names; comfyui: with "
+                "black-forest-labs' names, which ComfyUI reads; comfyui-fp8: the same, with the blocks' matrices in "
+                "float8, each with its scale; kohya: a LoRA with kohya's names")
+
+
+def check_save_as(name, is_lora):
+    """Raise UserError if a --save-as, one of SAVE_AS or None, does not go with what is saved: a LoRA, or full
+    weights."""
+    if name == "kohya" and not is_lora:
+        raise UserError("--save-as kohya: its names are a LoRA's, and these are full weights; give comfyui")
+    if name not in (None, "kohya") and is_lora:
+        raise UserError(f"--save-as {name}: this is a LoRA, which diffusers and ComfyUI read as it is; give kohya, or "
+                        f"merge it afterwards: python -m engine.merge --save-as {name}")
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):

@@ -5,7 +5,7 @@ import logging
 import warnings
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import logging as hub_logging
 
 from engine.errors import UserError
@@ -45,3 +45,21 @@ def fetched(where, files):
     except Exception as error:
         raise UserError(f"{where}: not on this machine, and cannot be fetched from the hub "
                         f"({type(error).__name__})") from error
+
+
+def some_files(name, wanted, whose):
+    """The local folder of those files of a hub repository that wanted(all its files) lists; whose: begins a message.
+    Without a network it is the folder that an earlier call filled. Raises UserError."""
+    quiet()
+    try:
+        files = HfApi().list_repo_files(name)
+    except Exception as error:
+        try:
+            return Path(snapshot_download(name, local_files_only=True))
+        except Exception:
+            raise UserError(f"{whose}, and the hub does not give it ({type(error).__name__})") from error
+    patterns = wanted(files)
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise UserError(f"{whose}, and the hub does not give {patterns[0]} ({type(error).__name__})") from error

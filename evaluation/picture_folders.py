@@ -20,6 +20,7 @@ from torchvision.utils import save_image
 from engine.data import prompt_files
 from engine.errors import UserError, printable
 from engine.files import read_json, stamp, write_json, write_whole
+from engine.model import trained
 from engine.paths import named_path
 from rewards.pictures import fitted, pixels, read_picture
 from srpo_reward import with_words
@@ -227,7 +228,7 @@ def planned(args, prompts):
     if args.prefix:
         methods.append(Method(PREFIXED, Path(args.out) / folder_name(PREFIXED), words=args.prefix))
     for name, path in named("--weights", args.weights).items():
-        methods.append(Method(name, Path(args.out) / folder_name(name), path))
+        methods.append(Method(name, Path(args.out) / folder_name(name), str(trained.place_of(path))))
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     for method in methods:
         method.made = {"model": args.model, "size": args.size, "eval_steps": args.eval_steps,

@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 
 from engine.errors import UserError, one_line
 from engine.hub import fetched
-from engine.model.configs import strict
+from engine.model.configs import must_be_floats, strict
 from rewards import base
 
 COLUMNS = {"aesthetic": base.Column("Aes", ".3f")}
@@ -78,7 +78,7 @@ def head_of(folder):
     own = folder / Path(HEAD).name
     try:
         if own.is_file():
-            return torch.load(own, map_location="cpu", weights_only=True)
+            return must_be_floats(torch.load(own, map_location="cpu", weights_only=True))
         return torch.hub.load_state_dict_from_url(HEAD, map_location="cpu", weights_only=True, progress=False)
     except Exception as error:
         place = own if own.is_file() else HEAD

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from engine.errors import UserError
 from engine.hub import fetched
-from engine.model.configs import check_folder, fitting
+from engine.model.configs import check_folder, fitting, must_be_floats
 from rewards import base
 
 ARCH = "ViT-H-14"                         # the architecture of HPSv2.1 and of PickScore
@@ -84,7 +84,7 @@ def state_of(path):
     state = found.get("state_dict", found) if isinstance(found, dict) else None
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise UserError("no tensors by their names, neither directly nor under state_dict")
-    return {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return must_be_floats({name.removeprefix("module."): tensor for name, tensor in state.items()})
 
 
 def must_be(arch, state):

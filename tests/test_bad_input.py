@@ -201,12 +201,15 @@ PHOTOGRAPHS = {  # {file: content} of a folder, None a picture of 64 x 64 pixels
     "x" * 300: (None, "no such folder")}
 
 WEIGHTS = {  # what --weights may be; what is said
-    "no": "no transformer there", "": "no transformer there", "miniature": "no transformer there",
-    "x" * 300: "no transformer there", "pipe": "no transformer there",
+    "no": "no transformer there: no such file or folder; give ", "": "a path or a hub id, and it is empty",
+    "x" * 300: "and it is too long", "pipe": "no transformer there: a file without an ending",
+    "miniature/vae/config.json": "no transformer there: a file that ends in .json",
+    "miniature/tokenizer": "no transformer there: a folder with ",
     "cut": "cannot be loaded as FLUX.1", "less": "--weights less: another architecture: num_layers 1, and",
     "text.safetensors": "text.safetensors: cannot be read",
     "other.safetensors": "tensors are missing or not FluxTransformer2DModel's",
-    "kohya.safetensors": "lora_unet_a.lora_down.weight is not known; a LoRA has transformer.LAYER.lora_A",
+    "kohya.safetensors": "kohya.safetensors: this transformer has no layer a",
+    "lokr.safetensors": "lokr.safetensors: its format is LoKr (it has lora_unet_a.lokr_w1), which is neither trained",
     "lora": "pytorch_lora_weights.safetensors: this transformer has no layer transformer_blocks.9.attn.to_q",
     "miniature/vae": "_class_name 'AutoencoderKL' must be 'FluxTransformer2DModel'"}
 
@@ -584,6 +587,7 @@ def make_weights(here):
     (here / "text.safetensors").write_text("mine")
     save_file({"a": torch.zeros(1)}, here / "other.safetensors")
     save_file({"lora_unet_a.lora_down.weight": torch.zeros(1, 1)}, here / "kohya.safetensors")
+    save_file({"lora_unet_a.lokr_w1": torch.zeros(1, 1)}, here / "lokr.safetensors")
     for folder, block in (("fits", 0), ("lora", 9)):
         (here / folder).mkdir()
         layer = f"transformer.transformer_blocks.{block}.attn.to_q"

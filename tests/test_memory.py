@@ -329,7 +329,7 @@ def test_the_file_loads_in_diffusers_and_merged_is_loaded(tmp_path, miniature, w
 
 def test_the_file_has_the_names_that_comfyui_maps(tmp_path, miniature, world):
     """transformer.<a layer as diffusers names it>.lora_A.weight and .lora_B.weight, and nothing of peft's."""
-    lora.export_adapters(with_adapters(miniature, world).transformer, tmp_path, world)
+    lora.export(with_adapters(miniature, world).transformer, tmp_path, world)
     layers = {name.removesuffix(".weight") for name, p in miniature.transformer.named_parameters()
               if p.ndim == 2}
     with safe_open(tmp_path / lora.FILE, "pt") as file:
@@ -341,7 +341,7 @@ def test_the_file_has_the_names_that_comfyui_maps(tmp_path, miniature, world):
 
 def test_a_lora_is_read_back_into_adapters(tmp_path, miniature, world):
     net = with_adapters(miniature, world)
-    lora.export_adapters(net.transformer, tmp_path, world)
+    lora.export(net.transformer, tmp_path, world)
     fresh = load_miniature(world, layouts.Layout(RANK, "bf16", 5))
     lora.load_into(fresh, tmp_path)
     assert torch.equal(velocity(replace(miniature, transformer=fresh)), velocity(net))
@@ -349,7 +349,7 @@ def test_a_lora_is_read_back_into_adapters(tmp_path, miniature, world):
 
 def test_alpha_is_taken_from_where_diffusers_notes_it(tmp_path, miniature, world):
     net = with_adapters(miniature, world)
-    lora.export_adapters(net.transformer, tmp_path, world)
+    lora.export(net.transformer, tmp_path, world)
     tensors = load_file(tmp_path / lora.FILE)
     noted = json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 2 * RANK})
     save_file(tensors, tmp_path / lora.FILE, {"lora_adapter_metadata": noted})

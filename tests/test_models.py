@@ -238,7 +238,7 @@ def test_one_file_of_another_model_is_one_line(tmp_path):
     assert "tensors are missing or not FluxTransformer2DModel's" in said({"a": torch.zeros(1)})
     layer = "transformer.transformer_blocks.0.attn.to_q"
     pair = {f"{layer}.lora_A.weight": torch.zeros(4, 128), f"{layer}.lora_B.weight": torch.zeros(128, 4)}
-    assert "is not known; a LoRA has" in said(pair | {"lora_unet_double_blocks_0.alpha": torch.zeros(1)})
+    assert "has no layer double_blocks_0" in said(pair | {"lora_unet_double_blocks_0.alpha": torch.zeros(1)})
     assert "of another rank than --lora 8; --lora 4 goes on with it" in said(pair, 8)
     assert "has no layer" in said({name.replace("_blocks.0", "_blocks.7"): t for name, t in pair.items()})
     file.write_bytes(b"not what it should be")
@@ -327,6 +327,27 @@ def test_a_lora_is_merged_into_full_weights_that_diffusers_loads(tmp_path, capsy
         with pytest.raises(SystemExit):
             merge.main(flags)
         assert "exists, and is not an empty folder" in capsys.readouterr().err
+
+
+def test_a_run_saves_for_another_tool_too(tmp_path, run):
+    """--save-as, of full weights and of a LoRA; --weights takes both, and --overwrite removes them."""
+    out = tmp_path / "run"
+    flags = [*SMALL, "--steps", "1", "--out", out]
+    assert is_refused(run, "its names are a LoRA's", *SMALL, "--save-as", "kohya", "--out", out)
+    assert is_refused(run, "python -m engine.merge --save-as comfyui", *SMALL, "--lora", "2", "--save-as", "comfyui",
+                      "--out", out)
+    assert run(train, *flags, "--save-as", "comfyui")[0] == 0
+    own = flux.load(Model("miniature"), str(out)).transformer.state_dict()
+    found = flux.load(Model("miniature"), str(out / "weights" / "comfyui.safetensors")).transformer.state_dict()
+    assert all(torch.equal(found[name], tensor.bfloat16().float()) for name, tensor in own.items())
+    assert is_refused(run, "the weights would be deleted", *SMALL, "--weights", out, "--overwrite", "--out", out)
+    assert run(train, *flags, "--lora", "2", "--save-as", "kohya", "--overwrite")[0] == 0
+    assert {path.name for path in (out / "weights").iterdir()} == {lora.FILE, "kohya.safetensors"}
+    own = flux.load(Model("miniature"), str(out)).transformer.state_dict()
+    found = flux.load(Model("miniature"), str(out / "weights" / "kohya.safetensors")).transformer.state_dict()
+    base = flux.load(Model("miniature")).transformer.state_dict()
+    assert max((own[name] - base[name]).abs().max() for name in base) > 1e-6
+    assert max((own[name] - found[name]).abs().max() for name in base) < 1e-6
 
 
 @pytest.mark.slow

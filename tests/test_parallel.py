@@ -18,7 +18,7 @@ from scripts import call, start
 
 import flux
 from engine.memory import parallel
-from engine.model import export
+from engine.model import export, single_file
 from engine.model.folder import Model
 from engine.run import checkpoint
 from engine.run import folder as run_folder
@@ -108,13 +108,21 @@ def weights(out):
     return load_file(out / "weights" / "diffusion_pytorch_model.safetensors")
 
 
+def assert_saved_for_comfyui(out):
+    """The file of --save-as comfyui holds the run's weights, in bf16."""
+    found = single_file.tensors_of(out / "weights" / "comfyui.safetensors")
+    for name, tensor in weights(out).items():
+        assert torch.equal(found[name][0:len(tensor)], tensor.bfloat16()), name
+
+
 @pytest.mark.parametrize("ranks", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_two_ranks_train_as_one_process_and_resume_on_one_and_three(tmp_path, ranks):
     """Two ranks = one process, weights and log, of six images an update; a run saved on 2 ranks goes on, on 1 and
     on 3, with no other flag than more updates."""
     two, one, printed = (tmp_path / n for n in ("two", "one", "printed"))
     flags = [*SMALL, "--global-batch", 6]
-    call(printed, *flags, "--steps", 1, "--out", two, ranks=2)
+    call(printed, *flags, "--steps", 1, "--out", two, "--save-as", "comfyui", ranks=2)
+    assert_saved_for_comfyui(two)
     call(printed, *flags, "--steps", 2, "--out", one)
     call(printed, "train.py", "--steps", 2, "--out", two, "--resume", ranks=ranks)
     assert json.loads((two / "weights_best" / "config.json").read_text())["_class_name"] == "FluxTransformer2DModel"

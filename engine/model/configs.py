@@ -1,6 +1,7 @@
 """Checks of a model's folder, which may come from anyone. Its configs must not make a library run code. Their sizes
 are checked before a network is built from them. After loading, no tensor of the network may be missing."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ OF_NETWORKS = ("config.json", "open_clip_config.json", "scheduler_config.json")
 WORD_LISTS = ("tokenizer.json", "vocab.json", "added_tokens.json")  # vocabularies, whose keys may be any word
 ADAPTER = "adapter_config.json"  # transformers would load the adapter that it names on top of the weights
 TABLES = ("position_ids", "relative_position_index", "num_batches_tracked")  # tensors that do hold whole numbers
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names of what weights may be
 MOST_LAYERS = 1000
 LARGEST = 10**7
 
@@ -153,13 +155,26 @@ def fitting(file, read, needed, optional=None):
 
 # ---------------------------------------------------------------------------------------------- the weights
 def check_dtypes(folder):
-    """Raise UserError if a safetensors file of a folder holds whole numbers where weights are expected."""
+    """Raise UserError if a safetensors or .bin file of a folder holds whole numbers, or true and false, where weights
+    are expected."""
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():
                 dtype = opened.get_slice(name).get_dtype()
-                if dtype[0] in "IU" and not name.endswith(TABLES):
+                if dtype not in FLOATS and not name.endswith(TABLES):
                     raise UserError(f"{file}: {name} holds {dtype}, which are no weights")
+    for file in sorted(Path(folder).glob("*.bin")):
+        torch = importlib.import_module("torch")  # here, since a plan needs no torch
+        must_be_floats(torch.load(file, map_location="meta", weights_only=True), f"{file}: ")
+
+
+def must_be_floats(tensors, where=""):
+    """{name: tensor}, as given. Raises UserError, which begins with `where`, if one holds whole numbers, or true and
+    false, where weights are expected."""
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "dtype") and not tensor.is_floating_point() and not name.endswith(TABLES):
+            raise UserError(f"{where}{name} holds {str(tensor.dtype).removeprefix('torch.')}, which are no weights")
+    return tensors
 
 
 def strict(cls, folder, dtype, unread=(), checked=False, **options):

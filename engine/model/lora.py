@@ -6,25 +6,21 @@ meta device is done here: to fill its adapters, and to read and write them.
 """
 
 import importlib
-import json
 import zlib
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import nn
 
-from engine.errors import UserError, one_line
+from engine.errors import UserError
 from engine.files import write_whole
-from engine.model import single_file
+from engine.model import lora_files
 from engine.model.export import export as export_full
+from engine.model.export import export_as, finite
+from engine.model.lora_files import FILE, PREFIX
 from engine.model.tensors import fill, full, local_part, my_rows, own_parameters
-from engine.paths import not_a_path
-
-FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
-PREFIX = "transformer."                    # diffusers and ComfyUI put it before the names of a transformer's tensors
 
 
 # ----------------------------------------------------------------------------------------------- the adapters
@@ -93,73 +89,52 @@ def adapter_off(transformer):
 
 # --------------------------------------------------------------------------------------------------- the file
 def is_lora(place):
-    """Whether a folder or a file holds a LoRA. Raises UserError for a .safetensors file that cannot be read."""
-    if not_a_path(place):
-        return False
-    if single_file.is_single_file(place):
-        return any("lora" in name for name in single_file.slices_of(place))
-    return (Path(place) / FILE).is_file()
+    """Whether a folder or a file holds a LoRA. Raises UserError for a safetensors file that cannot be read."""
+    return lora_files.file_in(place) is not None
 
 
-def export_adapters(transformer, folder, world, dtype=torch.float32):
-    """Write the adapters as pytorch_lora_weights.safetensors, which FluxPipeline.load_lora_weights and
-    ComfyUI load. Raises OSError."""
-    tensors = {}
-    for name, parameter in adapters(transformer).items():  # on every process: an all-gather needs all of them
-        tensors[name] = full(parameter.detach()).to("cpu", dtype).contiguous()
+def exported(transformer, dtype):
+    """{name in the file: tensor on the CPU} of all adapters, on every rank. Raises NotFinite."""
+    return {name: finite(name, full(parameter.detach()).to("cpu", dtype).contiguous())
+            for name, parameter in adapters(transformer).items()}
+
+
+def write_lora(path, tensors, world):
+    """Write the tensors of a LoRA as a safetensors file, by rank 0. Raises OSError."""
     if world.main:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_whole(Path(folder) / FILE, save(tensors, {"format": "pt"}))
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, save(tensors, {"format": "pt"}))
 
 
 def export(transformer, folder, world, dtype=torch.float32):
-    """Write what was trained: the adapters if there are any, otherwise all weights. Raises OSError."""
+    """Write what was trained: the adapters, if there are any, as pytorch_lora_weights.safetensors, which
+    FluxPipeline.load_lora_weights and ComfyUI load; otherwise all weights. Raises OSError and NotFinite."""
     if adapters(transformer):
-        export_adapters(transformer, folder, world, dtype)
+        write_lora(Path(folder) / FILE, exported(transformer, dtype), world)
     else:
         export_full(transformer, folder, world, dtype)
 
 
-def read(place):
-    """(path, {layer: (A [R, in], B [out, R])}) of the LoRA in a folder or a file. Layers have diffusers' names; the
-    factor alpha / R is already in B.
-
-    Raises UserError for any other tensor, such as one with another tool's name, or a text encoder's.
-    """
-    path = Path(place) / FILE if Path(place).is_dir() else Path(place)
-    try:
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            scale = scale_of(file.metadata() or {})
-    except Exception as error:
-        raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
+def save_as(transformer, path, world, name):
+    """Write what was trained as one file in bf16. name: of `command_line.SAVE_AS`. Raises OSError and NotFinite."""
+    if name != "kohya":
+        export_as(transformer, path, world, name)
+        return
+    tensors = exported(transformer, torch.bfloat16)
     pairs = {}
-    for name, tensor in tensors.items():
-        layer, _, side = name.removesuffix(".weight").rpartition(".")
-        other = name.replace("lora_A", "lora_B") if side == "lora_A" else name.replace("lora_B", "lora_A")
-        ours = name.startswith(PREFIX) and name.endswith(".weight") and side in ("lora_A", "lora_B")
-        if not ours or other not in tensors or tensor.ndim != 2 or not tensor.is_floating_point():
-            raise UserError(f"{path}: {name} is not known; a LoRA has {PREFIX}LAYER.lora_A.weight and "
-                            ".lora_B.weight, as diffusers saves it")
-        if side == "lora_A":
-            pairs[layer.removeprefix(PREFIX)] = (tensor.float(), scale * tensors[other].float())
-    if not pairs:
-        raise UserError(f"{path}: holds no tensor")
-    return path, pairs
-
-
-def scale_of(metadata):
-    """alpha / R from a file's metadata, in diffusers' format; 1 if the metadata does not have it."""
-    noted = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    return noted.get(f"{PREFIX}lora_alpha", 1) / noted.get(f"{PREFIX}r", 1)
+    for key in tensors:
+        if ".lora_A." in key:
+            pairs[lora_files.layer_of(key)] = lora_files.Pair(tensors[key], tensors[key.replace("lora_A", "lora_B")])
+    write_lora(path, lora_files.in_kohyas_names(pairs, transformer.config), world)
 
 
 def fitting(transformer, place, rank=None):
-    """{layer: (A, B)} of the LoRA in a folder or file. Raises UserError if it does not fit the transformer, which may
+    """{layer: `Pair`} of the LoRA in a folder or file. Raises UserError if it does not fit the transformer, which may
     be on the meta device; or, if a rank is given, if adapters of that rank cannot start from it."""
-    path, pairs = read(place)
+    path, pairs = lora_files.read(place, transformer.config)
     parameters = own_parameters(transformer)
-    for layer, (A, B) in pairs.items():
+    merged = "without --lora it is merged into the weights, as python -m engine.merge does"
+    for layer, (A, B, bias) in pairs.items():
         weight = parameters.get(f"{layer}.weight")
         if weight is None:
             raise UserError(f"{path}: this transformer has no layer {layer}")
@@ -167,10 +142,12 @@ def fitting(transformer, place, rank=None):
             raise UserError(f"{path}: {layer} is {B.shape[0]} x {A.shape[1]}, and in this transformer "
                             f"{' x '.join(map(str, weight.shape))}: another model's")
         if rank is not None and len(A) != rank:
-            raise UserError(f"{path}: of another rank than --lora {rank}; --lora {len(A)} goes on with it; "
-                            "without --lora it is merged into the weights")
-        if rank is not None and not has_adapter(layer):
-            raise UserError(f"{path}: {layer} gets no adapter with --lora; without --lora the file is merged")
+            ranks = sorted({len(pair.A) for pair in pairs.values()})
+            on = f"--lora {len(A)} goes on with it; " if len(ranks) == 1 else f"it has ranks {ranks}; "
+            raise UserError(f"{path}: of another rank than --lora {rank}; {on}{merged}")
+        if rank is not None and (not has_adapter(layer) or bias is not None):
+            what = "has a bias" if has_adapter(layer) else "gets no adapter with --lora"
+            raise UserError(f"{path}: {layer} {what}; {merged}")
     return pairs
 
 
@@ -182,7 +159,7 @@ def load_into(transformer, place):
     parameters = adapters(transformer)
     rank = next(len(parameter) for name, parameter in parameters.items() if ".lora_A." in name)
     for layer, pair in fitting(transformer, place, rank).items():
-        for side, tensor in zip("AB", pair, strict=True):
+        for side, tensor in (("A", pair.A), ("B", pair.B)):
             fill(parameters[f"{PREFIX}{layer}.lora_{side}.weight"], tensor)
 
 
@@ -195,8 +172,11 @@ def merge_into(transformer, place):
     """
     pairs = fitting(transformer, place)
     parameters = own_parameters(transformer)
-    for layer, (A, B) in pairs.items():
-        weight = parameters[f"{layer}.weight"]
-        first, last = my_rows(weight)
-        local = local_part(weight)
-        local.copy_(local.float() + (B[first:last] @ A).to(local.device))
+    for layer, (A, B, bias) in pairs.items():
+        for kind, change in (("weight", B), ("bias", bias)):
+            if change is not None:
+                parameter = parameters[f"{layer}.{kind}"]
+                first, last = my_rows(parameter)
+                local = local_part(parameter)
+                change = B[first:last] @ A if kind == "weight" else change[first:last]
+                local.copy_(local.float() + change.to(local.device))

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 
 from engine.errors import UserError
-from engine.model.configs import check_config
+from engine.model.configs import FLOATS, check_config
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 ONE_FILE = "diffusion_pytorch_model.safetensors"
@@ -75,5 +75,5 @@ def must_be_whole(network, tensors, where):
     for name, shape in shapes.items():
         if list(tensors[name].get_shape()) != shape:
             raise UserError(f"{where}: {name} is {tensors[name].get_shape()}, the config says {shape}")
-        if tensors[name].get_dtype()[0] not in "FB":
+        if tensors[name].get_dtype() not in FLOATS:
             raise UserError(f"{where}: {name} holds {tensors[name].get_dtype()}, which are no weights")

@@ -1,15 +1,20 @@
-"""--weights: a transformer that replaces the model's own, or a LoRA that is added to it. Which of them it is, and
-whether it fits the model, is decided from names and shapes, before memory is allocated."""
+"""--weights: a transformer that replaces the model's own, or a LoRA that is added to it. Where it is, which of them it
+is, and whether it fits the model, is decided from names and shapes, before memory is allocated."""
 
+from functools import lru_cache
 from pathlib import Path
 
 import diffusers
 
 from engine.errors import UserError, one_line
-from engine.model import lora, single_file
+from engine.hub import some_files
+from engine.model import lora, lora_files, single_file
 from engine.model.folder import PARTS, TRANSFORMER, check_transformer
 from engine.model.tensor_files import Source, meta_network, tensors_in
 from engine.paths import not_a_path
+
+WHAT = ("a run's folder, a folder with config.json and safetensors, a pipeline's folder, one .safetensors, a LoRA, or "
+        "a hub id of one of these")
 
 
 def kind():
@@ -17,9 +22,88 @@ def kind():
     return diffusers.FluxTransformer2DModel
 
 
+# ------------------------------------------------------------------------------------------------- where it is
+def place_of(weights):
+    """The file or folder on this machine that --weights lead to: those of a run, of a pipeline or of a hub id are
+    looked for. None for None. Raises UserError, which says what was found, if there are no weights."""
+    if weights is None:
+        return None
+    why = not_a_path(weights)
+    if why:
+        raise UserError(f"--weights {str(weights)[:80]!r}: must be a path or a hub id, and it {why}")
+    path = Path(weights)
+    if not path.exists() and is_hub_id(str(weights)):
+        path = on_the_hub(str(weights))
+    if path.is_dir():
+        for inside in (path, path / "weights", path / "transformer"):
+            if (inside / "config.json").is_file() or lora_files.file_in(inside):
+                return inside
+        single = [file for file in path.iterdir() if single_file.is_single_file(file)]
+        if len(single) == 1:
+            return single[0]
+    if single_file.is_single_file(path):
+        return path
+    raise UserError(f"--weights {weights}: no transformer there: {found_in(path)}; give {WHAT}")
+
+
+def found_in(path):
+    """What is at a path that holds no weights, in words."""
+    if not path.exists():
+        return "no such file or folder"
+    if not path.is_dir():
+        return f"a file that ends in {path.suffix}" if path.suffix else "a file without an ending"
+    names = sorted(file.name + "/" * file.is_dir() for file in path.iterdir())
+    if not names:
+        return "an empty folder"
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"a folder with {', '.join(names[:5])}{more}"
+
+
+def is_hub_id(text):
+    """Whether a text that is no path could be OWNER/NAME or OWNER/NAME/FILE of the hub."""
+    owner, _, rest = text.partition("/")
+    return bool(rest) and not text.startswith((".", "/", "~")) and not Path(owner).exists()
+
+
+@lru_cache(maxsize=16)
+def on_the_hub(name):
+    """The local copy of the weights of a hub id: a file, or a folder with nothing else that could be weights. Raises
+    UserError."""
+    owner, repository, *file = name.split("/")
+
+    def wanted(files):
+        if file:
+            return ["/".join(file)]
+        if "model_index.json" in files:
+            return [one for one in files if one.startswith("transformer/")]
+        top = [one for one in files if "/" not in one and Path(one).suffix in single_file.SUFFIXES]
+        for known in (lora_files.FILE, lora_files.OF_PEFT):
+            if known in top:
+                return [one for one in (known, lora_files.PEFT_CONFIG) if one in files]
+        if "config.json" in files:
+            return [*top, *(one for one in files if "/" not in one and one.endswith(".json"))]
+        if len(top) == 1:
+            return top
+        raise UserError(f"--weights {name}: no transformer there: the hub has {', '.join(files[:10])}; give one of its "
+                        f"files, {name}/FILE.safetensors")
+
+    folder = some_files(f"{owner}/{repository}", wanted, f"--weights {name}: no such path")
+    return folder.joinpath(*file)
+
+
+def notes(weights):
+    """Lines about what of --weights is left out, a list."""
+    file = None if weights is None else lora_files.file_in(place_of(weights))
+    left = [] if file is None else [name for name in single_file.slices_of(file) if lora_files.is_of_text(name)]
+    if not left:
+        return []
+    return [f"--weights {weights}: {len(left)} tensors are of text encoders, such as {left[0]}; they are left out"]
+
+
+# -------------------------------------------------------------------------------------------------- what it is
 def is_full(weights):
-    """Whether --weights replace the model's own transformer; False for None and for a LoRA."""
-    return weights is not None and not lora.is_lora(weights)
+    """Whether --weights replace the model's own transformer; False for None and for a LoRA. Raises UserError."""
+    return weights is not None and not lora.is_lora(place_of(weights))
 
 
 def source(weights, model):
@@ -28,13 +112,10 @@ def source(weights, model):
     if not is_full(weights):
         folder = model.part("transformer")
         return Source(model.configs.transformer, tensors_in(folder), folder)
-    if not_a_path(weights) is None:
-        if single_file.is_single_file(weights):
-            return Source(model.configs.transformer, single_file.tensors_of(weights), weights)
-        if (Path(weights) / "config.json").exists():
-            return Source(check_transformer(Path(weights)), tensors_in(weights), weights)
-    raise UserError(f"--weights {weights[:80]!r}: no transformer there (a folder with config.json and "
-                    "safetensors, such as runs/miniature/weights; one .safetensors; or a LoRA)")
+    place = place_of(weights)
+    if single_file.is_single_file(place):
+        return Source(model.configs.transformer, single_file.tensors_of(place), place)
+    return Source(check_transformer(place), tensors_in(place), place)
 
 
 def check(weights, model, rank=None):
@@ -46,7 +127,7 @@ def check(weights, model, rank=None):
     if weights is None:
         return list(PARTS)
     if not is_full(weights):
-        lora.fitting(meta_network(kind(), model.configs.transformer), weights, rank)
+        lora.fitting(meta_network(kind(), model.configs.transformer), place_of(weights), rank)
         return list(PARTS)
     try:
         found = source(weights, model)

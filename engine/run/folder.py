@@ -21,12 +21,14 @@ import secrets
 from contextlib import contextmanager
 from pathlib import Path
 
+from engine.command_line import SAVE_AS
 from engine.errors import UserError
 from engine.files import append, read_json, remove_leftovers, write_json, write_whole
 from engine.run import checkpoint
 
 # All files that a run makes besides its checkpoints. --overwrite removes these and the checkpoints, and no other file.
-WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors")
+WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors",
+           *[f"{name}.safetensors" for name in SAVE_AS])
 MARK = "run.json"
 LOCK = ".lock"
 MADE = ("args.json", "log.jsonl", "summary.json", "before_after.png", "explain.png", "report.html",

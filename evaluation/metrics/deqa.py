@@ -21,6 +21,7 @@ from transformers.image_utils import OPENAI_CLIP_STD as STD
 from engine.errors import UserError, one_line
 from engine.files import read_json
 from engine.hub import fetched
+from engine.model.configs import must_be_floats
 from rewards.base import Column
 from rewards.pictures import exact
 
@@ -304,6 +305,7 @@ class DeQA:
                     continue
                 if name not in own or tensor.shape != own[name].shape:
                     raise UserError(f"{name} {list(tensor.shape)} is not its own")
+                must_be_floats({name: tensor})
                 found[name] = tensor.to(self.device, self.dtype)
             if missing := sorted(own.keys() - found.keys()):
                 raise UserError(f"{missing[0]} is missing")

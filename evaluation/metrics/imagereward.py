@@ -16,7 +16,7 @@ from transformers.image_utils import OPENAI_CLIP_STD as STD
 
 from engine.errors import UserError, one_line
 from engine.hub import fetched
-from engine.model.configs import check_folder
+from engine.model.configs import check_folder, must_be_floats
 from rewards.base import Column
 from rewards.pictures import exact
 
@@ -117,11 +117,11 @@ class ImageReward:
 
     def __init__(self, files, device="cpu"):
         try:
-            state = renamed(torch.load(files.weights, map_location="cpu", weights_only=True))
+            state = renamed(must_be_floats(torch.load(files.weights, map_location="cpu", weights_only=True)))
             self.net = network(state)
             self.net.load_state_dict(state)
         except Exception as error:
-            what = " ".join(str(error).split())[:200]
+            what = one_line(" ".join(str(error).split()))
             raise UserError(f"{files.weights}: not an ImageReward: {what}") from error
         check_folder(files.tokenizer)
         try:
