@@ -132,7 +132,7 @@ class Watch:
         scores = {name: torch.cat([scores[name] for _, scores in everyones])[:n] for name in scores}
         for name, values in scores.items():
             if name not in judge.UNDEFINED and not values.isfinite().all():
-                raise NotFinite(f"{title}: {name} of the held-out pictures is not finite")
+                raise NotFinite(f"{title}: {name} of the held-out pictures is not finite; try a smaller --lr")
         return images, scores
 
     def batches(self, title, batches):
@@ -162,7 +162,7 @@ class Watch:
                            "rise while the SGP gap falls; give 2 or more")
         # With --weights, a LoRA is part of what the run starts from. New adapters are not, so they are switched off.
         with nullcontext() if self.a.weights else lora.adapter_off(self.net.transformer):
-            images, scores = self.look(self.watched, "watch")
+            images, scores = self.look(self.watched, "watch before training")
             evaluated = self.evaluate("evaluate before")
         if self.world.main:
             save_grid(images, folder.out / "samples" / "step_00000.png")
@@ -188,15 +188,14 @@ class Watch:
                 self.report(folder, state)
         state["unlogged"] = None
 
-    def report(self, folder, state, finished=False, stopped=False):
-        """Write report.html, the run's page."""
-        report.write(folder.out, vars(self.a), self.flags, finished, state, self.watched.texts,
-                     stopped)
+    def report(self, folder, state, status="running"):
+        """Write report.html, the run's page. status: one of a report's `Run`."""
+        report.write(folder.out, vars(self.a), self.flags, status, state, self.watched.texts)
 
     def step(self, step, folder, state):
         """Look at the watched pictures and print the drift warnings. Export the weights if no warning fired and the SGP
         gap is the highest so far. Returns what to log."""
-        images, now = self.look(self.watched, "watch")
+        images, now = self.look(self.watched, f"watch after step {step}")
         before = {name: torch.tensor(values) for name, values in state["before"].items()}
         drift = hacking(now, before, self.a.drift_band)
         for warning in drift.warnings:
@@ -238,7 +237,7 @@ class Watch:
                            f"--land's is {self.level:+.3f}; give more --steps and --resume")
         write_json(out / "summary.json", {"steps": state["step"], "best_sgp": state["best"],
                                           "before": state["evaluated"], "after": after})
-        self.report(folder, state, finished=True)
+        self.report(folder, state, "finished")
         if after is not None:
             print(tables.table({"before": state["evaluated"], "after": after}, columns_of(after)))
         print(f"weights in {out}/weights (best by SGP gap inside the drift band: weights_best), "

@@ -15,7 +15,7 @@ import flux
 import prepare
 import recipe
 import train
-from engine.data import photographs
+from engine.data import photographs, pictures
 from engine.data.cache import Cache
 from engine.memory import parallel, plan
 from engine.model.folder import Model
@@ -123,10 +123,10 @@ def test_a_picture_is_cut_around_its_middle_and_not_squeezed(tmp_path):
 def test_a_picture_stands_as_its_camera_was_held_and_any_mode_becomes_rgb(tmp_path):
     picture = photo(64, 32)
     exif = Image.Exif()
-    exif[photographs.ORIENTATION] = 6  # turned by 90 degrees
+    exif[pictures.ORIENTATION] = 6  # turned by 90 degrees
     picture.save(tmp_path / "turned.png", exif=exif)
-    assert photographs.size_of(tmp_path / "turned.png") == (32, 64)
-    upright = photographs.upright(tmp_path / "turned.png")
+    assert pictures.size_of(tmp_path / "turned.png") == (32, 64)
+    upright = pictures.read_picture(tmp_path / "turned.png")
     assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(picture), -1))
 
     clear = photo(8, 8).convert("RGBA")
@@ -136,7 +136,7 @@ def test_a_picture_stands_as_its_camera_was_held_and_any_mode_becomes_rgb(tmp_pa
     palette = Image.new("P", (8, 8), 0)
     for picture, value in ((clear, 255), (deep, 0x80), (grey, 7), (palette, 0)):
         picture.save(tmp_path / "picture.png")
-        found = np.asarray(photographs.upright(tmp_path / "picture.png"))
+        found = np.asarray(pictures.read_picture(tmp_path / "picture.png"))
         assert found.shape == (8, 8, 3) and (found == value).all(), picture.mode
 
 
