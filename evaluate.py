@@ -30,7 +30,7 @@ import recipe
 import rewards
 from engine.command_line import WEIGHTS, Parser, must_differ, phrase, real, some_path, whole
 from engine.data import prompt_files
-from engine.errors import UserError, frame, one_line, printable
+from engine.errors import DISK_FAILS, UserError, frame, in_words, one_line, printable
 from engine.files import write_json, write_whole
 from engine.memory import parallel
 from engine.model import trained
@@ -68,8 +68,10 @@ def main():
         Stopping("stopped; run it again to go on")
         try:
             status = run(sys.argv[1:])
-        except OSError as error:  # a full disk, or one that is gone
-            raise OSError(f"{error}; run it again to go on") from error
+        except OSError as error:
+            if error.errno not in DISK_FAILS:
+                raise
+            raise OSError(f"{in_words(error)}; run it again to go on") from error
         sys.exit(status)
 
 

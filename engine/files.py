@@ -175,11 +175,11 @@ def stamp(*places):
 
 def check_outputs(outputs, inputs, overwrite, why=""):
     """Raise UserError if an output is also an input, is given twice, or cannot be written; or if it exists, unless
-    `overwrite` is set and it carries its mark. outputs: [(path, its mark, as `must_be_ours` takes it)]. Links are not
-    followed to write, but the files that they lead to are compared."""
+    `overwrite` is set and it carries its mark. outputs: [(path, its mark, what it is)], as `must_be_ours` takes them.
+    Links are not followed to write, but the files that they lead to are compared."""
     read = {os.path.realpath(path) for path in inputs}
     written = set()
-    for path, mark in outputs:
+    for path, mark, what in outputs:
         path = Path(path)
         place = os.path.realpath(path)
         if place in read:
@@ -192,4 +192,4 @@ def check_outputs(outputs, inputs, overwrite, why=""):
             raise UserError(f"{path}: a file cannot be written there")
         if os.path.lexists(path) and not overwrite:
             raise UserError(f"{path} exists already{why}; --overwrite replaces it")
-        must_be_ours(path, mark, "what this command writes", "name")
+        must_be_ours(path, mark, what, "name")

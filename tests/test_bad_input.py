@@ -251,8 +251,8 @@ FILES = [
     # what is kept
     Mistake("train.py", ["--cache", ""], "is empty"),
     Mistake("train.py", "--cache text.txt", "--cache text.txt: cannot be written"),
-    Mistake("train.py", "--cache text.txt/new", "text.txt is not a folder; give another, or off"),
-    Mistake("train.py", "--cache pipe/new", "pipe is not a folder"),
+    Mistake("train.py", "--cache text.txt/new", "Not a directory; give another, or off"),
+    Mistake("train.py", "--cache pipe/new", "--cache pipe/new: cannot be written: Not a directory"),
     Mistake("train.py", "--cache /proc/1/new", "--cache /proc/1/new: cannot be written"),
     # where it is written
     *(Mistake(script, ["--out", out], words) for script in ("train.py", *SAMPLES) for out, words in

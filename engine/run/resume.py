@@ -9,7 +9,7 @@ ONCE = ("resume", "overwrite", "explain", "plan")  # flags that hold for one com
 
 def own_flags(where, parser, groups):
     """{flag: value} of a run's args.json at `where`, checked as a command line is. Raises UserError."""
-    then = read_json(where, dict, "not the flags of a run; give another --out")
+    then = read_json(where, {"model": str, "steps": int}, "not the flags of a run; give another --out")
     return line.defaults(groups) | {"recipe": "released"} | line.read_values(parser, then, where)
 
 

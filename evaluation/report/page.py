@@ -20,7 +20,7 @@ import recipe
 from engine.command_line import Parser
 from engine.data.pictures import opened
 from engine.errors import UserError, frame, one_line, printable
-from engine.files import check_outputs, fits, must_be_ours, read_json, write_whole
+from engine.files import check_outputs, fits, read_json, write_whole
 from engine.paths import named_path
 from engine.run import checkpoint, resume
 from engine.run import folder as run_folder
@@ -36,8 +36,8 @@ PICTURES = 24         # most pictures of a run; with the limits below, its page 
 WIDEST = 1600         # most pixels of a picture's side
 LARGEST = 800_000     # most pixels of a picture
 SMALL = 100_000       # most bytes of a PNG that is embedded unchanged
-RESULTS = (None, {str: (None, {"mean": object, "se": object})})
-SUMMARY = {"steps": int, "before": RESULTS, "after": RESULTS}  # the shape of summary.json
+RESULTS = (None, {str: (None, {"mean": object, "se": object})})  # the shape of a row of summary.json
+NO_SUMMARY = "not the results of a run; remove it"
 STATE = {"before": (None, {str: [object]})}  # of what the page reads of a state
 
 
@@ -175,7 +175,10 @@ def page(runs):
 def summary_of(folder):
     """The content of summary.json; {} if there is none. Raises UserError if it is damaged."""
     path = folder / "summary.json"
-    return read_json(path, SUMMARY, "not the results of a run; remove it") if path.exists() else {}
+    found = read_json(path, dict, NO_SUMMARY) if path.exists() else {}
+    if not all(fits(found.get(when), RESULTS) for when in ("before", "after")):
+        raise UserError(f"{path}: {NO_SUMMARY}")
+    return found
 
 
 def write(folder, args, line_of_flags, status, state=None, prompts=()):
@@ -267,8 +270,7 @@ def main(argv=None):
     parser.add_argument("--out", default=PAGE, help="file of the page")
     with frame("report"):
         args = parser.parse_args(argv)
-        must_be_ours(args.out, MARK, "a report")
-        check_outputs([(args.out, MARK)], [], overwrite=True)
+        check_outputs([(args.out, MARK, "a report")], [], overwrite=True)
         runs = [read_run(*named_path(item)) for item in args.runs]
         write_whole(args.out, page(runs))
         print(markdown(curves.numbers(runs)))

@@ -202,7 +202,8 @@ def build(args):
     if not out.name:
         raise UserError(f"--out {args.out}: a file cannot be written there")
     key = out.with_suffix(".key.json")
-    check_outputs([(out, MARK), (key, KEY_MARK)], inputs, args.overwrite, ", and raters may be at work on it")
+    check_outputs([(out, MARK, "a study's page"), (key, KEY_MARK, "a study's key")], inputs, args.overwrite,
+                  ", and raters may be at work on it")
     chosen = choose(methods, read_sources(methods, args.prompts), args.per_category)
     study = secrets.token_hex(6)
     pictures = shuffled(chosen, methods)

@@ -127,8 +127,8 @@ def tally(args):
     """Read the votes, write --bars and --json, and print the tables. Raises UserError and OSError."""
     inputs = [*args.votes, args.key]
     check_inputs(inputs)
-    outputs = ((args.bars, BARS_MARK), (args.json, JSON_MARK))
-    check_outputs([(path, mark) for path, mark in outputs if path is not None], inputs, args.overwrite)
+    outputs = ((args.bars, BARS_MARK, "a chart of votes"), (args.json, JSON_MARK, "a file of a tally's numbers"))
+    check_outputs([output for output in outputs if output[0] is not None], inputs, args.overwrite)
     key = read_key(args.key)
     votes = read_votes(args.votes, key)
     results = results_of(key, votes)
