@@ -30,7 +30,7 @@ import direct_align as da
 import prepare
 import srpo_reward as sr
 from baselines import STEP, Term
-from engine.errors import NotFinite, Stopped
+from engine.errors import NotFinite, Stopped, printable
 from engine.memory import cards, layouts, modes, parallel, plan
 from engine.model import lora, tensors
 from engine.run import checkpoint, finite
@@ -201,9 +201,10 @@ def show_plan(a, model):
     """--plan: what an update would cost, and what fits which card."""
     for note in model.notes(vars(a)):
         print(note)
-    if a.memory == "auto":
-        a.memory = modes.on_a_cpu(a.lora)
     recipe.share_of(a, a.world_size)
+    a.memory, why = cards.settle_for(prepare.job(a, model), a.world_size, a.card)
+    if why:
+        print(printable(why))
     job = prepare.job(a, model)
     plan.show(job, a.world_size, a.card, a.share)
     cards.show_cards(job, a.share)

@@ -153,12 +153,13 @@ def fitting(file, read, needed, optional=None):
 
 # ---------------------------------------------------------------------------------------------- the weights
 def check_dtypes(folder):
-    """Raise UserError if a safetensors file of a folder holds whole numbers where weights are expected."""
+    """Raise UserError if a safetensors file of a folder holds whole numbers or truth values where weights are
+    expected."""
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
             for name in opened.keys():
                 dtype = opened.get_slice(name).get_dtype()
-                if dtype[0] in "IU" and not name.endswith(TABLES):
+                if (dtype[0] in "IU" or dtype == "BOOL") and not name.endswith(TABLES):
                     raise UserError(f"{file}: {name} holds {dtype}, which are no weights")
 
 

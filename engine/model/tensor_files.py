@@ -75,5 +75,5 @@ def must_be_whole(network, tensors, where):
     for name, shape in shapes.items():
         if list(tensors[name].get_shape()) != shape:
             raise UserError(f"{where}: {name} is {tensors[name].get_shape()}, the config says {shape}")
-        if tensors[name].get_dtype()[0] not in "FB":
+        if tensors[name].get_dtype()[0] not in "FB" or tensors[name].get_dtype() == "BOOL":
             raise UserError(f"{where}: {name} holds {tensors[name].get_dtype()}, which are no weights")
