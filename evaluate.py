@@ -17,6 +17,11 @@ from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
+from engine.run.stopping import Stopping, until_loaded
+
+if __name__ == "__main__":
+    until_loaded("evaluate.py")  # importing what follows takes seconds
+
 import torch
 from tqdm import tqdm
 
@@ -25,11 +30,10 @@ import recipe
 import rewards
 from engine.command_line import WEIGHTS, Parser, must_differ, phrase, real, some_path, whole
 from engine.data import prompt_files
-from engine.errors import UserError, frame, one_line, printable
+from engine.errors import DISK_FAILS, UserError, frame, in_words, one_line, printable
 from engine.files import write_json, write_whole
 from engine.memory import parallel
 from engine.model import trained
-from engine.run.stopping import Stopping
 from evaluation import metrics, picture_folders, tables
 from evaluation.scores import Scores, settings_of
 
@@ -64,8 +68,10 @@ def main():
         Stopping("stopped; run it again to go on")
         try:
             status = run(sys.argv[1:])
-        except OSError as error:  # a full disk, or one that is gone
-            raise OSError(f"{error}; run it again to go on") from error
+        except OSError as error:
+            if error.errno not in DISK_FAILS:
+                raise
+            raise OSError(f"{in_words(error)}; run it again to go on") from error
         sys.exit(status)
 
 
@@ -82,6 +88,9 @@ def run(argv):
     tasks, missing = available(args, methods, benchmark, world)
     groups = [benchmark, *(task.pictures for task in tasks if task.pictures is not benchmark)]
 
+    if world.main:
+        picture_folders.clean(args.out, *(method.folder for method in methods if not args.images))
+    world.gather(None)
     if not args.images:
         for pictures in groups:
             generate(args, model, methods, pictures, prompts, world)
@@ -148,9 +157,8 @@ def rows(args, model):
         raise UserError("--images and --prefix: pictures that exist, or a prompt to sample from; give one")
     if args.images and args.weights:
         raise UserError("--images and --weights: pictures that exist, or weights to sample from; give one")
-    picture_folders.check_out(args.out)
-    picture_folders.must_be_own(args.out)
     if args.images:
+        picture_folders.must_be_own(args.out, [])
         return picture_folders.existing(args)
     flux.needs_gpu(model)
     model.grid(args.size, args.size)
@@ -241,7 +249,8 @@ def generate(args, model, methods, pictures, benchmark, world):
             continue
         net = flux.load(model, method.weights, world.device, world.dtype)
         grid = net.grid(args.size, args.size)
-        picture_folders.begin(method, benchmark)
+        picture_folders.make_own(args.out)
+        picture_folders.begin(method.folder, method.made, benchmark)
         for chunk in tqdm(lacking[method.name], f"sample {method.name}", leave=False, disable=not world.main):
             numbers = [number[method.asks(p)] for p in chunk]
             noise = flux.noise(net, grid, [p.seed for p in chunk])
@@ -250,7 +259,8 @@ def generate(args, model, methods, pictures, benchmark, world):
             wanted = lacks(method, chunk)
             for picture, image in zip(chunk, images, strict=True):
                 if picture in wanted:
-                    picture_folders.save_picture(image, method.path(picture))
+                    picture_folders.save_picture(image, method.path(picture),
+                                                 mark=picture_folders.mark_of(method.made))
         del net
         free()
 
@@ -272,6 +282,7 @@ def score(args, task, methods, world, outcome):
     """One metric, all rows, into the outcome. The scorer is loaded if it is needed."""
     load = cache(partial(task.metric.load, task.files, args, world.device))
     settings = settings_of(task.name, task.files, args)
+    picture_folders.make_own(args.out)
     try:
         for method in methods:
             folder = Path(args.out) / "scores" / picture_folders.folder_name(method.name)

@@ -206,15 +206,17 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, world=None, lay
 
 
 class Embeddings(NamedTuple):
-    """P prompts as the network reads them: txt [P, L, D], pooled [P, D'], on the CPU; `truncated` counts the
-    prompts that are longer than the L tokens of the T5 encoder (512 for FLUX.1-dev)."""
+    """P prompts as the network reads them: txt [P, L, D], pooled [P, D'], on the CPU; `truncated` counts the prompts
+    that are longer than the L tokens of the T5 encoder (512 for FLUX.1-dev), and `which` has their numbers."""
     txt: torch.Tensor
     pooled: torch.Tensor
     truncated: int
+    which: tuple = ()
 
     def part(self, first, last):
         """The embeddings of prompts first .. last - 1."""
-        return Embeddings(self.txt[first:last], self.pooled[first:last], self.truncated)
+        which = tuple(n - first for n in self.which if first <= n < last)
+        return Embeddings(self.txt[first:last], self.pooled[first:last], len(which), which)
 
     def condition(self, rows, grid, device):
         """The `Condition` of some rows, moved to the device."""
@@ -232,8 +234,9 @@ def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, cache=OFF)
     except Exception as error:
         raise model.cannot_load(error) from error
     each = [found[prompt] for prompt in prompts]
+    which = tuple(n for n, one in enumerate(each) if one["truncated"])
     return Embeddings(torch.stack([one["txt"] for one in each]), torch.stack([one["pooled"] for one in each]),
-                      sum(bool(one["truncated"]) for one in each))
+                      len(which), which)
 
 
 # --------------------------------------------------------------------------------------------------- sampling

@@ -15,6 +15,7 @@ import srpo_reward as sr
 from engine.data import cache, draws, photographs, prompt_files
 from engine.data.cache import Cache
 from engine.data.digests import known_digest
+from engine.errors import UserError
 from engine.memory import adamw, cards, layouts, modes, parallel, plan
 from engine.model import trained
 from engine.model.folder import Model
@@ -23,6 +24,8 @@ from engine.run.contents import Contents
 from engine.run.folder import RunFolder
 from engine.run.stopping import Stopping
 from evaluation import landing, watch
+
+ALIKE = 1e-6  # features of norm 1 that differ by less are of texts that a reward cannot tell apart
 
 
 class Batch(NamedTuple):
@@ -129,12 +132,12 @@ def set_up(a, model, world, folder=None, stopping=None):
     curriculum = curriculum_of(a, model, world, share, texts)
     both = curriculum.prompts + texts.watched + texts.held_out
     references = landing.references(a, model, world)
+    world.say(f"loading {model.name}: its text encoders, then the reward, then the network")
     kept = Cache(cache.folder_of(a.cache, flux.is_full_size(model)))
     embeddings = flux.encode_prompts(model, both, world.device, world.dtype, kept)
-    if embeddings.truncated:
-        world.say(f"{embeddings.truncated} of {len(both)} prompts are longer than the text encoder takes, "
-                  "and are truncated")
+    say_truncated(a, world, embeddings, len(curriculum.prompts))
     reward = rewards.load_rewards(a.reward, world.device)
+    must_tell_apart(a, reward, both, world)
     net = flux.load(model, a.weights, world.device, world.dtype, world, layouts.Layout(a.lora, a.memory, a.seed))
     if a.images is not None:
         # what latents depend on beside their picture
@@ -154,6 +157,41 @@ def set_up(a, model, world, folder=None, stopping=None):
     return Run(world, model, net, reward, recipe.METHODS[a.method].load(), share, planned, curriculum, embeddings,
                watching, optimizer, net.grid(a.size, a.size), contents_of(said, places, reward), folder, stopping,
                made_by.now(world))
+
+
+def say_truncated(a, world, embeddings, own):
+    """Say how many prompts are truncated: of the first `own`, which are trained on, and of those that are watched."""
+    for what, part in (("--prompts" if a.images is None else "--images", embeddings.part(0, own)),
+                       ("--watch-prompts and --eval-prompts", embeddings.part(own, len(embeddings.txt)))):
+        if part.truncated:
+            world.say(f"{part.truncated} of {len(part.txt)} prompts of {what} are longer than the text encoder takes, "
+                      "and are truncated")
+
+
+def must_tell_apart(a, reward, prompts, world):
+    """Raise UserError if no trained reward tells the wanted from the unwanted words of an update, although --form is
+    relative: there would be nothing to learn. A reward of the picture alone needs --form plain or sgp. A line names the
+    words that a reward's tokenizer does not know."""
+    relative = a.form not in ("plain", "sgp")
+    labels = ", ".join(label for label, (_, weight) in reward.parts.items() if weight)
+    for step in range(max(len(a.control), len(a.neg))):
+        control, neg = words_of(a, step)
+        alike = []
+        for part, _ in reward.trained:
+            _, C1, C2 = part.conditions(prompts[:1], control, neg)
+            alike.append((C1 - C2).abs().max().item() < ALIKE)
+        if all(alike) and relative:
+            raise UserError(f"--reward {labels}: reads --control {control} and --neg {neg} alike, so --form {a.form} "
+                            "has nothing to learn; give words that it knows, or its own tokenizer; a reward of the "
+                            "picture alone needs --form plain")
+        if all(alike) and step == 0:
+            world.say(f"--reward {labels}: reads --control {control} and --neg {neg} alike")
+    for label, (part, weight) in reward.parts.items():
+        for flag, words in (("--control", a.control), ("--neg", a.neg)):
+            for word in words if weight else ():
+                if part.does_not_know(word):
+                    world.say(f"{flag} {word}: the tokenizer of --reward {label} does not know it, and reads single "
+                              "letters; what that rewards is unsure, so look at the pictures, or give another word")
 
 
 class Texts(NamedTuple):

@@ -43,8 +43,8 @@ class Trained:
     weights: str = flag(None, line.some_path, line.WEIGHTS + ", which --lora of its rank goes on with, and a run "
                         "without --lora merges", resume=True)
     method: str = flag("srpo", help="what makes the loss: {methods}")
-    prompts: str = flag("hpdv2", help="text file, one training prompt a line; .json, .jsonl or .csv; hpdv2: from the "
-                        "hub [paper 4.1]", model=True, resume=True)
+    prompts: str = flag("hpdv2", help="text file, one training prompt a line; .json, .jsonl, .csv or .tsv; hpdv2: from "
+                        "the hub [paper 4.1]", model=True, resume=True)
     images: str = flag(None, help="offline: folder of photographs to inject noise into, in place of a rollout; their "
                        "captions, in .txt files beside them or a metadata.jsonl, are the prompts [ours]",
                        metavar="DIR", resume=True)
@@ -468,6 +468,9 @@ def check(a, model):
     if a.overwrite and a.weights and out in (Path(a.weights).resolve(), *Path(a.weights).resolve().parents):
         raise UserError(f"--overwrite --weights {a.weights}: the weights would be deleted, which the run starts from; "
                         "give another --out")
+    if a.resume and a.explain:
+        raise UserError(f"--resume --explain: an update of the base would be explained; give --weights {out}/weights "
+                        "without --resume")
     gpus.check(a.card)
     model.grid(a.size, a.size)
     rewards.parse_rewards(a.reward)

@@ -1,7 +1,15 @@
-"""Prompts to pictures: `python sample.py --model miniature "a red circle left of a blue square"`."""
+"""Prompts to pictures: `python sample.py --model miniature "a red circle left of a blue square"`.
+
+The same command line goes on where it was stopped. Another one needs another --out: pictures stay as they are.
+"""
 
 import sys
 from pathlib import Path
+
+from engine.run.stopping import Stopping, until_loaded
+
+if __name__ == "__main__":
+    until_loaded("sample.py")  # importing what follows takes seconds
 
 import torch
 from tqdm import tqdm
@@ -10,13 +18,13 @@ import flux
 import recipe
 from engine.command_line import WEIGHTS, Parser, real, some_path, whole
 from engine.data import prompt_files
-from engine.errors import UserError, frame, printable
-from engine.files import read_json, stamp, write_json
+from engine.data.pictures import read_picture
+from engine.errors import frame, printable
+from engine.files import must_be_writable, stamp
 from engine.memory import parallel
 from engine.model import trained
-from engine.run.stopping import Stopping
-from evaluation.picture_folders import check_out, is_whole, list_prompts, make_folder, save_grid, save_picture
-from rewards.pictures import pixels, read_picture
+from evaluation.picture_folders import begin, check_made, clean, is_whole, mark_of, save_grid, save_picture
+from rewards.pictures import pixels
 
 
 def flags():
@@ -48,8 +56,13 @@ def run(argv, stopping):
     if args.prompt:
         prompt_files.check_prompts(args.prompt, "prompt")
     prompts = args.prompt or prompt_files.read_prompts(args.eval_prompts)[:args.first]
-    check_out(args.out)
-    folder = Folder(args, prompts)
+    must_be_writable(args.out, "--out")
+    out = Path(args.out)
+    files = [out / f"{i:05d}.png" for i in range(len(prompts))]
+    made = {"by": "sample.py", "prompts": prompts, "model": args.model, "size": args.size,
+            "weights": stamp(trained.place_of(args.weights)) if args.weights else [],
+            "eval_steps": args.eval_steps, "guidance": args.guidance, "seed": args.seed}
+    check_made(out, made, args.out)
     for note in [*model.notes(vars(args)), *trained.notes(args.weights)]:
         print(printable(note))
 
@@ -62,57 +75,23 @@ def run(argv, stopping):
               f"they are truncated")
     net = flux.load(model, args.weights, device, dtype)
     grid = net.grid(args.size, args.size)
-    folder.open()
+    clean(out)
+    begin(out, made, [(prompt, "") for prompt in prompts])
     for first in tqdm(range(0, len(prompts), args.batch), "sample"):
         stopping.check()
         rows = range(first, min(first + args.batch, len(prompts)))
-        if not all(is_whole(folder.files[i]) for i in rows):
+        if not all(is_whole(files[i]) for i in rows):
             part = slice(rows.start, rows.stop)
             noise = flux.noise(net, grid, [args.seed + i for i in rows])
             images = flux.sample(net, embeddings.txt[part], embeddings.pooled[part], noise, grid,
                                  args.eval_steps, args.guidance, args.batch)  # [B, 3, H, W]
             for i, image in zip(rows, images, strict=True):
-                save_picture(image, folder.files[i])
+                save_picture(image, files[i], mark=mark_of(made))
         stopping.words = (f"stopped; {rows.stop} of {len(prompts)} pictures are in {args.out}/; run it again "
                           "to go on")
 
-    save_grid(torch.stack([pixels(read_picture(file)) for file in folder.files]), folder.out / "grid.png")
-    print(printable(f"{len(prompts)} pictures in {args.out}/, all of them in {folder.out / 'grid.png'}"))
-
-
-class Folder:
-    """The folder of the pictures, with a note of what they are made from: a call that was stopped goes on
-    where it was, and one with other prompts or flags replaces what an earlier one made. Raises UserError for
-    pictures that sample.py did not make; nothing is written or removed before `open`."""
-
-    def __init__(self, args, prompts):
-        self.out = Path(args.out)
-        self.prompts = prompts
-        self.files = self.named(len(prompts))
-        self.made = {"by": "sample.py", "prompts": prompts, "model": args.model, "size": args.size,
-                     "weights": stamp(trained.place_of(args.weights)) if args.weights else [],
-                     "eval_steps": args.eval_steps, "guidance": args.guidance, "seed": args.seed}
-        note = self.out / "made.json"
-        self.then = read_json(note) if note.exists() else {}
-        if not isinstance(self.then, dict) or self.then.get("by") != "sample.py":
-            for file in [*self.files, self.out / "prompts.json", self.out / "grid.png"]:
-                if file.exists():
-                    raise UserError(f"--out {args.out}: {file.name} is there, and not from sample.py; give "
-                                    "another --out")
-            self.then = {"prompts": []}
-
-    def named(self, n):
-        """The files of n pictures."""
-        return [self.out / f"{i:05d}.png" for i in range(n)]
-
-    def open(self):
-        """Make the folder ready for its pictures."""
-        make_folder(self.out)
-        if self.then != self.made:
-            for file in self.named(len(self.then["prompts"])):
-                file.unlink(missing_ok=True)
-            write_json(self.out / "made.json", self.made)
-        list_prompts(self.out, [(prompt, "") for prompt in self.prompts])
+    save_grid(torch.stack([pixels(read_picture(file)) for file in files]), out / "grid.png", mark=mark_of(made))
+    print(printable(f"{len(prompts)} pictures in {args.out}/, all of them in {out / 'grid.png'}"))
 
 
 def main():

@@ -10,6 +10,11 @@ hyper-parameter with its source, is recipe.py; the mathematics is direct_align.p
 
 import sys
 
+from engine.run.stopping import Stopping, until_loaded
+
+if __name__ == "__main__":
+    until_loaded("train.py")
+
 import recipe
 from engine.errors import frame
 
@@ -25,12 +30,11 @@ import direct_align as da
 import prepare
 import srpo_reward as sr
 from baselines import STEP, Term
-from engine.errors import Stopped
+from engine.errors import NotFinite, Stopped, printable
 from engine.memory import cards, layouts, modes, parallel, plan
 from engine.model import lora, tensors
 from engine.run import checkpoint, finite
-from engine.run.folder import RunFolder
-from engine.run.stopping import Stopping
+from engine.run.folder import RunFolder, may_explain
 from evaluation.explain import Explanation
 
 
@@ -197,22 +201,24 @@ def show_plan(a, model):
     """--plan: what an update would cost, and what fits which card."""
     for note in model.notes(vars(a)):
         print(note)
-    if a.memory == "auto":
-        a.memory = modes.on_a_cpu(a.lora)
     recipe.share_of(a, a.world_size)
+    a.memory, why = cards.settle_for(prepare.job(a, model), a.world_size, a.card)
+    if why:
+        print(printable(why))
     job = prepare.job(a, model)
     plan.show(job, a.world_size, a.card, a.share)
     cards.show_cards(job, a.share)
 
 
 def explain_an_update(a, model, out):
-    """--explain: one update of two images, told and drawn; out/explain.png is all that is written."""
+    """--explain: one update of two images, told and drawn; out/explain.png is all that is written. Raises UserError."""
+    picture = may_explain(out)
     a.steps = 1
     a.global_batch = 2
     world = parallel.World(mesh=modes.needs_mesh(a.memory))
     prepare.settle(a, model, world)
     explanation = Explanation(a, prepare.set_up(a, model, world))
-    explanation.close(update(a, explanation.run, 1, listener=explanation), out / "explain.png")
+    explanation.close(update(a, explanation.run, 1, listener=explanation), picture)
 
 
 def main(argv=None, read=None):
@@ -241,8 +247,14 @@ def main(argv=None, read=None):
             train(a, run, state)
         except Stopped:
             save(a, run, state)
+            if state["step"]:
+                lora.export(run.net.transformer, out / "weights", world, run.net.dtype)
             if world.main:
-                run.watched.report(folder, state, stopped=True)
+                run.watched.report(folder, state, "stopped")
+            raise
+        except NotFinite:
+            if world.main:
+                run.watched.report(folder, state, "failed")
             raise
         lora.export(run.net.transformer, out / "weights", world, run.net.dtype)
         if a.save_as:

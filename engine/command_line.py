@@ -109,9 +109,10 @@ def or_off(read):
 
 
 def phrase(text):
-    """A type for argparse: words for a text encoder, 1 to LONGEST_WORDS characters, all of them printable."""
+    """A type for argparse: words for a text encoder, 1 to LONGEST_WORDS characters, all of them printable, and at least
+    one a letter or a digit."""
     found = text.strip()
-    if not found or not found.isprintable() or len(found) > LONGEST_WORDS:
+    if not any(map(str.isalnum, found)) or not found.isprintable() or len(found) > LONGEST_WORDS:
         raise argparse.ArgumentTypeError(
             f'"{text[:LONGEST_WORDS]}": must be words, none of them empty, for example "realistic photo"')
     return found
@@ -120,9 +121,6 @@ def phrase(text):
 def words(text):
     """A type for argparse: "a, b" becomes ["a", "b"]; each item is a `phrase`."""
     phrase(text)
-    if not all(word.strip() for word in text.split(",")):
-        raise argparse.ArgumentTypeError(
-            f'"{text}": must be words, none of them empty, for example "realistic photo"')
     return [phrase(word) for word in text.split(",")]
 
 

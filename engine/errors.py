@@ -1,7 +1,9 @@
 """A user's mistake ends a script with one line and exit status 2. The line says what is wrong, the value seen, and
 what to do."""
 
+import errno
 import os
+import signal
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
@@ -12,8 +14,13 @@ class UserError(ValueError):
 
 
 class Stopped(BaseException):
-    """The user asked the script to stop; the message says what was saved. Like KeyboardInterrupt it is not an
-    Exception. It may come at any moment, and code that catches every Exception must not catch it."""
+    """The user asked the script to stop; the message says what was saved; `number` is that of the signal. Like
+    KeyboardInterrupt it is not an Exception. It may come at any moment, and code that catches every Exception must not
+    catch it."""
+
+    def __init__(self, words, number=signal.SIGTERM):
+        super().__init__(words)
+        self.number = number
 
 
 class NotFinite(Exception):
@@ -59,11 +66,43 @@ def say_last(text, file):
         os.dup2(nowhere, file.fileno())  # at exit Python writes out the rest of the buffer, which must not fail
 
 
+# What torch's allocators say, for a size that is too large or that does not even fit their numbers.
+MEMORY_IS_FULL = ("not enough memory", "can't allocate memory", "out of memory", "Storage size calculation overflowed",
+                  "Invalid buffer size", "numel: integer multiplication overflow")
+# The errors of a disk that is full, broken or gone: no mistake of the user's.
+DISK_FAILS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ENODEV, errno.ESTALE, errno.EFBIG)
+
+
 def is_out_of_memory(error):
     """Whether an error says that the memory of the machine, or of its GPU, is full."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "not enough memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY_IS_FULL)
+
+
+# ------------------------------------------------------------------------------------------- several processes
+def rank_here():
+    """This process's rank, as torchrun's environment says; 0 without torchrun. Raises UserError for an environment that
+    torchrun does not make."""
+    found = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT"):
+        value = os.environ.get(name)
+        if value is not None and not (value.isascii() and value.isdecimal()):
+            raise UserError(f"{name}={value} in the environment: must be a whole number, as torchrun sets it; for one "
+                            f"process: unset {name}")
+        found[name] = None if value is None else int(value)
+    needed = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"}
+    there = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if found[name] is not None]
+    missing = sorted(name for name in needed if found[name] is None)
+    if there and not os.environ.get("MASTER_ADDR"):
+        missing.append("MASTER_ADDR")
+    if there and missing:
+        raise UserError(f"{there[0]}={found[there[0]]} in the environment, but no {', '.join(missing)}: torchrun sets "
+                        f"them all; start with torchrun, or for one process: unset {' '.join(there)}")
+    if there and not found["RANK"] < found["WORLD_SIZE"]:
+        raise UserError(f"RANK={found['RANK']} WORLD_SIZE={found['WORLD_SIZE']} in the environment: the rank must be "
+                        "below the number of processes; start with torchrun")
+    return found["RANK"] or 0
 
 
 def processes():
@@ -122,16 +161,21 @@ def status_of(script, error, rank):
         stopped = find_note("stopped", seconds=1)
         if stopped is None:
             return 1
-        error, text = Stopped(), stopped
+        error, text = Stopped(stopped), stopped
     if isinstance(error, Stopped):
         if are_many():
             leave_note("stopped", text)
         if rank == 0:
             say_last(f"\n{script}: {printable(text)}", sys.stdout)
-        return 0
+        # torchrun would answer a status other than 0 with a traceback
+        return 0 if are_many() or "TORCHELASTIC_RUN_ID" in os.environ else 128 + error.number
     if isinstance(error, KeyboardInterrupt):
         say_last(f"\n{script}: interrupted", sys.stderr)
-        return 130
+        return 128 + signal.SIGINT
+    if isinstance(error, BrokenPipeError) and error.filename is None and not are_many():
+        for stream in (sys.stdout, sys.stderr):
+            say_last("", stream)  # the reader, such as head, has seen enough
+        return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
     if is_out_of_memory(error):
         say_last(f"\n{script}: out of memory: {one_line(error)}; what helps: a smaller --size or --batch",
                  sys.stderr)
@@ -140,22 +184,36 @@ def status_of(script, error, rank):
         if not another_says(rank):
             where = f"rank {rank}: " if rank else ""
             begin = "" if isinstance(error, UserError) else "\n"  # begin a new line below a progress bar
-            say_last(f"{begin}{script}: {where}{shortened(printable(text))}", sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+            say_last(f"{begin}{script}: {where}{shortened(printable(in_words(error)))}", sys.stderr)
+        is_mistake = isinstance(error, OSError) and error.errno is not None and error.errno not in DISK_FAILS
+        return 2 if is_mistake or isinstance(error, UserError) else 1
     return None
+
+
+def in_words(error):
+    """The message of an error; for one of the file system that names a file, without its number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{os.fsdecode(error.filename)}: cannot be read or written: {error.strerror}"
+    return str(error)
 
 
 @contextmanager
 def frame(script):
     """What every script runs in: errors become one line and an exit status.
 
-    Status 2: a `UserError`. Status 1: memory that is full; a disk that is full, missing or read-only; a number that is
-    not finite. What was written before stays. Status 0: the user asked to stop. Of several processes, rank 0 prints
-    the line. Any other error is raised as it is.
+    Status 2: a `UserError`, or a file that may not be read or written. Status 1: memory that is full; a disk that is
+    full, missing or read-only; a number that is not finite. Status 130 or 143: the user asked to stop, by Ctrl-C or
+    SIGTERM; 0 under torchrun. What was written before stays. Of several processes, rank 0 prints the line. Any other
+    error is raised as it is.
     """
-    rank = int(os.environ.get("RANK", 0))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text, or not in the terminal's code
+    rank = 0
     try:
+        rank = rank_here()
         yield
+        sys.stdout.flush()
     except (Exception, KeyboardInterrupt, Stopped) as error:
         status = status_of(script, error, rank)
         if status is None:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from engine.errors import UserError
+from engine.files import is_unicode
 
 
 # ---------------------------------------------------------------------------------------- on the command line
@@ -14,6 +15,8 @@ def not_a_path(text):
         return "is empty"
     if "\0" in text:
         return "holds a NUL character"
+    if not is_unicode(text):
+        return "is no UTF-8 text"
     if len(os.fsencode(text)) > 4000 or any(len(os.fsencode(part)) > 255 for part in text.split("/")):
         return "is too long"
     return None

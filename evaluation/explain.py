@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 import direct_align as da
 import flux
 import srpo_reward as sr
-from engine.files import write_whole
+from engine.files import PNG_MARK, write_whole
 
 PICTURES = 2  # number of prompts that are drawn
 
@@ -157,7 +157,8 @@ class Explanation:
                 axis.set_xticks([])
                 axis.set_yticks([])
         buffer = BytesIO()
-        figure.savefig(buffer, format="png", dpi=90)
+        keyword, ours = PNG_MARK.decode().split("\0")
+        figure.savefig(buffer, format="png", dpi=90, metadata={keyword: ours})
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, buffer.getvalue())
         print(f"the same as a picture: {path}")

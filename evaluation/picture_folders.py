@@ -1,7 +1,8 @@
 """Folders of pictures. A picture is named by its prompt's number, 00012.png; prompts.json lies beside the pictures.
 
 sample.py and evaluate.py write such folders. evaluate.py scores them, and the human study shows them. Both also take
-folders that other programs wrote.
+folders that other programs wrote. made.json beside the pictures says how they are made; its digest is in every picture
+that belongs to it. A picture without it is another's, and stays as it is.
 """
 
 import hashlib
@@ -15,14 +16,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torchvision.utils import save_image
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torchvision.utils import make_grid
 
 from engine.data import prompt_files
+from engine.data.pictures import read_picture
 from engine.errors import UserError, printable
-from engine.files import read_json, stamp, write_json, write_whole
+from engine.files import (
+    PNG_MARK,
+    is_ours,
+    must_be_writable,
+    must_not_lead_away,
+    read_json,
+    remove_leftovers,
+    stamp,
+    write_json,
+    write_whole,
+)
 from engine.model import trained
 from engine.paths import named_path
-from rewards.pictures import fitted, pixels, read_picture
+from rewards.pictures import fitted, pixels
 from srpo_reward import with_words
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -30,7 +44,9 @@ PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last bytes of every PNG
 OWN = ("geneval", "diversity")  # metrics with their own pictures, in subfolders of these names
 PREFIXED = "base with the words"
 # The names that evaluate.py itself writes in --out.
-TAKEN = ["base", "base_with_the_words", "scores", "results.json", "pictures.jsonl", "table.md", "sheet.png"]
+TAKEN = ["base", "base_with_the_words", "scores", "made.json", "results.json", "pictures.jsonl", "table.md",
+         "sheet.png"]
+BY = "evaluate.py"
 
 
 @dataclass
@@ -134,22 +150,19 @@ def files_of(folder):
     return found
 
 
+ENTRY = '{"prompt": ..., "category": ...}'  # of prompts.json; the category may be left out
+
+
 def listed(folder):
     """The list of `Prompt` in a folder's prompts.json, in the order of the pictures' numbers; None without the file.
     Raises UserError if the file holds something else."""
     path = Path(folder) / "prompts.json"
     if not path.exists():
         return None
-    entries = read_json(path)
-    if not isinstance(entries, list) or not all(is_entry(entry) for entry in entries):
-        raise UserError(f'{path}: must be a list of {{"prompt": ..., "category": ...}}')
+    entries = read_json(path, [{"prompt": str}], f'must be a list of {ENTRY}')
+    if not all(isinstance(entry.get("category", ""), str) for entry in entries):
+        raise UserError(f"{path}: must be a list of {ENTRY}")
     return [prompt_files.Prompt(entry["prompt"], entry.get("category", "")) for entry in entries]
-
-
-def is_entry(entry):
-    """Whether a value is an entry of prompts.json: a dict with a prompt and, optionally, its category."""
-    return (isinstance(entry, dict) and isinstance(entry.get("prompt"), str)
-            and isinstance(entry.get("category", ""), str))
 
 
 def list_prompts(folder, prompts):
@@ -194,31 +207,31 @@ def folder_name(name):
     return re.sub(r"[^\w.-]+", "_", name).strip("._")
 
 
-def check_out(out):
-    """Raise UserError if the folder --out cannot be made. Nothing is written."""
-    there = Path(out)
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    if not there.is_dir():
-        raise UserError(f"--out {out}: cannot be written: Not a directory")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"--out {out}: cannot be written: Permission denied")
+def must_be_own(out, rows):
+    """Raise UserError if --out cannot be written, or if evaluate.py would overwrite files there that it did not write.
+    Its made.json is the mark. rows: the names of the rows' folders."""
+    must_be_writable(out, "--out")
+    must_not_lead_away(out, [*TAKEN, *rows])
+    mark = Path(out) / "made.json"
+    if mark.exists() and read_json(mark) == {"by": BY}:
+        return
+    theirs = [name for name in [*TAKEN, *rows] if os.path.lexists(Path(out) / name)]
+    if theirs:
+        raise UserError(f"--out {out}: {theirs[0]} is there, and not from {BY}; give another --out")
+
+
+def make_own(out):
+    """Make --out, with the mark that `must_be_own` looks for. Raises UserError if it cannot be."""
+    make_folder(out)
+    write_json(Path(out) / "made.json", {"by": BY})
 
 
 def make_folder(out):
-    """Make --out. Raises UserError if it cannot be."""
+    """Make a folder of pictures. Raises UserError if it cannot be."""
     try:
         Path(out).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written: {error.strerror}") from error
-
-
-def must_be_own(out):
-    """Raise UserError if --out holds files that evaluate.py would overwrite and did not write."""
-    made_here = [name for name in ("base", "scores") if (Path(out) / name).is_dir()]
-    theirs = [name for name in TAKEN if (Path(out) / name).exists()]
-    if theirs and not made_here:
-        raise UserError(f"--out {out}: {theirs[0]} is there, and not from evaluate.py; give another --out")
 
 
 def planned(args, prompts):
@@ -229,39 +242,60 @@ def planned(args, prompts):
         methods.append(Method(PREFIXED, Path(args.out) / folder_name(PREFIXED), words=args.prefix))
     for name, path in named("--weights", args.weights).items():
         methods.append(Method(name, Path(args.out) / folder_name(name), str(trained.place_of(path))))
+    must_be_own(args.out, [method.folder.name for method in methods])
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     for method in methods:
-        method.made = {"model": args.model, "size": args.size, "eval_steps": args.eval_steps,
+        method.made = {"by": BY, "model": args.model, "size": args.size, "eval_steps": args.eval_steps,
                        "guidance": args.guidance, "seed": args.seed,
                        "weights": stamp(method.weights) if method.weights else [], "prompts": digest,
                        "words": method.words}
-        check_made(method, args.out)
-        picture_files(method.folder)
-        for name in OWN:
-            picture_files(method.folder / name)
+        check_made(method.folder, method.made, args.out)
     return methods
 
 
-def check_made(method, out):
-    """Raise UserError if, by its made.json, a row's folder holds pictures that were made with other settings."""
-    stored = method.folder / "made.json"
+def mark_of(made):
+    """The mark in the pictures that are made as `made` says, bytes."""
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest().encode()
+
+
+def check_made(folder, made, out):
+    """Raise UserError if a folder, which is to hold pictures that are made as `made` says, holds others under their
+    names; they stay as they are. Nothing is written."""
+    own = ["made.json", "prompts.json", "grid.png"]
+    must_not_lead_away(folder, [*own, *OWN, "[0-9]*.png", *(f"{name}/[0-9]*.png" for name in OWN)])
+    stored = folder / "made.json"
+    if stored.exists():
+        then = read_json(stored)
+        if not isinstance(then, dict) or then.get("by") != made["by"]:
+            raise UserError(f"{stored}: not {made['by']}'s; give another --out")
+        for key, now in made.items():
+            if then.get(key) != now:
+                what = "" if key in ("weights", "prompts") else f" {then.get(key)}, now {now}"
+                raise UserError(f"--out {out}: the pictures in {folder} were made with other {key}{what}; "
+                                f"delete that folder, or give another --out")
+    files = [file for place in (folder, *(folder / name for name in OWN)) for file in picture_files(place)]
+    theirs = [file for file in files if file.suffix == ".png" and file.stem[0].isdecimal() or file.name == "grid.png"]
     if not stored.exists():
-        return
-    then = read_json(stored)
-    if not isinstance(then, dict):
-        raise UserError(f"{stored}: not evaluate.py's; give another --out")
-    for key, now in method.made.items():
-        if then.get(key) != now:
-            what = "" if key in ("weights", "prompts") else f" {then.get(key)}, now {now}"
-            raise UserError(f"--out {out}: the pictures in {method.folder} were made with other {key}{what}; "
-                            f"delete that folder, or give another --out")
+        theirs += [folder / name for name in own if (folder / name).exists()]
+    for file in theirs:
+        if file.stat().st_size and not is_ours(file, mark_of(made)):  # a failed disk leaves empty files
+            raise UserError(f"--out {out}: {file} is there, and not from {made['by']} with these flags; give another "
+                            "--out")
 
 
-def begin(method, prompts):
-    """Make the folder of a row to sample, with made.json and prompts.json. Raises UserError if it cannot be made."""
-    make_folder(method.folder)
-    write_json(method.folder / "made.json", method.made)
-    list_prompts(method.folder, prompts)
+def clean(*folders):
+    """Remove the hidden files that a kill left in folders of ours. No process may be writing there."""
+    for folder in folders:
+        for place in (folder, *(Path(folder) / name for name in OWN)):
+            remove_leftovers(place, ["*.png", *TAKEN, "prompts.json"])
+
+
+def begin(folder, made, prompts):
+    """Make a folder of pictures, with made.json and prompts.json for [(prompt, category)]. Raises UserError if it
+    cannot be made."""
+    make_folder(folder)
+    write_json(folder / "made.json", made)
+    list_prompts(folder, prompts)
 
 
 def existing(args):
@@ -291,20 +325,26 @@ def existing(args):
 
 
 # ---------------------------------------------------------------------------------------------------- writing
-def save_picture(images, path, columns=8):
-    """Write a picture [3, H, W] or a grid of pictures [P, 3, H, W], in [0, 1], as a PNG. An interrupted write leaves
-    no partial file."""
+def save_picture(images, path, columns=8, mark=b""):
+    """Write a picture [3, H, W] or a grid of pictures [P, 3, H, W], in [0, 1], as a PNG. It carries PNG_MARK, and a
+    further `mark`. An interrupted write leaves no partial file."""
+    grid = make_grid(images, columns).mul(255).add(0.5).clamp(0, 255).permute(1, 2, 0).to("cpu", torch.uint8)
+    texts = PngInfo()
+    keyword, ours = PNG_MARK.decode().split("\0")
+    texts.add_text(keyword, ours)
+    if mark:
+        texts.add_text("made", mark.decode())
     png = io.BytesIO()
-    save_image(images, png, format="png", nrow=columns)
+    Image.fromarray(grid.numpy()).save(png, "PNG", pnginfo=texts)
     path.parent.mkdir(exist_ok=True)
     write_whole(path, png.getvalue())
 
 
-def save_grid(images, path, columns=8):
+def save_grid(images, path, columns=8, mark=b""):
     """Write pictures [P, 3, H, W] as one PNG. Small pictures are enlarged to about 128 pixels, so that they can be
     seen."""
     scale = max(1, 128 // images.shape[-1])
-    save_picture(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, columns)
+    save_picture(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, columns, mark)
 
 
 def contact_sheet(methods, pictures, path, rows=24):

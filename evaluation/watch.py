@@ -25,6 +25,8 @@ from evaluation.report import page as report
 from rewards.base import Column
 from rewards.pictures import pixel_statistics
 
+BEFORE = "before training"  # the end of the titles of the looks at what the run starts from
+
 
 @torch.no_grad()
 def measure(images, prompts, rewards, judging, control, neg, batch=64):
@@ -122,9 +124,13 @@ class Watch:
         n = len(prompts.texts)
         each = -(-n // self.world.size)
         rows = [min(i, n - 1) for i in range(each * self.world.size)][self.world.rows(each)]
-        images = flux.sample(self.net, prompts.embeddings.txt[rows], prompts.embeddings.pooled[rows],
-                             flux.noise(self.net, self.grid, rows), self.grid, self.a.eval_steps,
-                             self.a.guidance, self.a.batch, partial(self.batches, title))
+        helps = "" if title.endswith(BEFORE) else "; try a smaller --lr, or another --seed"
+        try:
+            images = flux.sample(self.net, prompts.embeddings.txt[rows], prompts.embeddings.pooled[rows],
+                                 flux.noise(self.net, self.grid, rows), self.grid, self.a.eval_steps,
+                                 self.a.guidance, self.a.batch, partial(self.batches, title))
+        except NotFinite as error:
+            raise NotFinite(f"{title}: {error}{helps}") from error
         texts = [prompts.texts[row] for row in rows]
         scores = measure(images, texts, self.rewards, self.judge, self.a.control[0], self.a.neg[0])
         everyones = self.world.gather((images, scores))
@@ -132,7 +138,7 @@ class Watch:
         scores = {name: torch.cat([scores[name] for _, scores in everyones])[:n] for name in scores}
         for name, values in scores.items():
             if name not in judge.UNDEFINED and not values.isfinite().all():
-                raise NotFinite(f"{title}: {name} of the held-out pictures is not finite")
+                raise NotFinite(f"{title}: {name} of the held-out pictures is not finite{helps}")
         return images, scores
 
     def batches(self, title, batches):
@@ -162,8 +168,8 @@ class Watch:
                            "rise while the SGP gap falls; give 2 or more")
         # With --weights, a LoRA is part of what the run starts from. New adapters are not, so they are switched off.
         with nullcontext() if self.a.weights else lora.adapter_off(self.net.transformer):
-            images, scores = self.look(self.watched, "watch")
-            evaluated = self.evaluate("evaluate before")
+            images, scores = self.look(self.watched, f"watch {BEFORE}")
+            evaluated = self.evaluate(f"evaluate {BEFORE}")
         if self.world.main:
             save_grid(images, folder.out / "samples" / "step_00000.png")
         gap = scores["sgp"].mean().item()
@@ -188,15 +194,14 @@ class Watch:
                 self.report(folder, state)
         state["unlogged"] = None
 
-    def report(self, folder, state, finished=False, stopped=False):
-        """Write report.html, the run's page."""
-        report.write(folder.out, vars(self.a), self.flags, finished, state, self.watched.texts,
-                     stopped)
+    def report(self, folder, state, status="running"):
+        """Write report.html, the run's page. status: one of a report's `Run`."""
+        report.write(folder.out, vars(self.a), self.flags, status, state, self.watched.texts)
 
     def step(self, step, folder, state):
         """Look at the watched pictures and print the drift warnings. Export the weights if no warning fired and the SGP
         gap is the highest so far. Returns what to log."""
-        images, now = self.look(self.watched, "watch")
+        images, now = self.look(self.watched, f"watch after step {step}")
         before = {name: torch.tensor(values) for name, values in state["before"].items()}
         drift = hacking(now, before, self.a.drift_band)
         for warning in drift.warnings:
@@ -225,7 +230,7 @@ class Watch:
     def finish(self, folder, state):
         """Evaluate after training. Write before_after.png (first watched pictures above the last), summary.json and the
         report, and print the table."""
-        after = self.evaluate("evaluate after")
+        after = self.evaluate("evaluate after training")
         if not self.world.main:
             return
         out = folder.out
@@ -238,7 +243,7 @@ class Watch:
                            f"--land's is {self.level:+.3f}; give more --steps and --resume")
         write_json(out / "summary.json", {"steps": state["step"], "best_sgp": state["best"],
                                           "before": state["evaluated"], "after": after})
-        self.report(folder, state, finished=True)
+        self.report(folder, state, "finished")
         if after is not None:
             print(tables.table({"before": state["evaluated"], "after": after}, columns_of(after)))
         print(f"weights in {out}/weights (best by SGP gap inside the drift band: weights_best), "

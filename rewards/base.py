@@ -61,6 +61,10 @@ class Reward:
         """A list of B texts -> C [B, D] float32."""
         raise NotImplementedError
 
+    def does_not_know(self, text):
+        """Whether its tokenizer does not know a word of a text. False where that cannot be told."""
+        return False
+
     def image_features(self, images):
         """f for training: images [B, 3, H, W] in [0, 1] -> f [B, D] float32, with gradient."""
         return self.features(differentiable(images, self.size, self.mean, self.std, self.fit))

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 
 from engine.errors import UserError
 from engine.hub import fetched
-from engine.model.configs import check_folder, fitting, must_be_floats
+from engine.model.configs import check_dtypes, check_folder, fitting, must_be_floats
 from rewards import base
 
 ARCH = "ViT-H-14"                         # the architecture of HPSv2.1 and of PickScore
 CHECKPOINT = "HPS_v2.1_compressed.pt"
 CONFIG = "open_clip_config.json"
 OPENAI_WORDS = 49408                      # size of the vocabulary if the config does not give it
+LEAST_KNOWN = 0.9                         # a tower may know some words more, so that their number is round
 FITS = {"shortest": "crop", "squash": "stretch", "longest": "letterbox"}    # {open_clip's resize_mode: our fit}
 
 
@@ -41,6 +42,15 @@ class ClipReward(base.Reward):
         """B texts -> C [B, D] float32 of norm 1. Texts are truncated to the encoder's length, usually 77 tokens."""
         ids = self.tokenizer(texts).to(self.device)    # [B, 77]
         return F.normalize(self.model.encode_text(ids).float(), dim=-1)
+
+    def does_not_know(self, text):
+        """Whether its tokenizer splits a word of a text into single letters or bytes, or reads a part as unknown."""
+        tokenizer = getattr(self.tokenizer, "tokenizer", None)  # transformers'; OpenAI's has none inside
+        for word in text.lower().split():
+            pieces = self.tokenizer.encode(word) if tokenizer is None else tokenizer.tokenize(word)
+            if 1 < len(word.encode()) <= len(pieces) or tokenizer is not None and tokenizer.unk_token in pieces:
+                return True
+        return False
 
 
 def image_size(model):
@@ -62,12 +72,9 @@ def load(path, device, arch=ARCH):
     Raises UserError for a folder that asks for code to be run. Files that open_clip and torch cannot read raise their
     errors.
     """
-    if (path / CONFIG).exists():
-        return load_folder(path, device)
-    if path.is_dir():
-        path = path / CHECKPOINT
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
+    path = file_of(path)
+    if path.name == CONFIG:
+        return load_folder(path.parent, device)
     state = state_of(path)
     must_be(arch, state)
     with quiet():
@@ -75,6 +82,17 @@ def load(path, device, arch=ARCH):
         tokenizer = open_clip.get_tokenizer(arch)
     model.load_state_dict(state)
     return ClipReward(model.to(device), tokenizer, "letterbox")    # HPSv2's evaluator prepares pictures so
+
+
+def file_of(path):
+    """The file that says which layout a path has: an open_clip folder's config, or a .pt. Raises UserError if there is
+    neither."""
+    if path.is_file():
+        return path
+    for name in (CONFIG, CHECKPOINT):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"{path}: no reward in it, neither {CONFIG} nor {CHECKPOINT}")
 
 
 def state_of(path):
@@ -113,6 +131,7 @@ def tower(width, layers, patch):
 def load_folder(folder, device):
     """The `ClipReward` of an open_clip folder. Raises UserError for a folder that is not one, or needs foreign code."""
     text_config = network_config(folder)["text_cfg"]
+    check_dtypes(folder)
     with quiet():
         model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         tokenizer = tokenizer_of(folder, text_config)
@@ -124,20 +143,22 @@ def load_folder(folder, device):
 
 def tokenizer_of(folder, text_config):
     """The tokenizer of an open_clip folder: its own if it has one, otherwise OpenAI's. Raises UserError if it has more
-    words than the text tower."""
+    words than the text tower, or far fewer."""
+    length = text_config.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
     if text_config.get("hf_tokenizer_name"):
         # The tokenizer is transformers'. Without this option it asks on the terminal whether to run foreign code.
-        return open_clip.get_tokenizer(f"local-dir:{folder}", trust_remote_code=False)
-    length = text_config.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH)
-    if (folder / "tokenizer.json").exists():
+        tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}", trust_remote_code=False)
+    elif (folder / "tokenizer.json").exists():
         options = {"trust_remote_code": False} | text_config.get("tokenizer_kwargs", {})
         tokenizer = open_clip.tokenizer.HFTokenizer(folder, length, **options)
-        last = max(tokenizer.tokenizer.get_vocab().values())
     else:
         tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    if hasattr(tokenizer, "tokenizer"):
+        last = max(tokenizer.tokenizer.get_vocab().values(), default=-1)
+    else:
         last = tokenizer.vocab_size - 1
     words = text_config.get("vocab_size", OPENAI_WORDS)
-    if last >= words:
+    if not LEAST_KNOWN * words <= last + 1 <= words:
         raise UserError(f"its tokenizer has {last + 1} words, and its text tower knows {words}, as {CONFIG} "
                         "says; put the right tokenizer.json beside that file")
     return tokenizer
@@ -182,7 +203,7 @@ def quiet():
 # --------------------------------------------------------------------------------------------------- the plan
 def image_network(where=None, arch=ARCH):
     """The `ImageNetwork` of an open_clip folder `where`, with the folder's architecture; otherwise that of `arch`."""
-    if where is not None and (Path(where) / CONFIG).exists():
+    if where is not None and file_of(Path(where)).name == CONFIG:
         config = network_config(Path(where))
     else:
         config = open_clip.get_model_config(arch)

@@ -11,10 +11,7 @@ stretch     both sides to size: SigLIP
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torchvision.transforms.v2 import functional as TF
-
-from engine.errors import UserError, one_line
 
 BICUBIC = TF.InterpolationMode.BICUBIC
 
@@ -79,14 +76,3 @@ def pixel_statistics(images):
             "redness": (r - (g + b) / 2).mean((1, 2)),
             "brightness": luma.mean((1, 2)),
             "texture": (luma - smooth).abs().mean((1, 2))}
-
-
-def read_picture(path):
-    """A file's picture as PIL RGB. Grey becomes three equal channels and alpha is dropped, as the scorers' authors do.
-    Raises UserError if it cannot be read."""
-    try:
-        with Image.open(path) as picture:
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        why = one_line(error).split(" '")[0]    # PIL's message ends with the file's name in quotes; it is cut off
-        raise UserError(f"{path}: cannot be read as a picture: {why}") from error

@@ -121,8 +121,11 @@ FLAGS += [
     Mistake("train.py", "--replicas 2", "does not divide"),
     Mistake("train.py", "--plan --global-batch 8 --replicas 3", "--replicas 3: does not divide the 8 processes"),
     Mistake("train.py", "--resume --overwrite", "give one"),
+    Mistake("train.py", "--resume --explain", "give --weights new/weights without --resume"),
     # words
     Mistake("train.py", ["--control", ""], "--control"),
+    *(Mistake("train.py", [flag, words], "must be words") for flag in ("--control", "--neg")
+      for words in ("!!!", "photo, ...", "\U0001f98a")),
     Mistake("train.py", ["--neg", "CG render, "], "must be words, none of them empty"),
     Mistake("train.py", ["--control", "a\x1b[2J"], "must be words"),
     Mistake("train.py", ["--control", "a\nb"], "must be words"),
@@ -178,6 +181,13 @@ PROMPTS = {  # the content of a file, or {file: content} of a folder; what is sa
     "large.csv": (b"prompt\n" + b"x" * 200_000, "line 2 is not a row of a .csv file (field larger than"),
     "none.csv": (b"id,prompt\n1, \n", "no prompt in it"),
     "empty.csv": (b"", "no prompt in it"),
+    "twice.csv": (b"prompt,Prompt\na fox,a dog\n", "line 1 names two columns prompt; rename one"),
+    "header.tsv": (b"id\twords\n1\ta fox\n", "line 1 names no column prompt, text or caption"),
+    **{f"table.{suffix}": (f"Prompt{separator}Category\na fox{separator}Abstract\n".encode(), "looks like a table")
+       for suffix, separator in (("txt", "\t"), ("dat", ","), ("prompts", "|"), ("xls", ";"))},
+    "json.txt": (b'["a fox", "a dog"]', "holds JSON; name it .json"),
+    "jsonl.txt": (b'{"prompt": "a fox"}\n{"prompt": "a dog"}\n', "holds JSON; name it .json"),
+    "\udcff.txt": (None, "is no UTF-8 text"),
     "sets": ({"a.json": b"[]"}, "no prompt in it"),
     "others": ({"a.json": b'{"prompt": "a fox"}'}, "not a JSON list of prompts"),
     "pipes": (None, "a.json: not a file"),
@@ -196,6 +206,13 @@ PHOTOGRAPHS = {  # {file: content} of a folder, None a picture of 64 x 64 pixels
                 "none of its 2 pictures can be trained on, such as a.png: cannot be read as a picture"),
     "bad line": ({"a.png": None, METADATA: b'{"file_name": "a.png", "text": "a fox"}\n{"file'},
                  "metadata.jsonl: line 2 is not JSON; fix it or remove it"),
+    "two rows": ({"a.png": None, METADATA: b'{"file_name": "a.png", "text": "a fox"}\n{"file_name": "./a.png"}'},
+                 "line 2 is another caption of ./a.png; keep one"),
+    "two pictures": ({"a.png": None, "a.jpg": None, "a.txt": b"a fox"}, "a.txt: beside both a.jpg and a.png"),
+    "other names": ({"a.png": None, METADATA: b'{"file_name": "b.png", "text": "a fox"}'},
+                    "no caption for any of its 1 pictures, and no picture for any of the 1 names in metadata.jsonl, "
+                    "such as b.png"),
+    "no list": ({"a.png": None, "metadata.json": b'{"file_name": "a.png", "text": "a fox"}'}, "not a JSON list"),
     "no name": ({"a.png": None, METADATA: b'{"text": "a fox"}'}, "line 1 must be an object with a"),
     "pipe": (None, "no such folder"), "text.txt": (None, "no such folder"), "": (None, "no such folder"),
     "x" * 300: (None, "no such folder")}
@@ -254,12 +271,17 @@ FILES = [
     # what is kept
     Mistake("train.py", ["--cache", ""], "is empty"),
     Mistake("train.py", "--cache text.txt", "--cache text.txt: cannot be written"),
-    Mistake("train.py", "--cache text.txt/new", "text.txt is not a folder; give another, or off"),
-    Mistake("train.py", "--cache pipe/new", "pipe is not a folder"),
+    Mistake("train.py", "--cache text.txt/new", "Not a directory; give another, or off"),
+    Mistake("train.py", "--cache pipe/new", "--cache pipe/new: cannot be written: Not a directory"),
     Mistake("train.py", "--cache /proc/1/new", "--cache /proc/1/new: cannot be written"),
     # where it is written
     *(Mistake(script, ["--out", out], words) for script in ("train.py", *SAMPLES) for out, words in
-      (("", "is empty"), ("a\0b", "holds a NUL"), ("x" * 300, "is too long"))),
+      (("", "is empty"), ("a\0b", "holds a NUL"), ("x" * 300, "is too long"), ("\udcff", "is no UTF-8 text"))),
+    *(Mistake("train.py", [flag, "\udcff"], words) for flag, words in (
+        ("--cache", "is no UTF-8 text"), ("--images", "no such folder"), ("--weights", "is no UTF-8 text"),
+        ("--model", "is no UTF-8 text"), ("--reward", "is no UTF-8 text"))),
+    Mistake("train.py", "--explain --out theirs2", "explain.png exists already and is not a picture of --explain"),
+    Mistake("train.py", "--explain --out text.txt", "cannot be written: Not a directory"),
     *each(("train.py", *SAMPLES), "--out text.txt/new", "cannot be written: Not a directory"),
     Mistake("train.py", "--out text.txt", "cannot be written: Not a directory"),
     Mistake("train.py", "--out pipe", "cannot be written"),
@@ -319,6 +341,12 @@ REWARDS = [
     Mistake("train.py", "--reward large.pt", "these are of a vision tower 1024 wide with 24 layers"),
     Mistake("train.py", "--reward numbers.pt", "no tensors by their names"),
     Mistake("train.py", "--reward wordless", "49408 words, and its text tower knows 591"),
+    Mistake("train.py", "--reward speechless", "its tokenizer has 3 words, and its text tower knows 591"),
+    Mistake("train.py", "--reward anothers", "its tokenizer has 115 words, and its text tower knows 591"),
+    Mistake("train.py", "--reward deaf", "reads --control realistic photo and --neg CG render alike"),
+    Mistake("train.py", "--reward truths", "holds BOOL, which are no weights"),
+    Mistake("train.py", "--plan --reward folder", "folder: no reward in it, neither open_clip_config.json nor HPS"),
+    Mistake("train.py", "--reward pickle.pt", "it holds more than tensors, which could run code, so it is not loaded"),
     Mistake("train.py", "--reward code", "asks for code to be run (trust_remote_code)"),
     Mistake("train.py", "--reward class", "asks for code to be run (auto_map)"),
     Mistake("train.py", "--reward elsewhere", "outside the folder (hf_model_name)"),
@@ -388,6 +416,16 @@ def of_another_shape(state):
 def whole_numbers(state):
     name = sorted(state)[0]
     state[name] = state[name].long()
+
+
+def truth_values(state):
+    name = sorted(state)[0]
+    state[name] = state[name].bool()
+
+
+def deaf(state):
+    """Every text comes out alike: its last projection sees only what all texts share."""
+    state["token_embedding.weight"] = torch.zeros_like(state["token_embedding.weight"])
 
 
 def not_finite(state):
@@ -491,6 +529,8 @@ MODELS = [  # a change of the folder; what is said
     *((tensors(f"{part}/{name}", whole_numbers), "which are no weights")
       for part, name in WEIGHTS_OF.items()),
     (tensors("transformer/diffusion_pytorch_model.safetensors", not_finite), "its weights hold numbers that"),
+    *((tensors(f"{part}/{name}", truth_values), "which are no weights") for part, name in WEIGHTS_OF.items()),
+    (tensors("judge/judge.safetensors", not_finite), "judge: not the miniature's judge: it holds numbers that are not"),
     (tensors("vae/diffusion_pytorch_model.safetensors", not_finite), "its VAE holds numbers that"),
     (tensors("text_encoder/model.safetensors", not_finite), "its text encoders make numbers that"),
     *((text(f"{part}/{name}", "not what it should be"), "cannot be loaded as FLUX.1")
@@ -573,6 +613,12 @@ def make_rewards(here):
     torch.save([1, 2], here / "numbers.pt")
     large = {f"visual.transformer.resblocks.{i}.ln_1.weight": torch.zeros(1) for i in range(24)}
     torch.save(large | {"visual.conv1.weight": torch.zeros(1024, 3, 14, 14)}, here / "large.pt")
+    for name in ("speechless", "anothers", "deaf", "truths"):
+        shutil.copytree(ROOT / "miniature" / "reward", here / name)
+    (here / "speechless" / "tokenizer.json").unlink()
+    shutil.copytree(ROOT / "miniature" / "tokenizer_2", here / "anothers", dirs_exist_ok=True)
+    tensors("open_clip_model.safetensors", deaf)(here / "deaf")
+    tensors("open_clip_model.safetensors", truth_values)(here / "truths")
     make_foreign_reward(here / "wordless")
     (here / "wordless" / "tokenizer.json").unlink()
 
@@ -609,6 +655,8 @@ def place(tmp_path_factory):
         (here / "theirs" / name).write_text("mine")
     (here / "folder" / "note").write_text("mine")
     (here / "link").symlink_to("theirs")
+    (here / "theirs2").mkdir()
+    (here / "theirs2" / "explain.png").write_text("mine")
     os.mkfifo(here / "pipes" / "a.json")
     os.mkfifo(here / "waits" / "00000.png")
     (here / "listed" / "00000.png").write_bytes(b"")
@@ -690,6 +738,24 @@ def test_a_mistake_is_one_line_and_changes_nothing(place, monkeypatch, capsys, m
     said = line_of(monkeypatch, capsys, mistake.script, mistake.argv, mistake.status)
     assert mistake.words in said
     assert contents(place) == before
+
+
+ENVIRONMENTS = {  # of a process; what is said
+    "RANK=abc": "RANK=abc in the environment: must be a whole number, as torchrun sets it",
+    "RANK=": "RANK= in the environment: must be", "LOCAL_RANK=x": "LOCAL_RANK=x", "WORLD_SIZE=-1": "WORLD_SIZE=-1",
+    "LOCAL_WORLD_SIZE=abc": "LOCAL_WORLD_SIZE=abc", "MASTER_PORT=x RANK=0": "MASTER_PORT=x",
+    "WORLD_SIZE=2": "WORLD_SIZE=2 in the environment, but no LOCAL_RANK, MASTER_PORT, RANK, MASTER_ADDR: torchrun",
+    "RANK=2 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=1 MASTER_ADDR=localhost": "the rank must be below"}
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize("environment", ENVIRONMENTS)
+@pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])
+def test_an_environment_that_torchrun_does_not_make_is_one_line(place, monkeypatch, capsys, script, environment):
+    monkeypatch.chdir(place)
+    for setting in environment.split():
+        monkeypatch.setenv(*setting.split("="))
+    assert ENVIRONMENTS[environment] in line_of(monkeypatch, capsys, script, START[script])
 
 
 # ----------------------------------------------------------------------------------------- what is no mistake

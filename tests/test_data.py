@@ -17,7 +17,13 @@ FILES = {
     "caption.csv": '\ufeffCAPTION,file\r\n"a fox, asleep",a.png\r\n\r\n"a ""dog""",b.png\r\n',
     "one_column.csv": '"a fox, asleep"\n"a ""dog"""\n',
     "semicolons.csv": 'id;text\n1;a fox, asleep\n2;"a ""dog"""\n',
-    "tabs.csv": '"id"\t"text"\n1\ta fox, asleep\n2\t"a ""dog"""\n'}
+    "tabs.csv": '"id"\t"text"\n1\ta fox, asleep\n2\t"a ""dog"""\n',
+    "tabs.tsv": 'Prompt\tCategory\na fox, asleep\tAbstract\n"a ""dog"""\tAbstract\n',
+    "tabs.TAB": 'id\ttext\n1\ta fox, asleep\n2\t"a ""dog"""\n',
+    "commas.tsv": 'id,prompt\n1,"a fox, asleep"\n2,"a ""dog"""\n',
+    "bars.csv": 'id|prompt\n1|a fox, asleep\n2|"a ""dog"""\n',
+    "one_column.tsv": 'a fox, asleep\n"a ""dog"""\n',
+    "captions.json": '[{"caption": "a fox, asleep"}, {"text": "a \\"dog\\""}]'}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -29,5 +35,19 @@ def test_prompts_come_in_any_of_these_files(tmp_path, name):
 def test_a_prompt_may_run_over_lines_and_hold_a_line_break_of_unicode(tmp_path):
     (tmp_path / "p.csv").write_text('prompt,id\n"a fox\nasleep",1\na dog,2\n')
     assert prompt_files.read_prompts(tmp_path / "p.csv") == ["a fox\nasleep", "a dog"]
+    for separator in "\u2028\x0b\x0c\x1c\x1d\x1e\x85":
+        (tmp_path / "p.txt").write_text(f"a fox{separator}asleep\na dog\n", encoding="utf-8")
+        assert prompt_files.read_prompts(tmp_path / "p.txt") == [f"a fox{separator}asleep", "a dog"]
     (tmp_path / "p.jsonl").write_text('"a fox\u2028asleep"\n"a dog"\n')
     assert prompt_files.read_prompts(tmp_path / "p.jsonl") == ["a fox\u2028asleep", "a dog"]
+
+
+LINES = {  # of a text file, although they begin with the name of a column or hold its separators
+    "prose": ["text, bold, red poster", "a fox, asleep"], "one word": ["prompt", "a fox"],
+    "brackets": ["[red] fox", "{fox}"], "a table of one line": ["prompt, category"]}
+
+
+@pytest.mark.parametrize("lines", LINES.values(), ids=LINES)
+def test_lines_of_prose_stay_lines(tmp_path, lines):
+    (tmp_path / "p.txt").write_text("\n".join(lines))
+    assert prompt_files.read_prompts(tmp_path / "p.txt") == lines

@@ -1,6 +1,7 @@
 """Claims about offline SRPO: engine/photographs.py, and runs of train.py with --images."""
 
 import shutil
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ import flux
 import prepare
 import recipe
 import train
-from engine.data import photographs
+from engine.data import photographs, pictures
 from engine.data.cache import Cache
+from engine.errors import UserError
 from engine.memory import parallel, plan
 from engine.model.folder import Model
 
@@ -63,6 +65,45 @@ def test_captions_stand_beside_the_pictures_or_in_metadata(tmp_path):
     assert found == {"a.png": "a fox in two lines", "b.JPG": "a dog", "c.webp": "a bird", "d.png": "a cat"}
 
 
+def test_captions_as_other_programs_write_them(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / "deep").mkdir(exist_ok=True)
+        photo(64, 64).save(tmp_path / "deep" / f"{name}.png")
+    (tmp_path / "deep" / "a.caption").write_text("a fox\n")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "deep\\\\b.png", "prompt": "a dog"}\n')
+    (tmp_path / "deep" / "metadata.json").write_text('[{"file_name": "c.png", "caption": "a cat"}]')
+    assert {p.file.name: p.caption for p in read(tmp_path)} == {"a.png": "a fox", "b.png": "a dog", "c.png": "a cat"}
+
+
+class NotRead(NamedTuple):
+    """A picture's array or bytes, the file that it is in, and why it is not read."""
+    content: object
+    name: str
+    words: str
+
+
+GREY = np.full((8, 8), 7)
+NOT_READ = [
+    NotRead(GREY.astype(np.float32), "float.tif", "its pixels are 32-bit numbers, for which no white is known"),
+    NotRead(GREY.astype(np.int32), "whole.tif", "its pixels are 32-bit numbers"),
+    NotRead(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "eps.jpg", "cannot identify image file"),
+    NotRead(b"P5 8 8 255\n" + bytes(64), "pgm.png", "cannot identify image file"),
+    NotRead(b"", "empty.png", "cannot identify image file")]
+
+
+@pytest.mark.parametrize("case", NOT_READ, ids=lambda case: case.name)
+def test_a_picture_is_read_right_or_refused_by_name(tmp_path, case):
+    """A file that is really an EPS would start Ghostscript."""
+    file = tmp_path / case.name
+    if isinstance(case.content, bytes):
+        file.write_bytes(case.content)
+    else:
+        Image.fromarray(case.content).save(file)
+    for read_it in (pictures.read_picture, pictures.size_of):
+        with pytest.raises(UserError, match=f"{case.name}: cannot be read as a picture: {case.words}"):
+            read_it(file)
+
+
 def test_what_cannot_be_trained_on_is_skipped_and_named_once(folder, tmp_path, capsys):
     shutil.copytree(folder, tmp_path / "all")
     here = tmp_path / "all"
@@ -79,18 +120,20 @@ def test_what_cannot_be_trained_on_is_skipped_and_named_once(folder, tmp_path, c
     (here / "odd.txt").write_bytes(b"caf\xe9")
     for name in ("cut", "half", "text", "small", "enough", "long"):
         (here / f"{name}.txt").write_text("a fox")
+    (here / "album").symlink_to(folder)
     write_lines(here / "metadata.jsonl", [{"file_name": "gone.png", "text": "a fox"}])
     found = read(here)
     assert [p.file.name for p in found] == [*(f"{n}.png" for n in range(6)), "enough.png"]
     told = skipped(capsys)
     assert told.keys() == {"cut.jpg", "half.png", "text.jpg", "small.png", "long.png", "silent.png",
-                           "odd.png", "gone.png"}
+                           "odd.png", "gone.png", "album"}
     for name in ("cut.jpg", "half.png", "text.jpg"):
         assert told[name].startswith("cannot be read as a picture: ")
     assert told["small.png"] == "31 x 31 pixels: too small, it would be enlarged 2.1 times; at most 2 times are allowed"
     assert told["long.png"] == "500 x 100 pixels: too long, only 40% of it would be left after cropping to 96 x 48"
     assert "no caption" in told["silent.png"] and "not UTF-8" in told["odd.png"]
     assert told["gone.png"] == "named in metadata.jsonl, and there is no such picture"
+    assert told["album"] == "a link to a folder, which is not followed; give that folder, or copy it"
 
 
 def test_of_many_that_are_skipped_ten_are_named(tmp_path, capsys):
@@ -123,11 +166,15 @@ def test_a_picture_is_cut_around_its_middle_and_not_squeezed(tmp_path):
 def test_a_picture_stands_as_its_camera_was_held_and_any_mode_becomes_rgb(tmp_path):
     picture = photo(64, 32)
     exif = Image.Exif()
-    exif[photographs.ORIENTATION] = 6  # turned by 90 degrees
+    exif[pictures.ORIENTATION] = 6  # turned by 90 degrees
     picture.save(tmp_path / "turned.png", exif=exif)
-    assert photographs.size_of(tmp_path / "turned.png") == (32, 64)
-    upright = photographs.upright(tmp_path / "turned.png")
+    assert pictures.size_of(tmp_path / "turned.png") == (32, 64)
+    upright = pictures.read_picture(tmp_path / "turned.png")
     assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(picture), -1))
+
+    exif[pictures.ORIENTATION] = 77  # none of EXIF's values
+    picture.save(tmp_path / "odd.png", exif=exif)
+    assert pictures.size_of(tmp_path / "odd.png") == pictures.read_picture(tmp_path / "odd.png").size == (64, 32)
 
     clear = photo(8, 8).convert("RGBA")
     clear.putalpha(0)
@@ -136,7 +183,7 @@ def test_a_picture_stands_as_its_camera_was_held_and_any_mode_becomes_rgb(tmp_pa
     palette = Image.new("P", (8, 8), 0)
     for picture, value in ((clear, 255), (deep, 0x80), (grey, 7), (palette, 0)):
         picture.save(tmp_path / "picture.png")
-        found = np.asarray(photographs.upright(tmp_path / "picture.png"))
+        found = np.asarray(pictures.read_picture(tmp_path / "picture.png"))
         assert found.shape == (8, 8, 3) and (found == value).all(), picture.mode
 
 

@@ -51,9 +51,9 @@ def made(folder, lines, *flags, pictures=4, size=64):
     return folder, args
 
 
-def written(folder, args, finished=False, **more):
+def written(folder, args, status="running", **more):
     """The text of the page that `write` makes."""
-    report.write(folder, args, as_line(recipe.GROUPS, args), finished, prompts=PROMPTS, **more)
+    report.write(folder, args, as_line(recipe.GROUPS, args), status, prompts=PROMPTS, **more)
     return (folder / "report.html").read_text(encoding="utf-8")
 
 
@@ -87,8 +87,8 @@ def test_the_page_tells_whether_a_run_goes_on_and_what_it_does(tmp_path):
     assert (run["status"], run["step"], run["steps"], run["images"]) == ("running", 2, 4, 32)
     assert run["seconds"] == pytest.approx(0.4) and run["left"] is not None
     assert run["flags"] == as_line(recipe.GROUPS, args)
-    assert data_of(written(folder, args, stopped=True))["runs"][0]["status"] == "stopped"
-    run = data_of(written(folder, args, finished=True))["runs"][0]
+    assert data_of(written(folder, args, "stopped"))["runs"][0]["status"] == "stopped"
+    run = data_of(written(folder, args, status="finished"))["runs"][0]
     assert run["status"] == "finished" and run["left"] is None
 
 
@@ -114,7 +114,7 @@ def test_the_slider_has_the_first_and_the_last_step_and_24_at_most(tmp_path):
 def test_pictures_are_told_apart_in_the_grid(tmp_path):
     """A share of the grid for each picture; one picture has no frame; large ones become small JPEGs."""
     folder, args = made(tmp_path / "run", [line(1)], pictures=10)
-    tiles = data_of(written(folder, args, finished=True))["runs"][0]["tiles"]
+    tiles = data_of(written(folder, args, status="finished"))["runs"][0]["tiles"]
     with Image.open(folder / "samples/step_00000.png") as grid:
         width, height = grid.size
         assert len(tiles) == len(PROMPTS) and width == 8 * 130 + 2
@@ -218,7 +218,7 @@ def test_several_runs_lie_side_by_side(tmp_path, capsys):
     a, args = made(tmp_path / "a", [line(1), line(2)], "--steps", "2", "--lr", "1e-5")
     b, _ = made(tmp_path / "b", [line(1)], "--steps", "2", "--seed", "1", "--compile", "--threshold", "0.7")
     (a / "summary.json").write_text('{"steps": 2}')
-    written(a, args, finished=True)
+    written(a, args, status="finished")
     with open(b / LOCK, "w") as held:
         lock(held, b)
         report.main([str(a), f"new|one={b}", "--out", str(tmp_path / "both.html")])
@@ -326,7 +326,7 @@ def nothing_went_wrong(browser):
 
 def test_in_a_browser_the_slider_moves_by_keys_and_the_divider_by_dragging(browser, tmp_path):
     folder, args = made(tmp_path / "run", [line(10), line(20, [ALARM])], "--steps", "20")
-    opened(browser, folder, args, finished=True)
+    opened(browser, folder, args, status="finished")
     assert browser.js(GREY) == [0, 20]                         # before on the left, the newest on the right
     focus(browser, "step")
     browser.keys(LEFT)
@@ -375,7 +375,7 @@ def test_in_a_browser_a_running_page_is_read_again_and_stays_where_it_was(browse
     entry = line(30)
     with open(folder / "log.jsonl", "a") as file:
         file.write(json.dumps(entry) + "\n")
-    written(folder, args, finished=True)
+    written(folder, args, status="finished")
     wait_for(browser, "return document.querySelector('.status').textContent", "finished".__eq__)
     assert browser.js("return [stepShown(), shown.divider, scrollY, document.activeElement.id]") == [
         10, 30, 200, "step"]

@@ -26,6 +26,7 @@ import recipe
 import rewards
 import srpo_reward as sr
 import train
+from engine.data.pictures import read_picture
 from engine.errors import UserError
 from engine.memory import plan
 from engine.model.folder import Model
@@ -119,7 +120,7 @@ def test_the_two_ways_agree_in_score():
 def test_any_picture_gets_a_finite_score_from_every_reward(mode, size, tmp_path, pickscore, aesthetic):
     suffix = "jpg" if mode == "CMYK" else "png"
     photo(*size).convert("RGB").convert(mode).save(tmp_path / f"a.{suffix}")
-    picture = pictures.read_picture(tmp_path / f"a.{suffix}")
+    picture = read_picture(tmp_path / f"a.{suffix}")
     assert picture.mode == "RGB" and picture.size == size
     for reward in (rewards.load_reward("miniature/reward"), rewards.load_reward("pickscore", where=pickscore),
                    rewards.load_reward("aesthetic", where=aesthetic)):

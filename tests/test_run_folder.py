@@ -31,6 +31,7 @@ from engine.run import checkpoint, stopping
 from engine.run import folder as run_folder
 from engine.run.folder import RunFolder
 from evaluation import watch
+from evaluation.picture_folders import save_grid
 
 SHARD = "shard-00001-model-00001-of-00001.safetensors"
 ARGS = {"seed": 0, "steps": 200_000, "keep": 2, "resume": False, "overwrite": False}
@@ -94,7 +95,7 @@ def a_checkpoint_alone(out):
     a_checkpoint(out, 1)
 
 
-USERS = ("thesis.tex", "samples/notes.txt", "samples/step_1.txt", "weights/mine.safetensors",
+USERS = ("thesis.tex", "samples/notes.txt", "samples/step_1.txt", "samples/step_final.png", "weights/mine.safetensors",
          "weights_best/README.md", "checkpoints/notes.txt", "checkpoints/.mine/x", "data/log.jsonl")
 
 
@@ -108,11 +109,44 @@ def a_run_in_a_link(out):
     out.symlink_to(out.with_name("elsewhere"))
 
 
-def a_run_with_linked_samples(out):
-    a_run(out, steps=())
-    shutil.rmtree(out / "samples")
-    write(out.with_name("album"), "step_00000.png")
-    (out / "samples").symlink_to(out.with_name("album"))
+def a_run_with(*names):
+    """What builds a run's folder with these files of a user."""
+    def build(out):
+        a_run(out)
+        write(out, *names)
+    return build
+
+
+def explained(out):
+    out.mkdir(exist_ok=True)
+    save_grid(torch.zeros(1, 3, 8, 8), out / "explain.png")  # any PNG of this project carries its mark
+
+
+def explained_run(out):
+    a_run(out)
+    explained(out)
+
+
+def linked_to(target, name):
+    """What builds a run's folder in which `name` is a link to `target` beside it."""
+    def build(out):
+        a_run(out, steps=())
+        write(out.with_name("elsewhere"), "step_00000.png", "config.json")
+        write(out.parent, "thesis.tex")
+        path = out / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        path.symlink_to(out.with_name(target))
+    return build
+
+
+def a_pipe(name):
+    """What builds a folder in which `name` is a pipe."""
+    def build(out):
+        out.mkdir()
+        os.mkfifo(out / name)
+    return build
 
 
 def a_run_with_anothers_checkpoint(out):
@@ -140,9 +174,11 @@ class Case(NamedTuple):
     newest: str = None
     stays: tuple = ()
     goes: tuple = ()
+    args: dict = {}  # further flags; paths in the folder
 
 
 ALREADY = "already holds a run; --resume continues it, --overwrite deletes it"
+LINK = "is a link, which is not followed"
 NOT_A_RUN = "is not a run's folder, and not empty: it holds "
 MADE = ("log.jsonl", "weights/config.json", "checkpoints/step_00001", "checkpoints/step_00002")
 CASES = {
@@ -150,7 +186,19 @@ CASES = {
     "nothing, --resume": Case(nothing, "resume"),
     "an empty folder": Case(empty),
     "an empty folder, --resume": Case(empty, "resume"),
-    "explain.png": Case(holding("explain.png"), stays=("explain.png",)),
+    "--explain's picture": Case(explained, stays=("explain.png",)),
+    "a user's explain.png": Case(holding("explain.png"), words=NOT_A_RUN + "explain.png"),
+    "a run and a user's explain.png, --overwrite": Case(a_run_with("explain.png"), "overwrite", goes=MADE,
+                                                        stays=("explain.png",)),
+    "a run and --explain's picture, --overwrite": Case(explained_run, "overwrite", goes=("explain.png",)),
+    "a cache that a killed run has begun": Case(holding("cache/x"), flags="resume", args={"cache": "cache"},
+                                                stays=("cache/x",)),
+    "a mark that is a pipe": Case(a_pipe("run.json"), words="run.json: not a file"),
+    "a lock that is a pipe": Case(a_pipe(".lock"), words=".lock: not a file"),
+    "a lock that is a link": Case(linked_to("thesis.tex", ".lock"), words=LINK),
+    "a log that is a link": Case(linked_to("thesis.tex", "log.jsonl"), "resume", words=LINK),
+    "checkpoints that are a link": Case(linked_to("elsewhere", "checkpoints"), "resume", words=LINK),
+    "weights that are a link": Case(linked_to("elsewhere", "weights"), "overwrite", words=LINK),
     "a mark half written": Case(holding(".lock", ".run.json.31"), goes=(".run.json.31",)),
     "a file": Case(a_file, words="cannot be written: Not a directory"),
     "a thesis": Case(holding("thesis.tex"), words=NOT_A_RUN + "thesis.tex"),
@@ -178,8 +226,8 @@ CASES = {
     "a user's files": Case(a_run_with_a_users_files, "resume", newest="step_00002", stays=USERS),
     "a user's files, --overwrite": Case(a_run_with_a_users_files, "overwrite", stays=USERS, goes=MADE),
     "a link, --overwrite": Case(a_run_in_a_link, "overwrite", goes=MADE, stays=("../elsewhere", "run.json")),
-    "linked samples, --overwrite": Case(a_run_with_linked_samples, "overwrite", goes=("log.jsonl",),
-                                        stays=("samples", "../album/step_00000.png")),
+    "linked samples": Case(linked_to("elsewhere", "samples"), "resume", words=LINK),
+    "linked samples, --overwrite": Case(linked_to("elsewhere", "samples"), "overwrite", words=LINK),
     "what a kill left": Case(a_run_half_killed, "resume", newest="step_00002", goes=(
         ".args.json.4711", "weights/.diffusion_pytorch_model.safetensors.4711", "checkpoints/.writing",
         "checkpoints/.discarded_step_00001")),
@@ -205,6 +253,7 @@ def test_what_a_run_may_do_in_a_folder(tmp_path, name):
     case.build(out)
     before = everything(tmp_path)
     args = ARGS | {flag: True for flag in case.flags.split()}
+    args |= {name: str(out / value) for name, value in case.args.items()}
     if case.words is not None:
         with pytest.raises(UserError) as refusal:
             RunFolder(out, args)
@@ -479,7 +528,12 @@ def test_stopped_in_every_phase_it_goes_on_to_the_same_end(whole, tmp_path, monk
     for phase in PHASES:
         with monkeypatch.context() as patch:
             asked_at(patch, phase)
-            run(patch, "--out", out, "--resume")
+            status = 0
+            try:
+                run(patch, "--out", out, "--resume")
+            except SystemExit as stop:  # not pytest.raises: its traceback would hold the run's lock
+                status = stop.code
+        assert status == 128 + signal.SIGTERM
         last = capsys.readouterr().out.strip().splitlines()[-1]
         assert last.startswith("train.py: stopped ") and phase.words in last, phase
     run(monkeypatch, "--out", out, "--resume")
@@ -531,7 +585,7 @@ def test_many_processes_say_a_mistake_once(tmp_path):
     said = call(tmp_path / "printed", "train.py", *SMALL, "--prompts", "no.txt", "--out", tmp_path / "run",
                 ranks=2, status=2)
     assert [line for line in said.splitlines() if "no.txt" in line] == [
-        "train.py: --prompts no.txt: no such file (a text file, one prompt a line, a .json, .jsonl or .csv), "
+        "train.py: --prompts no.txt: no such file (a text file, one prompt a line, a .json, .jsonl, .csv or .tsv), "
         "and not one of hpdv2, hpdv2-benchmark"]
 
 

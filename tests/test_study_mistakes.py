@@ -12,6 +12,7 @@ from PIL import Image
 from study_builders import KEY, E, F, cells, folder, one_line, prompts, sent
 
 from engine.files import write_whole
+from evaluation.study import page
 
 
 def whole(**changed):
@@ -105,6 +106,9 @@ MISTAKES = [
     Mistake("zebra okapi --out .", "a file cannot be written there"),
     Mistake("zebra okapi --out pipe.json --overwrite", "pipe.json: a file cannot be written there"),
     Mistake("zebra okapi --out old.html", "old.html exists already"),
+    Mistake("zebra okapi --out theirs.html --overwrite", "theirs.html exists already and is not a study's page"),
+    Mistake("zebra okapi --out later.html --overwrite", "later.key.json exists already and is not a study's key"),
+    Mistake("zebra okapi --out linked.html --overwrite", "linked.html: is a link, which is not followed"),
     Mistake("zebra okapi --out zebra/00000.png --overwrite", "zebra/00000.png: is read here"),
     Mistake("zebra okapi --out link.html --overwrite", "link.html: is read here"),
     Mistake("zebra okapi --out zebra/prompts.json --overwrite", "zebra/prompts.json: is read here"),
@@ -132,6 +136,8 @@ MISTAKES = [
     *(Mistake(f"tally ann.json --key {name}.json", f"{name}.json: not a study's key") for name in BAD_KEYS),
     # what a tally writes
     Mistake(f"{TALLY} --bars old.html", "old.html exists already"),
+    Mistake(f"{TALLY} --bars theirs.svg --overwrite", "theirs.svg exists already and is not a chart of votes"),
+    Mistake(f"{TALLY} --json theirs.svg --overwrite", "theirs.svg exists already and is not a file of a tally's"),
     Mistake(f"{TALLY} --bars ann.json --overwrite", "ann.json: is read here"),
     Mistake(f"{TALLY} --json k.key.json --overwrite", "k.key.json: is read here"),
     Mistake(f"{TALLY} --json link.json --overwrite", "link.json: is read here"),
@@ -171,8 +177,12 @@ def place(tmp_path_factory):
     for pipe in ("pipe.json", "pipe/00001.png", "waits/prompts.json"):
         os.mkfifo(here / pipe)
 
-    for name in ("old.html", "old.key.json"):
+    for name in ("theirs.html", "theirs.key.json", "theirs.svg", "later.key.json"):
         (here / name).write_text("mine")
+    (here / "old.html").write_bytes(page.MARK)
+    (here / "later.html").write_bytes(page.MARK)
+    (here / "old.key.json").write_bytes(page.KEY_MARK)
+    (here / "linked.html").symlink_to("old.html")
     for name in ("p.txt", "p.key.json"):
         (here / name).write_text("prompt 0\nprompt 1\n")
     (here / "latin.txt").write_bytes(b"caf\xe9\n")

@@ -17,11 +17,11 @@ import recipe
 import rewards
 import train
 from engine.data import draws
+from engine.data.pictures import read_picture
 from engine.model.folder import Model
 from evaluation import explain
 from evaluation.watch import hacking
 from rewards.clip_model import ClipReward
-from rewards.pictures import read_picture
 
 SMALL = ["--model", "miniature", "--global-batch", "2", "--rollout-steps", "3", "--eval-steps", "2",
          "--watch", "2", "--watch-every", "1", "--eval", "0"]

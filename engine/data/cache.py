@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from engine.errors import UserError, one_line, printable
-from engine.files import write_whole
+from engine.errors import one_line, printable
+from engine.files import must_be_writable, write_whole
 
 GIB = 2**30
 MOST = 32 * GIB    # bytes of all entries; less if that is more than half of (their bytes + the disk's free bytes)
@@ -34,24 +34,12 @@ def folder_of(flag, is_full_size):
     small model, which is quick to compute again. Raises UserError for a folder that cannot be written."""
     if flag != "auto":
         if flag is not None:
-            must_be_writable(flag)
+            must_be_writable(flag, "--cache", "; give another, or off")
         return flag
     if not is_full_size:
         return None
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "srpo"
-
-
-def must_be_writable(folder):
-    """Raise UserError if a folder cannot be written, or cannot be made. It is not made here."""
-    place = Path(folder).absolute()
-    while not os.path.lexists(place):
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"--cache {folder}: cannot be written: {place} is not a folder; give another, or off")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"--cache {folder}: cannot be written: {place} is not writable; give another, or "
-                        "off")
 
 
 def digest_of_tensors(tensors):

@@ -1,6 +1,7 @@
 """Digests of the contents of files; `known_digest` keeps them in a cache, so that large files are read once."""
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ def digest_of_files(places):
     for place in places:
         for file in files_under(place):
             name = file.name if Path(place).is_file() else str(file.relative_to(place))
-            digest.update(f"{name} {file.stat().st_size}\n".encode())
+            digest.update(os.fsencode(f"{name} {file.stat().st_size}\n"))
             with open(file, "rb") as stream:
                 while chunk := stream.read(CHUNK):
                     digest.update(chunk)

@@ -4,7 +4,6 @@ the same area, and encoded once. Their order is the same on any number of proces
 import hashlib
 import math
 import os
-import warnings
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -14,17 +13,17 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from engine.data import draws, prompt_files
-from engine.errors import UserError, one_line
+from engine.data import draws, pictures, prompt_files
+from engine.errors import UserError
 from engine.paths import not_a_path
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
 METADATA = "metadata.jsonl"
+BESIDE = (".txt", ".caption")
 RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2)  # width : height of the shapes
 MOST_ENLARGED = 2  # a picture that would be enlarged more is skipped: it would teach blur
 LEAST_KEPT = 0.5   # a picture of which cropping would leave a smaller share is skipped
 MOST_TOLD = 10     # how many of the skipped pictures are named, each in a line
-ORIENTATION = 0x0112  # the EXIF tag; values from 5 on swap width and height
 
 
 class Photograph(NamedTuple):
@@ -49,7 +48,8 @@ def read(folder, side, unit, world, flag="--images"):
                         f".txt files beside them or in a {METADATA}")
     folder = Path(folder)
     captions = captions_of_metadata(folder, flag)
-    files = pictures_in(folder)
+    files, links = files_in(folder)
+    must_have_one_caption_each(files, flag)
     if not files:
         raise UserError(f"{flag} {folder}: no picture in it ({', '.join(PICTURES)})")
     found = {}
@@ -61,15 +61,22 @@ def read(folder, side, unit, world, flag="--images"):
 
     photographs = [found[file] for file in files if isinstance(found[file], Photograph)]
     skipped = {file: found[file] for file in files if not isinstance(found[file], Photograph)}
+    unmet = sorted(captions.keys() - {os.path.normpath(file) for file in files})
     if set(skipped.values()) == {NO_CAPTION} and not photographs:
-        raise UserError(f"{flag} {folder}: no caption for any of its {len(files)} pictures; write one "
+        met = ""
+        if unmet:
+            met = f", and no picture for any of the {len(unmet)} names in {METADATA}, such as " \
+                  f"{os.path.relpath(unmet[0], folder)}"
+        raise UserError(f"{flag} {folder}: no caption for any of its {len(files)} pictures{met}; write one "
                         f'beside each (fox.txt for fox.jpg), or a {METADATA} with "file_name" and "text"')
     if not photographs:
         file, why = next(iter(skipped.items()))
         raise UserError(f"{flag} {folder}: none of its {len(files)} pictures can be trained on, such as "
                         f"{file.relative_to(folder)}: {why}")
-    for name in sorted(captions.keys() - {os.path.normpath(file) for file in files}):
+    for name in unmet:
         skipped[name] = f"named in {METADATA}, and there is no such picture"
+    for link in links:
+        skipped[link] = "a link to a folder, which is not followed; give that folder, or copy it"
     tell(skipped, folder, world, flag)
     return photographs
 
@@ -82,42 +89,57 @@ def tell(skipped, folder, world, flag):
         world.say(f"{flag}: {len(skipped) - MOST_TOLD} more are skipped")
 
 
-def pictures_in(folder):
-    """The files in a folder and its subfolders whose names end as in PICTURES; hidden ones are left out."""
+def files_in(folder):
+    """(the pictures, the linked subfolders) in a folder and its subfolders: files whose names end as in PICTURES, and
+    links that are not followed. Hidden ones are left out."""
     found = []
+    links = []
     for path in sorted(folder.rglob("*")):
         is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.suffix.lower() in PICTURES and not is_hidden and not path.is_dir():
+        if is_hidden:
+            continue
+        if path.is_dir():
+            links += [path] if path.is_symlink() else []
+        elif path.suffix.lower() in PICTURES:
             found.append(path)
-    return found
+    return found, links
 
 
 def captions_of_metadata(folder, flag):
-    """{path: caption} of all pictures that a metadata.jsonl in a folder names, in the format of Hugging Face's
-    imagefolder: a line is an object with a "file_name", relative to the metadata.jsonl, and one of
-    `prompt_files.KEYS`. Raises UserError."""
+    """{path: caption} of all pictures that a metadata.jsonl or metadata.json in a folder names, in the format of
+    Hugging Face's imagefolder: a line, or an item of the list, is an object with a "file_name", relative to the file,
+    and one of `prompt_files.KEYS`. Raises UserError, also for two captions of one picture."""
     captions = {}
-    for file in sorted(folder.rglob(METADATA)):
-        for number, line in prompt_files.lines_of_jsonl(file, flag):
+    for file in sorted([*folder.rglob(METADATA), *folder.rglob(METADATA.removesuffix("l"))]):
+        where = "line" if file.name == METADATA else "item"
+        lines = prompt_files.lines_of_jsonl if file.name == METADATA else prompt_files.items_of_json
+        for number, line in lines(file, flag):
             if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
-                raise UserError(f'{flag} {file}: line {number} must be an object with a "file_name" and a '
+                raise UserError(f'{flag} {file}: {where} {number} must be an object with a "file_name" and a '
                                 '"text"; fix it or remove it')
-            captions[os.path.normpath(file.parent / line["file_name"])] = prompt_files.prompt_in(line)
+            name = line["file_name"]
+            if not (file.parent / name).exists():
+                name = name.replace("\\", "/")  # as Windows writes it
+            path = os.path.normpath(file.parent / name)
+            caption = prompt_files.prompt_in(line)
+            if captions.setdefault(path, caption) != caption:
+                raise UserError(f"{flag} {file}: {where} {number} is another caption of {line['file_name']}; keep one")
     return captions
 
 
-NO_CAPTION = f"no caption, in a .txt beside it or in {METADATA}"
+NO_CAPTION = f"no caption, in a .txt or .caption beside it or in {METADATA}"
 
 
 def caption_of(file, captions):
-    """The caption of a picture: from the .txt beside it if there is one, otherwise from `captions`, the result of
-    `captions_of_metadata`. Raises Skipped."""
-    beside = file.with_suffix(".txt")
+    """The caption of a picture: from the .txt or .caption beside it if there is one, otherwise from `captions`, the
+    result of `captions_of_metadata`. Raises Skipped."""
     try:
-        text = captions.get(os.path.normpath(file))
-        if beside.exists():
-            text = prompt_files.text_of(beside, "its caption")
-        caption = " ".join((text or "").split())
+        texts = [prompt_files.text_of(file.with_suffix(suffix), "its caption") for suffix in BESIDE
+                 if file.with_suffix(suffix).exists()]
+        texts = {" ".join(text.split()) for text in texts or [captions.get(os.path.normpath(file)) or ""]}
+        if len(texts) > 1:
+            raise Skipped(f"two captions, in the {' and the '.join(BESIDE)} beside it, differ; keep one")
+        caption = texts.pop()
         prompt_files.check_prompts([caption], "its caption")
     except UserError as error:
         raise Skipped(str(error)) from error
@@ -126,12 +148,23 @@ def caption_of(file, captions):
     return caption
 
 
+def must_have_one_caption_each(files, flag):
+    """Raise UserError if one caption file stands beside two pictures, such as a.txt beside a.jpg and a.png."""
+    pictures_of = {}
+    for file in files:
+        for suffix in BESIDE:
+            first = pictures_of.setdefault(file.with_suffix(suffix), file)
+            if first != file and file.with_suffix(suffix).exists():
+                raise UserError(f"{flag} {file.with_suffix(suffix)}: beside both {first.name} and {file.name}; rename "
+                                "one, or remove it")
+
+
 # -------------------------------------------------------------------------------------- a picture, and shapes
 def look(file, captions, shapes, unit):
     """The `Photograph` of a file; or a text, which says why it is skipped."""
     try:
         caption = caption_of(file, captions)
-        width, height = size_of(file)
+        width, height = pictures.size_of(file)
         grid = nearest(width / height, shapes)
         rows, columns = grid
         longer = width / height / (columns / rows)
@@ -143,26 +176,9 @@ def look(file, captions, shapes, unit):
         if larger > MOST_ENLARGED:
             raise Skipped(f"{width} x {height} pixels: too small, it would be enlarged {larger:.1f} times; "
                           f"at most {MOST_ENLARGED} times are allowed")
-    except Skipped as why:
-        return str(why)
+    except (Skipped, UserError) as why:
+        return str(why).removeprefix(f"{file}: ")
     return Photograph(file, caption, grid)
-
-
-def size_of(file):
-    """(width, height) of a picture in pixels, after the rotation that EXIF asks for. The whole file is decoded, a JPEG
-    at an eighth of its size, so that a truncated file is found now. Raises Skipped."""
-    if not file.is_file():  # reading from a pipe would wait forever
-        raise Skipped("not a file")
-    try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file) as picture:
-            width, height = picture.size
-            turned = picture.getexif().get(ORIENTATION, 1) >= 5
-            picture.draft("RGB", (width // 8, height // 8))
-            picture.load()
-    except Exception as error:  # a decoder may raise anything for a damaged file
-        why = one_line(error).split(" '")[0]  # PIL repeats the file's name, in quotes
-        raise Skipped(f"cannot be read as a picture: {why}") from error
-    return (height, width) if turned else (width, height)
 
 
 def shapes_of(tokens):
@@ -183,19 +199,6 @@ def nearest(ratio, shapes):
     return min(shapes, key=distance)
 
 
-def upright(file):
-    """The picture of a file as PIL RGB, rotated as EXIF says. Transparent pixels become white, and 16-bit greys
-    become 8-bit."""
-    with warnings.catch_warnings(action="ignore"), Image.open(file) as opened:
-        picture = ImageOps.exif_transpose(opened)
-        if picture.mode.startswith("I"):
-            picture = Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
-        if picture.has_transparency_data:
-            picture = picture.convert("RGBA")
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-        return picture.convert("RGB")
-
-
 def pixels(photograph, unit):
     """A photograph [1, 3, H, W] in [0, 1], resized and cropped around its centre to its shape; unit: pixels a side of
     a token. Raises UserError if it cannot be decoded: `size_of` decodes a JPEG only coarsely, and the file may have
@@ -203,10 +206,9 @@ def pixels(photograph, unit):
     rows, columns = photograph.grid
     size = (columns * unit, rows * unit)
     try:
-        picture = ImageOps.fit(upright(photograph.file), size, Image.Resampling.LANCZOS)
-    except Exception as error:  # a decoder may raise anything for a damaged file
-        raise UserError(f"{photograph.file} cannot be read as a picture: {one_line(error)}; remove "
-                        "it") from error
+        picture = ImageOps.fit(pictures.read_picture(photograph.file), size, Image.Resampling.LANCZOS)
+    except UserError as error:
+        raise UserError(f"{error}; remove it") from error
     image = torch.from_numpy(np.array(picture)).float() / 255  # [H, W, 3]
     return image.permute(2, 0, 1)[None]
 

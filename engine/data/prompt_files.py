@@ -1,4 +1,4 @@
-"""Prompts from files (.txt, .json, .jsonl, .csv), from folders, or from named data sets on the hub."""
+"""Prompts from files (.txt, .json, .jsonl, .csv, .tsv), from folders, or from named data sets on the hub."""
 
 import csv
 import io
@@ -9,6 +9,7 @@ from typing import NamedTuple
 from huggingface_hub import hf_hub_download
 
 from engine.errors import UserError
+from engine.files import is_unicode
 from engine.hub import quiet
 from engine.paths import not_a_path
 
@@ -52,7 +53,7 @@ def text_of(file, flag):
     if not file.is_file():  # reading from a pipe would wait forever
         raise UserError(f"{flag} {file}: not a file")
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = file.read_text(encoding="utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise UserError(f"{flag} {file}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
     except OSError as error:
@@ -72,28 +73,27 @@ def check_prompts(prompts, flag):
                             f"at most {LONGEST_PROMPT} are allowed")
 
 
-def is_unicode(text):
-    """Whether a text can be encoded as UTF-8. JSON and the command line may give half of a surrogate pair, which
-    cannot."""
+def items_of_json(file, flag):
+    """[(number from 1, value)] of a JSON file that holds a list. Raises UserError."""
+    text = text_of(file, flag)
     try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+        items = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{flag} {file}: not a JSON list of prompts") from error
+    if not isinstance(items, list):
+        raise UserError(f"{flag} {file}: not a JSON list of prompts")
+    return list(enumerate(items, 1))
 
 
 def prompts_of_json(file, flag):
-    """The prompts of a JSON file: a list of texts, or of objects with a "prompt". Blank prompts are left out. Raises
+    """The prompts of a JSON file: a list of texts, or of objects with one of KEYS. Blank prompts are left out. Raises
     UserError."""
-    try:
-        entries = json.loads(text_of(file, flag))
-        found = [entry if isinstance(entry, str) else entry["prompt"] for entry in entries]
-    except UserError:
-        raise
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(f"{flag} {file}: not a JSON list of prompts") from error
-    if not isinstance(entries, list) or not all(isinstance(text, str) and "\0" not in text for text in found):
-        raise UserError(f"{flag} {file}: not a JSON list of prompts")
+    found = []
+    for _, item in items_of_json(file, flag):
+        text = prompt_in(item) if isinstance(item, dict) else item
+        if not isinstance(text, str) or "\0" in text:
+            raise UserError(f"{flag} {file}: not a JSON list of prompts")
+        found.append(text)
     return [text for text in found if text.strip()]
 
 
@@ -132,20 +132,29 @@ def prompts_of_jsonl(file, flag):
     return prompts
 
 
-def separator_of(header):
-    """The separator of the columns of a .csv file: comma, semicolon or tab. It is the first one that splits the first
-    line into columns of which one is called as one of KEYS; otherwise a comma."""
-    for separator in (",", ";", "\t"):
-        if set(KEYS) & {name.strip(' "').lower() for name in header.split(separator)}:
+SEPARATORS = (",", ";", "\t", "|")  # of the columns of a table
+
+
+def names_in(header, separator):
+    """The names of the columns in the first line of a table, in lower case."""
+    return [name.strip(' "').lower() for name in header.split(separator)]
+
+
+def separator_of(header, suffix):
+    """The separator of the columns of a table: the first of SEPARATORS that splits its first line into columns of which
+    one is called as one of KEYS; otherwise that of the file's suffix."""
+    for separator in SEPARATORS:
+        if set(KEYS) & set(names_in(header, separator)):
             return separator
-    return ","
+    return "," if suffix == ".csv" else "\t"
 
 
-def prompts_of_csv(file, flag):
-    """The prompts of a .csv file: the column whose header is one of KEYS, in upper or lower case; or every row of a
-    file with a single column. Raises UserError."""
+def prompts_of_table(file, flag):
+    """The prompts of a table with separated columns, .csv or .tsv: the column whose header is one of KEYS, in upper or
+    lower case; or every row of a file with a single column. Raises UserError."""
     text = text_of(file, flag)
-    reader = csv.reader(io.StringIO(text), strict=True, delimiter=separator_of(text.split("\n")[0]))
+    separator = separator_of(text.split("\n")[0], file.suffix.lower())
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=separator)
     rows = []
     try:
         for row in reader:
@@ -162,6 +171,8 @@ def prompts_of_csv(file, flag):
     if not known and len(header) > 1:
         raise UserError(f"{flag} {file}: line 1 names no column prompt, text or caption; add such a header "
                         "(put a prompt that contains a comma in quotes)")
+    if known and names.count(names[known[0]]) > 1:
+        raise UserError(f"{flag} {file}: line 1 names two columns {names[known[0]]}; rename one")
     for number, row in rows:
         if len(row) != len(header):
             raise UserError(f"{flag} {file}: line {number} has {len(row)} columns, and line 1 has "
@@ -172,17 +183,51 @@ def prompts_of_csv(file, flag):
 
 
 def prompts_of_text(file, flag):
-    """The lines of a text file. Raises UserError."""
-    return text_of(file, flag).splitlines()
+    """The lines of a text file. Raises UserError for one that looks like a table or like JSON."""
+    text = text_of(file, flag)
+    # Not splitlines: it also splits at characters such as U+2028, which may stand inside a prompt.
+    lines = [line for line in text.split("\n") if line.strip()]
+    if looks_like_a_table(lines):
+        raise UserError(f"{flag} {file}: looks like a table, whose line 1 names a column prompt, text or caption; name "
+                        "it .csv or .tsv, or remove that line")
+    if lines and lines[0].lstrip()[0] in "[{" and is_json(text, lines):
+        raise UserError(f"{flag} {file}: holds JSON; name it .json, or .jsonl if every line is a value")
+    return lines
 
 
-READERS = {".json": prompts_of_json, ".jsonl": prompts_of_jsonl, ".csv": prompts_of_csv}
+def looks_like_a_table(lines):
+    """Whether the first of the lines names columns, one of them as one of KEYS, and all others have as many."""
+    for separator in SEPARATORS:
+        names = names_in(lines[0], separator) if lines else []
+        if len(names) > 1 and set(KEYS) & set(names) and len(lines) > 1:
+            try:
+                rows = list(csv.reader(lines, delimiter=separator))
+            except csv.Error:
+                continue
+            if all(len(row) == len(names) for row in rows):
+                return True
+    return False
+
+
+def is_json(text, lines):
+    """Whether a text, or the first of its lines, is a JSON value."""
+    for part in (text, lines[0]):
+        try:
+            json.loads(part)
+            return True
+        except (ValueError, RecursionError):
+            pass
+    return False
+
+
+READERS = {".json": prompts_of_json, ".jsonl": prompts_of_jsonl, ".csv": prompts_of_table,
+           ".tsv": prompts_of_table, ".tab": prompts_of_table}
 
 
 def read_prompts_by_category(source, flag="--prompts"):
     """A list of `Prompt` from a source; blank prompts are left out. The source is one of:
 
-    a .json, .jsonl or .csv file, or UTF-8 text with one prompt a line: every category is "";
+    a .json, .jsonl, .csv or .tsv file, or UTF-8 text with one prompt a line: every category is "";
     a folder of .json files, or a named set of PROMPTS, fetched from the hub: each file is a category.
 
     Raises UserError.
@@ -207,8 +252,8 @@ def prompts_in(source, flag):
             raise UserError(f"{flag} {source}: no prompt in it; its .json files must be lists of prompts")
         return prompts
     if not path.is_file():
-        raise UserError(f"{flag} {path}: no such file (a text file, one prompt a line, a .json, .jsonl or "
-                        f".csv), and not one of {', '.join(PROMPTS)}")
+        raise UserError(f"{flag} {path}: no such file (a text file, one prompt a line, a .json, .jsonl, "
+                        f".csv or .tsv), and not one of {', '.join(PROMPTS)}")
     read = READERS.get(path.suffix.lower(), prompts_of_text)
     texts = [text.strip() for text in read(path, flag)]
     if not any(texts):

@@ -162,6 +162,19 @@ def settle(job, world):
     return job.memory, None
 
 
+def settle_for(job, world_size, card):
+    """The same for --plan, on GPUs that are named, with a host that has room: (--memory, a line or None)."""
+    machine = Machine(gpus.gib(card) * GIB)
+    if job.memory == "auto":
+        return choose(job, world_size, machine)
+    prediction = divide(job, count(job, torch.bfloat16), world_size, torch.bfloat16)
+    if machine.has_room(prediction):
+        return job.memory, None
+    return job.memory, (f"{flags_of(job.lora, job.memory)} does not fit {card}: predicted "
+                        f"{(prediction.peak + CONTEXT) / GIB:.1f} GiB a GPU, it has {gpus.gib(card):.1f}; --memory "
+                        "auto chooses one that fits")
+
+
 # -------------------------------------------------------------------------------------------------- the table
 def seconds(prediction, peak, share):
     """Seconds of an update: computing and copying between host and card overlap, so the longer of both. peak: of the

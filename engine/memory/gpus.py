@@ -20,6 +20,12 @@ CARDS = (Card("RTX 4070, 12 GB", 11.6, 58), Card("RTX 4080, 16 GB", 15.7, 97),
          Card("H100, 80 GB", 79.1, PEAK["H100"]), Card("H200, 141 GB", 139.8, PEAK["H200"]))
 
 
+def gib(card):
+    """The memory of a card of PEAK, GiB as torch reports it; the larger one if there are two."""
+    others = {"A100": 79.1, "H20": 95.1}
+    return others.get(card) or next(known.gib for known in CARDS if known.name.startswith(card))
+
+
 def check(card):
     """Raise UserError for a card that is not in PEAK."""
     if card not in PEAK:

@@ -15,25 +15,43 @@
 """
 
 import errno
-import fcntl
 import json
+import re
 import secrets
 from contextlib import contextmanager
 from pathlib import Path
 
 from engine.command_line import SAVE_AS
-from engine.errors import UserError
-from engine.files import append, read_json, remove_leftovers, write_json, write_whole
+from engine.errors import DISK_FAILS, UserError, printable
+from engine.files import (
+    PNG_MARK,
+    append,
+    is_ours,
+    must_be_ours,
+    must_be_writable,
+    must_not_lead_away,
+    read_json,
+    remove_leftovers,
+    write_json,
+    write_whole,
+)
 from engine.run import checkpoint
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
 
 # All files that a run makes besides its checkpoints. --overwrite removes these and the checkpoints, and no other file.
 WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors",
            *[f"{name}.safetensors" for name in SAVE_AS])
 MARK = "run.json"
 LOCK = ".lock"
-MADE = ("args.json", "log.jsonl", "summary.json", "before_after.png", "explain.png", "report.html",
+EXPLAINED = "explain.png"
+MADE = ("args.json", "log.jsonl", "summary.json", "before_after.png", EXPLAINED, "report.html",
         *[f"weights/{name}" for name in WEIGHTS], *[f"weights_best/{name}" for name in WEIGHTS],
         "samples/step_*.png", "tensorboard/events.out.tfevents.*")
+SAMPLE = re.compile(r"step_\d{5,}\.png")
 FOLDERS = ("samples", "weights", "weights_best", "checkpoints", "tensorboard")
 
 
@@ -42,10 +60,7 @@ def run_in(out):
     mark = Path(out) / MARK
     if not mark.exists():
         return None
-    found = read_json(mark)
-    if not isinstance(found, dict) or not isinstance(found.get("run"), str):
-        raise UserError(f"{mark}: damaged, it has no run's id; give another --out")
-    return found["run"]
+    return read_json(mark, {"run": str}, "damaged, it has no run's id; give another --out")["run"]
 
 
 def finished(out):
@@ -61,14 +76,16 @@ def as_mistakes(out):
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.errno in DISK_FAILS:
             raise
         raise UserError(f"--out {out}: cannot be written: {error.strerror}") from error
 
 
 def lock(file, out):
-    """Lock an open file until this process closes it. Returns False if its file system has no locks. Raises UserError
-    if another process holds the lock."""
+    """Lock an open file until this process closes it. Returns False if its file system, or the machine, has no locks.
+    Raises UserError if another process holds the lock."""
+    if fcntl is None:
+        return False
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -78,6 +95,24 @@ def lock(file, out):
             raise
         return False
     return True
+
+
+def nobody_trains(out):
+    """Raise UserError if another process holds the lock of the run in a folder."""
+    if (Path(out) / LOCK).is_file():
+        with open(Path(out) / LOCK, "rb") as file:
+            lock(file, out)
+
+
+def may_explain(out):
+    """The path of --explain's picture in a folder. Raises UserError if it cannot be written there: a file that
+    --explain did not write stays, and so does the folder of a run that is being trained."""
+    picture = Path(out) / EXPLAINED
+    with as_mistakes(out):
+        must_be_writable(out, "--out")
+        nobody_trains(out)
+        must_be_ours(picture, PNG_MARK, "a picture of --explain")
+    return picture
 
 
 def tensorboard():
@@ -111,9 +146,8 @@ class RunFolder:
         self.id = secrets.token_hex(8)
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out}: cannot be written: Not a directory")
-        if (self.out / LOCK).is_file():
-            with open(self.out / LOCK, "a") as file:
-                lock(file, self.out)
+        must_not_lead_away(self.out, [LOCK, MARK, *MADE, *FOLDERS, f"checkpoints/{checkpoint.WRITING}"])
+        nobody_trains(self.out)
         self.marked = run_in(self.out)
         if self.marked is None:
             self.must_be_empty()
@@ -133,11 +167,16 @@ class RunFolder:
             self.continues()
 
     def must_be_empty(self):
-        """Raise UserError if the folder, which has no run.json, holds files: they may be a user's."""
+        """Raise UserError if the folder, which has no run.json, holds files: they may be a user's. What a run leaves
+        before it writes run.json is none: its lock, --explain's picture, and a --cache inside the folder."""
         if not self.out.exists():
             return
+        cache = Path(self.args.get("cache") or "/").resolve()
+        inside = self.out.resolve()
+        cache = cache.relative_to(inside).parts[:1] if cache.is_relative_to(inside) else ()
         theirs = [path.name for path in self.out.iterdir()
-                  if path.name not in (LOCK, "explain.png") and not path.name.startswith(f".{MARK}.")]
+                  if path.name not in (LOCK, *cache) and not path.name.startswith(f".{MARK}.")
+                  and not (path.name == EXPLAINED and is_ours(path, PNG_MARK))]
         if theirs:
             raise UserError(f"--out {self.out} is not a run's folder, and not empty: it holds "
                             f"{sorted(theirs)[0]}; give another --out")
@@ -178,6 +217,7 @@ class RunFolder:
             before = []
             if self.checkpoints:
                 before = read_json(self.out / MARK).get("made_by", [])
+                before = before if isinstance(before, list) else []
             else:
                 self.clear()
             write_json(self.out / MARK, {"run": self.id, "made_by": [*before, made_by]})
@@ -203,8 +243,9 @@ class RunFolder:
                 checkpoint.discard(folder)
         for pattern in MADE:
             for path in self.out.glob(pattern):
-                is_ours = path.is_file() and not path.is_symlink() and inside in path.resolve().parents
-                if is_ours:
+                theirs = (path.name == EXPLAINED and not is_ours(path, PNG_MARK)
+                          or path.parent.name == "samples" and not SAMPLE.fullmatch(path.name))
+                if path.is_file() and not theirs and inside in path.resolve().parents:
                     path.unlink()
         for name in FOLDERS:
             folder = self.out / name
@@ -221,17 +262,23 @@ class RunFolder:
 
     def log_until(self, step):
         """Remove the lines of the log after a step: these updates are computed again. A line that a kill truncated is
-        removed too."""
+        removed too. If a line before is missing, a line says so."""
         path = self.out / "log.jsonl"
         lines = path.read_bytes().splitlines() if path.exists() else []
-        kept = []
+        kept = {}
         for line in lines:
             try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + b"\n")
-            except (ValueError, TypeError, LookupError):
+                number = json.loads(line)["step"]
+                if number <= step:
+                    kept[number] = line + b"\n"
+            except (ValueError, TypeError, LookupError, RecursionError):
                 pass
-        write_whole(path, b"".join(kept))
+        missing = sorted(set(range(1, step + 1)) - kept.keys())
+        if missing:
+            more = f", and {len(missing) - 1} more," if len(missing) > 1 else ""
+            print(printable(f"--resume: {path} has lost the line of step {missing[0]}{more} of {step}; the run goes on "
+                            "without it"))
+        write_whole(path, b"".join(kept.values()))
 
     def log(self, line):
         """Append a line, a dict, to log.jsonl; and its numbers to TensorBoard's files, with --tensorboard."""

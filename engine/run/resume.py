@@ -7,6 +7,12 @@ from engine.files import read_json
 ONCE = ("resume", "overwrite", "explain", "plan")  # flags that hold for one command, and are not kept for the run
 
 
+def own_flags(where, parser, groups):
+    """{flag: value} of a run's args.json at `where`, checked as a command line is. Raises UserError."""
+    then = read_json(where, {"model": str, "steps": int}, "not the flags of a run; give another --out")
+    return line.defaults(groups) | {"recipe": "released"} | line.read_values(parser, then, where)
+
+
 def flags_of(out, parser, groups, recipes, given):
     """{flag: value} for continuing the run in the folder `out`: its own flags, changed by the given ones that may
     change. None if the run starts from the beginning: there is no run, or it has other flags and no checkpoint yet.
@@ -22,11 +28,7 @@ def flags_of(out, parser, groups, recipes, given):
         raise UserError(f"{where}: no such file, and it has the run's flags; put it back, or give another --out")
     if not has_run or not where.is_file():
         return None
-    then = read_json(where)
-    if not isinstance(then, dict):
-        raise UserError(f"{where}: not the flags of a run; give another --out")
-    own = line.defaults(groups) | {"recipe": "released"} | line.read_values(parser, then, where)
-    own |= dict.fromkeys(ONCE, False)
+    own = own_flags(where, parser, groups) | dict.fromkeys(ONCE, False)
     may_change = {field.name for field in line.fields_of(groups) if field.metadata["resume"]}
     odd = disagreement(own, given, may_change, recipes)
     if odd is None:

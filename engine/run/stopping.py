@@ -1,13 +1,29 @@
-"""Signals: a script that is asked to stop saves its work and exits with status 0."""
+"""Signals: a script that is asked to stop saves its work, says so in one line, and exits with 128 plus the signal's
+number, which `engine.errors.frame` tells."""
 
 import os
 import signal
+import sys
 import time
 
-from engine.errors import Stopped
+from engine.errors import Stopped, say_last
 
-ASKS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Windows has no SIGHUP.
+ASKS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 ONE_REQUEST = 0.2  # seconds; stopping a whole group of processes may signal some of them twice within this time
+
+
+def until_loaded(script):
+    """Until a `Stopping` takes over, answer the same signals with one line: importing the libraries takes seconds, and
+    nothing has been done yet."""
+    def ask(number, frame):
+        if os.environ.get("RANK", "0") == "0":
+            say_last(f"\n{script}: stopped before the start: there is nothing to save", sys.stdout)
+        os._exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + number)
+
+    for number in ASKS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, ask)
 
 
 class Stopping:
@@ -18,6 +34,7 @@ class Stopping:
     def __init__(self, nothing_lost):
         """nothing_lost: the message if the script is stopped before `later`."""
         self.asked = None  # the time of the first signal, seconds of time.monotonic
+        self.number = signal.SIGTERM  # of the first signal
         self.at_once = True
         self.words = nothing_lost
         self.outputs = []  # copies of stdout's and stderr's file descriptors, once `be_quiet` has replaced these
@@ -33,7 +50,8 @@ class Stopping:
                 os._exit(128 + number)
             return
         self.asked = now
-        if number == signal.SIGHUP:
+        self.number = number
+        if number == getattr(signal, "SIGHUP", None):
             self.be_quiet()
         if self.at_once:
             self.stop()
@@ -50,7 +68,7 @@ class Stopping:
         """Raise `Stopped`, with stdout and stderr as before. Its message is the last line; it may be lost."""
         for stream, before in enumerate(self.outputs, 1):
             os.dup2(before, stream)
-        raise Stopped(self.words)
+        raise Stopped(self.words, self.number)
 
     def later(self, words):
         """From now on a signal only sets `asked`, and `check` raises. words: the message if the script is stopped."""

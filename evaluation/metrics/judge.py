@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from engine.errors import UserError, one_line
+from engine.model.tensors import are_finite
 from rewards.base import Column
 from rewards.pictures import pixels
 
@@ -28,6 +29,8 @@ def load_judge(model, side=None):
         return None
     try:
         judge = importlib.import_module("miniature.judge").load_judge(model)
+        if not are_finite(judge.state_dict().values()):
+            raise UserError("it holds numbers that are not finite")
     except Exception as error:
         raise UserError(f"{model}/judge: not the miniature's judge: {one_line(error)}") from error
     if side not in (None, judge.size):

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from engine.command_line import Parser
 from engine.errors import UserError, frame
 from engine.files import write_whole
+from engine.model.tensors import are_finite
 from evaluation.metrics.frechet import plain_statistics, truth
 from rewards.base import Column
 from rewards.pictures import pixels
@@ -73,7 +74,7 @@ class Look:
 
 def load_look(model):
     """The `Look` of a model's folder. Raises UserError if there is none."""
-    return Look(load_file(fetch(model)))
+    return load(fetch(model), None, None).look
 
 
 def fetch(where=None):
@@ -85,7 +86,11 @@ def fetch(where=None):
 
 
 def load(file, args, device):
-    return Scorer(Look(load_file(file)))
+    """The `Scorer` of the file of the regressions. Raises UserError if they are not finite."""
+    found = load_file(file)
+    if not are_finite(found.values()):
+        raise UserError(f"{file}: holds numbers that are not finite")
+    return Scorer(Look(found))
 
 
 class Scorer:

@@ -24,7 +24,7 @@ class Run(NamedTuple):
     name: str
     args: dict       # its flags
     flags: str       # its flags as one line; "" if unknown
-    status: str      # "running", "stopped" or "finished"
+    status: str      # "running", "stopped", "failed" or "finished"
     state: dict      # its state, as in a checkpoint; may be empty
     prompts: list    # the prompts of the watched pictures; empty if unknown
     lines: list      # the lines of log.jsonl

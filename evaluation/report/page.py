@@ -10,18 +10,19 @@ import base64
 import io
 import json
 import math
-import os
 import time
 from functools import cache, lru_cache
 from pathlib import Path
 
 from PIL import Image
 
+import recipe
 from engine.command_line import Parser
+from engine.data.pictures import opened
 from engine.errors import UserError, frame, one_line, printable
-from engine.files import check_outputs, read_json, write_whole
+from engine.files import check_outputs, fits, read_json, write_whole
 from engine.paths import named_path
-from engine.run import checkpoint
+from engine.run import checkpoint, resume
 from engine.run import folder as run_folder
 from evaluation import tables
 from evaluation.picture_folders import is_whole
@@ -35,8 +36,9 @@ PICTURES = 24         # most pictures of a run; with the limits below, its page 
 WIDEST = 1600         # most pixels of a picture's side
 LARGEST = 800_000     # most pixels of a picture
 SMALL = 100_000       # most bytes of a PNG that is embedded unchanged
-FLAGS = {"steps": int, "size": int, "watch": int, "watch_every": int, "lr": float, "form": str,
-         "branches": list, "drift_band": list}  # the flags that the page reads
+RESULTS = (None, {str: (None, {"mean": object, "se": object})})  # the shape of a row of summary.json
+NO_SUMMARY = "not the results of a run; remove it"
+STATE = {"before": (None, {str: [object]})}  # of what the page reads of a state
 
 
 # ------------------------------------------------------------------------------------------------- in words
@@ -82,11 +84,21 @@ def samples_of(folder, last):
     found = {}
     for path in folder.glob("samples/step_*.png"):
         digits = path.stem.removeprefix("step_")
-        if digits.isdecimal() and int(digits) <= last and is_whole(path):
+        if digits.isdecimal() and int(digits) <= last and is_whole(path) and can_be_opened(path):
             found[int(digits)] = path
     steps = sorted(found)
     stride = max(1, math.ceil((len(steps) - 1) / (PICTURES - 1)))
     return {step: found[step] for step in sorted({*steps[::stride], *steps[-1:]})}
+
+
+def can_be_opened(path):
+    """Whether a picture's file can be opened; one that is too large cannot, and a line says so."""
+    try:
+        with opened(path):
+            return True
+    except UserError as error:
+        say_once(printable(f"{error}; it is left out"))
+        return False
 
 
 @lru_cache(maxsize=2 * PICTURES)
@@ -95,7 +107,7 @@ def data_uri(path, written):
 
     `written` is the file's time. With it in the cache's key, a file that was written again is encoded again."""
     content = path.read_bytes()
-    with Image.open(io.BytesIO(content)) as picture:
+    with opened(path) as picture:
         if len(content) <= SMALL and max(picture.size) <= WIDEST:
             return f"data:image/png;base64,{base64.b64encode(content).decode()}"
         picture = picture.convert("RGB")
@@ -110,7 +122,7 @@ def tiles(run):
     """[x, y, width, height] of each picture in the grid that `save_grid` wrote, as fractions of the grid."""
     if not run.samples:
         return []
-    with Image.open(next(iter(run.samples.values()))) as picture:
+    with opened(next(iter(run.samples.values()))) as picture:
         width, height = picture.size
     side = run.args["size"] * max(1, 128 // run.args["size"])
     if min(width, height) < side + 4:  # a grid of one picture has no frame
@@ -163,25 +175,25 @@ def page(runs):
 def summary_of(folder):
     """The content of summary.json; {} if there is none. Raises UserError if it is damaged."""
     path = folder / "summary.json"
-    return read_json(path) if path.is_file() else {}
+    found = read_json(path, dict, NO_SUMMARY) if path.exists() else {}
+    if not all(fits(found.get(when), RESULTS) for when in ("before", "after")):
+        raise UserError(f"{path}: {NO_SUMMARY}")
+    return found
 
 
-def write(folder, args, line_of_flags, finished, state=None, prompts=(), stopped=False):
+def write(folder, args, line_of_flags, status, state=None, prompts=()):
     """Write the page of a run into its folder.
 
-    args: the flags, a dict. line_of_flags: the same as one line. finished: whether the run has ended. stopped: whether
-    it was asked to stop. state: the run's state, or None. prompts: those of the watched pictures, or ().
+    args: the flags, a dict. line_of_flags: the same as one line. status: one of a `Run`. state: the run's state, or
+    None. prompts: those of the watched pictures, or ().
 
     It raises nothing: a page that cannot be written must not end the training. An error is printed once.
     """
     folder = Path(folder)
-    status = "running"
-    if finished or stopped:
-        status = "finished" if finished else "stopped"
     try:
         log = folder / "log.jsonl"
         lines = curves.read_log(log) if log.exists() else []
-        summary = summary_of(folder) if finished else {}
+        summary = summary_of(folder) if status == "finished" else {}
         run = Run(folder.resolve().name, args, line_of_flags, status, state or {}, list(prompts), lines,
                   samples_of(folder, lines[-1]["step"] if lines else 0), summary)
         write_whole(folder / PAGE, page([run]))
@@ -197,9 +209,10 @@ def earlier(path):
         with open(path, encoding="utf-8") as file:
             for line in file:
                 if line.startswith(DATA):
-                    run = json.loads(line[len(DATA):].removesuffix("</script>\n"))["runs"][0]
-                    return run["flags"], run["prompts"]
-    except (OSError, ValueError, LookupError, TypeError):
+                    page = json.loads(line[len(DATA):].removesuffix("</script>\n"))
+                    if fits(page, {"runs": [{"flags": str, "prompts": [str]}]}):
+                        return page["runs"][0]["flags"], page["runs"][0]["prompts"]
+    except (OSError, ValueError, LookupError, RecursionError):
         pass
     return "", []
 
@@ -207,13 +220,10 @@ def earlier(path):
 def status_of(folder, args, lines):
     """"running" if another process holds the run's lock; "finished" if it has all updates and a summary; otherwise
     "stopped"."""
-    lock = folder / run_folder.LOCK
-    if lock.is_file():
-        with open(lock, "rb") as file:
-            try:
-                run_folder.lock(file, folder)
-            except UserError:
-                return "running"
+    try:
+        run_folder.nobody_trains(folder)
+    except UserError:
+        return "running"
     done = lines[-1]["step"] == summary_of(folder).get("steps")
     return "finished" if done else "stopped"
 
@@ -226,10 +236,7 @@ def read_run(name, folder):
     if run_folder.run_in(folder) is None or not (folder / "args.json").is_file():
         raise UserError(f"{folder}: not a run's folder: it has no {run_folder.MARK} or no args.json; give --out of a "
                         "run of train.py")
-    args = read_json(folder / "args.json")
-    is_ours = isinstance(args, dict) and all(isinstance(args.get(flag), kind) for flag, kind in FLAGS.items())
-    if not is_ours:
-        raise UserError(f"{folder}/args.json: not the flags of a run")
+    args = resume.own_flags(folder / "args.json", recipe.parser(), recipe.GROUPS)
     log = folder / "log.jsonl"
     lines = curves.read_log(log) if log.is_file() else []
     if not lines:
@@ -238,22 +245,15 @@ def read_run(name, folder):
     for newest in run_folder.finished(folder)[-1:]:
         try:
             state = checkpoint.state_of(newest)
-        except checkpoint.Damaged:  # the page can be written without the state
+        except checkpoint.Damaged:
             pass
+        if not fits(state, STATE):  # the page can be written without the state
+            state = {}
     status = status_of(folder, args, lines)
     summary = summary_of(folder) if status == "finished" else {}
     flags, prompts = earlier(folder / PAGE)
     return Run(name or folder.resolve().name, args, flags, status, state, prompts, lines,
                samples_of(folder, lines[-1]["step"]), summary)
-
-
-def may_write(out):
-    """Raise UserError if a page cannot be written to `out`, or if `out` is a file that is not a report."""
-    check_outputs([out], [], overwrite=True)
-    if os.path.exists(out):
-        with open(out, "rb") as file:
-            if MARK not in file.read(1000):
-                raise UserError(f"{out} exists already and is not a report; give another --out")
 
 
 def markdown(rows):
@@ -270,7 +270,7 @@ def main(argv=None):
     parser.add_argument("--out", default=PAGE, help="file of the page")
     with frame("report"):
         args = parser.parse_args(argv)
-        may_write(args.out)
+        check_outputs([(args.out, MARK, "a report")], [], overwrite=True)
         runs = [read_run(*named_path(item)) for item in args.runs]
         write_whole(args.out, page(runs))
         print(markdown(curves.numbers(runs)))

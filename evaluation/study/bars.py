@@ -9,6 +9,9 @@ COLORS = ["#0072B2", "#7CC4EE", "#F2D974", "#D55E00"]  # Okabe and Ito's: colour
 LEFT, WIDTH = 190, 520  # pixels: where the bars begin, and the length of a whole bar
 
 
+MARK = b"<title>Ratings, percent</title>"
+
+
 def safe(words):
     """Words for an SVG, escaped. XML forbids most control characters, so these are written as visible text."""
     return escape(printable(words))
@@ -64,5 +67,5 @@ def bars(methods):
     width = LEFT + WIDTH + 30
     size = f'width="{width}" height="{y}" viewBox="0 0 {width} {y}"'
     return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="14">\n'
-            f'<title>Ratings, percent</title>\n<rect width="100%" height="100%" fill="#fff"/>\n'
+            f'{MARK.decode()}\n<rect width="100%" height="100%" fill="#fff"/>\n'
             + "\n".join(parts) + "\n</svg>\n")

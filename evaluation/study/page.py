@@ -9,16 +9,19 @@ from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from engine.data.pictures import read_picture
 from engine.data.prompt_files import Prompt, read_prompts_by_category
-from engine.errors import UserError, one_line, printable
+from engine.errors import UserError, printable
 from engine.files import check_outputs
 from engine.paths import named_path
 from evaluation.picture_folders import files_of, listed
 from evaluation.study.files import check_inputs, write_together
 from evaluation.study.votes import DIMENSIONS, LEVELS
-from rewards.pictures import read_picture
+
+MARK = b'<meta name="generator" content="page of a study">'
+KEY_MARK = b'{\n "study": "'  # the beginning of a key
 
 
 class Method(NamedTuple):
@@ -132,10 +135,6 @@ def encode(path, side, quality):
     """A picture's file -> base64 of a JPEG. It holds only pixels: a comment could name the model. Raises UserError if
     the file cannot be read."""
     picture = read_picture(path)
-    try:
-        picture = ImageOps.exif_transpose(picture)  # a photo from a camera or phone may be stored rotated
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as a picture: {one_line(error)}") from error
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     picture.info = {}
     data = BytesIO()
@@ -203,7 +202,8 @@ def build(args):
     if not out.name:
         raise UserError(f"--out {args.out}: a file cannot be written there")
     key = out.with_suffix(".key.json")
-    check_outputs([out, key], inputs, args.overwrite, ", and raters may be at work on it")
+    check_outputs([(out, MARK, "a study's page"), (key, KEY_MARK, "a study's key")], inputs, args.overwrite,
+                  ", and raters may be at work on it")
     chosen = choose(methods, read_sources(methods, args.prompts), args.per_category)
     study = secrets.token_hex(6)
     pictures = shuffled(chosen, methods)

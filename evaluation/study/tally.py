@@ -16,12 +16,14 @@ from typing import NamedTuple
 
 from engine.errors import printable
 from engine.files import check_outputs
+from evaluation.study.bars import MARK as BARS_MARK
 from evaluation.study.bars import bars
 from evaluation.study.files import check_inputs, write_together
 from evaluation.study.statistics import COLUMNS, agreement, rates
 from evaluation.study.votes import flatten, read_key, read_votes
 from evaluation.tables import PAPER
 
+JSON_MARK = b'{\n "study": "'  # the beginning of --json's file
 IN_PAPER = {"realism": "real", "aesthetics": "aesth", "overall": "overall"}  # our columns: their keys in PAPER
 
 
@@ -125,8 +127,8 @@ def tally(args):
     """Read the votes, write --bars and --json, and print the tables. Raises UserError and OSError."""
     inputs = [*args.votes, args.key]
     check_inputs(inputs)
-    outputs = [path for path in (args.bars, args.json) if path is not None]
-    check_outputs(outputs, inputs, args.overwrite)
+    outputs = ((args.bars, BARS_MARK, "a chart of votes"), (args.json, JSON_MARK, "a file of a tally's numbers"))
+    check_outputs([output for output in outputs if output[0] is not None], inputs, args.overwrite)
     key = read_key(args.key)
     votes = read_votes(args.votes, key)
     results = results_of(key, votes)
