@@ -20,6 +20,7 @@ from engine.errors import NotFinite, UserError, one_line
 from engine.memory import parallel
 from engine.model import configs, export, lora, lora_files, single_file, trained
 from engine.model.folder import Model
+from rewards import clip_model
 
 LAYER = "transformer_blocks.0.attn.to_q"
 
@@ -456,6 +457,12 @@ def test_a_tensor_of_true_and_false_is_no_weight(name, tensor, tmp_path):
     save({"a": tensor}, tmp_path / name)
     with pytest.raises(UserError, match=f"{name}: a holds .*, which are no weights"):
         configs.check_dtypes(tmp_path)
+
+
+def test_a_pt_of_true_and_false_is_no_reward(tmp_path):
+    torch.save({"state_dict": {"visual.conv1.weight": torch.ones(2, 3, 4, 4).bool()}}, tmp_path / "it.pt")
+    with pytest.raises(UserError, match="visual.conv1.weight holds bool, which are no weights"):
+        clip_model.state_of(tmp_path / "it.pt")
 
 
 def test_a_refused_pickle_gives_no_unsafe_advice(tmp_path):
