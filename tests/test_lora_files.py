@@ -282,7 +282,11 @@ def b_embedders(base):
         for side, tensor in zip(("lora_down", "lora_up"), pairs[layer], strict=True):
             state[f"lora_unet_{flat(name)}.{side}.weight"] = tensor
         state[f"lora_unet_{flat(name)}.alpha"] = torch.tensor(2.0)
-    return state, pairs, 0.5
+    A, B = matrices(base, ["norm_out.linear"])["norm_out.linear"]
+    last = "lora_unet_final_layer_adaLN_modulation_1"  # black-forest-labs has the shift before the scale
+    state |= {f"{last}.lora_down.weight": A, f"{last}.lora_up.weight": torch.cat(B.chunk(2)[::-1]),
+              f"{last}.alpha": torch.tensor(2.0)}
+    return state, pairs | {"norm_out.linear": (A, B)}, 0.5
 
 
 def by_rows(pairs):

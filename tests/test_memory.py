@@ -19,7 +19,7 @@ import flux
 import rewards
 from engine.errors import UserError
 from engine.memory import adamw, layouts, lean, modes, parallel
-from engine.model import lora, trained
+from engine.model import lora, lora_files, trained
 from engine.model.folder import Model
 
 MODES = [name for _, name in KINDS]
@@ -353,7 +353,7 @@ def test_alpha_is_taken_from_where_diffusers_notes_it(tmp_path, miniature, world
     tensors = load_file(tmp_path / lora.FILE)
     noted = json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 2 * RANK})
     save_file(tensors, tmp_path / lora.FILE, {"lora_adapter_metadata": noted})
-    _, pairs = lora.read(tmp_path)
+    _, pairs = lora_files.read(tmp_path, miniature.transformer.config)
     layer = "transformer_blocks.0.attn.to_q"
     assert torch.equal(pairs[layer][1], 2 * tensors[f"transformer.{layer}.lora_B.weight"])
 
@@ -362,9 +362,9 @@ LAYER = "transformer.transformer_blocks.0.attn.to_q"
 
 
 @pytest.mark.parametrize("tensors, words", [
-    ({"text_encoder.a.lora_A.weight": (4, 128)}, "is not known"),
-    ({f"{LAYER}.lora_down.weight": (4, 128)}, "is not known"),
-    ({f"{LAYER}.lora_A.weight": (4, 128)}, "is not known"),
+    ({"text_encoder.a.lora_A.weight": (4, 128)}, "holds no tensor of the transformer"),
+    ({f"{LAYER}.lora_C.weight": (4, 128)}, "is not known"),
+    ({f"{LAYER}.lora_A.weight": (4, 128)}, "is not two matrices"),
     ({}, "holds no tensor"),
     ({f"{LAYER}.lora_A.weight": (8, 128), f"{LAYER}.lora_B.weight": (128, 8)}, "another rank"),
     ({f"{LAYER}.lora_A.weight": (4, 64), f"{LAYER}.lora_B.weight": (64, 4)}, "another model's"),
@@ -387,7 +387,7 @@ def test_a_lora_that_is_not_of_this_model_is_one_line(tmp_path, miniature, world
 def test_a_lora_that_cannot_be_read_is_one_line(tmp_path):
     (tmp_path / lora.FILE).write_bytes(b"no safetensors")
     with pytest.raises(UserError, match="pytorch_lora_weights.safetensors: cannot be read") as error:
-        lora.read(tmp_path)
+        lora_files.read(tmp_path, {})
     assert "\n" not in str(error.value)
     assert lora.is_lora(tmp_path) and not lora.is_lora(tmp_path / "none")
 

@@ -20,6 +20,7 @@ from engine.errors import NotFinite, UserError, one_line
 from engine.memory import parallel
 from engine.model import configs, export, lora, lora_files, single_file, trained
 from engine.model.folder import Model
+from rewards import clip_model
 
 LAYER = "transformer_blocks.0.attn.to_q"
 
@@ -65,6 +66,12 @@ PLACES = {
     "a transformer's folder": lambda p: shutil.copytree("miniature/transformer", p, dirs_exist_ok=True),
     "a folder with one file": lambda p: shutil.copy(Path("miniature") / PART, p / "any name.safetensors"),
     "a folder with one .sft": lambda p: shutil.copy(Path("miniature") / PART, p / "any.sft"),
+    "a folder with another name of its file": lambda p: [
+        shutil.copy("miniature/transformer/config.json", p),
+        shutil.copy(Path("miniature") / PART, p / "flux.safetensors")],
+    "a pipeline's root with other files": lambda p: [
+        shutil.copytree("miniature/transformer", p / "transformer"),
+        save_file({"x": torch.ones(1)}, p / "ae.safetensors")],
     "a run's folder, a LoRA": lambda p: a_lora(p / "weights"),
     "a LoRA's folder": a_lora,
 }
@@ -96,6 +103,7 @@ NOTHING = {
     "a folder with a.safetensors, b.safetensors": two_files,
     "a folder with args.json, run.json, samples/": lambda p: [(p / "samples").mkdir(), *map(Path.touch, (
         p / "args.json", p / "run.json"))],
+    "a folder with config.json": lambda p: shutil.copy("miniature/transformer/config.json", p),
     "a folder with 0, 1, 2, 3, 4 and 2 more": lambda p: [(p / str(n)).touch() for n in range(7)],
 }
 
@@ -167,9 +175,25 @@ def test_a_hub_id_with_several_files_lists_them(on_hub):
     assert refused("someone/many", "the hub has a.safetensors, b.safetensors; give one of its files, someone/many/FILE")
 
 
-def test_a_path_in_a_folder_that_exists_is_no_hub_id(on_hub):
-    asked = on_hub(())
-    assert refused("miniature/none", "no such file or folder") and asked == []
+@pytest.mark.parametrize("path", ["miniature/none", "runs/none/weights", "none", "./some/one", "/some/one", "some//one",
+                                  "some/", "~/some.safetensors"])
+def test_a_path_is_no_hub_id(path, on_hub, monkeypatch):
+    """The hub is not asked."""
+    on_hub(())
+    monkeypatch.setattr(hub, "HfApi", lambda: 1 / 0)
+    assert refused(path, "no transformer there: no such file or folder; give ")
+
+
+def test_a_hub_id_without_a_network_is_what_was_fetched_before(on_hub, monkeypatch, tmp_path):
+    on_hub(("it.safetensors",))
+    place = trained.place_of("someone/lora")
+    monkeypatch.setattr(hub, "HfApi", lambda: 1 / 0)
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, local_files_only: str(tmp_path))
+    trained.on_the_hub.cache_clear()
+    assert trained.place_of("someone/lora") == place
+    monkeypatch.setattr(hub, "snapshot_download", lambda name, local_files_only: 1 / 0)
+    trained.on_the_hub.cache_clear()
+    assert refused("someone/lora", "no such file or folder, and the hub does not give it (ZeroDivisionError)")
 
 
 def test_what_is_left_out_of_a_lora_is_named(tmp_path):
@@ -456,6 +480,12 @@ def test_a_tensor_of_true_and_false_is_no_weight(name, tensor, tmp_path):
     save({"a": tensor}, tmp_path / name)
     with pytest.raises(UserError, match=f"{name}: a holds .*, which are no weights"):
         configs.check_dtypes(tmp_path)
+
+
+def test_a_pt_of_true_and_false_is_no_reward(tmp_path):
+    torch.save({"state_dict": {"visual.conv1.weight": torch.ones(2, 3, 4, 4).bool()}}, tmp_path / "it.pt")
+    with pytest.raises(UserError, match="visual.conv1.weight holds bool, which are no weights"):
+        clip_model.state_of(tmp_path / "it.pt")
 
 
 def test_a_refused_pickle_gives_no_unsafe_advice(tmp_path):

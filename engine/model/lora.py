@@ -132,15 +132,8 @@ def fitting(transformer, place, rank=None):
     """{layer: `Pair`} of the LoRA in a folder or file. Raises UserError if it does not fit the transformer, which may
     be on the meta device; or, if a rank is given, if adapters of that rank cannot start from it."""
     path, pairs = lora_files.read(place, transformer.config)
-    parameters = own_parameters(transformer)
     merged = "without --lora it is merged into the weights, as python -m engine.merge does"
-    for layer, (A, B, bias) in pairs.items():
-        weight = parameters.get(f"{layer}.weight")
-        if weight is None:
-            raise UserError(f"{path}: this transformer has no layer {layer}")
-        if weight.shape != (B.shape[0], A.shape[1]) or A.shape[0] != B.shape[1]:
-            raise UserError(f"{path}: {layer} is {B.shape[0]} x {A.shape[1]}, and in this transformer "
-                            f"{' x '.join(map(str, weight.shape))}: another model's")
+    for layer, (A, _, bias) in pairs.items():
         if rank is not None and len(A) != rank:
             ranks = sorted({len(pair.A) for pair in pairs.values()})
             on = f"--lora {len(A)} goes on with it; " if len(ranks) == 1 else f"it has ranks {ranks}; "

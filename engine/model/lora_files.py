@@ -37,7 +37,7 @@ SIDES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_A.default.weight":
          ".lora_B.bias": "bias", ".lora_B.default.bias": "bias", ".alpha": "alpha"}
 # Formats that are neither trained nor merged, by a part of their tensors' names.
 FORMATS = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "oft_": "OFT",
-           "boft_": "BOFT", "vera_": "VeRA", "ia3_": "IA3", "lora_mid": "LoCon with a middle matrix",
+           "boft_": "BOFT", "vera_": "VeRA", "ia3_": "IA3", "lora_mid.": "LoCon with a middle matrix",
            "glora_": "GLoRA", ".diff": "differences of weights, not a LoRA alone",
            "lora_embedding_": "a LoRA of embeddings",
            "query_norm": "a control LoRA", "norm_q.": "a control LoRA", ".w_norm": "LyCORIS norms"}
@@ -108,7 +108,8 @@ def read(place, config):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path}: cannot be read as a LoRA of FLUX.1: {one_line(error)}") from error
+        what = one_line(" ".join(str(error).split()))  # torch's first line does not name the layer
+        raise UserError(f"{path}: cannot be read as a LoRA of FLUX.1: {what}") from error
     for layer, pair in found.items():
         if not all(part.isfinite().all() for part in pair if part is not None):
             raise UserError(f"{path}: {layer} holds numbers that are not finite")
@@ -154,7 +155,9 @@ def by_layer(path, tensors, network, config):
 
     network: the transformer, on the meta device. Raises UserError for a tensor that is no layer's.
     """
-    own = {flat(name): name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
+    shapes = {name: module.weight.shape for name, module in network.named_modules()
+              if isinstance(module, torch.nn.Linear)}
+    own = {flat(name): name for name in shapes}
     theirs = {}
     for name, inside in released.parts_of(config).items():
         if name.endswith(".weight"):
@@ -188,6 +191,9 @@ def by_layer(path, tensors, network, config):
         elif alpha is not None:
             alphas[f"{PREFIX}{own[key]}.alpha"] = alpha.item()
         for layer, (A, B, bias) in made.items():
+            if shapes[layer] != (len(B), A.shape[1]) or bias is not None and len(bias) != len(B):
+                raise UserError(f"{path}: {layer} is {len(B)} x {A.shape[1]}, and in this transformer "
+                                f"{' x '.join(map(str, shapes[layer]))}: another model's")
             state[f"{PREFIX}{layer}.lora_A.weight"] = A
             state[f"{PREFIX}{layer}.lora_B.weight"] = B
             if bias is not None:

@@ -10,7 +10,7 @@ from engine.errors import UserError, one_line
 from engine.hub import some_files
 from engine.model import lora, lora_files, single_file
 from engine.model.folder import PARTS, TRANSFORMER, check_transformer
-from engine.model.tensor_files import Source, meta_network, tensors_in
+from engine.model.tensor_files import INDEX, ONE_FILE, Source, meta_network, tensors_in
 from engine.paths import not_a_path
 
 WHAT = ("a run's folder, a folder with config.json and safetensors, a pipeline's folder, one .safetensors, a LoRA, or "
@@ -34,16 +34,22 @@ def place_of(weights):
     path = Path(weights)
     if not path.exists() and is_hub_id(str(weights)):
         path = on_the_hub(str(weights))
-    if path.is_dir():
-        for inside in (path, path / "weights", path / "transformer"):
-            if (inside / "config.json").is_file() or lora_files.file_in(inside):
-                return inside
-        single = [file for file in path.iterdir() if single_file.is_single_file(file)]
+    folders = [folder for folder in (path, path / "weights", path / "transformer") if folder.is_dir()]
+    for folder in folders:
+        if lora_files.file_in(folder) or has_transformer(folder):
+            return folder
+    for folder in folders:
+        single = [file for file in folder.iterdir() if single_file.is_single_file(file)]
         if len(single) == 1:
             return single[0]
     if single_file.is_single_file(path):
         return path
     raise UserError(f"--weights {weights}: no transformer there: {found_in(path)}; give {WHAT}")
+
+
+def has_transformer(folder):
+    """Whether a folder has a config and the weights beside it, in diffusers' layout."""
+    return (folder / "config.json").is_file() and any((folder / name).is_file() for name in (INDEX, ONE_FILE))
 
 
 def found_in(path):
@@ -61,8 +67,9 @@ def found_in(path):
 
 def is_hub_id(text):
     """Whether a text that is no path could be OWNER/NAME or OWNER/NAME/FILE of the hub."""
-    owner, _, rest = text.partition("/")
-    return bool(rest) and not text.startswith((".", "/", "~")) and not Path(owner).exists()
+    if text.count("/") != 1 and not (text.count("/") > 1 and text.endswith(single_file.SUFFIXES)):
+        return False
+    return all(text.split("/")) and not text.startswith((".", "~")) and not Path(text.split("/")[0]).exists()
 
 
 @lru_cache(maxsize=16)
@@ -87,7 +94,8 @@ def on_the_hub(name):
         raise UserError(f"--weights {name}: no transformer there: the hub has {', '.join(files[:10])}; give one of its "
                         f"files, {name}/FILE.safetensors")
 
-    folder = some_files(f"{owner}/{repository}", wanted, f"--weights {name}: no such path")
+    folder = some_files(f"{owner}/{repository}", wanted,
+                        f"--weights {name}: no transformer there: no such file or folder")
     return folder.joinpath(*file)
 
 
