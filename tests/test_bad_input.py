@@ -150,6 +150,9 @@ FLAGS += [
     Mistake("build", f"--threads {2**31}", "--threads"),
     Mistake("build", "--stage nothing", "--stage: invalid choice"),
     Mistake("build", "extra", "unrecognized arguments: extra"),
+    *(Mistake("build", f"--stage export --out {out}", words) for out, words in (
+        ("folder", "is not the folder of a build, and not empty"), ("text.txt", "Not a directory"),
+        ("built", "vae: is a link, which is not followed"))),
     Mistake("build", "--quick", "the toy would overwrite the miniature; give another --out"),
 ]
 
@@ -342,7 +345,7 @@ REWARDS = [
     Mistake("train.py", "--reward anothers", "its tokenizer has 115 words, and its text tower knows 591"),
     Mistake("train.py", "--reward deaf", "reads --control realistic photo and --neg CG render alike"),
     Mistake("train.py", "--reward truths", "holds BOOL, which are no weights"),
-    Mistake("train.py", "--plan --world-size 1 --reward folder", "folder: no reward in it, neither open_clip_config.json"),
+    Mistake("train.py", "--plan --world-size 1 --reward folder", "folder: no reward in it, neither open_clip"),
     Mistake("train.py", "--reward pickle.pt", "it holds more than tensors, which could run code, so it is not loaded"),
     Mistake("train.py", "--reward code", "asks for code to be run (trust_remote_code)"),
     Mistake("train.py", "--reward class", "asks for code to be run (auto_map)"),
@@ -651,6 +654,8 @@ def place(tmp_path_factory):
         (here / "theirs" / name).write_text("mine")
     (here / "folder" / "note").write_text("mine")
     (here / "link").symlink_to("theirs")
+    (here / "built" / ".build").mkdir(parents=True)
+    (here / "built" / "vae").symlink_to("../theirs")
     (here / "theirs2").mkdir()
     (here / "theirs2" / "explain.png").write_text("mine")
     os.mkfifo(here / "pipes" / "a.json")

@@ -127,8 +127,8 @@ def explained_run(out):
     explained(out)
 
 
-def linked_to(target, name):
-    """What builds a run's folder in which `name` is a link to `target` beside it."""
+def linked_to(target, name, copy=False):
+    """What builds a run's folder in which `name` is a link to `target` beside it, or with `copy` a file."""
     def build(out):
         a_run(out, steps=())
         write(out.with_name("elsewhere"), "step_00000.png", "config.json")
@@ -137,7 +137,10 @@ def linked_to(target, name):
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
-        path.symlink_to(out.with_name(target))
+        if copy:
+            path.write_text("mine")
+        else:
+            path.symlink_to(out.with_name(target))
     return build
 
 
@@ -198,6 +201,8 @@ CASES = {
     "a lock that is a link": Case(linked_to("thesis.tex", ".lock"), words=LINK),
     "a log that is a link": Case(linked_to("thesis.tex", "log.jsonl"), "resume", words=LINK),
     "checkpoints that are a link": Case(linked_to("elsewhere", "checkpoints"), "resume", words=LINK),
+    "a file where a checkpoint is written": Case(a_run_with("checkpoints/.writing"), "resume", "not a folder; remove it"),
+    "weights that are a file": Case(linked_to("elsewhere", "weights", copy=True), "overwrite", "not a folder; remove"),
     "weights that are a link": Case(linked_to("elsewhere", "weights"), "overwrite", words=LINK),
     "a mark half written": Case(holding(".lock", ".run.json.31"), goes=(".run.json.31",)),
     "a file": Case(a_file, words="cannot be written: Not a directory"),
@@ -625,6 +630,25 @@ def two_signals(seconds):
 def test_asked_twice_is_at_once(seconds, status):
     """But a launcher that passes on what its processes got as well has asked once."""
     assert in_a_child(two_signals, seconds) == status
+
+
+@pytest.mark.parametrize("script, argv", [("train.py", ["--plan"]), ("sample.py", ["x"]), ("evaluate.py", [])])
+def test_a_signal_while_the_libraries_are_imported_is_one_line(script, argv):
+    """Nothing that takes time is imported before `until_loaded`."""
+    code = (f"import os, runpy, signal, sys; sys.argv = {[script, *argv]!r}\n"
+            "from engine.run import stopping\nlistens = stopping.until_loaded\n"
+            "def asked(name):\n    listens(name)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+            f"stopping.until_loaded = asked\nrunpy.run_path({script!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM and done.stderr == ""
+    assert done.stdout.strip() == f"{script}: stopped before the start: there is nothing to save"
+
+
+def test_a_reader_that_has_seen_enough_ends_a_script_without_a_word():
+    code = ("from engine.errors import frame\nwith frame('x'):\n    while True:\n        print('line')")
+    done = subprocess.run(f'{sys.executable} -c "{code}" | head -1; exit ${{PIPESTATUS[0]}}', shell=True,
+                          executable="/bin/bash", capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("line\n", "", 128 + signal.SIGPIPE)
 
 
 def test_what_nohup_ignores_stays_ignored(handlers):
