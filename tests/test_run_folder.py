@@ -201,7 +201,7 @@ CASES = {
     "a lock that is a link": Case(linked_to("thesis.tex", ".lock"), words=LINK),
     "a log that is a link": Case(linked_to("thesis.tex", "log.jsonl"), "resume", words=LINK),
     "checkpoints that are a link": Case(linked_to("elsewhere", "checkpoints"), "resume", words=LINK),
-    "a file where a checkpoint is written": Case(a_run_with("checkpoints/.writing"), "resume", "not a folder; remove it"),
+    "a file where a checkpoint is written": Case(a_run_with("checkpoints/.writing"), "resume", "not a folder; remove"),
     "weights that are a file": Case(linked_to("elsewhere", "weights", copy=True), "overwrite", "not a folder; remove"),
     "weights that are a link": Case(linked_to("elsewhere", "weights"), "overwrite", words=LINK),
     "a mark half written": Case(holding(".lock", ".run.json.31"), goes=(".run.json.31",)),
