@@ -173,8 +173,7 @@ def status_of(script, error, rank):
         say_last(f"\n{script}: interrupted", sys.stderr)
         return 128 + signal.SIGINT
     if isinstance(error, BrokenPipeError) and error.filename is None and not are_many():
-        for stream in (sys.stdout, sys.stderr):
-            say_last("", stream)  # the reader, such as head, has seen enough
+        say_last("", sys.stdout)  # the reader, such as head, has seen enough
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
     if is_out_of_memory(error):
         say_last(f"\n{script}: out of memory: {one_line(error)}; what helps: a smaller --size or --batch",

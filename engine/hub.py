@@ -43,8 +43,12 @@ def fetched(where, files):
             snapshot_download(where, allow_patterns="*.bin")
         return folder
     except Exception as error:
-        raise UserError(f"{where}: not on this machine, and cannot be fetched from the hub "
-                        f"({type(error).__name__})") from error
+        raise not_fetched(where, error) from error
+
+
+def not_fetched(what, error):
+    """The UserError for something that is neither here nor can be downloaded."""
+    return UserError(f"{what}: not on this machine, and cannot be fetched from the hub ({type(error).__name__})")
 
 
 def some_files(name, wanted, whose):

@@ -31,13 +31,15 @@ from safetensors.torch import save
 
 from engine.command_line import Parser, some_path, whole
 from engine.errors import UserError, frame
-from engine.files import write_json, write_whole
+from engine.files import must_be_writable, must_not_lead_away, write_json, write_whole
 from miniature import world
 from miniature.build_flow import build_distill, build_flow, build_vae
 from miniature.build_scorers import build_bias, build_blind, build_judge, build_reward, build_unbiased, reward_config
 from miniature.fitting import SEED, Workshop
 
 HERE = Path(__file__).resolve().parent
+PARTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler", "judge",
+         "reward*")  # the folders that an export writes
 QUICK = 0.01  # the share of the steps and pictures for a toy
 
 
@@ -107,6 +109,15 @@ STAGES = {"vae": build_vae, "flow": build_flow, "distill": build_distill, "rewar
           "smooth": partial(build_bias, name="smooth"), "saturation": build_blind, "judge": build_judge}
 
 
+def must_be_own(out, flag):
+    """Raise UserError if a folder holds files and is not a build's, which has a .build/; or if a link would lead out of
+    it."""
+    must_be_writable(out, "--out")
+    if out.is_dir() and any(out.iterdir()) and out != HERE and not (out / ".build").is_dir():
+        raise UserError(f"--out {flag}: is not the folder of a build, and not empty; give another --out")
+    must_not_lead_away(out, [".build", *PARTS, *(f"{part}/*" for part in PARTS)])
+
+
 def main(argv=None):
     parser = Parser(__doc__)
     add = parser.add_argument
@@ -123,6 +134,7 @@ def main(argv=None):
     if args.quick and out == HERE:
         raise UserError(f"--quick --out {args.out}: the toy would overwrite the miniature; "
                         "give another --out")
+    must_be_own(out, args.out)
     shop = Workshop(out / ".build", QUICK if args.quick else 1.0)
     torch.set_num_threads(args.threads)
     for name, stage in STAGES.items():

@@ -121,7 +121,7 @@ FLAGS += [
     Mistake("train.py", "--replicas 2", "does not divide"),
     Mistake("train.py", "--plan --global-batch 8 --replicas 3", "--replicas 3: does not divide the 8 processes"),
     Mistake("train.py", "--resume --overwrite", "give one"),
-    Mistake("train.py", "--resume --explain", "give --weights new/weights without --resume"),
+    Mistake("train.py", "--resume --explain", "new/weights without --resume"),
     # words
     Mistake("train.py", ["--control", ""], "--control"),
     *(Mistake("train.py", [flag, words], "must be words") for flag in ("--control", "--neg")
@@ -150,6 +150,9 @@ FLAGS += [
     Mistake("build", f"--threads {2**31}", "--threads"),
     Mistake("build", "--stage nothing", "--stage: invalid choice"),
     Mistake("build", "extra", "unrecognized arguments: extra"),
+    *(Mistake("build", f"--stage export --out {out}", words) for out, words in (
+        ("folder", "is not the folder of a build, and not empty"), ("text.txt", "Not a directory"),
+        ("built", "vae: is a link, which is not followed"))),
     Mistake("build", "--quick", "the toy would overwrite the miniature; give another --out"),
 ]
 
@@ -279,7 +282,7 @@ FILES = [
       (("", "is empty"), ("a\0b", "holds a NUL"), ("x" * 300, "is too long"), ("\udcff", "is no UTF-8 text"))),
     *(Mistake("train.py", [flag, "\udcff"], words) for flag, words in (
         ("--cache", "is no UTF-8 text"), ("--images", "no such folder"), ("--weights", "is no UTF-8 text"),
-        ("--model", "is no UTF-8 text"), ("--reward", "is no UTF-8 text"))),
+        ("--model", "is no UTF-8 text"), ("--reward", "give NAME"))),
     Mistake("train.py", "--explain --out theirs2", "explain.png exists already and is not a picture of --explain"),
     Mistake("train.py", "--explain --out text.txt", "cannot be written: Not a directory"),
     *each(("train.py", *SAMPLES), "--out text.txt/new", "cannot be written: Not a directory"),
@@ -345,7 +348,7 @@ REWARDS = [
     Mistake("train.py", "--reward anothers", "its tokenizer has 115 words, and its text tower knows 591"),
     Mistake("train.py", "--reward deaf", "reads --control realistic photo and --neg CG render alike"),
     Mistake("train.py", "--reward truths", "holds BOOL, which are no weights"),
-    Mistake("train.py", "--plan --reward folder", "folder: no reward in it, neither open_clip_config.json nor HPS"),
+    Mistake("train.py", "--plan --world-size 1 --reward folder", "folder: no reward in it, neither open_clip"),
     Mistake("train.py", "--reward pickle.pt", "it holds more than tensors, which could run code, so it is not loaded"),
     Mistake("train.py", "--reward code", "asks for code to be run (trust_remote_code)"),
     Mistake("train.py", "--reward class", "asks for code to be run (auto_map)"),
@@ -655,6 +658,8 @@ def place(tmp_path_factory):
         (here / "theirs" / name).write_text("mine")
     (here / "folder" / "note").write_text("mine")
     (here / "link").symlink_to("theirs")
+    (here / "built" / ".build").mkdir(parents=True)
+    (here / "built" / "vae").symlink_to("../theirs")
     (here / "theirs2").mkdir()
     (here / "theirs2" / "explain.png").write_text("mine")
     os.mkfifo(here / "pipes" / "a.json")
@@ -813,7 +818,7 @@ def test_long_prompts_are_counted_once(monkeypatch, capsys, tmp_path):
                                       "--out", str(tmp_path / "run")])
     train.main()
     said = capsys.readouterr().out
-    assert "1 of 3 prompts are longer than the text encoder takes" in said
+    assert "1 of 2 prompts of --prompts are longer than the text encoder takes" in said
     assert "--form sgp --threshold 0.7: the reward of the inverting branch" in said
 
 

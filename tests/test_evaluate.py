@@ -26,6 +26,7 @@ from scripts import call, start
 
 import evaluate
 import flux
+import sample
 from engine.data import prompt_files
 from engine.errors import UserError
 from evaluation import metrics, picture_folders, tables
@@ -145,6 +146,114 @@ def test_pictures_made_otherwise_are_not_mixed(whole, monkeypatch, capsys, tmp_p
     os.utime(tmp_path / "w" / "diffusion_pytorch_model.safetensors")
     assert "made with other weights; delete" in one_line(
         monkeypatch, capsys, *SMALL, "--out", tmp_path, "--weights", f"again={tmp_path / 'w'}")
+
+
+def mine(*names):
+    """What puts a user's files into a folder."""
+    def put(out):
+        for name in names:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            (out / name).unlink(missing_ok=True)
+            (out / name).write_text("mine")
+    return put
+
+
+def linked(name):
+    """What puts a link to a user's folder into a folder."""
+    def put(out):
+        shutil.rmtree(out / name, ignore_errors=True)
+        mine("thesis/00000.png")(out)
+        (out / name).symlink_to("thesis")
+    return put
+
+
+NOT_FROM = "is there, and not from "
+FOREIGN = {  # what is in --out: (whether beside evaluate.py's own, what puts it there, what is said)
+    "a table": (False, mine("table.md"), "table.md " + NOT_FROM + "evaluate.py"),
+    "results beside a folder base": (False, mine("results.json", "base/00000.png"), "base " + NOT_FROM),
+    "another's mark": (False, mine("made.json"), "made.json: not JSON"),
+    "a folder with a row's name": (False, mine("again/notes.txt"), "again " + NOT_FROM),
+    "pictures in base": (True, mine("base/00003.png"), "base/00003.png " + NOT_FROM),
+    "another's made.json in base": (True, mine("base/made.json"), "base/made.json: not JSON"),
+    "base, a link": (True, linked("base"), "base: is a link, which is not followed"),
+    "scores, a link": (True, linked("scores"), "scores: is a link")}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_evaluate_did_not_make_stays_and_is_not_scored(whole, monkeypatch, capsys, tmp_path, name):
+    beside, put, words = FOREIGN[name]
+    if beside:
+        shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    put(tmp_path)
+    before = everything(tmp_path)
+    assert words in one_line(monkeypatch, capsys, *SMALL, "--weights", "again=miniature/transformer", "--out", tmp_path)
+    assert everything(tmp_path) == before
+
+
+def test_what_a_kill_left_goes_and_a_users_hidden_file_stays(whole, monkeypatch, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    mine("base/.00003.png.4711", ".table.md.4711", "base/.mine.png")(tmp_path)
+    assert run(monkeypatch, *SMALL, "--weights", "again=miniature/transformer", "--out", tmp_path) == 0
+    assert [path.name for path in tmp_path.rglob(".*")] == [".mine.png"]
+
+
+def everything(folder):
+    """{path: content} of all that is in a folder."""
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+SAMPLES = {  # a further command line, or what is put into --out: what is said; None: it goes on
+    "the same": ([], None, None), "other prompts": (["a fox"], None, "made with other prompts"),
+    "another seed": (["--seed", "1"], None, "made with other seed 0, now 1"),
+    "other weights": (["--weights", "miniature/transformer"], None, "made with other weights"),
+    "a user's picture": ([], mine("00001.png"), "00001.png " + NOT_FROM + "sample.py"),
+    "a user's grid": ([], mine("grid.png"), "grid.png " + NOT_FROM),
+    "a broken note": ([], mine("made.json"), "not JSON"),
+    "a note of another shape": ([], lambda out: (out / "made.json").write_text('{"by": "sample.py", "prompts": 3}'),
+                                "made with other prompts"),
+    "a list": ([], lambda out: (out / "made.json").write_text("[]"), "made.json: not sample.py's"),
+    "a link": ([], lambda out: [(out / "00002.png").unlink(), (out / "00002.png").symlink_to("00001.png")],
+               "00002.png: is a link"),
+    "one gone": ([], lambda out: (out / "00001.png").unlink(), None),
+    "one cut": ([], lambda out: (out / "00001.png").write_bytes((out / "00001.png").read_bytes()[:-9]), None)}
+
+
+@pytest.fixture(scope="module")
+def sampled(tmp_path_factory):
+    """What a command line of sample.py leaves."""
+    out = tmp_path_factory.mktemp("sampled") / "s"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert samples(monkeypatch, out) == 0
+    return out
+
+
+def samples(monkeypatch, out, *more):
+    """sample.py of three prompts, or of other arguments, in this process; its exit status."""
+    prompts = [] if more and not more[0].startswith("--") else ["a red circle", "a blue square", "a green circle"]
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--model", "miniature", "--eval-steps", "1", "--out", str(out),
+                                      *prompts, *more])
+    try:
+        sample.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_what_another_command_line_made_is_never_removed_or_mixed(sampled, monkeypatch, capsys, tmp_path, name):
+    argv, put, words = SAMPLES[name]
+    out = tmp_path / "s"
+    shutil.copytree(sampled, out)
+    if put is not None:
+        put(out)
+    before = everything(out)
+    status = samples(monkeypatch, out, *argv)
+    if words is None:
+        assert status == 0 and sorted(everything(out).values()) == sorted(everything(sampled).values())
+    else:
+        said = capsys.readouterr().err.strip()
+        assert status == 2 and "\n" not in said and words in said, said
+        assert everything(out) == before
 
 
 def test_a_picture_cut_short_is_sampled_again(whole, monkeypatch, tmp_path):

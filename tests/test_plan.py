@@ -286,6 +286,14 @@ def test_a_card_that_is_not_known_is_one_line():
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("flags, words", [
+    ("--card RTX_4090 --lora 32", "--memory fp8: predicted"),
+    ("--card RTX_4090 --lora 32 --memory bf16", "--lora 32 --memory bf16 does not fit RTX 4090: predicted 36.")])
+def test_auto_is_chosen_for_the_card_that_is_named(capsys, flags, words):
+    train.main(["--plan", "--world-size", "1", *(flag.replace("_", " ") for flag in flags.split())])
+    assert words in capsys.readouterr().out
+
+
 def test_the_default_dtype_stays_as_it_was():
     plan.forward_flop(miniature_job())
     assert torch.get_default_dtype() == torch.float32

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import time
+import zlib
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from engine.command_line import as_line
 from engine.run.folder import LOCK, lock
 from evaluation import film
 from evaluation.metrics.statistics import STATISTICS
-from evaluation.picture_folders import save_grid
+from evaluation.picture_folders import PNG_END, save_grid
 from evaluation.report import page as report
 
 CONTROL = "\x00\x1b[2J\u202e\u2028"
@@ -259,6 +260,46 @@ MISTAKES = {
     "nowhere to write": (["run", "--out", "nowhere/page.html"], "cannot be written there"),
     "an unknown flag": (["run", "--put", "x"], "unrecognized"),
     "nothing": ([], "required")}
+
+
+WRONG = {  # JSON that is valid and wrong, in a file of a run's folder: a change of args.json, or the whole; the words
+    "a band of three": ("args.json", {"drift_band": [1, 1, 1]}, "--drift-band"),
+    "a size of 0": ("args.json", {"size": 0}, "--size 0: must be"),
+    "a size of true": ("args.json", {"size": True}, "--size"),
+    "branches that are numbers": ("args.json", {"branches": [1, 2]}, "--branches"),
+    "a rate that is none": ("args.json", {"lr": None}, "--lr"),
+    "no model": ("args.json", {"model": 3}, "not the flags"),
+    "a list of flags": ("args.json", [1], "not the flags of a run"),
+    "a list of results": ("summary.json", [1], "not the results of a run"),
+    "results that are numbers": ("summary.json", {"steps": 1, "before": None, "after": {"sgp": 3}}, "not the results"),
+    "a row that is a list": ("summary.json", {"steps": 1, "before": [1], "after": None}, "not the results"),
+    "texts for looks": ("log.jsonl", {"step": 1, "watch": {"sgp": "a", "reward": [1]}, "hacking": [3]}, None),
+    "lists for looks": ("log.jsonl", {"step": 1, "watch": [1], "drift": [2], "reward_x": {}, "hacking": {}}, None)}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_json_that_is_valid_and_wrong_is_one_line_or_left_out(name, tmp_path, monkeypatch, capsys):
+    file, value, words = WRONG[name]
+    folder, args = made(tmp_path / "run", [line(1)])
+    if file == "args.json" and isinstance(value, dict):
+        value = args | value
+    (folder / file).write_text(json.dumps(value) + "\n")
+    monkeypatch.chdir(tmp_path)
+    if words is None:
+        report.main(["run"])
+    else:
+        assert words in one_line(capsys, "run")
+
+
+def test_a_sample_that_is_too_large_or_a_link_does_not_stop_the_page(tmp_path, monkeypatch, capsys):
+    folder, _ = made(tmp_path / "run", [line(1), line(2)])
+    header = b"IHDR" + (30_000).to_bytes(4, "big") * 2 + bytes([8, 2, 0, 0, 0])  # 900 million pixels
+    chunk = (13).to_bytes(4, "big") + header + zlib.crc32(header).to_bytes(4, "big")
+    (folder / "samples" / "step_00001.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + PNG_END)
+    monkeypatch.chdir(tmp_path)
+    report.main(["run"])
+    assert "step_00001.png: cannot be read as a picture" in capsys.readouterr().out
+    assert list(data_of((tmp_path / "report.html").read_text())["runs"][0]["pictures"]) == ["0", "2"]
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -27,7 +27,7 @@ from engine.files import write_whole
 from engine.memory import parallel
 from engine.model import export, lora
 from engine.model.folder import Model
-from engine.run import checkpoint, stopping
+from engine.run import checkpoint, contents, stopping
 from engine.run import folder as run_folder
 from engine.run.folder import RunFolder
 from evaluation import watch
@@ -127,8 +127,8 @@ def explained_run(out):
     explained(out)
 
 
-def linked_to(target, name):
-    """What builds a run's folder in which `name` is a link to `target` beside it."""
+def linked_to(target, name, copy=False):
+    """What builds a run's folder in which `name` is a link to `target` beside it, or with `copy` a file."""
     def build(out):
         a_run(out, steps=())
         write(out.with_name("elsewhere"), "step_00000.png", "config.json")
@@ -137,7 +137,10 @@ def linked_to(target, name):
         if path.is_dir():
             shutil.rmtree(path)
         path.unlink(missing_ok=True)
-        path.symlink_to(out.with_name(target))
+        if copy:
+            path.write_text("mine")
+        else:
+            path.symlink_to(out.with_name(target))
     return build
 
 
@@ -198,6 +201,8 @@ CASES = {
     "a lock that is a link": Case(linked_to("thesis.tex", ".lock"), words=LINK),
     "a log that is a link": Case(linked_to("thesis.tex", "log.jsonl"), "resume", words=LINK),
     "checkpoints that are a link": Case(linked_to("elsewhere", "checkpoints"), "resume", words=LINK),
+    "a file where a checkpoint is written": Case(a_run_with("checkpoints/.writing"), "resume", "not a folder; remove"),
+    "weights that are a file": Case(linked_to("elsewhere", "weights", copy=True), "overwrite", "not a folder; remove"),
     "weights that are a link": Case(linked_to("elsewhere", "weights"), "overwrite", words=LINK),
     "a mark half written": Case(holding(".lock", ".run.json.31"), goes=(".run.json.31",)),
     "a file": Case(a_file, words="cannot be written: Not a directory"),
@@ -335,6 +340,61 @@ def test_the_log_loses_no_line(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         folder.log_until(1)
     assert path.read_text() == "".join(lines[:2]) and not list(path.parent.glob(".log*"))
+
+
+def test_a_log_that_was_cut_says_which_steps_it_lacks(tmp_path, capsys):
+    a_run(tmp_path, steps=(4,))
+    folder = opened(RunFolder(tmp_path, ARGS | {"resume": True}))
+    write(tmp_path, "log.jsonl", text='{"step": 1}\n{"step": 3}\n{"step": 5}\n')
+    folder.go_on_from({"step": 4, "unlogged": None, "run": "r1"})
+    assert "log.jsonl has lost the line of step 2, and 1 more, of 4; the run goes on" in capsys.readouterr().out
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 3}\n'
+    folder.log_until(1)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("flags", ["", "--lr 3e-5", "--prompts p.txt", "--reward miniature/reward_unbiased"])
+def test_a_refused_resume_writes_nothing(whole, tmp_path, capsys, flags):
+    """It is refused when it is compared with the run, after all is loaded; then the same command line goes on."""
+    out = linked(whole, tmp_path / "run")
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    before = everything(out)
+    argv = flags.replace("p.txt", str(tmp_path / "p.txt")).split()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if not flags:
+            monkeypatch.setattr(contents, "digest_of_files", lambda places: "another")
+            monkeypatch.setattr(contents, "stamp", lambda *places: [])
+        try:
+            run(monkeypatch, "--out", out, "--resume", "--steps", "9", *argv)
+        except SystemExit as stop:
+            assert stop.code == 2
+        else:
+            raise AssertionError("not refused")
+    assert len(capsys.readouterr().err.strip().splitlines()) == 1
+    after = everything(out)
+    after.pop(out / ".lock", None)
+    before.pop(out / ".lock", None)
+    assert after == before
+
+
+def test_explain_does_not_write_where_another_process_trains(tmp_path):
+    a_run(tmp_path)
+    with open(tmp_path / ".lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another process is training there"):
+            run_folder.may_explain(tmp_path)
+    assert run_folder.may_explain(tmp_path) == tmp_path / "explain.png"
+
+
+def test_without_file_locks_a_line_says_so(tmp_path, capsys, monkeypatch):
+    """As on Windows, which has no fcntl and no SIGHUP."""
+    monkeypatch.setattr(run_folder, "fcntl", None)
+    RunFolder(tmp_path, ARGS).take()
+    assert "has no locks; make sure that no other process trains there" in capsys.readouterr().out
+    code = ("import sys, signal; sys.modules['fcntl'] = None; del signal.SIGHUP\n"
+            "from engine.run import folder, stopping\nstopping.Stopping('')\nprint(len(stopping.ASKS))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "2\n", done.stderr
 
 
 def full_disk(*_):
@@ -536,6 +596,8 @@ def test_stopped_in_every_phase_it_goes_on_to_the_same_end(whole, tmp_path, monk
         assert status == 128 + signal.SIGTERM
         last = capsys.readouterr().out.strip().splitlines()[-1]
         assert last.startswith("train.py: stopped ") and phase.words in last, phase
+        if "saved" in phase.words:
+            assert (out / "weights" / "diffusion_pytorch_model.safetensors").is_file()
     run(monkeypatch, "--out", out, "--resume")
     assert log_of(out) == log_of(whole)
     assert (out / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()
@@ -568,6 +630,25 @@ def two_signals(seconds):
 def test_asked_twice_is_at_once(seconds, status):
     """But a launcher that passes on what its processes got as well has asked once."""
     assert in_a_child(two_signals, seconds) == status
+
+
+@pytest.mark.parametrize("script, argv", [("train.py", ["--plan"]), ("sample.py", ["x"]), ("evaluate.py", [])])
+def test_a_signal_while_the_libraries_are_imported_is_one_line(script, argv):
+    """Nothing that takes time is imported before `until_loaded`."""
+    code = (f"import os, runpy, signal, sys; sys.argv = {[script, *argv]!r}\n"
+            "from engine.run import stopping\nlistens = stopping.until_loaded\n"
+            "def asked(name):\n    listens(name)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+            f"stopping.until_loaded = asked\nrunpy.run_path({script!r}, run_name='__main__')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGTERM and done.stderr == ""
+    assert done.stdout.strip() == f"{script}: stopped before the start: there is nothing to save"
+
+
+def test_a_reader_that_has_seen_enough_ends_a_script_without_a_word():
+    code = ("from engine.errors import frame\nwith frame('x'):\n    while True:\n        print('line')")
+    done = subprocess.run(f'{sys.executable} -c "{code}" | head -1; exit ${{PIPESTATUS[0]}}', shell=True,
+                          executable="/bin/bash", capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr, done.returncode) == ("line\n", "", 128 + signal.SIGPIPE)
 
 
 def test_what_nohup_ignores_stays_ignored(handlers):

@@ -1,6 +1,7 @@
 """Claims about train.py, each on the miniature with few steps and few pictures."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -159,9 +160,18 @@ def test_nan_never_reaches_the_weights(monkeypatch, tmp_path, capsys):
     assert stop.value.code == 1
     message = capsys.readouterr().err
     assert "step 1" in message and "reward is not finite" in message and "prompt 'a " in message
+    assert '"status": "failed"' in (tmp_path / "run" / "report.html").read_text()
     base = FluxTransformer2DModel.from_pretrained("miniature", subfolder="transformer", dtype=torch.float32)
     kept = FluxTransformer2DModel.from_pretrained(tmp_path / "run" / "weights")
     assert all(torch.equal(a, b) for a, b in zip(base.parameters(), kept.parameters(), strict=True))
+
+
+def test_a_look_at_pictures_that_are_not_finite_names_the_update(monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--steps", 4, "--watch", 2, "--watch-every", 1, "--lr", 30, "--clip", 1e6, "--out", tmp_path)
+    message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 1 and "try a smaller --lr" in message and re.search(r"step \d", message), message
+    assert '"status": "failed"' in (tmp_path / "report.html").read_text()
 
 
 def test_explain_tells_one_step_in_the_order_of_the_code(monkeypatch, capsys, tmp_path):

@@ -417,7 +417,8 @@ def signals(arguments, tally):
             phases[f"{name}: {phase}"] += 1
             problems = []
             was_asked = asked.exists()
-            if was_asked and set(statuses) != {0}:
+            wanted = {0} if ranks else {128 + number}
+            if was_asked and set(statuses) != wanted and not finished_all(out):
                 problems.append(f"exit {statuses}")
             stopped = [line for line in script.lines() if ": stopped" in line]
             if was_asked and len(script.lines()) != len(stopped) or len(stopped) > 1:

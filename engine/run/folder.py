@@ -146,7 +146,11 @@ class RunFolder:
         self.id = secrets.token_hex(8)
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"--out {self.out}: cannot be written: Not a directory")
-        must_not_lead_away(self.out, [LOCK, MARK, *MADE, *FOLDERS, f"checkpoints/{checkpoint.WRITING}"])
+        folders = [*FOLDERS, f"checkpoints/{checkpoint.WRITING}"]
+        must_not_lead_away(self.out, [LOCK, MARK, *MADE, *folders])
+        for folder in [self.out / name for name in folders]:
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{folder}: not a folder; remove it, or give another --out")
         nobody_trains(self.out)
         self.marked = run_in(self.out)
         if self.marked is None:

@@ -11,6 +11,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from engine.errors import UserError
 from evaluation.metrics import statistics
 from rewards.base import Column
 from rewards.pictures import pixel_statistics, pixels
@@ -23,6 +24,9 @@ PHOTOS = 4  # true photos of each prompt
 SEED = 50_000_000
 RESAMPLED = 200  # bootstrap samples for the standard error
 FEWEST = 24  # pictures; with fewer, the covariance of twelve statistics is unreliable
+
+
+SMALLEST = 4  # pixels of a side, below which some of the statistics do not exist
 
 
 def truth():
@@ -39,7 +43,11 @@ def plain_statistics(images):
     texture, coarse texture                  mean distance of the luma from its 3 x 3 mean, at full and half size
     streaks                                  mean vertical change of the luma minus its mean horizontal change
     vignette                                 mean luma of the inner quarter minus that of the whole
+
+    Raises UserError for pictures of fewer than SMALLEST pixels a side.
     """
+    if min(images.shape[-2:]) < SMALLEST:
+        raise UserError(f"it needs {SMALLEST} pixels a side, and a picture has {images.shape[-1]} x {images.shape[-2]}")
     world = truth()
     luma = world.luma(images)  # [B, H, W]
     high = images.max(1).values

@@ -24,7 +24,7 @@ from torch import nn
 from torchvision.transforms.v2.functional import to_image
 
 from engine.errors import UserError, one_line
-from engine.hub import fetched
+from engine.hub import fetched, not_fetched
 from engine.model.configs import strict
 from evaluation.picture_folders import Picture, first_of_each
 from rewards.base import Column
@@ -162,8 +162,7 @@ def fetched_clip():
     try:
         return Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(*CLIP)))
     except Exception as error:
-        raise UserError(f"{' '.join(CLIP)}: not on this machine, and the hub does not give it "
-                        f"({type(error).__name__})") from error
+        raise not_fetched(" ".join(CLIP), error) from error
 
 
 def load(files, args, device):
