@@ -205,11 +205,28 @@ def load_sharded(kind, source, device, dtype, world=None, layout=None):
     return network
 
 
-def clock(device):
-    """The time in seconds, after all work that was queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def mark(device):
+    """A moment between two pieces of work that are queued on a device. The process does not wait for them."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first, last):
+    """Seconds between two moments of `mark`. Waits until the device has reached the later one."""
+    if isinstance(first, float):
+        return last - first
+    last.synchronize()
+    return first.elapsed_time(last) / 1000
+
+
+def moved(tensor, device):
+    """A tensor of the CPU on a device. The process does not wait for a GPU: the copy is made from pinned memory."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @contextmanager
