@@ -28,11 +28,21 @@ from engine.errors import UserError, printable
 from engine.model.tensors import fill, own_parameters
 
 
+OLDEST = (8, 0)  # the compute capability of Ampere, the first with bf16 in hardware
+
+
 def device_and_dtype(local_rank=0):
-    """(device, dtype to compute in): bf16 on a GPU, float32 on a CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank), torch.bfloat16
-    return torch.device("cpu"), torch.float32
+    """(device, dtype to compute in): bf16 on a GPU, float32 on a CPU. Raises UserError for a GPU without bf16, which
+    torch would emulate, many times slower."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), torch.float32
+    device = torch.device("cuda", local_rank)
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST:
+        raise UserError(f"{torch.cuda.get_device_name(device)}: compute capability {found[0]}.{found[1]}, and bf16 "
+                        f"needs {OLDEST[0]}.{OLDEST[1]} (Ampere, 2020); take a newer GPU, or CUDA_VISIBLE_DEVICES= for "
+                        "the CPU")
+    return device, torch.bfloat16
 
 
 def one_thread_on_a_cpu():
@@ -224,7 +234,7 @@ def seconds_between(first, last):
 
 def moved(tensor, device):
     """A tensor of the CPU on a device. The process does not wait for a GPU: the copy is made from pinned memory."""
-    if device.type != "cuda":
+    if torch.device(device).type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

@@ -172,7 +172,11 @@ cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void
 
 // -------------------------------------------------------------------------------------------------------- the card
 static int sm(void) {return number("STUB_SM", 90);}
-cudaError_t cudaGetDeviceCount(int *n) {*n = number("STUB_GPUS", 1); return cudaSuccess;}
+cudaError_t cudaGetDeviceCount(int *n) {
+  const char *visible = getenv("CUDA_VISIBLE_DEVICES");
+  *n = visible && !*visible ? 0 : number("STUB_GPUS", 1);
+  return *n ? cudaSuccess : cudaErrorNoDevice;
+}
 cudaError_t cudaGetDevice(int *d) {*d = device; return cudaSuccess;}
 cudaError_t cudaSetDevice(int d) {device = d; return cudaSuccess;}
 cudaError_t cudaDriverGetVersion(int *v) {*v = CUDART_VERSION; return cudaSuccess;}
