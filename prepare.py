@@ -105,6 +105,7 @@ def job(a, model):
     at_once = a.batch if method.optimizer_steps == 1 else a.global_batch
     return plan.Job(
         model=model.name, transformer=configs.transformer, vae=configs.vae, text_tokens=configs.text_tokens,
+        text_parameters=configs.text_parameters,
         size=a.size, image_tokens=rows * columns, images=a.global_batch, batch=at_once, updates=a.steps,
         rollout_steps=calls.without_gradient, calls=calls.with_gradient, checkpointing=a.checkpointing,
         replicas=a.replicas, reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora, memory=a.memory)

@@ -36,6 +36,9 @@ def device_and_dtype(local_rank=0):
     torch would emulate, many times slower."""
     if not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # FSDP2 allocates on several streams, whose memory the allocator keeps apart. Segments that grow lose less by it.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device = torch.device("cuda", local_rank)
     found = torch.cuda.get_device_capability(device)
     if found < OLDEST:
@@ -236,7 +239,7 @@ def moved(tensor, device):
     """A tensor of the CPU on a device. The process does not wait for a GPU: the copy is made from pinned memory."""
     if torch.device(device).type != "cuda":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 @contextmanager
