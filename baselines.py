@@ -13,6 +13,7 @@ import torch
 
 import direct_align as da
 import srpo_reward as sr
+from engine.memory.parallel import moved
 from recipe import DANCE_OPTIMIZER_STEPS, DRAFT_EXTRA, transitions_kept
 
 STEP = "step"  # yielded in place of a loss: the optimizer steps now, and not at the end of the update alone
@@ -102,7 +103,7 @@ def draft_lv(a, net, reward, batch):
     x0 = None
     for _ in range(1 + DRAFT_EXTRA):
         if x0 is not None:
-            eps = batch.chance.normal(*x0.shape[1:]).to(x0.device)
+            eps = moved(batch.chance.normal(*x0.shape[1:]), x0.device)
             x = da.inject(x0, eps, s)
         x0_hat, v_theta = one_step(net, x, s, batch.c, a.guidance)
         if x0 is None:
@@ -165,7 +166,7 @@ def stochastic_rollout(a, net, batch):
         if s_next == 0:
             return x - s * v
         mean = sde_mean(x, v, s, s_next)
-        noise = batch.chance.normal(*x.shape[1:]).to(x.device)
+        noise = moved(batch.chance.normal(*x.shape[1:]), x.device)
         x_next = mean + ETA * (s - s_next) ** 0.5 * noise
         path.append(Transition(s, s_next, x, x_next, log_probability(x_next, mean, s, s_next)))
         return x_next
@@ -179,8 +180,8 @@ def chosen(path, numbers, rows):
     """The `Transition` of some images whose i-th is that of step numbers[i] of row rows[i]; numbers, rows [B]."""
     steps = [path[number] for number in numbers]
     pick = list(zip(steps, rows, strict=True))
-    s = torch.tensor([step.s for step in steps], device=path[0].x.device)
-    s_next = torch.tensor([step.s_next for step in steps], device=path[0].x.device)
+    s = moved(torch.tensor([step.s for step in steps]), path[0].x.device)
+    s_next = moved(torch.tensor([step.s_next for step in steps]), path[0].x.device)
     return Transition(s, s_next, torch.stack([step.x[row] for step, row in pick]),
                       torch.stack([step.x_next[row] for step, row in pick]),
                       torch.stack([step.logp[row] for step, row in pick]))
@@ -202,11 +203,12 @@ def dancegrpo(a, net, reward, batch):
     n = transitions_kept(a.rollout_steps)
     kept = batch.chance.some_each(len(path), n)  # [B, n]
     parts = torch.arange(len(r)).tensor_split(min(DANCE_OPTIMIZER_STEPS, len(r)))
-    for number, rows in enumerate(parts):
+    for number, part in enumerate(parts):
+        rows = slice(part[0].item(), part[-1].item() + 1)  # indices would be copied to the GPU for every tensor
         c = batch.c.rows(rows)
-        prompts = [batch.prompts[row] for row in rows]
+        prompts = batch.prompts[rows]
         for k in range(n):
-            was = chosen(path, kept[rows, k].tolist(), rows.tolist())
+            was = chosen(path, kept[rows, k].tolist(), part.tolist())
             v_theta = net.velocity(was.x, was.s, c, a.rollout_guidance)        # [B / 3, N, C]
             mean = sde_mean(was.x, v_theta, was.s, was.s_next)
             logp = log_probability(was.x_next, mean, was.s, was.s_next)        # [B / 3]

@@ -71,9 +71,9 @@ class Flux:
     scheduler: dict
     device: torch.device
     dtype: torch.dtype            # of the computation; the parameters may be float32 masters
-    seconds_in_rollout: float = 0.0  # counted by `rollout`, for the log
 
     def __post_init__(self):
+        self.rollouts = []  # (beginning, end) of every rollout, `parallel.mark`s, for the log
         if self.transformer is not None:
             self.exact_times = ExactTimes(self.transformer)
 
@@ -97,8 +97,10 @@ class Flux:
         is FLUX.1-dev's own; ignored by models without a guidance embedding). Returns [B, N, C] float32.
         """
         b = len(x_t)
-        sigma = torch.as_tensor(sigma, dtype=torch.float32, device=self.device).expand(b)
-        guidance = torch.as_tensor(guidance, dtype=torch.float32, device=self.device).expand(b)
+        if not torch.is_tensor(sigma):
+            sigma = torch.full((b,), sigma, device=self.device)
+        sigma = sigma.to(self.device, torch.float32).expand(b)
+        guidance = torch.full((b,), guidance, device=self.device)
         if not self.transformer.config.guidance_embeds:
             guidance = None
         self.exact_times.scales = [sigma] if guidance is None else [sigma, guidance]
@@ -117,12 +119,12 @@ class Flux:
         start [B, N, C] standard normal; sigmas [S + 1] from 1 to 0, or to where it is to stop. Returns x
         [B, N, C] float32. On many GPUs the parameters are gathered once, not at every step.
         """
-        began = parallel.clock(self.device)
+        began = parallel.mark(self.device)
         x = start.to(self.device)
         with parallel.gathered(self.transformer):
             for s, s_next in pairwise(sigmas.tolist()):
                 x = step(x, self.velocity(x, s, c, guidance), s, s_next)
-        self.seconds_in_rollout += parallel.clock(self.device) - began
+        self.rollouts.append((began, parallel.mark(self.device)))
         return x
 
     def decode(self, x, grid):
@@ -220,7 +222,7 @@ class Embeddings(NamedTuple):
 
     def condition(self, rows, grid, device):
         """The `Condition` of some rows, moved to the device."""
-        return Condition(self.txt[rows].to(device), self.pooled[rows].to(device), grid)
+        return Condition(parallel.moved(self.txt[rows], device), parallel.moved(self.pooled[rows], device), grid)
 
 
 def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, cache=OFF):

@@ -90,11 +90,13 @@ class Run:
         eps = chance.normal_shared(*shape) if a.noise == "fresh" else start
         middles = []
         for _ in range(a.injections):
-            middles.append(da.draw_middle(a.global_batch, a.cells, chance.generator)[chance.mine])
-        x0 = None if x0 is None else x0.to(device)
+            drawn = da.draw_middle(a.global_batch, a.cells, chance.generator)[chance.mine]
+            middles.append(parallel.moved(drawn, device))
+        x0 = None if x0 is None else parallel.moved(x0, device)
         C0, C1, C2 = self.reward.conditions(texts, *words_of(a, step))  # [B, D] each
-        return Batch(texts, self.embeddings.condition(rows, grid, device), x0, start.to(device), eps.to(device), C0, C1,
-                     C2, middles, chance, step)
+        start, eps = parallel.moved(start, device), parallel.moved(eps, device)
+        return Batch(texts, self.embeddings.condition(rows, grid, device), x0, start, eps, C0, C1, C2, middles, chance,
+                     step)
 
 
 def job(a, model):
@@ -106,6 +108,7 @@ def job(a, model):
     at_once = a.batch if method.optimizer_steps == 1 else a.global_batch
     return plan.Job(
         model=model.name, transformer=configs.transformer, vae=configs.vae, text_tokens=configs.text_tokens,
+        text_parameters=configs.text_parameters,
         size=a.size, image_tokens=rows * columns, images=a.global_batch, batch=at_once, updates=a.steps,
         rollout_steps=calls.without_gradient, calls=calls.with_gradient, checkpointing=a.checkpointing,
         replicas=a.replicas, reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora, memory=a.memory)

@@ -38,7 +38,7 @@ def relative_released(f, C1, C2, d):
     Differs from the paper: the weight of the wanted side is the late-timestep discount
     `direct_align.discount`, and that of the unwanted side stays 1. At d = 0 it is Eq. 10.
     """
-    weight = 1 + torch.as_tensor(d).to(f)    # [B], or one number
+    weight = 1 + (d.to(f) if torch.is_tensor(d) else f.new_full((), d))    # [B], or one number
     return preference(f, weight.view(-1, 1) * C1 - C2)
 
 

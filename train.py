@@ -49,12 +49,12 @@ def srpo(a, net, reward, batch):
     if x0 is None:
         sigmas = da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1]))
         x0 = net.rollout(batch.start, batch.c, sigmas, a.rollout_guidance)       # [B, N, C]
-    grid = da.training_grid(*a.sigma_range, a.cells)
+    grid = da.training_grid(*a.sigma_range, a.cells, x0.device)
     reach = da.reach_of(a.groundtruth_ratio, a.cells)
     n = a.injections * len(a.branches)
     for m in batch.middles:
         for branch in a.branches:
-            at = da.place(branch, m, grid, reach, a.meet).to(x0.device)
+            at = da.place(branch, m, grid, reach, a.meet)
             x_t = da.inject(x0, batch.eps, at.sigma)                             # Eq. 3
             v_theta = net.velocity(x_t, at.sigma, batch.c, a.guidance)           # the call with a gradient
             if a.recover == "velocity":
@@ -91,53 +91,62 @@ def update(a, run, step, batches=None, listener=None):
     Raises NotFinite and Stopped.
     """
     net = run.net
-    net.seconds_in_rollout = 0.0
-    began = parallel.clock(net.device)
+    net.rollouts = []
+    began = parallel.mark(net.device)
     numbers = []
-    trouble = None
+    looks = []  # nothing is read from the GPU before the step
     for batch in batches or run.batches(a, step):
         if listener is not None:
             listener.begin(batch)
         for loss, term in run.losses(a, net, run.reward, batch):
             if loss is STEP:
-                optimizer_step(a, run, step, trouble)
+                optimizer_step(a, run, step, looks)
+                looks = []
                 continue
-            trouble = trouble or finite.trouble_in(term)
+            looks.append(finite.look_at_term(term))
             if listener is not None:
                 listener.before(term)
             (loss / run.share.accumulate).backward()
             if listener is not None:
                 listener.after(loss, term)
             numbers.append(numbers_of(term))
-    computed = parallel.clock(net.device)
-    norm = optimizer_step(a, run, step, trouble)
-    seconds = parallel.clock(net.device) - began
-    rollout = net.seconds_in_rollout
-    return {"step": step, **run.world.mean(numbers), "grad_norm": norm, "seconds_rollout": round(rollout, 3),
-            "seconds_update": round(seconds - rollout, 3),
-            "seconds_optimizer": round(seconds - (computed - began), 3),
+    computed = parallel.mark(net.device)
+    norm = optimizer_step(a, run, step, looks)
+    done = parallel.mark(net.device)
+    seconds = parallel.seconds_between(began, done)
+    rollout = sum(parallel.seconds_between(*marks) for marks in net.rollouts)
+    return {"step": step, **run.world.mean(read_numbers(numbers)), "grad_norm": norm,
+            "seconds_rollout": round(rollout, 3), "seconds_update": round(seconds - rollout, 3),
+            "seconds_optimizer": round(parallel.seconds_between(computed, done), 3),
             "images_per_second": round(a.global_batch / seconds, 3)}
 
 
 def numbers_of(term):
-    """The numbers of a `Term` in the log; none for a term without a reward."""
+    """The numbers of a `Term` in the log, as tensors; none for a term without a reward."""
     if term.reward is None:
         return {}
-    return {f"reward_{term.branch}": term.reward.mean().item(), "sgp": term.sgp.mean().item()}
+    return {f"reward_{term.branch}": term.reward.detach().mean(), "sgp": term.sgp.mean()}
 
 
-def optimizer_step(a, run, step, trouble):
-    """Clip the gradient, check that it is finite, step. Returns the norm before clipping. Raises NotFinite."""
+def read_numbers(numbers):
+    """A list of {name: tensor} as one of {name: number}, read from the GPU at once."""
+    values = iter(tensors.read([tensor for each in numbers for tensor in each.values()]))
+    return [{name: next(values)[0] for name in each} for each in numbers]
+
+
+def optimizer_step(a, run, step, looks):
+    """Clip the gradient, check that it and what `finite` looked at are finite, step. Returns the norm before clipping.
+    Raises NotFinite."""
     parameters = layouts.trainable(run.net.transformer)
     norm = tensors.full(torch.nn.utils.clip_grad_norm_(parameters, a.clip))
+    norm = finite.stop_before_the_step(looks, norm, step, run)
     if norm == 0:
         run.world.say(f"step {step}: the gradient is 0: " + ("nothing is left to learn" if a.threshold is None
                       else f"every reward is above --threshold {a.threshold}; --threshold off"))
-    finite.stop_before_the_step(trouble, norm, step, run)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     finite.stop_after_the_step(parameters, step, run)
-    return norm.item()
+    return norm
 
 
 # --------------------------------------------------------------------------------------------------- the loop

@@ -49,7 +49,7 @@ class AestheticReward(base.Reward):
 
     def score(self, pixels):
         """A(x) / 10: prepared pixels [B, 3, size, size] -> [B]."""
-        feature = F.normalize(self.model(pixels).pooler_output, dim=-1)    # [B, D]
+        feature = F.normalize(self.model(pixels).pooler_output.float(), dim=-1)    # [B, D]; the head is float32
         return self.head(feature).squeeze(-1) / self.unit
 
     def features(self, pixels):

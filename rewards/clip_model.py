@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from engine.errors import UserError
 from engine.hub import fetched
+from engine.memory.parallel import moved
 from engine.model.configs import check_dtypes, check_folder, fitting, must_be_floats
 from rewards import base
 
@@ -40,7 +41,7 @@ class ClipReward(base.Reward):
 
     def encode_text(self, texts):
         """B texts -> C [B, D] float32 of norm 1. Texts are truncated to the encoder's length, usually 77 tokens."""
-        ids = self.tokenizer(texts).to(self.device)    # [B, 77]
+        ids = moved(self.tokenizer(texts), self.device)    # [B, 77]
         return F.normalize(self.model.encode_text(ids).float(), dim=-1)
 
     def does_not_know(self, text):

@@ -1,10 +1,11 @@
-"""Shared by the tests: one thread (tiny tensors are slower on two), and a flags object with the defaults."""
+"""Shared by the tests: one thread (tiny tensors are slower on two), no GPU, and a flags object with the defaults."""
 
 import os
 import signal
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the claims are about a CPU; CUDA is rehearsed in processes of its own
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

@@ -13,6 +13,7 @@ from engine.memory.plan import GIB, GIGA, MOST_PROCESSES, TERA, count, divide, i
 
 CONTEXT = 1.25 * GIB    # of a card, taken by CUDA itself and by the libraries' workspaces
 BUS = 25                # GB/s between host and card: what copies from pinned memory reach on PCIe 4.0 x16
+UNPINNED = 6            # the same for memory that is not pinned, with what is added there; a guess
 USUAL_RANK = 32         # the rank of a LoRA that a message recommends
 
 
@@ -36,10 +37,10 @@ class Machine(NamedTuple):
 
 def this_machine(world):
     """The `Machine` of one process of a `parallel.World`: its card, and its share of the host's memory."""
+    card = float("inf")
     if world.device.type == "cuda":
-        card = torch.cuda.get_device_properties(world.device).total_memory
-    else:
-        card = float("inf")
+        torch.cuda.synchronize(world.device)  # so that what CUDA itself takes is taken already
+        card = torch.cuda.mem_get_info(world.device)[0] + CONTEXT  # what other programs hold is not free
     host = host_bytes()
     return Machine(card, None if host is None else host / world.neighbours)
 
@@ -177,9 +178,10 @@ def settle_for(job, world_size, card):
 
 # -------------------------------------------------------------------------------------------------- the table
 def seconds(prediction, peak, share):
-    """Seconds of an update: computing and copying between host and card overlap, so the longer of both. peak: of the
-    card, TFLOP/s; share: of it that is reached, 0 to 1."""
-    return max(prediction.flop / TERA / (peak * share), prediction.bus / GIGA / BUS)
+    """Seconds of an update of one process: the sum of computing and copying, for FSDP2 copies a block on the stream on
+    which it computes. peak: of the card, TFLOP/s; share: of it that is reached, 0 to 1."""
+    copying = prediction.bus / BUS + prediction.unpinned / UNPINNED
+    return prediction.flop / TERA / (peak * share) + copying / GIGA
 
 
 def show_cards(job, share):
@@ -187,7 +189,7 @@ def show_cards(job, share):
     the card's peak that is reached, 0 to 1."""
     counts = count(job, torch.bfloat16)
     print(f"\nwhat fits one card, predicted (with {CONTEXT / GIB:.2f} GiB for CUDA itself; an update of "
-          f"{job.images} images at {share:.0%} of the card's peak,\nor at {BUS} GB/s over the bus if that is slower; "
+          f"{job.images} images at {share:.0%} of the card's peak,\nand {BUS} GB/s over the bus, {UNPINNED} from memory that is not pinned; "
           "without the optimizer's step on the host)")
     print(f"    {'card':20}{'flags':34}{'GiB':>8}{'host GiB':>10}{'an update':>11}{f'{job.updates} updates':>12}")
     for card in gpus.CARDS:

@@ -28,11 +28,24 @@ from engine.errors import UserError, printable
 from engine.model.tensors import fill, own_parameters
 
 
+OLDEST = (8, 0)  # the compute capability of Ampere, the first with bf16 in hardware
+
+
 def device_and_dtype(local_rank=0):
-    """(device, dtype to compute in): bf16 on a GPU, float32 on a CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank), torch.bfloat16
-    return torch.device("cpu"), torch.float32
+    """(device, dtype to compute in): bf16 on a GPU, float32 on a CPU. Raises UserError for a GPU without bf16, which
+    torch would emulate, many times slower."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu"), torch.float32
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # FSDP2 allocates on several streams, whose memory the allocator keeps apart. Segments that grow lose less by it.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    device = torch.device("cuda", local_rank)
+    found = torch.cuda.get_device_capability(device)
+    if found < OLDEST:
+        raise UserError(f"{torch.cuda.get_device_name(device)}: compute capability {found[0]}.{found[1]}, and bf16 "
+                        f"needs {OLDEST[0]}.{OLDEST[1]} (Ampere, 2020); take a newer GPU, or CUDA_VISIBLE_DEVICES= for "
+                        "the CPU")
+    return device, torch.bfloat16
 
 
 def one_thread_on_a_cpu():
@@ -205,11 +218,28 @@ def load_sharded(kind, source, device, dtype, world=None, layout=None):
     return network
 
 
-def clock(device):
-    """The time in seconds, after all work that was queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+def mark(device):
+    """A moment between two pieces of work that are queued on a device. The process does not wait for them."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(first, last):
+    """Seconds between two moments of `mark`. Waits until the device has reached the later one."""
+    if isinstance(first, float):
+        return last - first
+    last.synchronize()
+    return first.elapsed_time(last) / 1000
+
+
+def moved(tensor, device):
+    """A tensor of the CPU on a device. The process does not wait for a GPU: the copy is made from pinned memory."""
+    if torch.device(device).type != "cuda":
+        return tensor.to(device)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 @contextmanager

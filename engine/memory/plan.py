@@ -35,6 +35,7 @@ class Job:
     transformer: dict    # FluxTransformer2DModel's config
     vae: dict            # AutoencoderKL's config
     text_tokens: int     # of a prompt
+    text_parameters: int  # of the text encoders, which every process loads whole, before the transformer
     size: int            # side of a picture, pixels
     image_tokens: int    # of a picture
     images: int          # of an update, of all processes together: the global batch
@@ -106,11 +107,13 @@ class Prediction:
     reward: int
     received: float
     host: float             # in the host's memory, of this process
-    bus: float              # copied between the host and the GPU
+    bus: float              # copied between the host's pinned memory and the GPU
+    unpinned: float         # gradients that come to the host beside earlier ones: not pinned, and added there
+    peak_in_texts: float    # while the text encoders are loaded, before the transformer is
 
     @property
     def peak(self):
-        return max(self.peak_in_update, self.peak_in_rollout)
+        return max(self.peak_in_texts, self.peak_in_update, self.peak_in_rollout)
 
     @property
     def flop(self):
@@ -365,8 +368,10 @@ def divide(job, counts, world_size, compute_dtype):
     frozen = counts.lean_frozen if is_lean(job.memory) else counts.frozen
     # The rollout saves no activations, and the first one of an update finds no gradients. So the peak may be in the
     # update or in the rollout. The rollout counts for photographs too: the watched pictures are still sampled.
-    peak_in_update = (has.parameters + has.gradients + has.optimizer + activations + has.gathered
-                      + reward_path + frozen)
+    # Blocks are gathered before the picture is decoded, and again when its backward is done, so what they gather and
+    # what the decoder and the rewards save never live together.
+    peak_in_update = (has.parameters + has.gradients + has.optimizer + activations + max(has.gathered, reward_path)
+                      + frozen)
     peak_in_rollout = has.parameters + has.optimizer + has.gathered_in_rollout + frozen
     if accumulate > 1:
         peak_in_rollout += has.gradients
@@ -379,10 +384,13 @@ def divide(job, counts, world_size, compute_dtype):
     sharded = trained if job.memory == "bf16" else counts.parameters
     received = (shards - 1) / shards * (sharded * passes * compute_dtype.itemsize + trained * job.calls * 4)
     received += job.calls * 4 * trained / shards * 2 * (job.replicas - 1) / job.replicas
-    # With offloading, parameters are copied from the host as often, and the gradients are copied back.
-    bus = 0
+    # With offloading, parameters are copied from the host as often, and the gradients are copied back. FSDP2 copies the
+    # first ones of an update into pinned memory; the later ones into memory that is not, and adds them on the CPU.
+    bus = unpinned = 0
     if job.memory in ON_THE_HOST:
-        bus = has.copied * passes + job.calls * 4 * trained / shards
+        gradients = 4 * trained / shards
+        bus = accumulate * has.copied * passes + gradients
+        unpinned = (accumulate * job.calls - 1) * gradients
 
     images = batch * accumulate
     return Prediction(
@@ -394,7 +402,8 @@ def divide(job, counts, world_size, compute_dtype):
         # The networks are frozen, so the backward costs as much as the forward: it has no gradient of parameters.
         decode=images * job.calls * (3 if is_lean(job.memory) else 2) * counts.decode,
         reward=images * job.calls * 2 * counts.reward,
-        received=accumulate * received, host=has.host, bus=accumulate * bus)
+        received=accumulate * received, host=has.host, bus=bus, unpinned=unpinned,
+        peak_in_texts=compute_dtype.itemsize * job.text_parameters)
 
 
 # ----------------------------------------------------------------------------------- what the scripts ask for
@@ -442,7 +451,8 @@ def show(job, world_size, card, share):
     plan = predict(job, world_size, torch.bfloat16)
     memory = {"parameters": plan.parameters, "gradients": plan.gradients, "optimizer": plan.optimizer,
               "activations": plan.activations, "gathered": plan.gathered, "reward path": plan.reward_path,
-              "frozen": plan.frozen, "peak in the update": plan.peak_in_update,
+              "frozen": plan.frozen, "text encoders": plan.peak_in_texts,
+              "peak in the update": plan.peak_in_update,
               "peak in the rollout": plan.peak_in_rollout}
     work = {"rollout": plan.rollout, "update": plan.update, "decode": plan.decode, "reward": plan.reward}
     seconds = plan.flop / TERA / (gpus.PEAK[card] * share)

@@ -52,11 +52,13 @@ OF_SCHEDULER = {"use_dynamic_shifting": con.FLAG, "shift": con.POSITIVE, "shift_
                 "use_beta_sigmas": con.one_of(False), "stochastic_sampling": con.one_of(False)}
 
 class Configs(NamedTuple):
-    """A model's configs, read before any weights. text_tokens: the most tokens of a prompt."""
+    """A model's configs, read before any weights. text_tokens: the most tokens of a prompt. text_parameters: of both
+    text encoders, but for norms and biases."""
     transformer: dict
     vae: dict
     scheduler: dict
     text_tokens: int
+    text_parameters: int
 
     @property
     def few_steps(self):
@@ -77,9 +79,10 @@ FLUX_TRANSFORMER = {"_class_name": "FluxTransformer2DModel", "in_channels": 64, 
                     "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True}
 DYNAMIC_SHIFT = {"use_dynamic_shifting": True, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
                  "max_image_seq_len": 4096, "shift": 3.0}
-FLUX_DEV = Configs(FLUX_TRANSFORMER, FLUX_VAE, DYNAMIC_SHIFT, MOST_TOKENS)
+FLUX_TEXTS = 4_885_000_000  # T5 v1.1 XXL's encoder and CLIP ViT-L/14's text tower
+FLUX_DEV = Configs(FLUX_TRANSFORMER, FLUX_VAE, DYNAMIC_SHIFT, MOST_TOKENS, FLUX_TEXTS)
 FLUX_SCHNELL = Configs(FLUX_TRANSFORMER | {"guidance_embeds": False}, FLUX_VAE,
-                       {"use_dynamic_shifting": False, "shift": 1.0}, SCHNELL_TOKENS)
+                       {"use_dynamic_shifting": False, "shift": 1.0}, SCHNELL_TOKENS, FLUX_TEXTS)
 KNOWN = {"black-forest-labs/FLUX.1-dev": FLUX_DEV,
          "black-forest-labs/FLUX.1-Krea-dev": FLUX_DEV,
          "black-forest-labs/FLUX.1-schnell": FLUX_SCHNELL}
@@ -235,10 +238,22 @@ def read_configs(folder, whose):
     if transformer.get("out_channels") is not None:
         must_fit(file, transformer, "out_channels", latents, "what the VAE's latents need")
     check_vocabulary(folder / "tokenizer", clip["max_position_embeddings"], read)
-    found = Configs(transformer, vae, scheduler, check_vocabulary(folder / "tokenizer_2", MOST_TOKENS, read))
+    found = Configs(transformer, vae, scheduler, check_vocabulary(folder / "tokenizer_2", MOST_TOKENS, read),
+                    text_parameters(clip, t5))
     if found.few_steps:
         found = found._replace(text_tokens=min(found.text_tokens, SCHNELL_TOKENS))
     return found
+
+
+def text_parameters(clip, t5):
+    """The parameters of CLIP's and T5's text encoders, from their configs, but for norms and biases."""
+    width = clip["hidden_size"]
+    layer = 4 * width**2 + 2 * width * clip["intermediate_size"]
+    of_clip = (clip["vocab_size"] + clip["max_position_embeddings"]) * width + clip["num_hidden_layers"] * layer
+    width = t5["d_model"]
+    gated = t5["feed_forward_proj"].startswith("gated")
+    layer = 4 * width * t5["d_kv"] * t5["num_heads"] + (2 + gated) * width * t5["d_ff"]
+    return of_clip + t5["vocab_size"] * width + t5["num_layers"] * layer
 
 
 def check_transformer(folder, read=None):

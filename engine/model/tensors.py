@@ -1,5 +1,8 @@
 """Functions of a tensor that may be sharded: its local part, its rows, the full tensor, whether it is finite."""
 
+import math
+from itertools import islice
+
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
@@ -47,11 +50,31 @@ def full(tensor):
 
 
 def are_finite(tensors):
-    """Whether every number in this process's part of a list of tensors is finite."""
+    """Whether every number in this process's part of a list of tensors is finite. A GPU is waited for once."""
+    largest = [norm for some in alike(tensors) for norm in torch._foreach_norm(some, float("inf"))]
+    return all(math.isfinite(number) for norm in read(largest) for number in norm)
+
+
+def alike(tensors):
+    """Yields this process's parts of a list of tensors in lists of one dtype and device, without empty ones. Whole
+    numbers are left out, since all are finite; float8 comes as bf16, one tensor at a time, for torch computes no
+    more with it than to cast it."""
+    groups = {}
     for tensor in tensors:
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        local = local_part(tensor.detach())
+        if local.numel() == 0 or not local.is_floating_point():
+            continue
         if local.dtype.itemsize == 1:
-            local = local.to(torch.bfloat16)  # torch has no isfinite for float8
-        if not local.detach().isfinite().all():
-            return False
-    return True
+            yield [local.to(torch.bfloat16)]
+        else:
+            groups.setdefault((local.dtype, local.device), []).append(local)
+    yield from groups.values()
+
+
+def read(tensors):
+    """The numbers of small tensors, a list for each. A GPU is waited for once, however many tensors there are."""
+    groups = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.device, []).append(tensor.detach().flatten().double())
+    numbers = {device: iter(torch.cat(group).tolist()) for device, group in groups.items()}
+    return [list(islice(numbers[tensor.device], tensor.numel())) for tensor in tensors]
