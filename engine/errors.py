@@ -168,7 +168,7 @@ def status_of(script, error, rank):
         if rank == 0:
             say_last(f"\n{script}: {printable(text)}", sys.stdout)
         # torchrun would answer a status other than 0 with a traceback
-        return 0 if are_many() or "TORCHELASTIC_RUN_ID" in os.environ else 128 + error.number
+        return 0 if "RANK" in os.environ else 128 + error.number
     if isinstance(error, KeyboardInterrupt):
         say_last(f"\n{script}: interrupted", sys.stderr)
         return 128 + signal.SIGINT

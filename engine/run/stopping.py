@@ -19,7 +19,7 @@ def until_loaded(script):
     def ask(number, frame):
         if os.environ.get("RANK", "0") == "0":
             say_last(f"\n{script}: stopped before the start: there is nothing to save", sys.stdout)
-        os._exit(0 if "TORCHELASTIC_RUN_ID" in os.environ else 128 + number)
+        os._exit(0 if "RANK" in os.environ else 128 + number)
 
     for number in ASKS:
         if signal.getsignal(number) is not signal.SIG_IGN:
