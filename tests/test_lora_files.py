@@ -429,6 +429,8 @@ REFUSED = {
     "is not known": plus("transformer.something.weight"),
     "holds torch.int64, which are no weights": plus("transformer.x_embedder.lora_A.weight", torch.ones(2, 2).long()),
     "holds torch.bool, which are no weights": plus("transformer.x_embedder.lora_A.weight", torch.ones(2, 2).bool()),
+    "has no alpha, and the other layers have several": lambda base: (
+        in_diffusers(matrices(base, LAYERS)) | alphas([Q, OUT], (8, 2)), None),
     "not finite": lambda base: (in_diffusers({Q: (torch.full((2, D), torch.nan), torch.ones(D, 2))}), None),
     "cannot be read": lambda base: (a_plain(base)[0], {"lora_adapter_metadata": "{"}),
     "cannot be read as a LoRA": lambda base: (a_plain(base)[0], noted(r=8, lora_alpha=8, target_modules=LAYERS)),

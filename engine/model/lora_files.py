@@ -200,6 +200,10 @@ def by_layer(path, tensors, network, config):
                 state[f"{PREFIX}{layer}.lora_B.bias"] = bias
     if alphas:
         alphas |= ranks
+        without = {layer_of(name) for name in state if f"{PREFIX}{layer_of(name)}.alpha" not in alphas}
+        if without and len(set(alphas.values())) > 1:  # diffusers takes that of some other layer
+            raise UserError(f"{path}: {sorted(without)[0]} has no alpha, and the other layers have several; write its "
+                            "alpha into the file: its rank, if it was trained without one")
     return state, alphas
 
 

@@ -44,7 +44,7 @@ def place_of(weights):
             return single[0]
     if single_file.is_single_file(path):
         return path
-    raise UserError(f"--weights {weights}: no transformer there: {found_in(path)}; give {WHAT}")
+    raise UserError(f"--weights {str(weights)[:80]!r}: no transformer there: {found_in(path)}; give {WHAT}")
 
 
 def has_transformer(folder):
