@@ -189,7 +189,7 @@ def show_cards(job, share):
     the card's peak that is reached, 0 to 1."""
     counts = count(job, torch.bfloat16)
     print(f"\nwhat fits one card, predicted (with {CONTEXT / GIB:.2f} GiB for CUDA itself; an update of "
-          f"{job.images} images at {share:.0%} of the card's peak,\nand {BUS} GB/s over the bus, {UNPINNED} from memory that is not pinned; "
+          f"{job.images} images at {share:.0%} of the card's peak,\nand {BUS} GB/s over the bus, {UNPINNED} unpinned; "
           "without the optimizer's step on the host)")
     print(f"    {'card':20}{'flags':34}{'GiB':>8}{'host GiB':>10}{'an update':>11}{f'{job.updates} updates':>12}")
     for card in gpus.CARDS:

@@ -27,7 +27,6 @@ from tqdm import tqdm
 from engine.errors import UserError, printable
 from engine.model.tensors import fill, own_parameters
 
-
 OLDEST = (8, 0)  # the compute capability of Ampere, the first with bf16 in hardware
 
 
@@ -37,7 +36,7 @@ def device_and_dtype(local_rank=0):
     if not torch.cuda.is_available():
         return torch.device("cpu"), torch.float32
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        # FSDP2 allocates on several streams, whose memory the allocator keeps apart. Segments that grow lose less by it.
+        # FSDP2 allocates on several streams, whose memory is kept apart. Segments that grow lose less by it.
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device = torch.device("cuda", local_rank)
     found = torch.cuda.get_device_capability(device)

@@ -16,7 +16,8 @@ HERE = Path(__file__).resolve().parent
 WANTING = ("libtorch_cuda.so", "libc10_cuda.so", "libtorch_python.so", "libtorch_cpu.so", "libtorch_nvshmem.so")
 KINDS = ("cuda", "__cuda", "cublas", "cudnn", "cusparse", "cufft", "nccl")
 # torch compares the versions of cuDNN that it was built with and that is there. So these stay cuDNN's own.
-REAL = {"cudnnGetVersion", "cudnnGetErrorString", "cudnnGetLastErrorString", "cudnnGetCudartVersion", "cudnnGetProperty"}
+REAL = {"cudnnGetVersion", "cudnnGetErrorString", "cudnnGetLastErrorString", "cudnnGetCudartVersion",
+        "cudnnGetProperty"}
 # Of the driver, what Triton links to beside what torch does.
 TRITON = {"cuInit", "cuCtxSetLimit", "cuOccupancyMaxActiveClusters", "cuTensorMapEncodeIm2col"}
 
