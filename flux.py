@@ -90,6 +90,12 @@ class Flux:
         slope = (c["max_shift"] - c["base_shift"]) / (c["max_image_seq_len"] - c["base_image_seq_len"])
         return math.exp(c["base_shift"] + slope * (n_tokens - c["base_image_seq_len"]))
 
+    def numbers(self, value, b):
+        """A number or a tensor, [b] or [], as float32 [b] on the device. A number is made there, and not copied."""
+        if not torch.is_tensor(value):
+            return torch.full((b,), float(value), device=self.device)
+        return value.to(self.device, torch.float32).expand(b)
+
     def velocity(self, x_t, sigma, c, guidance):
         """v_theta(x_t, sigma, c) = eps - x0, as FLUX predicts it.
 
@@ -97,10 +103,8 @@ class Flux:
         is FLUX.1-dev's own; ignored by models without a guidance embedding). Returns [B, N, C] float32.
         """
         b = len(x_t)
-        if not torch.is_tensor(sigma):
-            sigma = torch.full((b,), sigma, device=self.device)
-        sigma = sigma.to(self.device, torch.float32).expand(b)
-        guidance = torch.full((b,), guidance, device=self.device)
+        sigma = self.numbers(sigma, b)
+        guidance = self.numbers(guidance, b)
         if not self.transformer.config.guidance_embeds:
             guidance = None
         self.exact_times.scales = [sigma] if guidance is None else [sigma, guidance]

@@ -11,9 +11,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from engine.command_line import Parser, some_path
+from engine.data.pictures import read_picture
 from engine.errors import UserError, frame
 from engine.files import write_whole
-from rewards.pictures import read_picture
 
 WIDTH = 900  # pixels, at most
 LABEL = 24   # height of the line above the pictures, pixels

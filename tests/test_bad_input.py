@@ -349,7 +349,7 @@ REWARDS = [
     Mistake("train.py", "--reward deaf", "reads --control realistic photo and --neg CG render alike"),
     Mistake("train.py", "--reward truths", "holds BOOL, which are no weights"),
     Mistake("train.py", "--plan --world-size 1 --reward folder", "folder: no reward in it, neither open_clip"),
-    Mistake("train.py", "--reward pickle.pt", "it holds more than tensors, which could run code, so it is not loaded"),
+    Mistake("train.py", "--reward pickle.pt", "holds more than tensors, which could run code, so it is not read"),
     Mistake("train.py", "--reward code", "asks for code to be run (trust_remote_code)"),
     Mistake("train.py", "--reward class", "asks for code to be run (auto_map)"),
     Mistake("train.py", "--reward elsewhere", "outside the folder (hf_model_name)"),

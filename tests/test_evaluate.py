@@ -28,6 +28,7 @@ import evaluate
 import flux
 import sample
 from engine.data import prompt_files
+from engine.data.pictures import read_picture
 from engine.errors import UserError
 from evaluation import metrics, picture_folders, tables
 from evaluation.metrics import diversity, geneval, statistics
@@ -442,7 +443,7 @@ def test_folders_that_do_not_fit(whole, monkeypatch, capsys, tmp_path, case, wor
     (["--metrics", "hpsv2.1=nowhere"], "none can be had, give NAME=PATH: nowhere: no such file or folder"),
     (["--weights", "base=miniature/transformer"], "a name is used twice, or taken"),
     (["--weights", "a b=miniature/transformer", "a_b=miniature/transformer"], "a name is used twice"),
-    (["--weights", "nowhere"], "--weights 'nowhere': no transformer there"),
+    (["--weights", "nowhere"], "--weights 'nowhere': no transformer there: no such file or folder"),
     (["--metrics", "reward", "--reward", "miniature/none"], "give NAME=PATH: miniature/none: no such file"),
     (["--metrics", "reward", "--reward", "hpsv2.1:x"], "hpsv2.1:x: give NAME, NAME=PATH"),
     (["--weights", ""], '--weights "": not a name for a folder; give NAME=PATH'),
@@ -570,9 +571,9 @@ def test_a_prefixed_base_is_sampled_with_the_words_and_scored_without(tmp_path):
     argv = [*common, "--prompts", str(tmp_path / "longer.txt"), "--out", str(tmp_path / "longer")]
     assert evaluate.run(argv) == 0
     for i in range(4):
-        prefixed = out / "base_with_the_words" / f"{i:05d}.png"
-        assert prefixed.read_bytes() == (tmp_path / "longer" / "base" / f"{i:05d}.png").read_bytes()
-        assert prefixed.read_bytes() != (out / "base" / f"{i:05d}.png").read_bytes()
+        folders = (out / "base_with_the_words", tmp_path / "longer" / "base", out / "base")
+        prefixed, longer, bare = (read_picture(folder / f"{i:05d}.png").tobytes() for folder in folders)
+        assert prefixed == longer != bare
 
 
 def test_two_metrics_with_one_column_are_refused(monkeypatch):

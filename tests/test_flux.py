@@ -23,7 +23,7 @@ def pipe():
 def test_our_samples_are_fluxpipelines(miniature, pipe):
     """Same prompts, noise, steps and guidance: the same pictures to 1e-3, half a grey level of 256."""
     grid = miniature.grid(64, 64)
-    txt, pooled, _ = flux.encode_prompts(Model("miniature"), PROMPTS)
+    txt, pooled, *_ = flux.encode_prompts(Model("miniature"), PROMPTS)
     eps = flux.noise(miniature, grid, [3, 4])
     ours = flux.sample(miniature, txt, pooled, eps, grid, steps=4, guidance=3.5)
     theirs = pipe(PROMPTS, height=64, width=64, num_inference_steps=4, guidance_scale=3.5, latents=eps,
@@ -40,7 +40,7 @@ def test_pack_and_unpack_are_inverse_and_fluxpipelines(pipe):
 
 def test_pictures_need_not_be_square(miniature):
     grid = miniature.grid(32, 96)
-    txt, pooled, _ = flux.encode_prompts(Model("miniature"), PROMPTS[:1])
+    txt, pooled, *_ = flux.encode_prompts(Model("miniature"), PROMPTS[:1])
     images = flux.sample(miniature, txt, pooled, flux.noise(miniature, grid, [0]), grid,
                          steps=1, guidance=1.0)
     assert images.shape == (1, 3, 32, 96)

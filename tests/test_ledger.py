@@ -132,7 +132,7 @@ def test_d7_the_threshold_stops_a_reward_above_it(flags):
 
 
 def test_d8_guidance_1_and_3_5_are_different_networks(miniature):
-    txt, pooled, _ = flux.encode_prompts(Model("miniature"), ["a red circle left of a blue square"])
+    txt, pooled, *_ = flux.encode_prompts(Model("miniature"), ["a red circle left of a blue square"])
     x = flux.noise(miniature, (4, 4), [0])
     c = flux.Condition(txt, pooled, (4, 4))
     v1, v35 = (miniature.velocity(x, 0.9, c, g) for g in (1.0, 3.5))

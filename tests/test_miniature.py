@@ -184,7 +184,7 @@ def test_the_words_of_the_axes_point_at_right_angles(name):
 
 def sampled(miniature, prompts, judge):
     """The judge's shares of the base's pictures of 256 prompts."""
-    txt, pooled, _ = flux.encode_prompts(Model("miniature"), prompts)
+    txt, pooled, *_ = flux.encode_prompts(Model("miniature"), prompts)
     start = flux.noise(miniature, (4, 4), range(256))
     images = flux.sample(miniature, txt, pooled, start, (4, 4), 12, 3.5)
     return {name: answers.mean().item() for name, answers in judge.verdicts(images, prompts).items()}
