@@ -13,7 +13,8 @@ from rehearsal import build
 from scripts import places
 
 WHY = build.missing()
-pytestmark = pytest.mark.skipif(WHY is not None, reason=f"no rehearsal of CUDA: {WHY}")
+# Slow: the whole file takes more than the two minutes that the usual tests can spare.
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(WHY is not None, reason=f"no rehearsal of CUDA: {WHY}")]
 
 SHORT = "--model miniature --rollout-steps 2 --eval-steps 1 --watch 1 --eval 0 --global-batch 2 --steps 2 --cache off"
 SAMPLED = "--model miniature --eval-steps 1"
