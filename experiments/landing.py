@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engine.data import prompt_files
 from engine.errors import frame
-from experiments import margin, offline, pages, runs
+from experiments import offline, pages, runs
 from experiments.runs import Setting
 
 REFERENCES = 256  # photographs
@@ -25,8 +25,7 @@ BEYOND = 52  # updates of the runs that do not land: twice the recipe's
 AIM = {"realism": 0.9, "alignment": -0.03, "broken": 0.01, "above": 1.5}
 COLUMNS = {"updates": ("updates", ".1f"), "realism": ("realism", ".1%"), "realism_2": ("realism, second judge", ".1%"),
            "alignment": ("alignment", ".1%"), "broken": ("broken", ".1%"), "frechet": ("Frechet", ".1f"),
-           "above": ("above the best look", ".1f"), "warned": ("runs with a drift warning", ".0f"),
-           "kept_at": ("weights_best of update", ".1f"), "sgp": ("SGP", "+.3f"), "redness": ("redness", "+.3f")}
+           "above": ("above the best look", ".1f"), "sgp": ("SGP", "+.3f"), "redness": ("redness", "+.3f")}
 
 
 def settings(folder):
@@ -48,10 +47,7 @@ def ends(log):
     """{column: number} of where a run ended, from its log."""
     distances = [line["watch"]["frechet"] for line in log if "watch" in line]
     known = [distance for distance in distances if distance is not None]
-    calm = [look for look in margin.looks_of(log) if not look["hacking"]]
-    kept = max(calm, key=lambda look: look["watch"]["sgp"], default=None)  # train.py's weights_best
-    return {"updates": log[-1]["step"], "above": known[-1] - min(known) if known else None,
-            "kept_at": kept and kept["step"]}
+    return {"updates": log[-1]["step"], "above": known[-1] - min(known) if known else None}
 
 
 def reaches(row, base):
@@ -73,8 +69,7 @@ def main(argv=None):
         found = runs.measured(own, [*landing, *beyond], "landing", looks=looks)
         for setting in (*landing, *beyond):
             logs = [runs.log_of(runs.trained(own, setting.flags, seed, looks)) for seed in setting.seeds(own)]
-            warned = sum(runs.first_warning(log) is not None for log in logs)
-            found[setting.name] |= pages.over_seeds([ends(log) for log in logs]) | {"warned": pages.spread([warned])}
+            found[setting.name] |= pages.over_seeds([ends(log) for log in logs])
         there = [setting.name for setting in landing if reaches(found[setting.name], found["base"])]
         missed = [setting.name for setting in landing if setting.name not in there]
         broken = max(found[setting.name]["broken"].mean for setting in landing)
