@@ -81,11 +81,12 @@ class Scored(NamedTuple):
 def scored(lines, overall):
     """{row: `Scored`} from evaluate.py's pictures.jsonl and the `overall` means {row: {column: number}} of its
     results.json."""
-    found = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    found = {row: {} for row in overall}
     for line in lines:
         for column, value in line.items():
             if column not in ("row", "picture", "prompt", "category") and value is not None:
-                found[line["row"]][column][line["prompt"]].append(value)
+                of_column = found[line["row"]].setdefault(column, {})
+                of_column.setdefault(line["prompt"], []).append(value)
     return {row: Scored(found[row], {column: value for column, value in values.items() if column not in found[row]})
             for row, values in overall.items()}
 

@@ -64,5 +64,6 @@ def load(folder, device):
     return PickReward(model.to(device), tokenizer)
 
 
-# For --plan: PickScore's network is CLIP ViT-H/14, and open_clip's version of it costs the same.
-image_network = clip_model.image_network
+def image_network(where=None):
+    """The `ImageNetwork` of CLIP ViT-H/14, which PickScore's network is. open_clip's version of it costs the same."""
+    return clip_model.image_network()

@@ -129,6 +129,12 @@ def test_any_picture_gets_a_finite_score_from_every_reward(mode, size, tmp_path,
 
 
 # ------------------------------------------------------------------------------------------- the rewards
+def test_pickscore_is_planned_by_its_folder(pickscore):
+    """A GPU's plan asks for it before training; the folder is transformers', not open_clip's."""
+    network, = rewards.image_networks(f"pickscore={pickscore}")
+    assert network.times == 1
+
+
 def test_pickscore_is_its_authors_metric(pickscore):
     """exp(logit_scale) cos of transformers' CLIPModel, processor as published; a twentieth of it in training;
     a prompt longer than the encoder is cut."""
