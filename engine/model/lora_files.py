@@ -169,7 +169,9 @@ def by_layer(path, tensors, network, config):
             raise UserError(f"{path}: {name} is not known; a LoRA has LAYER.lora_A.weight and LAYER.lora_B.weight, or "
                             "LAYER.lora_down.weight and LAYER.lora_up.weight")
         layers.setdefault(flat(layer), {"name": layer})[side] = tensor
-    state, alphas, ranks = {}, {}, {}
+    state = {}
+    alphas = {}
+    ranks = {}
     for key, of in layers.items():
         A = of.get("A", of.get("down"))
         B = of.get("B", of.get("up"))
