@@ -1,9 +1,8 @@
 """Table 1 of the paper on the miniature: SRPO, its parts and the baselines, after equal updates and over FLOP.
 
     python -m experiments.table1                 five seeds, ten of SRPO
-    python -m experiments.table1 --seeds 1       about eight minutes on one core
 
-The baselines have their authors' settings (recipe.METHODS), at the learning rate of all rows. form_by_method chooses
+The baselines have the settings of recipe.METHODS, at the learning rate of all rows. form_by_method chooses
 their learning rates. experiments/unbiased.py calls this file with a reward that has no built-in bias.
 """
 
