@@ -293,8 +293,8 @@ def dancegrpo_group(a):
     return a.group
 
 
-# What the baselines' authors do: the reward of the bare prompt, no threshold, a noise for each image, and guidance 3.5
-# in the rollout (DanceGRPO's for FLUX).
+# The reward of the bare prompt, a noise for each image, and guidance 3.5 in the rollout (DanceGRPO's for FLUX). No
+# threshold: the paper gives none for its baselines.
 BASELINE = {"form": "plain", "threshold": None, "rollout_guidance": 3.5, "noise": "independent"}
 METHODS = {
     "srpo": Method("train.srpo", "the paper's", srpo_calls, takes_photographs=True),
