@@ -67,12 +67,12 @@ def main(argv=None):
         result = ("5 % are broken at update " + ", ".join(
             f"{shown(rows[name]['broken_5'], '.1f')} ({name})"
             for name in ("all of it", "without early steps", "without lambda", "without inversion")) + ".")
-        told = (f"{runs.shown_to(own)} watched pictures over 52 updates at twice the recipe's learning rate, "
+        told = (f"{runs.n_watched(own)} watched pictures over 52 updates at twice the recipe's learning rate, "
                 f"{own.seeds} seeds. Each number is of the runs that get there; - means that no run does. "
                 f"{pages.ERROR_OF_SEEDS} Equal SGP is a gap of {SGP}. The first row is the paper's own: Eq. 10 over "
                 "the whole trajectory, lambda(t), both branches. Every other row changes the one thing that it names.")
         figure = pages.curve_figure(curves, ("realism", "broken", "redness"),
-                                    f"{runs.shown_to(own)} watched pictures every 2 updates, seed 0")
+                                    f"{runs.n_watched(own)} watched pictures every 2 updates, seed 0")
         claim = "Without early steps or lambda(t) it hacks; without inversion it is slightly less real (Fig. 9 d)."
         page = pages.Page("Ablation (Fig. 9 d)", claim, result, told, [(rows, COLUMNS)])
         pages.write(own, "ablation", page, figure)

@@ -54,7 +54,7 @@ def main(argv=None):
         found = runs.measured(own, recipes, "fast")
         rollouts = runs.measured(one_seed, steps, "rollout_steps")
         broken, logs = limits(own)
-        pictures = runs.shown_to(own, margin.PICTURES)
+        pictures = runs.n_watched(own, margin.PICTURES)
         figure = pages.curve_figure(logs, ("realism", "alignment", "broken"),
                                     f"{pictures} pictures every {margin.EVERY} updates, seed 0")
         ours, theirs = found["fast"], found["released"]

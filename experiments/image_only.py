@@ -74,13 +74,13 @@ def main(argv=None):
             f"and {shown(alone['frechet_at'], '.1f')}. It is reached at update {shown(ours['at_update'], '.1f')} and "
             f"{shown(alone['at_update'], '.1f')}. After 52 updates {shown(ours['broken'], '.1%')} and "
             f"{shown(alone['broken'], '.1%')} are broken: in equal updates it hacks less, as the reward rises less.")
-        told = (f"{runs.shown_to(own)} watched pictures, {own.seeds} seeds. {pages.ERROR_OF_SEEDS} Equally far is a "
+        told = (f"{runs.n_watched(own)} watched pictures, {own.seeds} seeds. {pages.ERROR_OF_SEEDS} Equally far is a "
                 f"reward of {height:.3f}. The noise has a standard deviation of {NOISE:g}.")
         claim = "A reward that reads no text hacks less if it is relative to its own noised picture (S1)."
         page = pages.Page("A reward that reads no text (S1)", claim, result, told, [(rows, COLUMNS)])
         figure = pages.curve_figure({name: of_row[0] for name, of_row in logs.items()},
                                     ("saturation", "alignment", "broken", "frechet"),
-                                    f"{runs.shown_to(own)} watched pictures every 2 updates, seed 0")
+                                    f"{runs.n_watched(own)} watched pictures every 2 updates, seed 0")
         pages.write(own, "image_only", page, figure)
 
 

@@ -66,7 +66,7 @@ def main(argv=None):
         result = (f"With the relative reward, at equal gap, {shown(early, '.1%')} (early) and {shown(late, '.1%')} "
                   f"(late) are broken. With the plain reward, at equal reward, redness is {shown(red, '+.3f')} "
                   f"(early) and {shown(not_red, '+.3f')} (late).")
-        told = (f"{runs.shown_to(own)} watched pictures, {own.seeds} seeds. {pages.ERROR_OF_SEEDS} The rows are "
+        told = (f"{runs.n_watched(own)} watched pictures, {own.seeds} seeds. {pages.ERROR_OF_SEEDS} The rows are "
                 f"compared at the update when the plain reward has risen to {CLIMBS['plain'].height}, or the SGP gap "
                 f"to {CLIMBS['relative'].height}; - means that no run gets there. In sigma, {in_words}. 26 updates at "
                 "twice the recipe's learning rate.")

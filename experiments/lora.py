@@ -35,7 +35,7 @@ def main(argv=None):
         result = pages.verdict(ours.mean >= theirs.mean - 0.02,
                                f"realism {shown(ours, '.1%')}, with full weights {shown(theirs, '.1%')}.")
         told = (f"Rank 16, beside all linear layers of the blocks. The first table has the rates, for "
-                f"{runs.shown_to(own, margin.PICTURES)} selection prompts and {own.seeds} seeds. The second has the "
+                f"{runs.n_watched(own, margin.PICTURES)} selection prompts and {own.seeds} seeds. The second has the "
                 f"chosen rate. {pages.counted(found)} {pages.ERROR}")
         claim = "A LoRA trains as well as full weights (ours; the paper trains full weights)."
         page = pages.Page("A LoRA", claim, result, told, [(rates, COLUMNS), (found, COLUMNS)])

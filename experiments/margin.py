@@ -84,7 +84,7 @@ def main(argv=None):
         result = f"None of these learning rates reaches a realism of {GOAL:.0%} safely."
         if rate is not None:
             result = f"The rule chooses `--lr {rate:g} --steps {arrival(first[rate])['step']}` (seed 0)."
-        pictures = runs.shown_to(own, PICTURES)
+        pictures = runs.n_watched(own, PICTURES)
         told = (f"Pictures of {pictures} selection prompts, {own.seeds} seeds, with a look every {EVERY} updates: at "
                 f"the first look at which {GOAL:.0%} are photos, and when they break. {pages.ERROR_OF_SEEDS}")
         figure = pages.curve_figure({f"lr {rate:g}": log for rate, log in first.items()},

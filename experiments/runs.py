@@ -84,14 +84,14 @@ WATCHED = 48  # pictures of the selection prompts
 SELECTION = 104  # all of the selection prompts
 
 
-def shown_to(own, pictures=WATCHED):
+def n_watched(own, pictures=WATCHED):
     """How many pictures are watched: as many, and not more than --pictures."""
     return min(pictures, own.pictures)
 
 
 def watching(own, pictures=WATCHED, every=2):
     """Flags of train.py for runs whose watched pictures are used: how many, and every how many updates."""
-    return f"--watch {shown_to(own, pictures)} --watch-every {every}"
+    return f"--watch {n_watched(own, pictures)} --watch-every {every}"
 
 
 def trained(own, flags, seed, looks=SELDOM):

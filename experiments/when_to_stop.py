@@ -82,12 +82,12 @@ def main(argv=None):
                   f"and 5 % are broken at {shown(usual['broken_5'], '.0f')}. The drift warning came before that in "
                   f"{shown(usual['in_time'], '.0f')} of {shown(usual['broke'], '.0f')} runs that broke.")
         statistics = "\n".join(f"- {name}: {', '.join(which)}" for name, which in first.items())
-        told = (f"{STEPS} updates, {own.seeds} seeds, {runs.shown_to(own)} watched pictures every {EVERY} updates. "
+        told = (f"{STEPS} updates, {own.seeds} seeds, {runs.n_watched(own)} watched pictures every {EVERY} updates. "
                 f"Each number is of the runs that get there. {pages.ERROR_OF_SEEDS} train.py keeps weights_best: the "
                 "weights with the highest SGP gap of all looks without a drift warning. The statistic that warned "
                 f"first:\n\n{statistics}")
         figure = pages.curve_figure(curves, ("realism", "alignment", "broken", "frechet"),
-                                    f"{runs.shown_to(own)} watched pictures every {EVERY} updates, seed 0")
+                                    f"{runs.n_watched(own)} watched pictures every {EVERY} updates, seed 0")
         claim = "Users of FLUX.1-dev: good at 10 to 20 updates, broken by 20 to 50; when to stop?"
         page = pages.Page("When to stop", claim, result, told, [(rows, COLUMNS)])
         pages.write(own, "when_to_stop", page, figure, first=first)
