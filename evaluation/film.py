@@ -13,10 +13,11 @@ from PIL import Image, ImageDraw, ImageFont
 from engine.command_line import Parser, some_path
 from engine.data.pictures import read_picture
 from engine.errors import UserError, frame
-from engine.files import write_whole
+from engine.files import must_be_ours, must_be_writable, write_whole
 
 WIDTH = 900  # pixels, at most
 LABEL = 24   # height of the line above the pictures, pixels
+MARK = b"SRPO film"  # the comment in a GIF of ours
 SECONDS = 0.4  # each frame; the last one five times as long
 
 
@@ -46,11 +47,14 @@ def main(argv=None):
         parser.add_argument("run", type=some_path, help="folder of a run")
         parser.add_argument("--out", type=some_path, help="the GIF (None: film.gif in the run's folder)")
         own = parser.parse_args(argv)
+        out = Path(own.out or Path(own.run) / "film.gif")
+        must_be_ours(out, MARK, "a film of a run")
+        must_be_writable(out.parent, "--out")
         pages = [labelled(update, picture) for update, picture in frames_of(own.run).items()]
         times = [1000 * SECONDS] * (len(pages) - 1) + [5000 * SECONDS]
         gif = io.BytesIO()
-        pages[0].save(gif, format="GIF", save_all=True, append_images=pages[1:], duration=times, loop=0)
-        out = Path(own.out or Path(own.run) / "film.gif")
+        pages[0].save(gif, format="GIF", save_all=True, append_images=pages[1:], duration=times, loop=0,
+                      comment=MARK)
         write_whole(out, gif.getvalue())
         print(out)
 

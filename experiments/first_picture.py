@@ -5,7 +5,7 @@
 The rows: the base; the base, with every prompt prefixed with "realistic photo"; SRPO; true photos of the same scenes.
 """
 
-import sys
+from pathlib import Path
 
 import matplotlib
 import torch
@@ -16,6 +16,7 @@ import recipe
 from engine.command_line import Parser, some_path
 from engine.data.prompt_files import read_prompts
 from engine.errors import frame
+from engine.files import PNG_MARK, must_be_ours, must_be_writable
 from engine.model.folder import Model
 from miniature import world
 
@@ -52,7 +53,7 @@ def draw(rows, path):
             axis.set_yticks([])
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Software": "SRPO"})  # PNG_MARK
     pyplot.close(figure)
 
 
@@ -62,7 +63,9 @@ def main(argv=None):
         parser.add_argument("--model", default="miniature", help="the miniature's folder")
         parser.add_argument("--weights", type=some_path, required=True, help="folder of weights, from train.py")
         parser.add_argument("--out", type=some_path, default="assets/first.png", help="file of the picture")
-        own = parser.parse_args(sys.argv[1:] if argv is None else argv)
+        own = parser.parse_args(argv)
+        must_be_ours(own.out, PNG_MARK, "this script's picture")
+        must_be_writable(Path(own.out).parent, "--out")
         a = recipe.flags(["--model", own.model])
         prompts = read_prompts(a.eval_prompts)[:COLUMNS]
         words = [f"realistic photo. {prompt}" for prompt in prompts]

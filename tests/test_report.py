@@ -455,3 +455,9 @@ def test_a_film_has_a_frame_for_each_look(tmp_path, capsys):
         assert gif.n_frames == 3 and gif.size == (64, 32 + film.LABEL)
         gif.seek(2)
         assert gif.convert("RGB").getpixel((32, 40))[2] > 200 and gif.info["duration"] == 5000 * film.SECONDS
+    film.main([str(tmp_path / "run")])  # its own film may be made again
+    theirs = tmp_path / "theirs.gif"
+    theirs.write_bytes(b"GIF89a of somebody")
+    with pytest.raises(SystemExit):
+        film.main([str(tmp_path / "run"), "--out", str(theirs)])
+    assert "is not a film of a run" in capsys.readouterr().err and theirs.read_bytes() == b"GIF89a of somebody"
