@@ -6,8 +6,8 @@ The photographs are drawn, as in offline. There is a look at the watched picture
 the first one that has reached the photographs' gap. The aim of each such run: realism of 90 %, alignment at most 3
 points below the base, at most 1 % broken, and a Frechet distance at most 1.5 above the best look of the run.
 
-The last rows do not land. A hinge relu(threshold - r) takes the gradient from each picture by itself: at what true
-photos score, with the relative reward and with the plain one.
+The second table has no --land. A hinge relu(threshold - r) takes the gradient from each picture by itself, at several
+levels, at what true photos score, with the relative reward and with the plain one.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ REFERENCES = 256  # photographs
 MOST = 200  # updates
 RATES = (2e-5, 4e-5, 8e-5, 16e-5)  # half to four times the usual
 LORA_RATE = 5e-4
-BEYOND = 52  # updates of the runs that do not land: twice the recipe's
+LEVELS = (0.0, 0.1, 0.24)  # of the hinge; true photos score 0.24
 AIM = {"realism": 0.9, "alignment": -0.03, "broken": 0.01, "above": 1.5}
 COLUMNS = {"updates": ("updates", ".1f"), "realism": ("realism", ".1%"), "realism_2": ("realism, second judge", ".1%"),
            "alignment": ("alignment", ".1%"), "broken": ("broken", ".1%"), "frechet": ("Frechet", ".1f"),
@@ -29,18 +29,23 @@ COLUMNS = {"updates": ("updates", ".1f"), "realism": ("realism", ".1%"), "realis
 
 
 def settings(folder):
-    """(`Setting`s of runs that land, of runs that do not). folder: of the photographs."""
+    """(`Setting`s of runs that land, of runs with a hinge). folder: of the photographs."""
     land = f"--land {folder} --steps {MOST} --threshold off"
     landing = [Setting(f"fast, lr {rate:g}", f"--recipe fast --lr {rate:g} {land}") for rate in RATES]
     landing += [Setting(f"released, lr {rate:g}", f"--lr {rate:g} {land}") for rate in RATES]
     landing += [Setting("2026, lr 4e-05", f"--recipe 2026 --lr 4e-5 {land}"),
                 Setting("photographs, lr 4e-05", f"--images {folder} --lr 4e-5 {land}"),
                 Setting(f"fast, LoRA, lr {LORA_RATE:g}", f"--recipe fast --lora 16 --lr {LORA_RATE:g} {land}")]
-    beyond = [Setting(f"fast, not landed, {BEYOND} updates", f"--recipe fast --threshold off --steps {BEYOND}"),
-              Setting(f"fast, threshold 0.24, {BEYOND} updates", f"--recipe fast --threshold 0.24 --steps {BEYOND}"),
-              Setting(f"plain, threshold 0.72, {BEYOND} updates",
-                      f"--recipe direct-align --threshold 0.72 --steps {BEYOND}")]
-    return landing, beyond
+    hinge = f"--steps {MOST} --threshold"
+    hinged = [Setting("fast, no threshold", f"--recipe fast {hinge} off")]
+    hinged += [Setting(f"fast, threshold {level:g}", f"--recipe fast {hinge} {level:g}") for level in LEVELS]
+    hinged += [Setting(f"fast, threshold 0, lr {rate:g}", f"--recipe fast --lr {rate:g} {hinge} 0")
+               for rate in RATES if rate != 4e-5]
+    hinged += [Setting(f"fast, LoRA, threshold 0, lr {LORA_RATE:g}",
+                       f"--recipe fast --lora 16 --lr {LORA_RATE:g} {hinge} 0"),
+               Setting("released, threshold 0", f"{hinge} 0"),
+               Setting("plain, threshold 0.72", f"--recipe direct-align {hinge} 0.72")]
+    return landing, hinged
 
 
 def ends(log):
@@ -57,6 +62,15 @@ def reaches(row, base):
             and (row["above"] is None or row["above"].mean <= AIM["above"]))
 
 
+def measured(own, settings, name, looks):
+    """`runs.measured` of runs, and where they ended, as `ends` says."""
+    found = runs.measured(own, settings, name, looks=looks)
+    for setting in settings:
+        logs = [runs.log_of(runs.trained(own, setting.flags, seed, looks)) for seed in setting.seeds(own)]
+        found[setting.name] |= pages.over_seeds([ends(log) for log in logs])
+    return found
+
+
 def main(argv=None):
     with frame("landing"):
         own = runs.parse(runs.parser(__doc__, seeds=3, pictures=256), argv)
@@ -64,23 +78,24 @@ def main(argv=None):
         held_out = {prompt for name in ("prompts_eval", "prompts_select")
                     for prompt in prompt_files.read_prompts(f"{own.model}/{name}.txt")}
         offline.draw(folder, REFERENCES, held_out)
-        looks = runs.watching(own)
-        landing, beyond = settings(folder)
-        found = runs.measured(own, [*landing, *beyond], "landing", looks=looks)
-        for setting in (*landing, *beyond):
-            logs = [runs.log_of(runs.trained(own, setting.flags, seed, looks)) for seed in setting.seeds(own)]
-            found[setting.name] |= pages.over_seeds([ends(log) for log in logs])
+        landing, hinged = settings(folder)
+        found = measured(own, landing, "landing", runs.watching(own))
+        hinges = measured(own, hinged, "landing_hinge", runs.watching(own, every=10))
         there = [setting.name for setting in landing if reaches(found[setting.name], found["base"])]
         missed = [setting.name for setting in landing if setting.name not in there]
         broken = max(found[setting.name]["broken"].mean for setting in landing)
+        whole = [setting.name for setting in hinged if reaches(hinges[setting.name], found["base"])]
         result = (f"{len(there)} of {len(landing)} kinds of run reach the aim. Not these: "
-                  f"{'; '.join(missed) or 'none'}. At most {broken:.1%} are broken in a kind of run that lands.")
+                  f"{'; '.join(missed) or 'none'}. At most {broken:.1%} are broken in a kind of run that lands. "
+                  f"With a hinge instead, {MOST} updates reach it in {len(whole)} of {len(hinged)}.")
         told = (f"A run ends at the SGP gap of {REFERENCES} photographs. {pages.counted(found)} {pages.ERROR} Above "
                 "the best look: the Frechet distance of the last look minus the smallest of the run. The aim: a "
                 "realism of 90 %, alignment at most 3 points below the base, at most 1 % broken, and at most 1.5 above "
-                "the best look.")
+                f"the best look. The second table: {MOST} updates without --land, with a hinge relu(threshold - r) on "
+                "each picture's reward. Its learning rate is 4e-05 unless a row says otherwise.")
         claim = "Users: SRPO is very easy to collapse. Does a run end whole if it ends where photographs score?"
-        page = pages.Page("Runs that end at the SGP gap of photographs", claim, result, told, [(found, COLUMNS)])
+        page = pages.Page("Runs that end at the SGP gap of photographs", claim, result, told,
+                          [(found, COLUMNS), (hinges, COLUMNS)])
         pages.write(own, "landing", page, pages.bar_figure(found, ("realism", "alignment", "broken", "frechet")))
 
 
