@@ -48,7 +48,7 @@ def srpo(a, net, reward, batch):
     x0 = batch.x0
     if x0 is None:
         sigmas = da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1]))
-        x0 = net.rollout(batch.start, batch.c, sigmas, a.rollout_guidance)       # [B, N, C]
+        x0 = net.rollout(batch.start, batch.c, sigmas, a.rollout_guidance, dtype=a.rollout_dtype)  # [B, N, C]
     grid = da.training_grid(*a.sigma_range, a.cells, x0.device)
     reach = da.reach_of(a.groundtruth_ratio, a.cells)
     n = a.injections * len(a.branches)
