@@ -130,7 +130,7 @@ def test_a_product_is_that_of_the_rounded_factors(dtype):
     weight, x, bias = matrix(0.02, 64, 128), matrix(3, 2, 5, 128).flip(0), matrix(1, 64)
     x[0, 0] = 0
     numbers, scale = float8.quantised(weight)
-    rows, of_rows = float8.quantised(x.to(dtype))
+    rows, of_rows = float8.rounded(x.to(dtype))
     exact = F.linear(rows.double() * of_rows[..., None], numbers.double() * scale[:, None])
     y = float8.multiply(x.to(dtype), numbers, scale, bias.to(dtype))
     assert y.dtype == dtype and distance(y.double(), exact + bias) < (1e-6 if dtype == torch.float32 else 4e-3)
@@ -140,7 +140,7 @@ def test_a_product_is_that_of_the_rounded_factors(dtype):
 def test_the_products_of_torch_are_the_same():
     """torch._scaled_mm, which a card with float8 runs: as this machine's CPU makes it."""
     x, weight = matrix(1, 16, 64), matrix(0.02, 32, 64)
-    (a, of_a), (b, of_b) = float8.quantised(x), float8.quantised(weight)
+    (a, of_a), (b, of_b) = float8.rounded(x), float8.quantised(weight)
     theirs = torch._scaled_mm(a, b.t(), of_a[:, None], of_b[None], out_dtype=torch.bfloat16)
     assert distance(theirs.float(), float8.multiply(x, b, of_b, None)) < 4e-3
 

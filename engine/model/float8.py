@@ -29,17 +29,24 @@ def quantised(x):
     return (x / scale.unsqueeze(-1)).to(FLOAT8), scale
 
 
+def rounded(x):
+    """The same for what a layer multiplies, in few launches: scales that are not powers of two."""
+    scale = torch.linalg.vector_norm(x, torch.inf, -1, dtype=torch.float32).clamp(min=SMALLEST) / LARGEST
+    return (x / scale.unsqueeze(-1)).to(FLOAT8), scale
+
+
 def multiply(x, weight, scale, bias):
-    """x W^T + bias with both factors in float8: x [..., K] is quantised here, each row by itself. weight [N, K] in
+    """x W^T + bias with both factors in float8: x [..., K] is rounded here, each row by itself. weight [N, K] in
     float8, scale [N], bias [N] or None. Returns [..., N] in x's dtype. Without a gradient.
 
     The sums are in float32. A card without such products, and a CPU, make them of the same numbers in x's dtype.
     """
-    rows, of_rows = quantised(x.flatten(0, -2))  # [M, K], [M]
+    rows, of_rows = rounded(x.flatten(0, -2))  # [M, K], [M]
+    of_rows = of_rows[:, None]
     if has_products(x.device):
-        y = torch._scaled_mm(rows, weight.t(), of_rows[:, None], scale.float()[None], out_dtype=x.dtype)
+        y = torch._scaled_mm(rows, weight.t(), of_rows, scale.float()[None], out_dtype=x.dtype)
     else:
-        y = F.linear(rows.to(x.dtype), weight.to(x.dtype)) * of_rows[:, None].to(x.dtype) * scale.to(x.dtype)
+        y = (F.linear(rows.to(x.dtype), weight.to(x.dtype)) * scale.to(x.dtype) * of_rows).to(x.dtype)
     y = y.unflatten(0, x.shape[:-1])
     return y if bias is None else y + bias
 
@@ -51,18 +58,20 @@ def has_products(device):
 
 # ------------------------------------------------------------------------------------- frozen weights, stored so
 class Product(torch.autograd.Function):
-    """x W^T of a W in float8, in x's dtype: W is cast here, and once more in the backward, so that no copy of it is
-    kept. x [..., K], weight [N, K] in float8, scale [N] -> [..., N]. The gradient is that in x."""
+    """x W^T + bias of a W in float8, in x's dtype: W is cast here, and once more in the backward, so that no copy of it
+    is kept. x [..., K], weight [N, K] in float8, scale [N], bias [N] or None -> [..., N]. The gradient is that in x."""
 
     @staticmethod
-    def forward(ctx, x, weight, scale):
+    def forward(ctx, x, weight, scale, bias):
         ctx.save_for_backward(weight, scale)
-        return F.linear(x, weight.to(x.dtype)) * scale.to(x.dtype)
+        y = F.linear(x, weight.to(x.dtype))
+        scale = scale.to(x.dtype)
+        return y * scale if bias is None else torch.addcmul(bias, y, scale)
 
     @staticmethod
     def backward(ctx, gradient):
         weight, scale = ctx.saved_tensors
-        return (gradient * scale.to(gradient.dtype)) @ weight.to(gradient.dtype), None, None
+        return (gradient * scale.to(gradient.dtype)) @ weight.to(gradient.dtype), None, None, None
 
 
 class Float8Linear(nn.Linear):
@@ -84,8 +93,7 @@ class Float8Linear(nn.Linear):
         weight = self.weight.view(FLOAT8)
         if self.in_float8:
             return multiply(x, weight, self.row_scale, self.bias)
-        y = Product.apply(x, weight, self.row_scale)
-        return y if self.bias is None else y + self.bias
+        return Product.apply(x, weight, self.row_scale, self.bias)
 
 
 def is_stored_so(name, parameter):
