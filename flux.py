@@ -38,6 +38,10 @@ class Condition(NamedTuple):
         """The same for some of the prompts."""
         return Condition(self.txt[rows], self.pooled[rows], self.grid)
 
+    def times(self, k):
+        """The same for all prompts, k times one after another."""
+        return Condition(self.txt.repeat(k, 1, 1), self.pooled.repeat(k, 1), self.grid)
+
 
 def euler(x, v, s, s_next):
     """An Euler step of x [B, N, C] along its velocity v, from the noise level s to s_next."""
