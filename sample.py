@@ -66,7 +66,7 @@ def run(argv, stopping):
     for note in [*model.notes(vars(args)), *trained.notes(args.weights)]:
         print(printable(note))
 
-    parallel.one_thread_on_a_cpu()
+    parallel.choose_threads()
     device, dtype = parallel.device_and_dtype()
     model.fetch(parts)
     embeddings = flux.encode_prompts(model, prompts, device, dtype)
