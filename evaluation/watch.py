@@ -17,12 +17,12 @@ import srpo_reward as sr
 from engine.errors import NotFinite, UserError
 from engine.files import write_json, write_whole
 from engine.model import lora
-from evaluation import tables
-from evaluation.metrics import frechet, judge, reward, statistics
+from evaluation import table_formats, tables
+from evaluation.metrics import frechet, judge
 from evaluation.metrics.statistics import STATISTICS
 from evaluation.picture_folders import save_grid
+from evaluation.report import curves
 from evaluation.report import page as report
-from rewards.base import Column
 from rewards.pictures import pixel_statistics
 
 BEFORE = "before training"  # the end of the titles of the looks at what the run starts from
@@ -57,12 +57,6 @@ def measure(images, prompts, rewards, judging, control, neg, batch=64):
             scores |= judging.verdicts(x, texts)
         parts.append(scores)
     return {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
-
-
-def columns_of(scores):
-    """{name: `Column`} for what `Watch.evaluate` returns. A reward among several has its own column."""
-    known = reward.COLUMNS | statistics.COLUMNS | judge.COLUMNS | frechet.SET_COLUMNS
-    return {name: known.get(name, Column(name, "+.3f")) for name in scores}
 
 
 class Drift(NamedTuple):
@@ -228,8 +222,8 @@ class Watch:
         return self.level is not None and state["gap"] >= self.level
 
     def finish(self, folder, state):
-        """Evaluate after training. Write before_after.png (first watched pictures above the last), summary.json and the
-        report, and print the table."""
+        """Evaluate after training. Write before_after.png (first watched pictures above the last), summary.json, the
+        report and the tables, and print the tables."""
         after = self.evaluate("evaluate after training")
         if not self.world.main:
             return
@@ -244,7 +238,8 @@ class Watch:
         write_json(out / "summary.json", {"steps": state["step"], "best_sgp": state["best"],
                                           "before": state["evaluated"], "after": after})
         self.report(folder, state, "finished")
-        if after is not None:
-            print(tables.table({"before": state["evaluated"], "after": after}, columns_of(after)))
+        made = curves.numbers([report.run_of(out, vars(self.a), self.flags, "finished", state)])
+        table_formats.write(out, made)
+        print(table_formats.for_the_terminal(made) + "\n")
         print(f"weights in {out}/weights (best by SGP gap inside the drift band: weights_best), "
               f"pictures in {out}/before_after.png")

@@ -9,6 +9,7 @@
     weights/            the weights after the last update: full, or a LoRA
     weights_best/       the weights with the largest SGP gap among those without a drift warning
     summary.json        written at the end: the number of updates, and the results
+    table.csv, .tex     the results of the run as tables
     before_after.png    the watched pictures before and after training
     explain.png         --explain's picture of one update
     tensorboard/        TensorBoard's files, with --tensorboard
@@ -48,8 +49,8 @@ WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors", "pytorch_lora_w
 MARK = "run.json"
 LOCK = ".lock"
 EXPLAINED = "explain.png"
-MADE = ("args.json", "log.jsonl", "summary.json", "before_after.png", EXPLAINED, "report.html",
-        *[f"weights/{name}" for name in WEIGHTS], *[f"weights_best/{name}" for name in WEIGHTS],
+MADE = ("args.json", "log.jsonl", "summary.json", "table.csv", "table.tex", "before_after.png", EXPLAINED,
+        "report.html", *[f"weights/{name}" for name in WEIGHTS], *[f"weights_best/{name}" for name in WEIGHTS],
         "samples/step_*.png", "tensorboard/events.out.tfevents.*")
 SAMPLE = re.compile(r"step_\d{5,}\.png")
 FOLDERS = ("samples", "weights", "weights_best", "checkpoints", "tensorboard")

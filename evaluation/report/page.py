@@ -24,7 +24,7 @@ from engine.files import check_outputs, fits, read_json, write_whole
 from engine.paths import named_path
 from engine.run import checkpoint, resume
 from engine.run import folder as run_folder
-from evaluation import tables
+from evaluation import table_formats
 from evaluation.picture_folders import is_whole
 from evaluation.report import curves
 from evaluation.report.curves import Run
@@ -155,14 +155,20 @@ def told(run, i):
                              run.status == "running")}
 
 
+def as_page(made):
+    """The page's data of a `Table`: a dict for JSON."""
+    rows = [["", *made.columns, "n"], *([printable(line.title), *line.cells, line.n] for line in made.lines)]
+    return {"title": made.title, "settings": made.settings, "rows": rows}
+
+
 def page(runs):
     """Yields the page's text in parts, with one picture in memory at a time. Raises OSError."""
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     head, tail = template.split("<!-- the report -->")
     between_looks = runs[0].args["watch_every"] * (curves.pace(runs[0]) or 0)
     report = {"runs": [told(run, i) for i, run in enumerate(runs)], "charts": curves.charts(runs),
-              "numbers": curves.numbers(runs), "written": time.time(), "between": between_looks,
-              "differ": curves.flags_that_differ(runs) if len(runs) > 1 else []}
+              "numbers": [as_page(made) for made in curves.numbers(runs)], "written": time.time(),
+              "between": between_looks, "differ": curves.flags_that_differ(runs) if len(runs) > 1 else []}
     text = json.dumps(report, allow_nan=False).replace("<", "\\u003c")  # so a prompt cannot close the <script>
     yield f"{head}{DATA}{text}</script>\n"
     for i, run in enumerate(runs):
@@ -191,15 +197,20 @@ def write(folder, args, line_of_flags, status, state=None, prompts=()):
     """
     folder = Path(folder)
     try:
-        log = folder / "log.jsonl"
-        lines = curves.read_log(log) if log.exists() else []
-        summary = summary_of(folder) if status == "finished" else {}
-        run = Run(folder.resolve().name, args, line_of_flags, status, state or {}, list(prompts), lines,
-                  samples_of(folder, lines[-1]["step"] if lines else 0), summary)
-        write_whole(folder / PAGE, page([run]))
+        write_whole(folder / PAGE, page([run_of(folder, args, line_of_flags, status, state, prompts)]))
     except Exception as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         say_once(f"{printable(folder / PAGE)}: cannot be written: {printable(why)}; training goes on")
+
+
+def run_of(folder, args, line_of_flags, status, state=None, prompts=()):
+    """The `Run` in a folder whose flags and state are known. The arguments are those of `write`. Raises UserError and
+    OSError."""
+    log = folder / "log.jsonl"
+    lines = curves.read_log(log) if log.exists() else []
+    summary = summary_of(folder) if status == "finished" else {}
+    return Run(folder.resolve().name, args, line_of_flags, status, state or {}, list(prompts), lines,
+               samples_of(folder, lines[-1]["step"] if lines else 0), summary)
 
 
 # -------------------------------------------------------------------------------------------- side by side
@@ -256,13 +267,6 @@ def read_run(name, folder):
                samples_of(folder, lines[-1]["step"]), summary)
 
 
-def markdown(rows):
-    """[[cell]] as a Markdown table, the head first."""
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(map(tables.safe, line)) + " |" for line in lines)
-
-
 def main(argv=None):
     parser = Parser(__doc__, prog="python -m evaluation.report")
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN",
@@ -273,7 +277,7 @@ def main(argv=None):
         check_outputs([(args.out, MARK, "a report")], [], overwrite=True)
         runs = [read_run(*named_path(item)) for item in args.runs]
         write_whole(args.out, page(runs))
-        print(markdown(curves.numbers(runs)))
+        print(table_formats.for_the_terminal(curves.numbers(runs)) + "\n")
         print(f"{printable(args.out)}: {len(runs)} run{'s' * (len(runs) > 1)}, "
               f"{Path(args.out).stat().st_size / 1e6:.1f} MB")
 
