@@ -224,6 +224,7 @@ def explain_an_update(a, model, out):
     picture = may_explain(out)
     a.steps = 1
     a.global_batch = 2
+    a.eval = 0
     world = parallel.World(mesh=modes.needs_mesh(a.memory))
     prepare.settle(a, model, world)
     explanation = Explanation(a, prepare.set_up(a, model, world))

@@ -17,13 +17,14 @@ import srpo_reward as sr
 from engine.errors import NotFinite, UserError
 from engine.files import write_json, write_whole
 from engine.model import lora
+from engine.run.folder import PHOTOGRAPHS
 from evaluation import table_formats, tables
 from evaluation.metrics import frechet, judge
 from evaluation.metrics.statistics import STATISTICS
 from evaluation.picture_folders import save_grid
 from evaluation.report import curves
 from evaluation.report import page as report
-from rewards.pictures import pixel_statistics
+from rewards.pictures import fitted, pixel_statistics
 
 BEFORE = "before training"  # the end of the titles of the looks at what the run starts from
 
@@ -108,6 +109,7 @@ class Watch:
         self.watched = watched
         self.evaluated = evaluated
         self.stopping = stopping
+        self.photographs = []  # [3, H, W] each: held out; their captions are the first watched prompts
         self.level = None  # the SGP gap at which the run ends (--land); None: it ends after --steps
         self.flags = ""  # the run's flags as one line for its report; train.py sets it
         self.grid = net.grid(a.size, a.size)
@@ -166,6 +168,9 @@ class Watch:
             evaluated = self.evaluate(f"evaluate {BEFORE}")
         if self.world.main:
             save_grid(images, folder.out / "samples" / "step_00000.png")
+            if self.photographs:
+                beside = [fitted(photograph, self.a.size, "letterbox") for photograph in self.photographs]
+                save_grid(torch.stack(beside), folder.out / "samples" / PHOTOGRAPHS)
         gap = scores["sgp"].mean().item()
         if self.level is not None and gap >= self.level:
             raise UserError(f"--land {self.a.land}: before training the watched pictures' SGP gap is {gap:+.3f}, and "

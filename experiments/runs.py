@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import evaluate
+import recipe
 import train
 from engine.command_line import Parser, whole
 from engine.errors import UserError
@@ -104,10 +105,18 @@ def trained(own, flags, seed, looks=SELDOM):
     out = Path(own.home) / f"{name}_{digest}"
     if not (out / "summary.json").exists():
         print(f"train.py {shlex.join(argv)} --out {out}", flush=True)
-        train.main([*argv, "--eval", "0", "--out", str(out), "--resume"])
+        train.main([*argv, *watch_prompts(argv), "--eval", "0", "--out", str(out), "--resume"])
         if not (out / "summary.json").exists():
             raise UserError(f"{out}: stopped; start the same command again to go on")
     return out
+
+
+def watch_prompts(argv):
+    """For a run that learns from photographs, the flag that watches the model's own prompts, not some of theirs."""
+    own = recipe.flags(argv)
+    if own.watch_prompts != recipe.OWN:
+        return []
+    return ["--watch-prompts", recipe.flags(["--model", own.model]).watch_prompts]
 
 
 def watched(own, flags, seed, pictures=WATCHED, every=2):

@@ -132,6 +132,16 @@ def test_pictures_are_told_apart_in_the_grid(tmp_path):
     assert uri.startswith("data:image/jpeg;base64,") and len(uri) < 600_000
 
 
+def test_photographs_are_beside_the_pictures_of_their_prompts(tmp_path):
+    folder, args = made(tmp_path / "run", [line(1)])
+    assert data_of(written(folder, args))["runs"][0]["beside"] == []
+    save_grid(torch.rand(2, 3, 64, 64), folder / "samples" / "photographs.png")
+    text = written(folder, args)
+    run = data_of(text)["runs"][0]
+    assert len(run["beside"]) == 2 and len(run["tiles"]) == 4
+    assert f'id="{run["photographs"]}">data:image/png;base64,' in text
+
+
 def test_every_curve_of_the_log_is_on_the_page(tmp_path):
     held_out = line(2)
     held_out["watch"] |= {"reward pickscore": 22.0, "sgp pickscore": 0.1}
@@ -425,6 +435,17 @@ def test_in_a_browser_the_slider_moves_by_keys_and_the_divider_by_dragging(brows
     assert browser.js(GREY) == [0, 0]
     assert "weights_best/ holds the weights of step 10" in browser.js("return document.body.innerText")
     assert browser.js("return document.querySelectorAll('svg .mark').length > 5")
+    assert nothing_went_wrong(browser)
+
+
+def test_in_a_browser_a_photograph_is_beside_its_picture(browser, tmp_path):
+    folder, args = made(tmp_path / "run", [line(10)], "--steps", "10")
+    save_grid(torch.ones(2, 3, 64, 64) * 0.2, folder / "samples" / "photographs.png")
+    opened(browser, folder, args, status="finished")
+    grey = """const canvas = document.querySelectorAll(".pair canvas")[3];
+              return canvas ? canvas.getContext("2d").getImageData(9, 9, 1, 1).data[0] : null;"""
+    wait_for(browser, grey, (51).__eq__)
+    assert browser.js("return document.querySelectorAll('.pair').length") == 2
     assert nothing_went_wrong(browser)
 
 

@@ -3,7 +3,7 @@
     run.json            marks the folder as a run's: the run's id, and the commit, libraries and devices that made it
     args.json           every flag
     log.jsonl           a line an update
-    samples/            the watched pictures, step_NNNNN.png
+    samples/            the watched pictures, step_NNNNN.png; photographs.png: those of --images that are held out
     checkpoints/        what --resume needs
     report.html         the run on one page
     weights/            the weights after the last update: full, or a LoRA
@@ -49,10 +49,11 @@ WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors", "pytorch_lora_w
 MARK = "run.json"
 LOCK = ".lock"
 EXPLAINED = "explain.png"
+PHOTOGRAPHS = "photographs.png"
 MADE = ("args.json", "log.jsonl", "summary.json", "table.csv", "table.tex", "before_after.png", EXPLAINED,
         "report.html", *[f"weights/{name}" for name in WEIGHTS], *[f"weights_best/{name}" for name in WEIGHTS],
-        "samples/step_*.png", "tensorboard/events.out.tfevents.*")
-SAMPLE = re.compile(r"step_\d{5,}\.png")
+        "samples/step_*.png", f"samples/{PHOTOGRAPHS}", "tensorboard/events.out.tfevents.*")
+SAMPLE = re.compile(rf"step_\d{{5,}}\.png|{PHOTOGRAPHS}")
 FOLDERS = ("samples", "weights", "weights_best", "checkpoints", "tensorboard")
 
 

@@ -31,6 +31,7 @@ class Run(NamedTuple):
     lines: list      # the lines of log.jsonl
     samples: dict    # {step: file of the watched pictures}
     summary: dict    # the content of summary.json; empty before the run is finished
+    photographs: Path = None  # the file of the photographs whose captions are the first watched prompts
 
     @property
     def step(self):

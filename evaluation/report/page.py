@@ -91,6 +91,12 @@ def samples_of(folder, last):
     return {step: found[step] for step in sorted({*steps[::stride], *steps[-1:]})}
 
 
+def photographs_of(folder):
+    """The file of the photographs that are shown beside a run's watched pictures; None if there is none."""
+    path = folder / "samples" / run_folder.PHOTOGRAPHS
+    return path if is_whole(path) and can_be_opened(path) else None
+
+
 def can_be_opened(path):
     """Whether a picture's file can be opened; one that is too large cannot, and a line says so."""
     try:
@@ -118,11 +124,12 @@ def data_uri(path, written):
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
 
 
-def tiles(run):
-    """[x, y, width, height] of each picture in the grid that `save_grid` wrote, as fractions of the grid."""
-    if not run.samples:
+def tiles(run, file):
+    """[x, y, width, height] of each picture in a grid that `save_grid` wrote, as fractions of the grid; [] without a
+    file."""
+    if file is None:
         return []
-    with opened(next(iter(run.samples.values()))) as picture:
+    with opened(file) as picture:
         width, height = picture.size
     side = run.args["size"] * max(1, 128 // run.args["size"])
     if min(width, height) < side + 4:  # a grid of one picture has no frame
@@ -149,7 +156,8 @@ def told(run, i):
             "images": run.state.get("images"), "seconds": curves.seconds_of(run), "best": best,
             "left": pace * (run.args["steps"] - run.step) if running else None,
             "flags": run.flags, "prompts": [printable(text) for text in run.prompts],
-            "tiles": tiles(run), "pictures": {step: f"picture-{i}-{step}" for step in run.samples},
+            "tiles": tiles(run, next(iter(run.samples.values()), None)), "beside": tiles(run, run.photographs),
+            "photographs": f"photographs-{i}", "pictures": {step: f"picture-{i}-{step}" for step in run.samples},
             "warnings": warned, "looked": max(curves.looks(run), default=0),
             "advice": advice(warned.get(last), {"step": run.step, "best_step": best}, run.args,
                              run.status == "running")}
@@ -175,6 +183,9 @@ def page(runs):
         for step, path in run.samples.items():
             uri = data_uri(path, path.stat().st_mtime_ns)
             yield f'<script type="text/plain" id="picture-{i}-{step}">{uri}</script>\n'
+        if run.photographs:
+            uri = data_uri(run.photographs, run.photographs.stat().st_mtime_ns)
+            yield f'<script type="text/plain" id="photographs-{i}">{uri}</script>\n'
     yield tail
 
 
@@ -210,7 +221,7 @@ def run_of(folder, args, line_of_flags, status, state=None, prompts=()):
     lines = curves.read_log(log) if log.exists() else []
     summary = summary_of(folder) if status == "finished" else {}
     return Run(folder.resolve().name, args, line_of_flags, status, state or {}, list(prompts), lines,
-               samples_of(folder, lines[-1]["step"] if lines else 0), summary)
+               samples_of(folder, lines[-1]["step"] if lines else 0), summary, photographs_of(folder))
 
 
 # -------------------------------------------------------------------------------------------- side by side
@@ -264,7 +275,7 @@ def read_run(name, folder):
     summary = summary_of(folder) if status == "finished" else {}
     flags, prompts = earlier(folder / PAGE)
     return Run(name or folder.resolve().name, args, flags, status, state, prompts, lines,
-               samples_of(folder, lines[-1]["step"]), summary)
+               samples_of(folder, lines[-1]["step"]), summary, photographs_of(folder))
 
 
 def main(argv=None):
