@@ -163,6 +163,8 @@ class Folder:
     keep: int = flag(2, whole(1), "checkpoints that stay", resume=True)
     save_as: str = flag(None, choices=line.SAVE_AS, help=f"at the end, in out/weights/: {line.SAVE_AS_HELP}",
                         resume=True)
+    push_to_hub: str = flag(None, help="at the end, upload out/weights/ with its model card to this repository of the "
+                            "hub, OWNER/NAME; `hf auth login` comes first", metavar="ID", resume=True)
     resume: bool = flag(False, help="go on with the run in --out, with its own flags", resume=True)
     overwrite: bool = flag(False, help="delete the run in --out first", resume=True)
     tensorboard: bool = flag(False, help="also write out/tensorboard (needs: pip install tensorboard)", resume=True)

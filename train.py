@@ -30,11 +30,13 @@ import direct_align as da
 import prepare
 import srpo_reward as sr
 from baselines import STEP, Term
+from engine import hub
 from engine.errors import NotFinite, Stopped, printable
 from engine.memory import cards, layouts, modes, parallel, plan
 from engine.model import lora, tensors
 from engine.run import checkpoint, finite
 from engine.run.folder import RunFolder, may_explain
+from evaluation import card
 from evaluation.explain import Explanation
 
 
@@ -245,6 +247,8 @@ def main(argv=None, read=None):
         world = parallel.World(a.replicas, mesh=modes.needs_mesh(a.memory))
         recipe.share_of(a, world.size)
         prepare.settle(a, model, world)
+        if a.push_to_hub:
+            world.decide(hub.may_push, a.push_to_hub)
         folder = world.decide(RunFolder, out, vars(a))
         if folder.checkpoints:
             newest = folder.checkpoints[-1].name
@@ -258,7 +262,7 @@ def main(argv=None, read=None):
         except Stopped:
             save(a, run, state)
             if state["step"]:
-                lora.export(run.net.transformer, out / "weights", world, run.net.dtype)
+                lora.export(run.net.transformer, out / "weights", world, run.net.dtype, run.watched.about)
             if world.main:
                 run.watched.report(folder, state, "stopped")
             raise
@@ -266,12 +270,16 @@ def main(argv=None, read=None):
             if world.main:
                 run.watched.report(folder, state, "failed")
             raise
-        lora.export(run.net.transformer, out / "weights", world, run.net.dtype)
+        lora.export(run.net.transformer, out / "weights", world, run.net.dtype, run.watched.about)
         if a.save_as:
-            lora.save_as(run.net.transformer, out / "weights" / f"{a.save_as}.safetensors", world, a.save_as)
+            lora.save_as(run.net.transformer, out / "weights" / f"{a.save_as}.safetensors", world, a.save_as,
+                         run.watched.about)
         stopping.words = f"stopped after the last update; its weights are in {out}/weights"
         run.watched.finish(folder, state)
         world.close()
+        if a.push_to_hub and world.main:
+            stopping.words = f"stopped before {a.push_to_hub} was complete; everything is in {out}"
+            hub.push(a.push_to_hub, out / "weights", card.files(out / "weights"))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from engine.errors import NotFinite, UserError
 from engine.files import write_json, write_whole
 from engine.model import lora
 from engine.run.folder import PHOTOGRAPHS
-from evaluation import table_formats, tables
+from evaluation import card, table_formats, tables
 from evaluation.metrics import frechet, judge
 from evaluation.metrics.statistics import STATISTICS
 from evaluation.picture_folders import save_grid
@@ -111,6 +111,8 @@ class Watch:
         self.stopping = stopping
         self.photographs = []  # [3, H, W] each: held out; their captions are the first watched prompts
         self.level = None  # the SGP gap at which the run ends (--land); None: it ends after --steps
+        self.model = model
+        self.about = card.about(a, model)  # the metadata of the weights' files
         self.flags = ""  # the run's flags as one line for its report; train.py sets it
         self.grid = net.grid(a.size, a.size)
 
@@ -213,7 +215,7 @@ class Watch:
         if self.landed(state):
             self.world.say(f"step {step}: landed: the watched SGP gap is {sgp:+.3f}, and --land's {self.level:+.3f}")
         if not drift.warnings and (state["best"] is None or sgp > state["best"]):
-            lora.export(self.net.transformer, folder.out / "weights_best", self.world, self.net.dtype)
+            lora.export(self.net.transformer, folder.out / "weights_best", self.world, self.net.dtype, self.about)
             state |= {"best": sgp, "best_step": step}
         if self.world.main:
             save_grid(images, folder.out / "samples" / f"step_{step:05d}.png")
@@ -246,5 +248,8 @@ class Watch:
         made = curves.numbers([report.run_of(out, vars(self.a), self.flags, "finished", state)])
         table_formats.write(out, made)
         print(table_formats.for_the_terminal(made) + "\n")
+        for name, step in (("weights", state["step"]), ("weights_best", state["best_step"])):
+            if step is not None:
+                card.write(out / name, self.a, self.model, self.flags, made, step)
         print(f"weights in {out}/weights (best by SGP gap inside the drift band: weights_best), "
               f"pictures in {out}/before_after.png")

@@ -6,7 +6,7 @@
     samples/            the watched pictures, step_NNNNN.png; photographs.png: those of --images that are held out
     checkpoints/        what --resume needs
     report.html         the run on one page
-    weights/            the weights after the last update: full, or a LoRA
+    weights/            the weights after the last update: full, or a LoRA; README.md is their model card
     weights_best/       the weights with the largest SGP gap among those without a drift warning
     summary.json        written at the end: the number of updates, and the results
     table.csv, .tex     the results of the run as tables
@@ -44,8 +44,10 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 # All files that a run makes besides its checkpoints. --overwrite removes these and the checkpoints, and no other file.
-WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors",
-           *[f"{name}.safetensors" for name in SAVE_AS])
+CARD = "README.md"
+CARD_MARK = b"<!-- written by train.py; it is written again unless this line is removed -->"
+WEIGHTS = (CARD, "before_after.png", "config.json", "diffusion_pytorch_model.safetensors",
+           "pytorch_lora_weights.safetensors", *[f"{name}.safetensors" for name in SAVE_AS])
 MARK = "run.json"
 LOCK = ".lock"
 EXPLAINED = "explain.png"
@@ -250,6 +252,7 @@ class RunFolder:
         for pattern in MADE:
             for path in self.out.glob(pattern):
                 theirs = (path.name == EXPLAINED and not is_ours(path, PNG_MARK)
+                          or path.name == CARD and not is_ours(path, CARD_MARK)
                           or path.parent.name == "samples" and not SAMPLE.fullmatch(path.name))
                 if path.is_file() and not theirs and inside in path.resolve().parents:
                     path.unlink()
