@@ -17,7 +17,7 @@ from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
-from engine.run.stopping import Stopping, until_loaded
+from engine.run.loading import until_loaded
 
 if __name__ == "__main__":
     until_loaded("evaluate.py")  # importing what follows takes seconds
@@ -34,6 +34,7 @@ from engine.errors import DISK_FAILS, UserError, frame, in_words, one_line, prin
 from engine.files import write_json, write_whole
 from engine.memory import parallel
 from engine.model import trained
+from engine.run.stopping import Stopping
 from evaluation import metrics, picture_folders, table_formats, tables
 from evaluation.scores import Scores, settings_of
 

@@ -10,7 +10,7 @@ hyper-parameter with its source, is recipe.py; the mathematics is direct_align.p
 
 import sys
 
-from engine.run.stopping import Stopping, until_loaded
+from engine.run.loading import until_loaded
 
 if __name__ == "__main__":
     until_loaded("train.py")
@@ -21,6 +21,7 @@ from engine.errors import frame
 if __name__ == "__main__":
     with frame("train.py"):
         answered = recipe.read(sys.argv[1:])  # -h and wrong flags end here, before torch is imported
+    until_loaded("train.py")
 
 
 import torch
@@ -36,6 +37,7 @@ from engine.memory import cards, layouts, modes, parallel, plan
 from engine.model import lora, tensors
 from engine.run import checkpoint, finite
 from engine.run.folder import RunFolder, may_explain
+from engine.run.stopping import Stopping
 from evaluation import card
 from evaluation.explain import Explanation
 

@@ -18,7 +18,7 @@ import recipe
 import train
 from engine.command_line import Parser, whole
 from engine.errors import UserError
-from engine.files import read_json
+from engine.files import must_be_writable, read_json
 from evaluation.report.curves import read_log
 from experiments import pages
 
@@ -74,6 +74,7 @@ def parse(common, argv):
     own = common.parse_args(argv)
     own.defaults = {flag: common.get_default(flag) for flag in vars(own)}
     pages.must_be_publishable(own)
+    must_be_writable(own.home, "--home")
     return own
 
 
