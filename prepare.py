@@ -17,7 +17,7 @@ from engine.data.cache import Cache
 from engine.data.digests import known_digest
 from engine.errors import UserError
 from engine.memory import adamw, cards, layouts, modes, parallel, plan, whole_run
-from engine.model import trained
+from engine.model import float8, trained
 from engine.model.folder import Model
 from engine.run import made_by
 from engine.run.contents import Contents
@@ -276,6 +276,8 @@ def make_ready(a, net, reward, curriculum, held_out):
     """Apply the machine's flags to the loaded networks. Returns the optimizer."""
     if a.checkpointing and net.device.type == "cuda":
         net.transformer.enable_gradient_checkpointing()
+    if a.rollout_dtype == "fp8":
+        float8.enable(net.transformer, keeps=a.memory in modes.HELD_ON_THE_GPU)
     if a.compile:
         for block in parallel.blocks_of(net.transformer):
             block.compile()

@@ -75,6 +75,8 @@ class Rollout:
     shift: float = flag(3.0, or_off(real(1e-3)), "time shift; off: the model's own [released code]", model=True)
     noise: str = flag("shared", help="one noise prior for all images of an update [released code], one each, or shared "
                       "but with fresh noise to inject", choices=("shared", "independent", "fresh"), model=True)
+    rollout_dtype: str = flag("same", help="products of the blocks' linear layers in the rollout: in the dtype of the "
+                              "rest, or both factors in float8 [ours]", choices=("same", "fp8"))
 
 
 @dataclass
@@ -496,6 +498,9 @@ def check_what_learns(a):
     if a.images is not None and a.noise == "fresh":
         raise UserError("--images --noise fresh: there is no rollout whose noise could be another; every photograph "
                         "gets noise of its own")
+    if method.optimizer_steps > 1 and a.rollout_dtype == "fp8":
+        raise UserError(f"--method {a.method} --rollout-dtype fp8: it compares the network with its own rollout, which "
+                        "must be as exact; leave it out")
     if method.optimizer_steps > 1 and a.rollout_steps < 2:
         raise UserError(f"--method {a.method} --rollout-steps {a.rollout_steps}: must be at least 2, for the last step "
                         "is not trained")

@@ -17,8 +17,9 @@ from engine.errors import UserError
 from engine.model import lora_files
 from engine.model.export import export as export_full
 from engine.model.export import export_as, finite, plain, write
+from engine.model.float8 import scales_of
 from engine.model.lora_files import FILE, PREFIX
-from engine.model.tensors import fill, full, local_part, my_rows, own_parameters
+from engine.model.tensors import fill, full, my_rows, own_parameters, put, values
 
 
 # ----------------------------------------------------------------------------------------------- the adapters
@@ -163,11 +164,12 @@ def merge_into(transformer, place):
     """
     pairs = fitting(transformer, place)
     parameters = own_parameters(transformer)
+    scales = scales_of(transformer)
     for layer, (A, B, bias) in pairs.items():
         for kind, change in (("weight", B), ("bias", bias)):
             if change is not None:
                 parameter = parameters[f"{layer}.{kind}"]
                 first, last = my_rows(parameter)
-                local = local_part(parameter)
+                scale = scales.get(f"{layer}.{kind}")
                 change = B[first:last] @ A if kind == "weight" else change[first:last]
-                local.copy_(local.float() + change.to(local.device))
+                put(parameter, values(parameter, scale) + change.to(parameter.device), scale)
