@@ -10,7 +10,7 @@ hyper-parameter with its source, is recipe.py; the mathematics is direct_align.p
 
 import sys
 
-from engine.run.stopping import Stopping, until_loaded
+from engine.run.loading import until_loaded
 
 if __name__ == "__main__":
     until_loaded("train.py")
@@ -21,6 +21,7 @@ from engine.errors import frame
 if __name__ == "__main__":
     with frame("train.py"):
         answered = recipe.read(sys.argv[1:])  # -h and wrong flags end here, before torch is imported
+    until_loaded("train.py")
 
 
 import torch
@@ -30,12 +31,15 @@ import direct_align as da
 import prepare
 import srpo_reward as sr
 from baselines import STEP, Term
+from engine import hub
 from engine.errors import NotFinite, Stopped, printable
 from engine.memory import cards, layouts, modes, parallel, plan
 from engine.memory.one_call import Calls
 from engine.model import lora, tensors
 from engine.run import checkpoint, finite
 from engine.run.folder import RunFolder, may_explain
+from engine.run.stopping import Stopping
+from evaluation import card
 from evaluation.explain import Explanation
 
 
@@ -231,6 +235,7 @@ def explain_an_update(a, model, out):
     picture = may_explain(out)
     a.steps = 1
     a.global_batch = 2
+    a.eval = 0
     world = parallel.World(mesh=modes.needs_mesh(a.memory))
     prepare.settle(a, model, world)
     explanation = Explanation(a, prepare.set_up(a, model, world))
@@ -251,6 +256,8 @@ def main(argv=None, read=None):
         world = parallel.World(a.replicas, mesh=modes.needs_mesh(a.memory))
         recipe.share_of(a, world.size)
         prepare.settle(a, model, world)
+        if a.push_to_hub:
+            world.decide(hub.may_push, a.push_to_hub)
         folder = world.decide(RunFolder, out, vars(a))
         if folder.checkpoints:
             newest = folder.checkpoints[-1].name
@@ -264,7 +271,7 @@ def main(argv=None, read=None):
         except Stopped:
             save(a, run, state)
             if state["step"]:
-                lora.export(run.net.transformer, out / "weights", world, run.net.dtype)
+                lora.export(run.net.transformer, out / "weights", world, run.net.dtype, run.watched.about)
             if world.main:
                 run.watched.report(folder, state, "stopped")
             raise
@@ -272,12 +279,16 @@ def main(argv=None, read=None):
             if world.main:
                 run.watched.report(folder, state, "failed")
             raise
-        lora.export(run.net.transformer, out / "weights", world, run.net.dtype)
+        lora.export(run.net.transformer, out / "weights", world, run.net.dtype, run.watched.about)
         if a.save_as:
-            lora.save_as(run.net.transformer, out / "weights" / f"{a.save_as}.safetensors", world, a.save_as)
+            lora.save_as(run.net.transformer, out / "weights" / f"{a.save_as}.safetensors", world, a.save_as,
+                         run.watched.about)
         stopping.words = f"stopped after the last update; its weights are in {out}/weights"
         run.watched.finish(folder, state)
         world.close()
+        if a.push_to_hub and world.main:
+            stopping.words = f"stopped before {a.push_to_hub} was complete; everything is in {out}"
+            hub.push(a.push_to_hub, out / "weights", card.files(out / "weights"))
 
 
 if __name__ == "__main__":
