@@ -51,9 +51,9 @@ def device_and_dtype(local_rank=0):
 def choose_threads(neighbours=1):
     """Choose how many threads compute on the host.
 
-    Without a GPU, one: on the miniature a second one saves a sixth of the time, but on a busy machine it takes ten times
-    as long. With one, an equal share of the cores for each of the processes on this machine, since --memory offload has
-    its optimizer there; torchrun would leave them one each. OMP_NUM_THREADS of 2 or more is left as it is.
+    Without a GPU, one: on the miniature a second one saves a sixth of the time, but on a busy machine it takes ten
+    times as long. With a GPU, the cores are divided among the processes of this machine, since --memory offload has its
+    optimizer there; torchrun would leave one core to each. OMP_NUM_THREADS of 2 or more is left as it is.
     """
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
