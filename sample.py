@@ -21,7 +21,7 @@ from engine.data import prompt_files
 from engine.data.pictures import read_picture
 from engine.errors import frame, printable
 from engine.files import must_be_writable, stamp
-from engine.memory import parallel
+from engine.memory import modes, parallel, sampling
 from engine.model import trained
 from evaluation.picture_folders import begin, check_made, clean, is_whole, mark_of, save_grid, save_picture
 from rewards.pictures import pixels
@@ -42,6 +42,7 @@ def flags():
     add("--guidance", type=real(0), default=3.5, help="distilled guidance [FLUX.1-dev]")
     add("--seed", type=whole(0, 2**30), default=0, help="picture i is made from noise seed + i")
     add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
+    add("--memory", choices=sampling.NAMES, default="auto", help=sampling.HELP)
     add("--out", type=some_path, default="samples",
         help="folder: one PNG a prompt, named by its number, and grid.png")
     return parser
@@ -62,18 +63,22 @@ def run(argv, stopping):
     made = {"by": "sample.py", "prompts": prompts, "model": args.model, "size": args.size,
             "weights": stamp(trained.place_of(args.weights)) if args.weights else [],
             "eval_steps": args.eval_steps, "guidance": args.guidance, "seed": args.seed}
+    world = parallel.World(mesh=modes.needs_mesh(args.memory))
+    args.memory, why = sampling.settle(sampling.job(model, args.size, args.batch), args.memory, world)
+    made |= sampling.made(args.memory)
     check_made(out, made, args.out)
+    if why:
+        world.say(why)
     for note in [*model.notes(vars(args)), *trained.notes(args.weights)]:
         print(printable(note))
 
-    parallel.one_thread_on_a_cpu()
-    device, dtype = parallel.device_and_dtype()
     model.fetch(parts)
-    embeddings = flux.encode_prompts(model, prompts, device, dtype)
+    embeddings = flux.encode_prompts(model, prompts, world.device, world.dtype)
     if embeddings.truncated:
         print(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
               f"they are truncated")
-    net = flux.load(model, args.weights, device, dtype)
+    net = flux.load(model, args.weights, world.device, world.dtype,
+                    *sampling.how(args.memory, args.weights, model, world))
     grid = net.grid(args.size, args.size)
     clean(out)
     begin(out, made, [(prompt, "") for prompt in prompts])
