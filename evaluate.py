@@ -17,7 +17,7 @@ from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
-from engine.run.loading import until_loaded
+from engine.loading import until_loaded
 
 if __name__ == "__main__":
     until_loaded("evaluate.py")  # importing what follows takes seconds

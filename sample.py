@@ -6,7 +6,7 @@ The same command line goes on where it was stopped. Another one needs another --
 import sys
 from pathlib import Path
 
-from engine.run.loading import until_loaded
+from engine.loading import until_loaded
 
 if __name__ == "__main__":
     until_loaded("sample.py")  # importing what follows takes seconds

@@ -10,7 +10,7 @@ hyper-parameter with its source, is recipe.py; the mathematics is direct_align.p
 
 import sys
 
-from engine.run.loading import until_loaded
+from engine.loading import until_loaded
 
 if __name__ == "__main__":
     until_loaded("train.py")

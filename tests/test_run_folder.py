@@ -636,7 +636,7 @@ def test_asked_twice_is_at_once(seconds, status):
 def test_a_signal_while_the_libraries_are_imported_is_one_line(script, argv):
     """Nothing that takes time is imported before `until_loaded`."""
     code = (f"import os, runpy, signal, sys; sys.argv = {[script, *argv]!r}\n"
-            "from engine.run import loading\nlistens = loading.until_loaded\n"
+            "from engine import loading\nlistens = loading.until_loaded\n"
             "def asked(name):\n    listens(name)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
             f"loading.until_loaded = asked\nrunpy.run_path({script!r}, run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
