@@ -23,7 +23,7 @@ from engine.command_line import Parser, whole
 from engine.data import draws
 from engine.errors import UserError, frame
 from engine.memory import counts, layouts, modes, parallel, work
-from engine.model import tensors, trained
+from engine.model import float8, tensors, trained
 from engine.model.tensor_files import meta_network
 from rewards import clip_model
 
@@ -68,12 +68,13 @@ def random_flux(model, world, own, layout):
 
 def fill_at_random(transformer):
     """Numbers of a standard deviation of 0.02, and gains of 1."""
+    scales = float8.scales_of(transformer)
     for name, parameter in tensors.own_parameters(transformer).items():
         if "norm_" in name and parameter.ndim == 1:  # the gains of RMSNorm
             tensors.fill(parameter, torch.ones(parameter.shape))
         else:
-            local = tensors.local_part(parameter).data
-            local.copy_(0.02 * torch.randn(local.shape, device=local.device))
+            local = tensors.local_part(parameter)
+            tensors.put(parameter, 0.02 * torch.randn(local.shape, device=local.device), scales.get(name))
 
 
 def random_reward(world):

@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from engine.memory.lean import parts_used
-from engine.memory.modes import stored_in_fp8
+from engine.memory.modes import ON_THE_HOST
 from engine.memory.parallel import blocks_of
 from engine.model import lora
+from engine.model.float8 import is_stored_so
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Job:
     reward_networks: Callable
     lora: int | None = None  # rank of the adapters that are trained; None: all weights are
     memory: str = "masters"  # how they are stored: a --memory other than auto
+    together: int = 1        # calls with a gradient that are one where parameters are on the host (one_call.py)
 
     def share(self, processes):
         """(images in a batch, number of batches whose gradients are accumulated) of each process. If the number of
@@ -50,6 +52,11 @@ class Job:
         mine = -(-self.images // processes)
         batch = max(n for n in range(1, min(self.batch, mine) + 1) if mine % n == 0)
         return batch, mine // batch
+
+
+    def at_once(self):
+        """How many of an image's calls with a gradient the network computes as one."""
+        return self.together if self.memory in ON_THE_HOST else 1
 
 
 class Counts(NamedTuple):
@@ -201,7 +208,7 @@ def shapes_of(transformer):
     shapes = []
     for name, parameter in transformer.named_parameters():
         row = parameter.numel() // len(parameter)
-        shapes.append(Shape(len(parameter), row, stored_in_fp8(name, parameter)))
+        shapes.append(Shape(len(parameter), row, is_stored_so(name, parameter)))
     return shapes, max(parameters_of(block) for block in blocks_of(transformer))
 
 

@@ -76,6 +76,7 @@ def held(job, counts, world_size, compute_dtype):
     block = counts.largest_block
     adapters = (job.lora or 0) * counts.adapters
     several = world_size > 1
+    largest = max(shape.numel(1) for shape in counts.shapes)  # parameter
     # A block computes with a copy in the compute dtype, and frees it afterwards. With several processes two blocks are
     # gathered ahead, so that computing does not wait for the network. In the backward there are also the block's
     # gradient, and a float32 copy of it, which is reduced over the ranks.
@@ -97,7 +98,7 @@ def held(job, counts, world_size, compute_dtype):
                     apart)
     if job.memory in ("offload", "stream"):
         # float32 shards on their way to the copies: of two blocks, or of one parameter
-        coming = 4 * (2 * block / shards if several else max(shape.numel(shards) for shape in counts.shapes))
+        coming = 4 * (2 * block / shards if several else largest)
         if job.memory == "offload":
             in_rollout = width * all_of_it + coming
         else:
@@ -107,16 +108,22 @@ def held(job, counts, world_size, compute_dtype):
 
     trained = adapters / shards
     of_block = adapters * block / all_of_it  # about the adapters' parameters in the largest block
-    with_gradient = copies + 2 * width * of_block
     if job.memory == "bf16":  # the base is replicated, and computes without a copy
         in_rollout = width * adapters if several else 0
         return Held(2 * all_of_it + 4 * trained, 4 * trained, 8 * trained, 2 * width * of_block, in_rollout,
                     4 * of_block / shards)
+    # A base in float8 is gathered as it is stored, and cast a matrix at a time. One process that has it on the GPU
+    # gathers nothing.
     stored = stored_by(counts.shapes, shards)
+    copies = width * largest
+    if several or job.memory == "fp8-offload":
+        copies += block
+    with_gradient = copies + 2 * width * of_block
+    ahead /= width
     apart = ahead + 4 * of_block / shards
     if job.memory == "fp8":
         return Held(sum(stored) + 4 * trained, 4 * trained, 8 * trained, with_gradient, copies, apart)
-    coming = block / shards
+    coming = 2 * block / shards if several else largest
     # The adapters' matrices are small: `pinned` is taken to round them up by half.
     return Held(0, 0, 0, with_gradient + coming, copies + coming, apart, pinned(stored) + (1.5 * 8 + 8) * trained,
                 sum(stored) + 4 * trained)
@@ -141,8 +148,10 @@ def divide(job, counts, world_size, compute_dtype):
     trained = job.lora * counts.adapters if job.lora else counts.parameters
 
     batch, accumulate = job.share(world_size)
-    saved = batch * counts.saved
-    recomputed = batch * counts.recomputed
+    at_once = job.at_once()
+    times = job.calls // at_once
+    saved = at_once * batch * counts.saved
+    recomputed = at_once * batch * counts.recomputed
     reward_path = batch * (counts.lean_path if is_lean(job.memory) else counts.reward_path)
     frozen = counts.lean_frozen if is_lean(job.memory) else counts.frozen
     # The backward first goes through what decoding and the rewards have saved, and frees it; then through one block
@@ -162,17 +171,17 @@ def divide(job, counts, world_size, compute_dtype):
     # forward and backward. After each such call the float32 gradients are averaged inside the group, of which a process
     # already has its own 1 / shards; then each shard is averaged between the groups.
     steps = min(1, job.rollout_steps) if job.memory in HELD_ON_THE_GPU else job.rollout_steps
-    passes = steps + 2 * job.calls
+    passes = steps + 2 * times
     sharded = trained if job.memory == "bf16" else counts.parameters
-    received = (shards - 1) / shards * (sharded * passes * compute_dtype.itemsize + trained * job.calls * 4)
-    received += job.calls * 4 * trained / shards * 2 * (job.replicas - 1) / job.replicas
+    received = (shards - 1) / shards * (sharded * passes * compute_dtype.itemsize + trained * times * 4)
+    received += times * 4 * trained / shards * 2 * (job.replicas - 1) / job.replicas
     # With offloading, parameters are copied from the host as often, and the gradients are copied back. FSDP2 copies the
     # first ones of an update into pinned memory; the later ones into memory that is not, and adds them on the CPU.
     bus = unpinned = 0
     if job.memory in ON_THE_HOST:
         gradients = 4 * trained / shards
         bus = accumulate * has.copied * passes + gradients
-        unpinned = (accumulate * job.calls - 1) * gradients
+        unpinned = (accumulate * times - 1) * gradients
 
     images = batch * accumulate
     return Prediction(

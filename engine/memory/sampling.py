@@ -71,7 +71,7 @@ def predictions(job):
         shapes, block = shapes_of(transformer)
     whole = sum(shape.numel(1) for shape in shapes)
     stored = stored_by(shapes, 1)
-    cast = dtype.itemsize * block  # of the block that computes
+    cast = dtype.itemsize * max(shape.numel(1) for shape in shapes)  # of the matrix that computes
     texts = dtype.itemsize * job.text_parameters
 
     def taken(parameters, copies, host=0):
