@@ -155,9 +155,9 @@ def load_into(transformer, place):
 
 
 @torch.no_grad()
-def merge_into(transformer, place):
-    """Add the LoRA in a folder or file to the weights of a transformer without adapters: W + B A. The weights may be
-    sharded.
+def merge_into(transformer, place, strength=1.0):
+    """Add the LoRA in a folder or file to the weights of a transformer without adapters: W + strength B A. The weights
+    may be sharded.
 
     Raises UserError, before anything is changed, if the LoRA has another architecture.
     """
@@ -170,4 +170,4 @@ def merge_into(transformer, place):
                 first, last = my_rows(parameter)
                 local = local_part(parameter)
                 change = B[first:last] @ A if kind == "weight" else change[first:last]
-                local.copy_(local.float() + change.to(local.device))
+                local.copy_(local.float() + strength * change.to(local.device))
