@@ -173,6 +173,8 @@ class Watch:
             if self.photographs:
                 beside = [fitted(photograph, self.a.size, "letterbox") for photograph in self.photographs]
                 save_grid(torch.stack(beside), folder.out / "samples" / PHOTOGRAPHS)
+            folder.show(0, {"watch": {name: values.nanmean().item() for name, values in scores.items()}},
+                        watched_pictures=folder.out / "samples" / "step_00000.png")
         gap = scores["sgp"].mean().item()
         if self.level is not None and gap >= self.level:
             raise UserError(f"--land {self.a.land}: before training the watched pictures' SGP gap is {gap:+.3f}, and "
@@ -219,6 +221,7 @@ class Watch:
             state |= {"best": sgp, "best_step": step}
         if self.world.main:
             save_grid(images, folder.out / "samples" / f"step_{step:05d}.png")
+            folder.show(step, {}, watched_pictures=folder.out / "samples" / f"step_{step:05d}.png")
         means = {name: value and value["mean"]
                  for name, value in self.summary(images, now, self.watched).items()}
         found = {"drift": drift.changes, "watch": means, "hacking": drift.warnings}
