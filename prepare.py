@@ -16,7 +16,7 @@ from engine.data import cache, draws, photographs, prompt_files
 from engine.data.cache import Cache
 from engine.data.digests import known_digest
 from engine.errors import UserError
-from engine.memory import adamw, cards, layouts, modes, parallel, plan, whole_run
+from engine.memory import adamw, cards, counts, layouts, modes, parallel, whole_run
 from engine.model import float8, trained
 from engine.model.folder import Model
 from engine.run import made_by
@@ -52,7 +52,7 @@ class Run:
     reward: sr.Rewards
     losses: Callable       # of the --method: (flags, net, reward, `Batch`) -> loss terms
     share: recipe.Share    # of an update, that this process makes
-    job: plan.Job
+    job: counts.Job
     curriculum: draws.Curriculum
     embeddings: flux.Embeddings
     watched: watch.Watch
@@ -106,12 +106,13 @@ def job(a, model):
     method = recipe.METHODS[a.method]
     calls = method.calls(a)
     at_once = a.batch if method.optimizer_steps == 1 else a.global_batch
-    return plan.Job(
+    return counts.Job(
         model=model.name, transformer=configs.transformer, vae=configs.vae, text_tokens=configs.text_tokens,
         text_parameters=configs.text_parameters,
         size=a.size, image_tokens=rows * columns, images=a.global_batch, batch=at_once, updates=a.steps,
         rollout_steps=calls.without_gradient, calls=calls.with_gradient, checkpointing=a.checkpointing,
-        replicas=a.replicas, reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora, memory=a.memory)
+        replicas=a.replicas, reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora, memory=a.memory,
+        together=calls.together)
 
 
 def settle(a, model, world):
@@ -246,6 +247,7 @@ def photographs_of(a, model, world, texts):
     """(the `Texts`, the `Photograph`s that are held out and watched, those to train on) of --images. Raises
     UserError."""
     photos = photographs.read(a.images, a.size, model.unit, world)
+    world.say(f"--images: {len(photos)} photographs: {photographs.by_shape(photos, model.unit)}")
     if a.watch_prompts != recipe.OWN:
         return texts, [], photos
     shown, photos = draws.hold_out(photos, a.watch)

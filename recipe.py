@@ -170,6 +170,7 @@ class Folder:
     resume: bool = flag(False, help="go on with the run in --out, with its own flags", resume=True)
     overwrite: bool = flag(False, help="delete the run in --out first", resume=True)
     tensorboard: bool = flag(False, help="also write out/tensorboard (needs: pip install tensorboard)", resume=True)
+    wandb: bool = flag(False, help="also log to Weights & Biases (needs: pip install wandb)", resume=True)
     explain: bool = flag(False, help="tell one update call by call, with equations and shapes, and draw it: "
                          "explain.png in --out; nothing is trained", resume=True)
 
@@ -238,6 +239,7 @@ class Calls(NamedTuple):
     """How often a method calls the network for one image of an update."""
     without_gradient: float  # on average
     with_gradient: int
+    together: int = 1  # of these, that can be one call of the network: engine/memory/one_call.py
 
 
 def one_image(a):
@@ -273,7 +275,7 @@ DANCE_OPTIMIZER_STEPS = 3  # of DanceGRPO for each rollout; only the first is on
 
 def srpo_calls(a):
     """The rollout, unless photographs replace it; then one call for each branch and injection."""
-    return Calls(0 if a.images else a.rollout_steps, a.injections * len(a.branches))
+    return Calls(0 if a.images else a.rollout_steps, a.injections * len(a.branches), len(a.branches))
 
 
 def refl_calls(a):
