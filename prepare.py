@@ -17,7 +17,7 @@ from engine.data.cache import Cache
 from engine.data.digests import known_digest
 from engine.errors import UserError
 from engine.memory import adamw, cards, counts, layouts, modes, parallel, whole_run
-from engine.model import float8, trained
+from engine.model import float8, text, trained
 from engine.model.folder import Model
 from engine.run import made_by
 from engine.run.contents import Contents
@@ -157,7 +157,7 @@ def set_up(a, model, world, folder=None, stopping=None):
     references = landing.references(a, model, world)
     world.say(f"loading {model.name}: its text encoders, then the reward, then the network")
     kept = Cache(cache.folder_of(a.cache, flux.is_full_size(model)))
-    embeddings = flux.encode_prompts(model, both, world.device, world.dtype, kept)
+    embeddings = embeddings_of(model, both, world, kept)
     say_truncated(a, world, embeddings, len(curriculum.prompts))
     reward = rewards.load_rewards(a.reward, world.device)
     must_tell_apart(a, reward, both, world)
@@ -181,6 +181,17 @@ def set_up(a, model, world, folder=None, stopping=None):
     return Run(world, model, net, reward, recipe.METHODS[a.method].load(), share, planned, curriculum, embeddings,
                watching, optimizer, net.grid(a.size, a.size), contents_of(said, places, reward), folder, stopping,
                made_by.now(world))
+
+
+def embeddings_of(model, prompts, world, kept):
+    """The `Embeddings` of this process's prompts. The first process of a machine encodes the prompts of all, and the
+    others find them in the `Cache`; without one, each loads the text encoders, 9 GiB of FLUX.1-dev."""
+    if kept.folder is not None and world.neighbours > 1:
+        everyones = dict.fromkeys(prompt for theirs in world.gather(prompts) for prompt in theirs)
+        if world.first_here:
+            text.embeddings(model, list(everyones), world.device, world.dtype, kept)
+        world.gather(None)
+    return flux.encode_prompts(model, prompts, world.device, world.dtype, kept)
 
 
 def say_truncated(a, world, embeddings, own):

@@ -3,12 +3,14 @@
 import multiprocessing
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import flux
+import prepare
 from engine.data import cache, digests
 from engine.data.cache import Cache
 from engine.model import text
@@ -147,6 +149,23 @@ def test_embeddings_are_the_same_from_the_cache_which_spares_the_encoders(kept, 
     monkeypatch.setattr(text, "load", lambda folder, dtype: 1 / 0)
     again = flux.encode_prompts(Model("miniature"), [*PROMPTS, long], cache=kept)
     assert equal(first, plain) and equal(again, plain)
+
+
+def test_one_process_of_a_machine_loads_the_text_encoders(kept, monkeypatch):
+    """For the prompts of all; the others read them. Without a cache each process loads its own."""
+    loaded = []
+    load = text.load
+    monkeypatch.setattr(text, "load", lambda *arguments: loaded.append(arguments) or load(*arguments))
+
+    def process(prompts, first_here, cache):
+        world = SimpleNamespace(neighbours=2, first_here=first_here, device="cpu", dtype=torch.float32,
+                                gather=lambda value: [PROMPTS[:1], PROMPTS[1:]])
+        return prepare.embeddings_of(Model("miniature"), prompts, world, cache)
+
+    both = process(PROMPTS[:1], True, kept), process(PROMPTS[1:], False, kept)
+    assert len(loaded) == 1
+    off = process(PROMPTS[:1], True, Cache()), process(PROMPTS[1:], False, Cache())
+    assert len(loaded) == 3 and all(equal(a, b) for a, b in zip(both, off, strict=True))
 
 
 def test_only_what_is_missing_is_encoded(kept, monkeypatch):

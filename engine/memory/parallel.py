@@ -97,6 +97,7 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         local = int(os.environ.get("LOCAL_RANK", 0))
         self.neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
+        self.first_here = local == 0  # of them
         if gpu and self.neighbours > torch.cuda.device_count():
             raise UserError(f"--nproc_per_node {self.neighbours}: there are {torch.cuda.device_count()} GPUs")
         if self.size % replicas:
