@@ -33,7 +33,7 @@ import srpo_reward as sr
 from baselines import STEP, Term
 from engine import hub
 from engine.errors import NotFinite, Stopped, printable
-from engine.memory import cards, layouts, modes, parallel, plan
+from engine.memory import cards, layouts, modes, parallel, plan, whole_run
 from engine.model import lora, tensors
 from engine.run import checkpoint, finite
 from engine.run.folder import RunFolder, may_explain
@@ -215,11 +215,13 @@ def show_plan(a, model):
     for note in model.notes(vars(a)):
         print(note)
     recipe.share_of(a, a.world_size)
+    prepare.settle_evaluation(a, model, print)
     a.memory, why = cards.settle_for(prepare.job(a, model), a.world_size, a.card)
     if why:
         print(printable(why))
     job = prepare.job(a, model)
     plan.show(job, a.world_size, a.card, a.share)
+    whole_run.show(job, a, model, torch.bfloat16)
     cards.show_cards(job, a.share)
 
 

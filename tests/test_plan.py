@@ -12,7 +12,7 @@ import prepare
 import recipe
 import train
 from engine.errors import UserError
-from engine.memory import adamw, cards, gpus, layouts, parallel, plan
+from engine.memory import adamw, cards, gpus, layouts, parallel, plan, whole_run
 from engine.model import lora
 from engine.model.folder import Model
 
@@ -67,6 +67,20 @@ def test_recomputing_activations_saves_what_it_says(counted, predicted):
     kept = plan.predict(replace(its_job, checkpointing=False), 8, torch.bfloat16)
     assert 15 < (kept.activations - predicted[8].activations) / GIB < 25
     assert kept.update / TERA == pytest.approx(2 * 3 * 37.28, rel=1e-3)
+
+
+def test_the_whole_run_has_looks_an_evaluation_and_files(counted):
+    """12 bytes a number in a checkpoint, 8 with --memory split; 2 in each file of the weights."""
+    its_job, counts = counted
+    a, model = recipe.read([])
+    a.eval = 16
+    lines = whole_run.told(its_job, a, model, counts, torch.bfloat16).splitlines()
+    assert [line.strip().split("  ")[0] for line in lines[2:]] == [
+        "19 updates", "4 watched, 5 times", "16 evaluated, twice", "disk", "3 checkpoints", "weights, weights_best",
+        "downloads, unless they are here: 33.6 GB of black-forest-labs/FLUX.1-dev, and the rewards and prompts"]
+    assert "428 GB" in lines[6] and "47.6 GB" in lines[7]
+    assert whole_run.disk(replace(its_job, memory="split"), 10, 2, True) == {"3 checkpoints": 240,
+                                                                         "weights, weights_best": 60}
 
 
 def test_state_is_16_bytes_a_parameter_over_the_shards(counted, predicted):
