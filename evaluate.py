@@ -17,7 +17,7 @@ from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
-from engine.run.loading import until_loaded
+from engine.loading import until_loaded
 
 if __name__ == "__main__":
     until_loaded("evaluate.py")  # importing what follows takes seconds
@@ -32,7 +32,7 @@ from engine.command_line import WEIGHTS, Parser, extent, must_differ, phrase, re
 from engine.data import prompt_files
 from engine.errors import DISK_FAILS, UserError, frame, in_words, one_line, printable
 from engine.files import write_json, write_whole
-from engine.memory import parallel
+from engine.memory import modes, parallel, sampling
 from engine.model import trained
 from engine.run.stopping import Stopping
 from evaluation import metrics, picture_folders, sheets, table_formats, tables
@@ -79,8 +79,8 @@ def main():
 def run(argv):
     """Both stages, then the table. Returns the exit status: 1 if a picture could not be read."""
     args, model = recipe.of_script(flags(), argv)
-    methods, prompts = rows(args, model)
-    world = parallel.World(patience=timedelta(days=30))
+    world = parallel.World(patience=timedelta(days=30), mesh=modes.needs_mesh(args.memory))
+    methods, prompts = rows(args, model, world)
     for note in [] if args.images else model.notes(vars(args)):
         world.say(note)
     for note in [note for method in methods for note in trained.notes(method.weights)]:
@@ -141,12 +141,13 @@ def flags():
     add("--seed", type=whole(0, 2**30), default=0,
         help="prompt i is sampled from noise seed + i, for every model")
     add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
+    add("--memory", choices=sampling.NAMES, default="auto", help=sampling.HELP)
     add("--out", type=some_path, help="folder of pictures, scores, table.md, table.csv, table.tex, results.json, "
         "pictures.jsonl and sheet.png (None: runs/evaluate_<model>)")
     return parser
 
 
-def rows(args, model):
+def rows(args, model, world):
     """(the table's rows, `Method`s; their prompts). Raises UserError for flags that do not fit."""
     if args.per_prompt > 1 and "diversity" not in metrics.parse_metrics(args.metrics):
         args.metrics += ",diversity"
@@ -162,7 +163,10 @@ def rows(args, model):
         picture_folders.must_be_own(args.out, [])
         return picture_folders.existing(args)
     flux.needs_gpu(model)
-    model.grid(*sides(args.size))
+    job = sampling.job(model, args.size, args.batch)
+    args.memory, why = world.decide(sampling.settle, job, args.memory, world)
+    if why:
+        world.say(why)
     for path in picture_folders.named("--weights", args.weights).values():
         trained.check(path, model)
     prompts = prompt_files.read_prompts_by_category(args.eval_prompts)
@@ -248,7 +252,8 @@ def generate(args, model, methods, pictures, benchmark, world):
     for method in methods:
         if not lacking[method.name]:
             continue
-        net = flux.load(model, method.weights, world.device, world.dtype)
+        net = flux.load(model, method.weights, world.device, world.dtype,
+                        *sampling.how(args.memory, method.weights, model, world))
         grid = net.grid(*sides(args.size))
         picture_folders.make_own(args.out)
         picture_folders.begin(method.folder, method.made, benchmark)

@@ -16,8 +16,8 @@ from engine.data import cache, draws, photographs, prompt_files
 from engine.data.cache import Cache
 from engine.data.digests import known_digest
 from engine.errors import UserError
-from engine.memory import adamw, cards, layouts, modes, parallel, plan, whole_run
-from engine.model import trained
+from engine.memory import adamw, cards, counts, layouts, modes, parallel, whole_run
+from engine.model import float8, trained
 from engine.model.folder import Model
 from engine.run import made_by
 from engine.run.contents import Contents
@@ -52,7 +52,7 @@ class Run:
     reward: sr.Rewards
     losses: Callable       # of the --method: (flags, net, reward, `Batch`) -> loss terms
     share: recipe.Share    # of an update, that this process makes
-    job: plan.Job
+    job: counts.Job
     curriculum: draws.Curriculum
     embeddings: flux.Embeddings
     watched: watch.Watch
@@ -106,12 +106,13 @@ def job(a, model):
     method = recipe.METHODS[a.method]
     calls = method.calls(a)
     at_once = a.batch if method.optimizer_steps == 1 else a.global_batch
-    return plan.Job(
+    return counts.Job(
         model=model.name, transformer=configs.transformer, vae=configs.vae, text_tokens=configs.text_tokens,
         text_parameters=configs.text_parameters,
         size=a.size, image_tokens=rows * columns, images=a.global_batch, batch=at_once, updates=a.steps,
         rollout_steps=calls.without_gradient, calls=calls.with_gradient, checkpointing=a.checkpointing,
-        replicas=a.replicas, reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora, memory=a.memory)
+        replicas=a.replicas, reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora, memory=a.memory,
+        together=calls.together)
 
 
 def settle(a, model, world):
@@ -277,6 +278,8 @@ def make_ready(a, net, reward, curriculum, held_out):
     """Apply the machine's flags to the loaded networks. Returns the optimizer."""
     if a.checkpointing and net.device.type == "cuda":
         net.transformer.enable_gradient_checkpointing()
+    if a.rollout_dtype == "fp8":
+        float8.enable(net.transformer, keeps=a.memory in modes.HELD_ON_THE_GPU)
     if a.compile:
         for block in parallel.blocks_of(net.transformer):
             block.compile()

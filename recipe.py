@@ -75,6 +75,8 @@ class Rollout:
     shift: float = flag(3.0, or_off(real(1e-3)), "time shift; off: the model's own [released code]", model=True)
     noise: str = flag("shared", help="one noise prior for all images of an update [released code], one each, or shared "
                       "but with fresh noise to inject", choices=("shared", "independent", "fresh"), model=True)
+    rollout_dtype: str = flag("same", help="products of the blocks' linear layers in the rollout: in the dtype of the "
+                              "rest, or both factors in float8 [ours]", choices=("same", "fp8"))
 
 
 @dataclass
@@ -237,6 +239,7 @@ class Calls(NamedTuple):
     """How often a method calls the network for one image of an update."""
     without_gradient: float  # on average
     with_gradient: int
+    together: int = 1  # of these, that can be one call of the network: engine/memory/one_call.py
 
 
 def one_image(a):
@@ -272,7 +275,7 @@ DANCE_OPTIMIZER_STEPS = 3  # of DanceGRPO for each rollout; only the first is on
 
 def srpo_calls(a):
     """The rollout, unless photographs replace it; then one call for each branch and injection."""
-    return Calls(0 if a.images else a.rollout_steps, a.injections * len(a.branches))
+    return Calls(0 if a.images else a.rollout_steps, a.injections * len(a.branches), len(a.branches))
 
 
 def refl_calls(a):
@@ -497,6 +500,9 @@ def check_what_learns(a):
     if a.images is not None and a.noise == "fresh":
         raise UserError("--images --noise fresh: there is no rollout whose noise could be another; every photograph "
                         "gets noise of its own")
+    if method.optimizer_steps > 1 and a.rollout_dtype == "fp8":
+        raise UserError(f"--method {a.method} --rollout-dtype fp8: it compares the network with its own rollout, which "
+                        "must be as exact; leave it out")
     if method.optimizer_steps > 1 and a.rollout_steps < 2:
         raise UserError(f"--method {a.method} --rollout-steps {a.rollout_steps}: must be at least 2, for the last step "
                         "is not trained")

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.run.loading import until_loaded
+from engine.loading import until_loaded
 
 if __name__ == "__main__":
     until_loaded("sample.py")  # importing what follows takes seconds
@@ -23,7 +23,7 @@ from engine.data import prompt_files
 from engine.data.pictures import read_picture
 from engine.errors import UserError, frame, printable
 from engine.files import must_be_writable, stamp
-from engine.memory import parallel
+from engine.memory import modes, parallel, sampling
 from engine.model import trained
 from engine.paths import named_path
 from engine.run.stopping import Stopping
@@ -50,6 +50,7 @@ def flags():
     add("--guidance", type=real(0), default=3.5, help="distilled guidance [FLUX.1-dev]")
     add("--seed", type=whole(0, 2**30), default=0, help="picture i is made from noise seed + i")
     add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
+    add("--memory", choices=sampling.NAMES, default="auto", help=sampling.HELP)
     add("--out", type=some_path, default="samples",
         help="folder: one PNG a prompt, named by its number, and grid.png; with several --weights, a folder for each")
     return parser
@@ -106,19 +107,23 @@ def run(argv, stopping):
     for line in lines:
         parts += trained.check(line.weights, model)
         notes += trained.notes(line.weights)
+    world = parallel.World(mesh=modes.needs_mesh(args.memory))
+    args.memory, why = sampling.settle(sampling.job(model, args.size, args.batch), args.memory, world)
+    for line in lines:
+        line.made |= sampling.made(args.memory)
         check_made(line.folder, line.made, args.out)
     of_all = {"by": "sample.py", "lines": [line.made for line in lines]}
     made = lines[0].made
     if len(lines) > 1:
         made = of_all
         check_made(Path(args.out), made, args.out)
+    if why:
+        world.say(why)
     for note in dict.fromkeys(notes):
         print(printable(note))
 
-    parallel.one_thread_on_a_cpu()
-    device, dtype = parallel.device_and_dtype()
     model.fetch(list(dict.fromkeys(parts)))
-    embeddings = flux.encode_prompts(model, prompts, device, dtype)
+    embeddings = flux.encode_prompts(model, prompts, world.device, world.dtype)
     if embeddings.truncated:
         print(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
               f"they are truncated")
@@ -127,7 +132,7 @@ def run(argv, stopping):
     for number, line in enumerate(lines):
         clean(line.folder)
         begin(line.folder, line.made, [(prompt, "") for prompt in prompts])
-        sample(args, model, line, embeddings, (device, dtype), stopping, number * len(prompts), len(lines))
+        sample(args, model, line, embeddings, world, stopping, number * len(prompts), len(lines))
 
     columns = [sheets.Column(sheets.label_of(prompt, args.seed + i), [read_picture(line.file(i)) for line in lines])
                for i, prompt in enumerate(prompts)]
@@ -137,11 +142,12 @@ def run(argv, stopping):
                     f"{Path(args.out) / 'grid.png'}"))
 
 
-def sample(args, model, line, embeddings, place, stopping, done, lines):
-    """Sample the pictures of a `Line` that are not there yet. place: (device, dtype); done: how many pictures the lines
-    before have; lines: how many there are. Raises Stopped."""
+def sample(args, model, line, embeddings, world, stopping, done, lines):
+    """Sample the pictures of a `Line` that are not there yet. done: how many pictures the lines before have; lines: how
+    many there are. Raises Stopped."""
     prompts = len(embeddings.txt)
-    net = flux.load(model, line.weights, *place, strength=args.strength)
+    net = flux.load(model, line.weights, world.device, world.dtype,
+                    *sampling.how(args.memory, line.weights, model, world), strength=args.strength)
     grid = net.grid(*sides(args.size))
     for first in tqdm(range(0, prompts, args.batch), f"sample {line.name}"):
         stopping.check()

@@ -10,7 +10,7 @@ hyper-parameter with its source, is recipe.py; the mathematics is direct_align.p
 
 import sys
 
-from engine.run.loading import until_loaded
+from engine.loading import until_loaded
 
 if __name__ == "__main__":
     until_loaded("train.py")
@@ -33,7 +33,8 @@ import srpo_reward as sr
 from baselines import STEP, Term
 from engine import hub
 from engine.errors import NotFinite, Stopped, printable
-from engine.memory import cards, layouts, modes, parallel, plan, whole_run
+from engine.memory import cards, layouts, modes, parallel, shown, whole_run, work
+from engine.memory.one_call import Calls
 from engine.model import lora, tensors
 from engine.run import checkpoint, finite
 from engine.run.folder import RunFolder, may_explain
@@ -47,20 +48,24 @@ def srpo(a, net, reward, batch):
     """SRPO: yields (loss, `Term`) for every term of Eq. 6's sum, whose gradients add up at constant memory.
 
     a: the flags; net: a `flux.Flux`; reward: a `srpo_reward.Rewards`; batch: a `prepare.Batch`. The caller calls
-    backward on each loss as it comes.
+    backward on each loss as it comes. It takes all terms, since `Calls` may end the backward after the last one.
     """
     x0 = batch.x0
     if x0 is None:
         sigmas = da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1]))
-        x0 = net.rollout(batch.start, batch.c, sigmas, a.rollout_guidance)       # [B, N, C]
+        x0 = net.rollout(batch.start, batch.c, sigmas, a.rollout_guidance, dtype=a.rollout_dtype)  # [B, N, C]
     grid = da.training_grid(*a.sigma_range, a.cells, x0.device)
     reach = da.reach_of(a.groundtruth_ratio, a.cells)
     n = a.injections * len(a.branches)
     for m in batch.middles:
+        states = []
         for branch in a.branches:
             at = da.place(branch, m, grid, reach, a.meet)
             x_t = da.inject(x0, batch.eps, at.sigma)                             # Eq. 3
-            v_theta = net.velocity(x_t, at.sigma, batch.c, a.guidance)           # the call with a gradient
+            states.append((branch, at, x_t))
+        calls = Calls(net, [(x_t, at.sigma) for _, at, x_t in states], a.memory)
+        for branch, at, x_t in states:
+            v_theta = calls.velocity(x_t, at.sigma, batch.c, a.guidance)         # the call with a gradient
             if a.recover == "velocity":
                 x0_hat = da.recover(x_t, v_theta, batch.eps, at.sigma, at.sigma_to)  # Eq. 5
             else:
@@ -78,6 +83,7 @@ def srpo(a, net, reward, batch):
             sgp = sr.relative(f.detach(), batch.C1, batch.C2)
             yield loss, Term(batch.prompts, branch, x_t, v_theta, image, r, sgp,
                              at.sigma, at.sigma_to, x0, x0_hat, f, d)
+        calls.backward()
 
 
 def discount_of(a, branch):
@@ -157,7 +163,7 @@ def optimizer_step(a, run, step, looks):
 def train(a, run, state):
     """Updates until --steps, or until the watched pictures have landed (--land), with checkpoints. `state` is what a
     checkpoint holds beside the weights: the last finished update. Raises Stopped if the run is asked to stop."""
-    flop = plan.update_flop(run.job, run.world.size)  # of this process
+    flop = work.update_flop(run.job, run.world.size)  # of this process
     bar = tqdm(range(state["step"] + 1, a.steps + 1), initial=state["step"], total=a.steps, desc="train",
                disable=not run.world.main)
     for step in bar:
@@ -165,7 +171,7 @@ def train(a, run, state):
             break
         line = update(a, run, step)
         seconds = line["seconds_rollout"] + line["seconds_update"]
-        line |= plan.achieved(flop, seconds, run.net.device) | run.curriculum.says(step)
+        line |= work.achieved(flop, seconds, run.net.device) | run.curriculum.says(step)
         state |= {"step": step, "unlogged": line}
         run.stopping.words = f"stopped after step {step}, saved; --resume continues"
         run.watched.log(run.folder, state)
@@ -220,7 +226,7 @@ def show_plan(a, model):
     if why:
         print(printable(why))
     job = prepare.job(a, model)
-    plan.show(job, a.world_size, a.card, a.share)
+    shown.show(job, a.world_size, a.card, a.share)
     whole_run.show(job, a, model, torch.bfloat16)
     cards.show_cards(job, a.share)
 

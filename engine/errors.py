@@ -8,7 +8,7 @@ import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
-from engine.run.loading import loaded
+from engine.loading import loaded
 
 
 class UserError(ValueError):

@@ -1,3 +1,3 @@
-from engine.run.loading import until_module_loaded
+from engine.loading import until_module_loaded
 
 until_module_loaded(__name__)

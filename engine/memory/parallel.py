@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from copy import copy
 from datetime import timedelta
 from statistics import fmean
 from threading import Thread
@@ -25,6 +26,7 @@ from torch.distributed.fsdp import (
 from tqdm import tqdm
 
 from engine.errors import UserError, printable
+from engine.model.float8 import scales_of
 from engine.model.tensors import fill, own_parameters
 
 OLDEST = (8, 0)  # the compute capability of Ampere, the first with bf16 in hardware
@@ -155,6 +157,13 @@ class World:
             sys.exit(2)
         return found if self.main else theirs
 
+    def alone(self):
+        """This process as a `World` of its own, with a mesh of itself; collective."""
+        own = copy(self)
+        own.size, own.rank = 1, 0
+        own.mesh = init_device_mesh(self.device.type, (self.size, 1), mesh_dim_names=("processes", "own"))["own"]
+        return own
+
     def close(self):
         """End the process group, after waiting for all processes: one that ended early could break another's last
         exchange."""
@@ -210,8 +219,9 @@ def load_sharded(kind, source, device, dtype, world=None, layout=None):
         if sharded:
             shard(network, world)
     network.to_empty(device=device)
+    scales = scales_of(network)
     for name, parameter in own_parameters(network).items():
-        fill(parameter, source.tensors[name])
+        fill(parameter, source.tensors[name], scales.get(name))
     if layout is not None:
         layout.start(network)
     return network

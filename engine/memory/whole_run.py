@@ -1,8 +1,12 @@
 """What a whole run costs beside its updates: the pictures that are sampled to look at, the disk, what is downloaded.
-Predicted from the `plan.Job`, without weights."""
+Predicted from the `counts.Job`, without weights."""
 
-from engine.memory import cards, gpus
-from engine.memory.plan import GIGA, TERA, count, divide, flop_per_call, in_time
+from engine.memory import gpus
+from engine.memory.counts import count
+from engine.memory.plan import divide
+from engine.memory.shown import in_time
+from engine.memory.work import GIGA, TERA, flop_per_call
+from engine.memory.work import seconds as seconds_of
 
 AT_MOST = 0.1  # of the run's work, for the evaluation before and after it
 EVALUATED = (256, 128, 64, 32, 16)  # pictures; the largest number that costs so little is taken
@@ -45,7 +49,7 @@ def told(job, a, model, counts, dtype):
     rate = gpus.PEAK[a.card] * a.share * TERA  # FLOP a second
     sampled = (a.eval_steps * counts.forward + counts.decode) / rate / a.world_size  # seconds of a picture
     looks = 1 + -(-a.steps // a.watch_every)
-    seconds = {f"{a.steps} updates": a.steps * cards.seconds(prediction, gpus.PEAK[a.card], a.share),
+    seconds = {f"{a.steps} updates": a.steps * seconds_of(prediction, gpus.PEAK[a.card], a.share),
                f"{a.watch} watched, {looks} times": looks * a.watch * sampled}
     if a.eval:
         seconds[f"{a.eval} evaluated, twice"] = 2 * a.eval * sampled

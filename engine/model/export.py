@@ -11,12 +11,12 @@ import torch
 from engine.errors import NotFinite
 from engine.files import write_json, write_whole
 from engine.model import released
+from engine.model.float8 import quantised
 from engine.model.single_file import MARKER
 from engine.model.tensor_files import INDEX, ONE_FILE
 from engine.model.tensors import full
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
-LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max  # 448
 
 
 class Entry(NamedTuple):
@@ -78,10 +78,10 @@ def joined(name, parts, rows, dtype):
 
 
 def scaled(make):
-    """[a tensor in float8, its scale]: the tensor is the product."""
-    tensor = make()[0].float()
-    scale = (tensor.abs().max() / LARGEST_FLOAT8).clamp(min=1e-12)
-    return [(tensor / scale).to(torch.float8_e4m3fn), scale]
+    """[a tensor in float8, its scale]: the tensor is the product. ComfyUI has one scale for all rows."""
+    tensor, = make()
+    numbers, scale = quantised(tensor.flatten())
+    return [numbers.view(tensor.shape), scale]
 
 
 # --------------------------------------------------------------------------------------------------- the files

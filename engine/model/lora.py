@@ -17,8 +17,9 @@ from engine.errors import UserError
 from engine.model import lora_files
 from engine.model.export import export as export_full
 from engine.model.export import export_as, finite, plain, write
+from engine.model.float8 import scales_of
 from engine.model.lora_files import FILE, PREFIX
-from engine.model.tensors import fill, full, local_part, my_rows, own_parameters
+from engine.model.tensors import fill, full, my_rows, own_parameters, put, values
 
 
 # ----------------------------------------------------------------------------------------------- the adapters
@@ -142,15 +143,15 @@ def fitting(transformer, place, rank=None):
     return pairs
 
 
-def load_into(transformer, place):
-    """Read a LoRA into the adapters of a transformer. A layer that is not in the file keeps its values.
+def load_into(transformer, place, strength=1.0):
+    """Read a LoRA into the adapters of a transformer, as strength B A. A layer that is not in the file stays as it is.
 
     Raises UserError, before anything is changed, if the LoRA has another architecture or rank.
     """
     parameters = adapters(transformer)
     rank = next(len(parameter) for name, parameter in parameters.items() if ".lora_A." in name)
     for layer, pair in fitting(transformer, place, rank).items():
-        for side, tensor in (("A", pair.A), ("B", pair.B)):
+        for side, tensor in (("A", pair.A), ("B", strength * pair.B)):
             fill(parameters[f"{PREFIX}{layer}.lora_{side}.weight"], tensor)
 
 
@@ -163,11 +164,12 @@ def merge_into(transformer, place, strength=1.0):
     """
     pairs = fitting(transformer, place)
     parameters = own_parameters(transformer)
+    scales = scales_of(transformer)
     for layer, (A, B, bias) in pairs.items():
         for kind, change in (("weight", B), ("bias", bias)):
             if change is not None:
                 parameter = parameters[f"{layer}.{kind}"]
                 first, last = my_rows(parameter)
-                local = local_part(parameter)
+                scale = scales.get(f"{layer}.{kind}")
                 change = B[first:last] @ A if kind == "weight" else change[first:last]
-                local.copy_(local.float() + strength * change.to(local.device))
+                put(parameter, values(parameter, scale) + strength * change.to(parameter.device), scale)

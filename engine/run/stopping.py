@@ -6,7 +6,7 @@ import signal
 import time
 
 from engine.errors import Stopped
-from engine.run.loading import ASKS
+from engine.loading import ASKS
 
 ONE_REQUEST = 0.2  # seconds; stopping a whole group of processes may signal some of them twice within this time
 
