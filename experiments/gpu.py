@@ -170,8 +170,8 @@ def page(own, card, gib, found):
     """The `pages.Page` of what was measured."""
     updates, pictures, gradients, failed = rows_of(found)
     said = f"{len(PARTS) - len(failed)} of {len(PARTS)} parts measured on {card}"
-    told = [f"{card}, torch {torch.__version__}. Random weights of {own.model}'s size, one image at a time; every number "
-            "was measured once. Planned: without text encoders and CUDA itself.",
+    told = [f"{card}, torch {torch.__version__}. Random weights of {own.model}'s size, one image at a time; every "
+            "number was measured once. Planned: without text encoders and CUDA itself.",
             readme_rows(card, gib, found)]
     if failed:
         told.append("Without numbers:\n\n" + "\n".join(f"- {name}: {why}" for name, why in failed.items()))

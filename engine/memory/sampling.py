@@ -27,11 +27,6 @@ HELP = ("how the transformer fits the card: bf16, fp8 or fp8-offload; auto: the 
         "float8 the pictures differ a little")
 
 
-# Of what the decoder holds at a time, how much the allocator reserves: pieces of one size do not fit another. What the
-# transformer's calls have used does not fit either. Rehearsed for FLUX.1-dev at 1024 x 1024.
-DECODING = 2.15
-
-
 class Job(NamedTuple):
     """What the memory of sampling depends on."""
     model: str            # its name, for messages
@@ -79,7 +74,8 @@ def predictions(job):
     texts = dtype.itemsize * job.text_parameters
 
     def taken(parameters, copies, host=0):
-        return Prediction(texts, parameters + copies + calling + frozen + DECODING * decoding, host)
+        # The transformer is called, then the VAE. What one call held lies in pieces too small for the decoder.
+        return Prediction(texts, parameters + frozen + calling + max(copies, decoding), host)
 
     return {"bf16": taken(dtype.itemsize * whole, 0), "fp8": taken(sum(stored), cast),
             "fp8-offload": taken(0, cast + block, pinned(stored))}

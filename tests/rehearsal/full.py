@@ -110,6 +110,7 @@ def main():
     bench.fill_at_random = random_weights_of_the_card
     torch.Tensor.pin_memory = pinned
     told = {}
+    parallel.device_and_dtype()  # sets how the allocator works, before it is first used
     for line in lines:
         torch.cuda.reset_peak_memory_stats()
         first, *rest = line.split()
