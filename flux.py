@@ -188,13 +188,13 @@ def needs_gpu(model):
         raise UserError(f"--model {model.name} needs a GPU and there is none; what works here: --model miniature")
 
 
-def load(model, weights=None, device="cpu", dtype=torch.float32, world=None, layout=None):
+def load(model, weights=None, device="cpu", dtype=torch.float32, world=None, layout=None, strength=1.0):
     """A `Flux` of a `Model` whose files are on this machine.
 
     weights: a folder or a file that replaces the transformer's own weights, or a LoRA. A LoRA is read into the adapters
-    of the `layouts.Layout`, if it has any, and is merged otherwise. world: a `parallel.World`, over whose mesh the
-    transformer is sharded for training. The VAE is frozen. Raises UserError if a tensor is missing in the files, or
-    is not the network's.
+    of the `layouts.Layout`, if it has any, and is merged otherwise; `strength` is its factor. world: a
+    `parallel.World`, over whose mesh the transformer is sharded for training. The VAE is frozen. Raises UserError if a
+    tensor is missing in the files, or is not the network's.
     """
     quiet()
     trained.check(weights, model, None if layout is None else layout.lora)
@@ -207,8 +207,10 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, world=None, lay
     if vae.config.shift_factor is None:
         vae.register_to_config(shift_factor=0.0)
     if weights is not None and not trained.is_full(weights):
-        take = lora.load_into if lora.adapters(transformer) else lora.merge_into
-        take(transformer, trained.place_of(weights))
+        if lora.adapters(transformer):
+            lora.load_into(transformer, trained.place_of(weights), strength)
+        else:
+            lora.merge_into(transformer, trained.place_of(weights), strength)
     if not weights_are_finite(transformer.parameters(), world):
         whose = f"--model {model.name}" if weights is None else f"--weights {weights}"
         raise UserError(f"{whose}: its weights hold numbers that are not finite")

@@ -14,6 +14,7 @@ import diffusers
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from engine.command_line import sides
 from engine.errors import UserError
 from engine.memory import modes
 from engine.memory.cards import CONTEXT, because, this_machine
@@ -34,7 +35,7 @@ class Job(NamedTuple):
     vae: dict             # AutoencoderKL's config
     text_tokens: int      # of a prompt
     text_parameters: int  # of the text encoders, which are freed before the transformer is loaded
-    size: int             # side of a picture, pixels
+    size: int             # side of a picture, pixels; or [width, height]
     image_tokens: int     # of a picture
     batch: int            # pictures at a time
 
@@ -53,7 +54,7 @@ class Prediction(NamedTuple):
 def job(model, size, batch):
     """The `Job` of a `Model`."""
     configs = model.configs
-    rows, columns = model.grid(size, size)
+    rows, columns = model.grid(*sides(size))
     return Job(model.name, configs.transformer, configs.vae, configs.text_tokens, configs.text_parameters, size,
                rows * columns, batch)
 
