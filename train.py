@@ -148,6 +148,7 @@ def optimizer_step(a, run, step, looks):
     """Clip the gradient, check that it and what `finite` looked at are finite, step. Returns the norm before clipping.
     Raises NotFinite."""
     parameters = layouts.trainable(run.net.transformer)
+    layouts.finish_gradients(run.net.transformer)
     norm = tensors.full(torch.nn.utils.clip_grad_norm_(parameters, a.clip))
     norm = finite.stop_before_the_step(looks, norm, step, run)
     if norm == 0:

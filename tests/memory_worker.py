@@ -54,6 +54,7 @@ class Small:
         v = self.net.velocity(0.5 * (x0 + start[mine]), 0.5, c, 3.5)
         loss = (v * start[mine]).mean()
         loss.backward()
+        layouts.finish_gradients(self.net.transformer)
         return loss.item()
 
     def update(self, step):

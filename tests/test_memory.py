@@ -161,9 +161,11 @@ def test_a_float32_is_split_and_joined_to_the_bit():
     assert not high.isfinite().any() and not adamw.join(high, low).isfinite().any()
 
 
-def test_split_adamw_is_adamw():
+@pytest.mark.parametrize("small", [0, 100, 10_000], ids=["each alone", "one alone", "all at once"])
+def test_split_adamw_is_adamw(monkeypatch, small):
     """On bf16 weights with float32 moments, fed bf16 gradients: to the bit torch's AdamW on float32 masters
-    that is fed the same, and the weights are the masters rounded."""
+    that is fed the same, and the weights are the masters rounded. So is each parameter's step."""
+    monkeypatch.setattr(adamw, "SMALL", small)
     generator = torch.Generator().manual_seed(0)
     weights = [0.05 * torch.randn(shape, generator=generator) for shape in ((40, 30), (30,))]
     halves = [torch.nn.Parameter(weight.to(torch.bfloat16)) for weight in weights]
@@ -178,7 +180,7 @@ def test_split_adamw_is_adamw():
         torchs.step()
     for half, master in zip(halves, masters, strict=True):
         joined = adamw.join(half.detach(), ours.state[half]["low"].view(torch.int16))
-        assert torch.equal(joined, master.detach())
+        assert torch.equal(joined, master.detach()) and ours.state[half]["step"] == 50
         assert torch.equal(half.detach(), adamw.split(master.detach())[0])
 
 

@@ -160,16 +160,16 @@ def test_eight_cards_of_48_gb_do_not_hold_masters(counted):
     assert not cards.Machine(44.4 * GIB).has_room(plan.divide(its_job, counts, 8, torch.bfloat16))
 
 
-def test_gradients_that_come_beside_others_are_not_pinned(counted):
-    """Two images of --memory offload, whose branches are one call each: one pinned download of the 47.6 GB, one that is
-    not; the seconds are the sum of computing and both."""
+def test_the_gradients_of_every_backward_come_to_the_host(counted):
+    """47.6 GB once a batch, of both branches together, beside the parameters' copies; the seconds are the sum of
+    computing and copying."""
+    once = on_one_card(counted)["offload"]
     its_job, counts = counted
-    assert on_one_card(counted)["offload"].unpinned == 0
-    offload = on_one_card((replace(its_job, images=2), counts))["offload"]
-    assert offload.unpinned / 1e9 == pytest.approx(47.6, abs=0.1)
-    alone = offload.flop / TERA / 400
-    copying = offload.bus / 1e9 / work.BUS + offload.unpinned / 1e9 / work.UNPINNED
-    assert work.seconds(offload, 1000, 0.4) == pytest.approx(alone + copying)
+    twice = cards.predictions(replace(its_job, images=2, batch=1), counts, 1)["offload"]
+    assert twice.bus == 2 * once.bus and twice.host - once.host == 2 * GIB
+    assert (once.bus / 1e9) == pytest.approx(4 * 47.6, abs=0.1)  # rollout, forward, backward, gradients
+    alone = once.flop / TERA / 400
+    assert work.seconds(once, 1000, 0.4) == pytest.approx(alone + once.bus / 1e9 / work.BUS)
 
 
 def test_the_preferred_memory_is_the_fastest_that_fits(counted):

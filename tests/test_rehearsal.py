@@ -23,6 +23,7 @@ SAMPLED = "--model miniature --eval-steps 1"
 MEMORY = {"masters": "", "split": "--memory split", "offload": "--memory offload", "stream": "--memory stream",
           "bf16": "--lora 4 --memory bf16", "fp8": "--lora 4 --memory fp8",
           "fp8-offload": "--lora 4 --memory fp8-offload"}
+ON_THE_HOST = 2  # the same where the optimizer and the gradient's norm are on the host
 WAITS = 3  # of an update: for the flags and the gradient's norm, for what the step made, for the log's numbers
 
 
@@ -68,7 +69,10 @@ def updates(stub, tmp_path_factory):
     """{--memory, or a name: what the stub counted in the second update}, and after it pictures of a LoRA. All of it is
     one process, for importing takes as long as two of these runs."""
     folder = tmp_path_factory.mktemp("updates")
-    named = MEMORY | {"more": "--rollout-steps 4 --injections 2", "accumulated": "--global-batch 4"}
+    named = MEMORY | {"more": "--rollout-steps 4 --injections 2", "accumulated": "--global-batch 4 --batch 1",
+                      "offload, accumulated": "--memory offload --global-batch 4 --batch 1",
+                      "float8": "--rollout-dtype fp8", "fp8, float8": "--lora 4 --memory fp8 --rollout-dtype fp8",
+                      "stream, float8": "--memory stream --rollout-dtype fp8"}
     lines = of_training(folder, *named.values())
     lora = f"{folder}/run{list(named).index('fp8')}/weights"
     shown = f"sample.py {SAMPLED} --memory fp8-offload --weights {lora} --out {folder}/samples 'a red circle'"
@@ -101,10 +105,20 @@ def test_uploads_of_an_update(updates):
     assert masters["up_bytes"] < 10**6
 
 
-@pytest.mark.parametrize("name, parameters", [("offload", 140), ("stream", 140), ("fp8-offload", 88)])
-def test_what_a_host_has_comes_back_unpinned_only_where_it_is_added(updates, name, parameters):
-    """FSDP2 adds the second branch's gradients on the CPU, and waits for each: the plan counts them as `unpinned`."""
-    assert updates[name]["down_blocking"] <= parameters + WAITS
+@pytest.mark.parametrize("name, parameters, batches", [
+    ("offload", 140, 1), ("stream", 140, 1), ("fp8-offload", 88, 1), ("offload, accumulated", 140, 4)])
+def test_gradients_come_to_the_host_once_a_batch_and_nothing_waits_for_them(updates, name, parameters, batches):
+    """Into pinned memory. Both branches are one call, so a batch has one backward."""
+    update = updates[name]
+    assert update["down"] == parameters * batches + ON_THE_HOST
+    assert (update["down_blocking"], update["stream_syncs"], update["device_syncs"]) == (ON_THE_HOST, ON_THE_HOST, 0)
+
+
+def test_a_rollout_in_float8_waits_no_more(updates):
+    """And fewer products are left to the libraries of bf16."""
+    ours, theirs = updates["float8"], updates["masters"]
+    assert (ours["stream_syncs"], ours["down"], ours["up"]) == (WAITS, WAITS, theirs["up"])
+    assert ours["products"] < theirs["products"]
 
 
 @pytest.mark.slow

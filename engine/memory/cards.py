@@ -12,7 +12,7 @@ from engine.memory import gpus, modes
 from engine.memory.counts import count
 from engine.memory.plan import GIB, divide
 from engine.memory.shown import in_time
-from engine.memory.work import BUS, UNPINNED, seconds
+from engine.memory.work import BUS, seconds
 
 CONTEXT = 1.25 * GIB    # of a card, taken by CUDA itself and by the libraries' workspaces
 USUAL_RANK = 32         # the rank of a LoRA that a message recommends
@@ -188,7 +188,7 @@ def show_cards(job, share):
     the card's peak that is reached, 0 to 1."""
     counts = count(job, torch.bfloat16)
     print(f"\nwhat fits one card, predicted (with {CONTEXT / GIB:.2f} GiB for CUDA itself; an update of "
-          f"{job.images} images at {share:.0%} of the card's peak,\nand {BUS} GB/s over the bus, {UNPINNED} unpinned; "
+          f"{job.images} images at {share:.0%} of the card's peak,\nand {BUS} GB/s over the bus; "
           "without the optimizer's step on the host)")
     print(f"    {'card':20}{'flags':34}{'GiB':>8}{'host GiB':>10}{'an update':>11}{f'{job.updates} updates':>12}")
     for card in gpus.CARDS:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from engine.memory import parallel
+from engine.memory.downloads import Downloads
 from engine.memory.modes import HELD_ON_THE_GPU, ON_THE_HOST, needs_mesh
 from engine.model import float8, lora
 
@@ -58,9 +59,18 @@ class Layout(NamedTuple):
         return None
 
     def start(self, transformer):
-        """Give the adapters their first values, after loading."""
+        """After loading: give the adapters their first values, and let `Downloads` take what comes to the host."""
         if self.lora:
             lora.start(transformer, self.seed)
+        if self.name in ON_THE_HOST:
+            transformer.downloads = Downloads(trainable(transformer))
+
+
+def finish_gradients(transformer):
+    """Before a gradient is read: every parameter has the sum of what was copied to the host, if it was."""
+    downloads = getattr(transformer, "downloads", None)
+    if downloads is not None:
+        downloads.finish()
 
 
 def trainable(transformer):

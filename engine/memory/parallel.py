@@ -49,11 +49,17 @@ def device_and_dtype(local_rank=0):
     return device, torch.bfloat16
 
 
-def one_thread_on_a_cpu():
-    """Use one thread if there is no GPU: on the miniature a second one saves a sixth of the time, but on a busy machine
-    it takes ten times as long."""
+def choose_threads(neighbours=1):
+    """Choose how many threads compute on the host.
+
+    Without a GPU, one: on the miniature a second one saves a sixth of the time, but on a busy machine it takes ten
+    times as long. With a GPU, the cores are divided among the processes of this machine, since --memory offload has its
+    optimizer there; torchrun would leave one core to each. OMP_NUM_THREADS of 2 or more is left as it is.
+    """
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
+    elif int(os.environ.get("OMP_NUM_THREADS") or 1) == 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
 
 
 def meet_the_others(backend, patience):
@@ -97,7 +103,7 @@ class World:
             raise UserError(f"--replicas {replicas}: does not divide the {self.size} processes")
         self.device, self.dtype = device_and_dtype(local)
         self.mesh = None
-        one_thread_on_a_cpu()
+        choose_threads(self.neighbours)
         if gpu:
             torch.cuda.set_device(self.device)
         # Gradient clipping and the exchange of Python objects use gloo on the CPU; everything else uses NCCL.

@@ -13,6 +13,7 @@ import torch
 
 from engine.errors import UserError
 from engine.memory.counts import count
+from engine.memory.downloads import STAGED
 from engine.memory.modes import HELD_ON_THE_GPU, ON_THE_HOST, is_lean
 from engine.memory.work import flop_per_call
 
@@ -39,7 +40,6 @@ class Prediction:
     received: float
     host: float             # in the host's memory, of this process
     bus: float              # copied between the host's pinned memory and the GPU
-    unpinned: float         # gradients that come to the host beside earlier ones: not pinned, and added there
     peak_in_texts: float    # while the text encoders are loaded, before the transformer is
 
     @property
@@ -175,13 +175,15 @@ def divide(job, counts, world_size, compute_dtype):
     sharded = trained if job.memory == "bf16" else counts.parameters
     received = (shards - 1) / shards * (sharded * passes * compute_dtype.itemsize + trained * times * 4)
     received += times * 4 * trained / shards * 2 * (job.replicas - 1) / job.replicas
-    # With offloading, parameters are copied from the host as often, and the gradients are copied back. FSDP2 copies the
-    # first ones of an update into pinned memory; the later ones into memory that is not, and adds them on the CPU.
-    bus = unpinned = 0
+    # With offloading, parameters are copied from the host as often, and the gradients of every backward are copied back
+    # and added there (downloads.py).
+    bus = 0
+    host = has.host
     if job.memory in ON_THE_HOST:
         gradients = 4 * trained / shards
-        bus = accumulate * has.copied * passes + gradients
-        unpinned = (accumulate * times - 1) * gradients
+        bus = accumulate * (has.copied * passes + times * gradients)
+        if accumulate * times > 1:
+            host += min(STAGED, gradients)
 
     images = batch * accumulate
     return Prediction(
@@ -193,7 +195,7 @@ def divide(job, counts, world_size, compute_dtype):
         # The networks are frozen, so the backward costs as much as the forward: it has no gradient of parameters.
         decode=images * job.calls * (3 if is_lean(job.memory) else 2) * counts.decode,
         reward=images * job.calls * 2 * counts.reward,
-        received=accumulate * received, host=has.host, bus=bus, unpinned=unpinned,
+        received=accumulate * received, host=host, bus=bus,
         peak_in_texts=compute_dtype.itemsize * job.text_parameters)
 
 

@@ -10,7 +10,6 @@ from engine.memory.counts import create, flop_of, forward
 GIGA, TERA = 1e9, 1e12
 GIB = 2**30
 BUS = 25                # GB/s between host and card: what copies from pinned memory reach on PCIe 4.0 x16
-UNPINNED = 6            # the same for memory that is not pinned, with what is added there; a guess
 
 
 def flop_per_call(job, once):
@@ -42,8 +41,7 @@ def update_flop(job, processes=1):
 def seconds(prediction, peak, share):
     """Seconds of an update of one process: the sum of computing and copying, for FSDP2 copies a block on the stream on
     which it computes. peak: of the card, TFLOP/s; share: of it that is reached, 0 to 1."""
-    copying = prediction.bus / BUS + prediction.unpinned / UNPINNED
-    return prediction.flop / TERA / (peak * share) + copying / GIGA
+    return prediction.flop / TERA / (peak * share) + prediction.bus / GIGA / BUS
 
 
 def achieved(flop, seconds, device):
