@@ -33,7 +33,7 @@ import srpo_reward as sr
 from baselines import STEP, Term
 from engine import hub
 from engine.errors import NotFinite, Stopped, printable
-from engine.memory import cards, layouts, modes, parallel, shown, work
+from engine.memory import cards, layouts, modes, parallel, shown, whole_run, work
 from engine.memory.one_call import Calls
 from engine.model import lora, tensors
 from engine.run import checkpoint, finite
@@ -222,11 +222,13 @@ def show_plan(a, model):
     for note in model.notes(vars(a)):
         print(note)
     recipe.share_of(a, a.world_size)
+    prepare.settle_evaluation(a, model, print)
     a.memory, why = cards.settle_for(prepare.job(a, model), a.world_size, a.card)
     if why:
         print(printable(why))
     job = prepare.job(a, model)
     shown.show(job, a.world_size, a.card, a.share)
+    whole_run.show(job, a, model, torch.bfloat16)
     cards.show_cards(job, a.share)
 
 

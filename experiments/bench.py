@@ -22,7 +22,8 @@ import train
 from engine.command_line import Parser, whole
 from engine.data import draws
 from engine.errors import UserError, frame
-from engine.memory import counts, layouts, modes, parallel, work
+from engine.files import write_json
+from engine.memory import counts, layouts, modes, parallel, plan, work
 from engine.model import float8, tensors, trained
 from engine.model.tensor_files import meta_network
 from rewards import clip_model
@@ -38,6 +39,7 @@ def flags(argv):
     parser.add_argument("--random-init", action="store_true",
                         help="random weights: --model gives the size, and the reward is a ViT-H/14")
     parser.add_argument("--released", action="store_true", help="compare with the released loop's habits")
+    parser.add_argument("--json", help="file that the numbers are written to")
     parser.add_argument("--repeats", type=whole(1), default=5, help="timed updates, after one untimed update")
     own, others = parser.parse_known_args(argv)
     a, model = recipe.read(others)
@@ -169,6 +171,22 @@ def report(a, run, rungs, measured):
     print("\n" + ", ".join(f"{name} {value}" for name, value in reached.items()))
 
 
+def numbers(run, first, updates):
+    """What is measured, beside what the plan says of it. first, updates: {phase: seconds} of the untimed update, and of
+    the timed ones."""
+    device = run.world.device
+    phases = {phase: median(update[phase] for update in updates) for phase in PHASES}
+    seconds = sum(phases.values())
+    planned = plan.predict(run.job, run.world.size, torch.bfloat16)
+    told = {"phases": phases, "seconds": seconds, "first": sum(first.values()), "images": run.job.images,
+            "planned": max(planned.peak_in_update, planned.peak_in_rollout) / plan.GIB}
+    told |= work.achieved(work.update_flop(run.job, run.world.size), seconds, device)
+    if device.type == "cuda":
+        told |= {"allocated": torch.cuda.max_memory_allocated() / plan.GIB,
+                 "reserved": torch.cuda.max_memory_reserved() / plan.GIB}
+    return told
+
+
 def main():
     with frame("bench"):
         own, a, model = flags(sys.argv[1:])
@@ -186,8 +204,12 @@ def main():
                 seconds = one_update(a, run, habits)
                 if repeat > 0:
                     updates.append(seconds)
+                elif not habits:
+                    first = seconds
         if world.main:
             report(a, run, rungs, measured)
+            if own.json:
+                write_json(own.json, numbers(run, first, measured[0]))
         world.close()
 
 

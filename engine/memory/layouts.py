@@ -17,10 +17,13 @@ class Layout(NamedTuple):
     lora: int | None
     name: str
     seed: int
+    trains: bool = True  # False: the weights are frozen, for a transformer that only samples
 
     def prepare(self, transformer, world):
         """Add the adapters, give every parameter its dtype, and shard. The transformer is on the meta device, and not
         loaded yet. Returns the device for the parameters."""
+        if not self.trains:
+            transformer.requires_grad_(False)
         if self.lora:
             lora.add_adapters(transformer, self.lora)
         if self.name.startswith("fp8"):

@@ -81,7 +81,7 @@ def held(job, counts, world_size, compute_dtype):
     # gathered ahead, so that computing does not wait for the network. In the backward there are also the block's
     # gradient, and a float32 copy of it, which is reduced over the ranks.
     copies = width * block
-    with_gradient = 2 * width * block
+    with_gradient = 2 * width * block + several * 4 * block
     ahead = several * 2 * width * block * (1 + 1 / shards)
     apart = ahead + 4 * block / shards
     # The rollout calls every block many times, and keeps all copies until its end (see parallel.gathered). A single

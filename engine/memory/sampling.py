@@ -41,15 +41,14 @@ class Job(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What sampling takes, in bytes: on the GPU by phase, and on the host."""
+    """What sampling takes, in bytes: on the GPU in two phases, and on the host."""
     peak_in_texts: float
-    peak_in_rollout: float
-    peak_in_decoding: float
+    peak_in_pictures: float
     host: float
 
     @property
     def peak(self):
-        return max(self.peak_in_texts, self.peak_in_rollout, self.peak_in_decoding)
+        return max(self.peak_in_texts, self.peak_in_pictures)
 
 
 def job(model, size, batch):
@@ -76,7 +75,8 @@ def predictions(job):
     texts = dtype.itemsize * job.text_parameters
 
     def taken(parameters, copies, host=0):
-        return Prediction(texts, parameters + copies + calling + frozen, parameters + decoding + frozen, host)
+        # The transformer is called, then the VAE. What one call held lies in pieces too small for the decoder.
+        return Prediction(texts, parameters + frozen + calling + max(copies, decoding), host)
 
     return {"bf16": taken(dtype.itemsize * whole, 0), "fp8": taken(sum(stored), cast),
             "fp8-offload": taken(0, cast + block, pinned(stored))}
@@ -114,4 +114,4 @@ def how(name, weights, model, world):
     LoRA that fits no adapters is merged all the same."""
     if name == "bf16":
         return None, None
-    return world.alone(), Layout(trained.rank_of(weights, model), name, seed=0)
+    return world.alone(), Layout(trained.rank_of(weights, model), name, seed=0, trains=False)

@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def forget(a, run, step, looks):
 
 # ---------------------------------------------------------------------------------------------------------- a line
 def updates(argv, size):
-    """Two updates. Returns what the plan says of their peak, bytes."""
+    """Two updates. Returns what the plan says of their peak, bytes; of the text encoders nothing is rehearsed."""
     a, model = recipe.read(["--rollout-steps", "2", "--global-batch", str(size), *argv])
     a.steps = 1
     world = parallel.World(a.replicas, mesh=modes.needs_mesh(a.memory))
@@ -77,20 +78,27 @@ def updates(argv, size):
             for _ in range(2):
                 train.update(a, run, 1)
         train.optimizer_step = step
-    return plan.predict(run.job, size, torch.bfloat16).peak
+    planned = plan.predict(run.job, size, torch.bfloat16)
+    return max(planned.peak_in_update, planned.peak_in_rollout)
 
 
 def picture(argv):
-    """A picture in two steps. Returns what the plan says of its peak, bytes; of the text encoders nothing is
-    rehearsed."""
+    """A picture in two steps. Returns the same of it."""
     args, model = recipe.of_script(sample.flags(), argv)
     world = parallel.World()
     net = bench.random_flux(model, world, *sampling.how(args.memory, args.weights, model, world))
     grid = net.grid(args.size, args.size)
     prompt = bench.random_embeddings(net, ["a prompt"], model.configs.text_tokens)
     flux.sample(net, prompt.txt, prompt.pooled, flux.noise(net, grid, [0]), grid, 2, args.guidance)
-    planned = sampling.predictions(sampling.job(model, args.size, 1))[args.memory]
-    return max(planned.peak_in_rollout, planned.peak_in_decoding)
+    return sampling.predictions(sampling.job(model, args.size, 1))[args.memory].peak_in_pictures
+
+
+def by_stream():
+    """GiB that the allocator reserves for each stream."""
+    taken = Counter()
+    for segment in torch.cuda.memory_snapshot():
+        taken[segment["stream"]] += segment["total_size"]
+    return [round(size / 2**30, 2) for size in taken.values()]
 
 
 def main():
@@ -102,13 +110,14 @@ def main():
     bench.fill_at_random = random_weights_of_the_card
     torch.Tensor.pin_memory = pinned
     told = {}
+    parallel.device_and_dtype()  # sets how the allocator works, before it is first used
     for line in lines:
         torch.cuda.reset_peak_memory_stats()
         first, *rest = line.split()
         planned = picture(rest) if first == "sample" else updates([first, *rest], size)
         told[line] = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(),
                       "planned": planned}
-        print(line, {name: round(value / 2**30, 2) for name, value in told[line].items()}, flush=True)
+        print(line, {name: round(value / 2**30, 2) for name, value in told[line].items()}, by_stream(), flush=True)
         dist.destroy_process_group()
         gc.collect()
         torch.cuda.empty_cache()
