@@ -112,7 +112,7 @@ def job(a, model):
         size=a.size, image_tokens=rows * columns, images=a.global_batch, batch=at_once, updates=a.steps,
         rollout_steps=calls.without_gradient, calls=calls.with_gradient, checkpointing=a.checkpointing,
         replicas=a.replicas, reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora, memory=a.memory,
-        together=calls.together)
+        together=calls.together, rollout_dtype=a.rollout_dtype)
 
 
 def settle(a, model, world):

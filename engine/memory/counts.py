@@ -46,6 +46,7 @@ class Job:
     lora: int | None = None  # rank of the adapters that are trained; None: all weights are
     memory: str = "masters"  # how they are stored: a --memory other than auto
     together: int = 1        # calls with a gradient that are one where parameters are on the host (one_call.py)
+    rollout_dtype: str = "same"  # "fp8": --rollout-dtype fp8
 
     def share(self, processes):
         """(images in a batch, number of batches whose gradients are accumulated) of each process. If the number of
@@ -74,6 +75,7 @@ class Counts(NamedTuple):
     reward: int         # FLOP of one picture's rewards
     shapes: list        # a `Shape` for every parameter of the transformer
     adapters: int       # parameters of adapters of rank 1
+    multiplied: int     # parameters that --rollout-dtype fp8 multiplies in float8
     lean_path: int      # as reward_path, if `modes.is_lean`
     lean_frozen: int    # as frozen, if `modes.is_lean`
 
@@ -273,4 +275,5 @@ def count(job, compute_dtype):
                       recomputed=recomputed, reward_path=path, frozen=frozen, forward=once, decode=decode_flop,
                       reward=reward_flop,
                       shapes=shapes, adapters=sum(layer.in_features + layer.out_features for layer in layers),
+                      multiplied=sum(layer.weight.numel() for layer in layers),
                       lean_path=lean_path, lean_frozen=lean_frozen)

@@ -166,6 +166,8 @@ def divide(job, counts, world_size, compute_dtype):
     # The rollout saves no activations, and the first one of an update finds no gradients. It counts for photographs
     # too: the watched pictures are still sampled.
     peak_in_rollout = state + has.gathered_in_rollout + apart
+    if job.rollout_dtype == "fp8" and job.memory in HELD_ON_THE_GPU:
+        peak_in_rollout += counts.multiplied  # a byte for each, until the rollout ends
 
     # Sharded parameters are gathered for the rollout, once or at every step; and twice for a call with a gradient, in
     # forward and backward. After each such call the float32 gradients are averaged inside the group, of which a process
