@@ -14,9 +14,9 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-import flux
+import flow
 import recipe
-from engine.command_line import WEIGHTS, Parser, real, some_path, whole
+from engine.command_line import CFG, MODEL, WEIGHTS, Parser, or_off, real, some_path, whole
 from engine.data import prompt_files
 from engine.data.pictures import read_picture
 from engine.errors import frame, printable
@@ -32,7 +32,7 @@ def flags():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("prompt", nargs="*", help="the prompts; none: those of --prompts")
-    add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
+    add("--model", default="black-forest-labs/FLUX.1-dev", help=MODEL)
     add("--weights", help=WEIGHTS)
     add("--prompts", "--eval-prompts", dest="eval_prompts", default="hpdv2-benchmark",
         help="text file, one prompt a line, or hpdv2-benchmark")
@@ -40,6 +40,7 @@ def flags():
     add("--size", type=whole(1), default=1024, help="side of the pictures, pixels")
     add("--eval-steps", type=whole(1), default=50, help="sampling steps [paper 4.1]")
     add("--guidance", type=real(0), default=3.5, help="distilled guidance [FLUX.1-dev]")
+    add("--cfg", type=or_off(real(1)), help=CFG)
     add("--seed", type=whole(0, 2**30), default=0, help="picture i is made from noise seed + i")
     add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
     add("--out", type=some_path, default="samples",
@@ -50,8 +51,9 @@ def flags():
 def run(argv, stopping):
     """Sample what a command line asks for. Raises UserError and Stopped."""
     args, model = recipe.of_script(flags(), argv)
-    flux.needs_gpu(model)
+    flow.needs_gpu(model)
     model.grid(args.size, args.size)
+    recipe.check_cfg(args, model)
     parts = trained.check(args.weights, model)
     if args.prompt:
         prompt_files.check_prompts(args.prompt, "prompt")
@@ -62,6 +64,8 @@ def run(argv, stopping):
     made = {"by": "sample.py", "prompts": prompts, "model": args.model, "size": args.size,
             "weights": stamp(trained.place_of(args.weights)) if args.weights else [],
             "eval_steps": args.eval_steps, "guidance": args.guidance, "seed": args.seed}
+    if args.cfg is not None:
+        made["cfg"] = args.cfg
     check_made(out, made, args.out)
     for note in [*model.notes(vars(args)), *trained.notes(args.weights)]:
         print(printable(note))
@@ -69,11 +73,12 @@ def run(argv, stopping):
     parallel.one_thread_on_a_cpu()
     device, dtype = parallel.device_and_dtype()
     model.fetch(parts)
-    embeddings = flux.encode_prompts(model, prompts, device, dtype)
+    embeddings = flow.encode_prompts(model, prompts, device, dtype)
     if embeddings.truncated:
         print(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
               f"they are truncated")
-    net = flux.load(model, args.weights, device, dtype)
+    net = flow.load(model, args.weights, device, dtype)
+    net.guide(args.cfg, embeddings.empty)
     grid = net.grid(args.size, args.size)
     clean(out)
     begin(out, made, [(prompt, "") for prompt in prompts])
@@ -82,8 +87,8 @@ def run(argv, stopping):
         rows = range(first, min(first + args.batch, len(prompts)))
         if not all(is_whole(files[i]) for i in rows):
             part = slice(rows.start, rows.stop)
-            noise = flux.noise(net, grid, [args.seed + i for i in rows])
-            images = flux.sample(net, embeddings.txt[part], embeddings.pooled[part], noise, grid,
+            noise = flow.noise(net, grid, [args.seed + i for i in rows])
+            images = flow.sample(net, embeddings.txt[part], embeddings.pooled[part], noise, grid,
                                  args.eval_steps, args.guidance, args.batch)  # [B, 3, H, W]
             for i, image in zip(rows, images, strict=True):
                 save_picture(image, files[i], mark=mark_of(made))

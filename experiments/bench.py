@@ -10,11 +10,10 @@ same work as the released code's loop does it. It adds that loop's habits one af
 import sys
 from statistics import median
 
-import diffusers
 import open_clip
 import torch
 
-import flux
+import flow
 import prepare
 import recipe
 import srpo_reward as sr
@@ -23,8 +22,8 @@ from engine.command_line import Parser, whole
 from engine.data import draws
 from engine.errors import UserError, frame
 from engine.memory import layouts, modes, parallel, plan
-from engine.model import tensors, trained
-from engine.model.tensor_files import meta_network
+from engine.model import tensors
+from engine.model.tensor_files import kind_of, meta_network
 from rewards import clip_model
 
 PHASES = ["rollout", "branches", "optimizer"]
@@ -48,10 +47,10 @@ def flags(argv):
 
 
 # --------------------------------------------------------------------------------------------- random weights
-def random_flux(model, world, layout):
-    """A `flux.Flux` with a model's size and random weights. As in loading, the transformer is sharded before it takes
+def random_flow(model, world, layout):
+    """A `flow.Flow` with a model's size and random weights. As in loading, the transformer is sharded before it takes
     any memory."""
-    transformer = meta_network(trained.kind(), model.configs.transformer)
+    transformer = meta_network(kind_of(model.configs.transformer), model.configs.transformer)
     transformer.to_empty(device=layout.prepare(transformer, world))
     for name, parameter in tensors.own_parameters(transformer).items():
         if "norm_" in name and parameter.ndim == 1:  # the gains of RMSNorm
@@ -61,9 +60,9 @@ def random_flux(model, world, layout):
             local.copy_(0.02 * torch.randn(local.shape, device=local.device))
     layout.start(transformer)
     with world.device:
-        vae = plan.create(diffusers.AutoencoderKL, model.configs.vae, world.dtype).eval().requires_grad_(False)
+        vae = plan.create(model.configs.vae, world.dtype).eval().requires_grad_(False)
     scheduler = {"use_dynamic_shifting": False, "shift": 3.0}
-    return flux.Flux(transformer, vae, scheduler, world.device, world.dtype)
+    return flow.family_of(model)(transformer, vae, scheduler, world.device, world.dtype)
 
 
 def random_reward(world):
@@ -78,20 +77,21 @@ def random_embeddings(net, prompts, text_tokens):
     """Random `Embeddings` of P prompts: txt [P, L, D], pooled [P, D']. text_tokens: L."""
     config = net.transformer.config
     txt = torch.randn(len(prompts), text_tokens, config.joint_attention_dim)
-    pooled = torch.randn(len(prompts), config.pooled_projection_dim)
-    return flux.Embeddings(txt, pooled, truncated=0)
+    pooled = torch.randn(len(prompts), config.get("pooled_projection_dim", 0))
+    return flow.Embeddings(txt, pooled, truncated=0)
 
 
 def random_run(a, model, world):
     """The `prepare.Run` of prepare.set_up, but with random weights and without watched pictures."""
-    flux.needs_gpu(model)
+    flow.needs_gpu(model)
     torch.manual_seed(0)
     share = recipe.share_of(a, world.size)
     prompts = [f"prompt {i}" for i in range(a.global_batch)]
     group = recipe.METHODS[a.method].group(a)
     curriculum = draws.Curriculum(prompts, a.steps, a.global_batch, world.rows(share.images), a.seed, group)
-    net = random_flux(model, world, layouts.Layout(a.lora, a.memory, a.seed))
+    net = random_flow(model, world, layouts.Layout(a.lora, a.memory, a.seed))
     embeddings = random_embeddings(net, curriculum.prompts, model.configs.text_tokens)
+    net.guide(a.cfg, (embeddings.txt[0], embeddings.pooled[0]), a.cfg_gradient, a.cfg_keep_norm)
     reward = random_reward(world)
     optimizer = prepare.make_ready(a, net, reward, curriculum, [])
     return prepare.Run(world, model, net, reward, recipe.METHODS[a.method].load(), share, prepare.job(a, model),
@@ -103,7 +103,7 @@ def one_by_one(batch):
     """Yields a `prepare.Batch` of B images as B batches of one image."""
     for row in range(len(batch.prompts)):
         own = slice(row, row + 1)
-        c = flux.Condition(batch.c.txt[own], batch.c.pooled[own], batch.c.grid)
+        c = flow.Condition(batch.c.txt[own], batch.c.pooled[own], batch.c.grid)
         yield batch._replace(
             prompts=batch.prompts[own], c=c, start=batch.start[own], eps=batch.eps[own], C0=batch.C0[own],
             C1=batch.C1[own], C2=batch.C2[own], middles=[m[own] for m in batch.middles])

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import diffusers
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -22,6 +21,7 @@ from engine.memory.lean import parts_used
 from engine.memory.modes import HELD_ON_THE_GPU, ON_THE_HOST, is_lean, stored_in_fp8
 from engine.memory.parallel import blocks_of
 from engine.model import lora
+from engine.model.tensor_files import kind_of
 
 MIB, GIB = 2**20, 2**30
 GIGA, TERA = 1e9, 1e12
@@ -35,8 +35,8 @@ MOST_PROCESSES = 64  # the largest number of GPUs that a message recommends
 class Job:
     """What the cost of an update of a training run depends on."""
     model: str           # its name, for messages
-    transformer: dict    # FluxTransformer2DModel's config
-    vae: dict            # AutoencoderKL's config
+    transformer: dict    # the transformer's config
+    vae: dict            # the VAE's config
     text_tokens: int     # of a prompt
     text_parameters: int  # of the text encoders, which every process loads whole, before the transformer
     size: int            # side of a picture, pixels
@@ -52,6 +52,7 @@ class Job:
     # one picture, with a gradient if grad is True. times: how often it runs for an image, 0 for a reward that is held
     # out. It is a function because networks that are made under fake tensors take no memory.
     reward_networks: Callable
+    cfg: str | None = None   # classifier-free guidance in a call with a gradient: off, both or prompt; None: nowhere
     lora: int | None = None  # rank of the adapters that are trained; None: all weights are
     memory: str = "masters"  # how they are stored: a --memory other than auto
 
@@ -124,25 +125,28 @@ class Prediction:
 
 
 # ------------------------------------------------------------------------ counting, on tensors without values
-def create(kind, config, dtype):
-    """A diffusers module from a config, built in dtype, since fake tensors have no `to(dtype)`."""
+def create(config, dtype):
+    """The diffusers module of a config, built in dtype, since fake tensors have no `to(dtype)`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return kind.from_config(config)
+        return kind_of(config).from_config(config)
     finally:
         torch.set_default_dtype(before)
 
 
 def forward(transformer, image_tokens, text_tokens, dtype):
-    """One call of a FLUX transformer on zeros, for one image. Returns [1, image_tokens, C]."""
+    """One call of a family's transformer on zeros, for one image. Returns [1, image_tokens, C]."""
     config = transformer.config
+    axes = len(config.axes_dims_rope)
+    more = {}
+    if "pooled_projection_dim" in config:
+        more["pooled_projections"] = torch.zeros(1, config.pooled_projection_dim, dtype=dtype)
     return transformer(
         hidden_states=torch.zeros(1, image_tokens, config.in_channels, dtype=dtype),
         encoder_hidden_states=torch.zeros(1, text_tokens, config.joint_attention_dim, dtype=dtype),
-        pooled_projections=torch.zeros(1, config.pooled_projection_dim, dtype=dtype),
         timestep=torch.zeros(1), guidance=torch.zeros(1) if config.guidance_embeds else None,
-        img_ids=torch.zeros(image_tokens, 3), txt_ids=torch.zeros(text_tokens, 3), return_dict=False)[0]
+        img_ids=torch.zeros(image_tokens, axes), txt_ids=torch.zeros(text_tokens, axes), return_dict=False, **more)[0]
 
 
 def attention_flop(query, key, value, *others, out_shape=None, **options):
@@ -224,11 +228,11 @@ def bytes_of(module):
 def count(job, compute_dtype):
     """The `Counts` of a job. Its transformer and VAE compute in compute_dtype, its rewards in float32."""
     with FakeTensorMode():
-        transformer = create(diffusers.FluxTransformer2DModel, job.transformer, compute_dtype)
+        transformer = create(job.transformer, compute_dtype)
         once = flop_of(forward, transformer, job.image_tokens, job.text_tokens, compute_dtype)
         activations = saved_by_transformer(transformer, job, compute_dtype)
 
-        vae = create(diffusers.AutoencoderKL, job.vae, compute_dtype).requires_grad_(False)
+        vae = create(job.vae, compute_dtype).requires_grad_(False)
         side = job.size // 2 ** (len(job.vae["block_out_channels"]) - 1)  # it halves a picture between levels
         z = torch.zeros(1, vae.config.latent_channels, side, side, dtype=compute_dtype, requires_grad=True)
         decode_flop = flop_of(vae.decode, z)
@@ -268,13 +272,19 @@ def flop_per_call(job, once):
     is left out.
     """
     backward = 1 if job.lora else 2
-    return once * (1 + backward + job.checkpointing)
+    of_empty = {"both": 1 + backward + job.checkpointing, "prompt": 1}.get(job.cfg, 0)
+    return once * (1 + backward + job.checkpointing + of_empty)
+
+
+def flop_per_step(job, once):
+    """FLOP of one step of a rollout. Classifier-free guidance calls the network for the empty prompt too."""
+    return once * (1 if job.cfg is None else 2)
 
 
 def forward_flop(job):
     """FLOP of one call of the transformer for one image."""
     with FakeTensorMode():
-        transformer = create(diffusers.FluxTransformer2DModel, job.transformer, torch.bfloat16)
+        transformer = create(job.transformer, torch.bfloat16)
         return flop_of(forward, transformer, job.image_tokens, job.text_tokens, torch.bfloat16)
 
 
@@ -283,7 +293,7 @@ def update_flop(job, processes=1):
     gradient."""
     once = forward_flop(job)
     batch, accumulate = job.share(processes)
-    return batch * accumulate * (job.rollout_steps * once + job.calls * flop_per_call(job, once))
+    return batch * accumulate * (job.rollout_steps * flop_per_step(job, once) + job.calls * flop_per_call(job, once))
 
 
 class Held(NamedTuple):
@@ -366,7 +376,7 @@ def divide(job, counts, world_size, compute_dtype):
     trained = job.lora * counts.adapters if job.lora else counts.parameters
 
     batch, accumulate = job.share(world_size)
-    activations = batch * counts.activations
+    activations = batch * counts.activations * (2 if job.cfg == "both" else 1)
     reward_path = batch * (counts.lean_path if is_lean(job.memory) else counts.reward_path)
     frozen = counts.lean_frozen if is_lean(job.memory) else counts.frozen
     # The rollout saves no activations, and the first one of an update finds no gradients. So the peak may be in the
@@ -386,7 +396,7 @@ def divide(job, counts, world_size, compute_dtype):
     # forward and backward. After each such call the float32 gradients are averaged inside the group, of which a process
     # already has its own 1 / shards; then each shard is averaged between the groups.
     steps = min(1, job.rollout_steps) if job.memory in HELD_ON_THE_GPU else job.rollout_steps
-    passes = steps + 2 * job.calls
+    passes = steps + (3 if job.cfg == "prompt" else 2) * job.calls
     sharded = trained if job.memory == "bf16" else counts.parameters
     received = (shards - 1) / shards * (sharded * passes * compute_dtype.itemsize + trained * job.calls * 4)
     received += job.calls * 4 * trained / shards * 2 * (job.replicas - 1) / job.replicas
@@ -403,7 +413,7 @@ def divide(job, counts, world_size, compute_dtype):
         all_parameters=counts.parameters, parameters=has.parameters, gradients=has.gradients,
         optimizer=has.optimizer, activations=activations, gathered=has.gathered, reward_path=reward_path,
         frozen=frozen, peak_in_update=peak_in_update, peak_in_rollout=peak_in_rollout,
-        rollout=images * job.rollout_steps * counts.forward,
+        rollout=images * job.rollout_steps * flop_per_step(job, counts.forward),
         update=images * job.calls * flop_per_call(job, counts.forward),
         # The networks are frozen, so the backward costs as much as the forward: it has no gradient of parameters.
         decode=images * job.calls * (3 if is_lean(job.memory) else 2) * counts.decode,
