@@ -17,7 +17,7 @@ from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
-from engine.run.stopping import Stopping, until_loaded
+from engine.loading import until_loaded
 
 if __name__ == "__main__":
     until_loaded("evaluate.py")  # importing what follows takes seconds
@@ -34,7 +34,8 @@ from engine.errors import DISK_FAILS, UserError, frame, in_words, one_line, prin
 from engine.files import write_json, write_whole
 from engine.memory import parallel
 from engine.model import trained
-from evaluation import metrics, picture_folders, tables
+from engine.run.stopping import Stopping
+from evaluation import metrics, picture_folders, table_formats, tables
 from evaluation.scores import Scores, settings_of
 
 SCORED_AT_ONCE = 16
@@ -141,8 +142,8 @@ def flags():
     add("--seed", type=whole(0, 2**30), default=0,
         help="prompt i is sampled from noise seed + i, for every model")
     add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
-    add("--out", type=some_path, help="folder of pictures, scores, table.md, results.json, pictures.jsonl and "
-                      "sheet.png (None: runs/evaluate_<model>)")
+    add("--out", type=some_path, help="folder of pictures, scores, table.md, table.csv, table.tex, results.json, "
+        "pictures.jsonl and sheet.png (None: runs/evaluate_<model>)")
     return parser
 
 
@@ -344,17 +345,28 @@ def finish(args, methods, tasks, pictures, outcome):
     for task in sets:
         for name, found in outcome.scores.items():
             results[name]["overall"] |= of_set(task, found)
-    text = tables.report(results, columns)
+    made = table_formats.tables_of(results, columns, settings_in_words(args))
     write_json(out / "results.json", {"args": vars(args), "missing": outcome.missing,
                                       "unreadable": outcome.unreadable, "rows": results})
     write_whole(out / "pictures.jsonl", tables.per_picture(pictures, outcome.scores))
-    write_whole(out / "table.md", text)
+    text = "\n\n".join([table_formats.MEANING, *map(table_formats.markdown, made)])
+    write_whole(out / "table.md", text + "\n")
+    table_formats.write(out, made)
     picture_folders.contact_sheet(methods, pictures, out / "sheet.png")
-    print(text)
+    print(f"{table_formats.MEANING}\n\n{table_formats.for_the_terminal(made)}\n")
     tell_gaps(methods, tasks, pictures, outcome)
     tell_missing(outcome.missing)
-    print(printable(f"pictures, scores, table.md, results.json, pictures.jsonl and sheet.png in {out}/"))
+    print(printable(f"pictures, scores, table.md, table.csv, table.tex, results.json, pictures.jsonl and sheet.png in "
+                    f"{out}/"))
     return 1 if outcome.unreadable else 0
+
+
+def settings_in_words(args):
+    """How the pictures of the table are made, as a line."""
+    if args.images:
+        return "Pictures that exist already."
+    return printable(f"{args.model}; {args.eval_prompts}; {args.size} pixels, {args.eval_steps} steps, guidance "
+                     f"{args.guidance:g}, noise seeds from {args.seed}.")
 
 
 def of_set(task, found):

@@ -7,6 +7,7 @@ Shapes: B images, N image tokens, L text tokens, C channels a token (2 x 2 laten
 """
 
 import importlib
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from engine.data.cache import OFF
 from engine.errors import NotFinite, UserError
 from engine.hub import quiet
 from engine.memory import parallel
-from engine.model import configs, lora, tensor_files, text, trained
+from engine.model import configs, float8, lora, tensor_files, text, trained
 from engine.model.folder import PATCH, token_grid
 from engine.model.tensor_files import kind_of
 from engine.model.tensors import are_finite
@@ -36,6 +37,10 @@ class Condition(NamedTuple):
     def rows(self, rows):
         """The same for some of the prompts."""
         return Condition(self.txt[rows], self.pooled[rows], self.grid)
+
+    def times(self, k):
+        """The same for all prompts, k times one after another."""
+        return Condition(self.txt.repeat(k, 1, 1), self.pooled.repeat(k, 1), self.grid)
 
 
 def euler(x, v, s, s_next):
@@ -148,16 +153,17 @@ class Flow:
         self.guidance = None if scale in (None, 1) else Guidance(scale, *empty, gradient, keep_norm)
 
     @torch.no_grad()
-    def rollout(self, start, c, sigmas, guidance, step=euler):
+    def rollout(self, start, c, sigmas, guidance, step=euler, dtype="same"):
         """Noise to clean latents by Euler steps, x <- x + (s_next - s) v(x, s), without gradient; or by
-        another `step`(x, v, s, s_next).
+        another `step`(x, v, s, s_next). dtype: "fp8" multiplies in float8 (engine/model/float8.py).
 
         start [B, N, C] standard normal; sigmas [S + 1] from 1 to 0, or to where it is to stop. Returns x
         [B, N, C] float32. On many GPUs the parameters are gathered once, not at every step.
         """
         began = parallel.mark(self.device)
         x = start.to(self.device)
-        with parallel.gathered(self.transformer):
+        products = float8.products(self.transformer) if dtype == "fp8" else nullcontext()
+        with parallel.gathered(self.transformer), products:
             for s, s_next in pairwise(sigmas.tolist()):
                 x = step(x, self.velocity(x, s, c, guidance), s, s_next)
         self.rollouts.append((began, parallel.mark(self.device)))

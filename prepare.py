@@ -16,8 +16,8 @@ from engine.data import cache, draws, photographs, prompt_files
 from engine.data.cache import Cache
 from engine.data.digests import known_digest
 from engine.errors import UserError
-from engine.memory import adamw, cards, layouts, modes, parallel, plan
-from engine.model import trained
+from engine.memory import adamw, cards, layouts, modes, parallel, plan, whole_run
+from engine.model import float8, trained
 from engine.model.folder import Model
 from engine.run import made_by
 from engine.run.contents import Contents
@@ -117,11 +117,22 @@ def job(a, model):
 
 
 def settle(a, model, world):
-    """Choose --memory where it is auto, and print why. Raises UserError, with flags that would fit, if nothing
-    fits."""
+    """Choose --memory and --eval where they are left open, and print why. Raises UserError, with flags that would fit,
+    if nothing fits."""
     a.memory, why = world.decide(cards.settle, job(a, model), world)
     if why:
         world.say(why)
+    settle_evaluation(a, model, world.say)
+
+
+def settle_evaluation(a, model, say):
+    """Choose --eval where it is left open. say: prints a line."""
+    if a.eval is None:
+        planned = job(a, model)
+        a.eval = whole_run.evaluated(planned, a.eval_steps)
+        share = whole_run.share_of_evaluation(planned, a.eval_steps, a.eval or whole_run.EVALUATED[-1])
+        say(f"--eval {a.eval}: " + (f"{share:.0%} of the updates' work" if a.eval else
+                                    f"{whole_run.EVALUATED[-1]} pictures would be {share:.0%} of the updates' work"))
 
 
 def set_up(a, model, world, folder=None, stopping=None):
@@ -134,7 +145,15 @@ def set_up(a, model, world, folder=None, stopping=None):
     for note in trained.notes(a.weights):
         world.say(note)
     model.fetch(parts)
-    curriculum = curriculum_of(a, model, world, share, texts)
+    shown = []
+    if a.images is not None:
+        texts, shown, photos = photographs_of(a, model, world, texts)
+    tell_held_out(a, texts, world)
+    order = (a.steps, a.global_batch, world.rows(share.images), a.seed)
+    if a.images is None:
+        curriculum = draws.Curriculum(texts.training, *order, recipe.METHODS[a.method].group(a))
+    else:
+        curriculum = photographs.Album(photos, model.unit, *order)
     both = curriculum.prompts + texts.watched + texts.held_out
     references = landing.references(a, model, world)
     world.say(f"loading {model.name}: its text encoders, then the reward, then the network")
@@ -155,6 +174,7 @@ def set_up(a, model, world, folder=None, stopping=None):
     last = first + len(texts.watched)
     watching = watch.Watch(a, model, world, net, reward, watch.Prompts(texts.watched, embeddings.part(first, last)),
                            watch.Prompts(texts.held_out, embeddings.part(last, len(both))), stopping)
+    watching.photographs = [photographs.pixels(photograph, model.unit)[0] for photograph in shown]
     watching.level = landing.level(a, model, references, net, reward, world)
     said = curriculum.texts | {"--watch-prompts": texts.watched, "--eval-prompts": texts.held_out}
     places = curriculum.places | {"--model": [model.part(part) for part in parts]}
@@ -205,18 +225,45 @@ class Texts(NamedTuple):
     training: list  # None: the captions of --images
     watched: list   # while training
     held_out: list  # evaluated before and after
+    own: list = ()  # those of the watched ones that would else be trained on (--watch-prompts own)
 
 
 def texts_of(a):
     """The `Texts` of the flags. Raises UserError."""
     training = None
+    own = []
     if a.images is None:
         training = prompt_files.read_prompts(a.prompts)
-    evaluated = prompt_files.read_prompts(a.eval_prompts, "--eval-prompts")
-    watched = evaluated
-    if a.watch_prompts:
+        if a.watch_prompts == recipe.OWN:
+            own, training = draws.hold_out(training, a.watch)
+    evaluated = []
+    if a.eval or len(own) < a.watch:
+        evaluated = prompt_files.read_prompts(a.eval_prompts, "--eval-prompts")
+    watched = own + evaluated
+    if a.watch_prompts not in (None, recipe.OWN):
         watched = prompt_files.read_prompts(a.watch_prompts, "--watch-prompts")
-    return Texts(training, watched[:a.watch], evaluated[:a.eval])
+    return Texts(training, watched[:a.watch], evaluated[:a.eval or 0], own)
+
+
+def photographs_of(a, model, world, texts):
+    """(the `Texts`, the `Photograph`s that are held out and watched, those to train on) of --images. Raises
+    UserError."""
+    photos = photographs.read(a.images, a.size, model.unit, world)
+    if a.watch_prompts != recipe.OWN:
+        return texts, [], photos
+    shown, photos = draws.hold_out(photos, a.watch)
+    own = [photograph.caption for photograph in shown]
+    return texts._replace(watched=(own + texts.watched)[:a.watch], own=own), shown, photos
+
+
+def tell_held_out(a, texts, world):
+    """Say how many of the user's own prompts or photographs are held out (--watch-prompts own)."""
+    if a.watch_prompts != recipe.OWN:
+        return
+    what = "--prompts" if a.images is None else "--images"
+    others = len(texts.watched) - len(texts.own)
+    world.say(f"--watch-prompts own: {len(texts.own)} of {what} are watched and not trained on"
+              + (f", a tenth at most; so are the first {others} of --eval-prompts" if others else ""))
 
 
 def contents_of(texts, places, reward):
@@ -228,19 +275,12 @@ def contents_of(texts, places, reward):
     return Contents(texts, places)
 
 
-def curriculum_of(a, model, world, share, texts):
-    """What this process learns from, in its order: prompts or, with --images, photographs. Raises
-    UserError."""
-    order = (a.steps, a.global_batch, world.rows(share.images), a.seed)
-    if texts.training is not None:
-        return draws.Curriculum(texts.training, *order, recipe.METHODS[a.method].group(a))
-    return photographs.Album(photographs.read(a.images, a.size, model.unit, world), model.unit, *order)
-
-
 def make_ready(a, net, reward, curriculum, held_out):
     """Apply the machine's flags to the loaded networks. Returns the optimizer."""
     if a.checkpointing and net.device.type == "cuda":
         net.transformer.enable_gradient_checkpointing()
+    if a.rollout_dtype == "fp8":
+        float8.enable(net.transformer, keeps=a.memory in modes.HELD_ON_THE_GPU)
     if a.compile:
         for block in parallel.blocks_of(net.transformer):
             block.compile()

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import rewards
 from engine import command_line as line
 from engine.command_line import flag, must_differ, number_or_folder, or_off, real, whole, words
+from engine.data import prompt_files
 from engine.errors import UserError
 from engine.memory import gpus, modes
 from engine.model.folder import Model
@@ -32,6 +33,7 @@ FORMS = ("released", "srp", "cfg", "branches", "sgp", "plain")  # the rows of sr
 # The learning rate of adapters (--lora) where the model's srpo.json knows none: 20 times that of full weights. Adam
 # steps that move B A x as far as W x need sqrt(3 d_in / R) times the rate, 17 at rank 32. A guess for FLUX.1-dev.
 LORA_LR = 1e-4
+OWN = "own"  # --watch-prompts: some of the prompts or photographs that would be trained on
 
 
 # ------------------------------------------------------------------------------------------- the released recipe
@@ -84,6 +86,8 @@ class Rollout:
     shift: float = flag(3.0, or_off(real(1e-3)), "time shift; off: the model's own [released code]", model=True)
     noise: str = flag("shared", help="one noise prior for all images of an update [released code], one each, or shared "
                       "but with fresh noise to inject", choices=("shared", "independent", "fresh"), model=True)
+    rollout_dtype: str = flag("same", help="products of the blocks' linear layers in the rollout: in the dtype of the "
+                              "rest, or both factors in float8 [ours]", choices=("same", "fp8"))
 
 
 @dataclass
@@ -148,12 +152,14 @@ class Watching:
     eval_prompts: str = flag("hpdv2-benchmark", help="text file, or hpdv2-benchmark: the first of them are sampled at "
                              "fixed seeds [paper 4.2]", model=True, resume=True)
     watch_prompts: str = flag(None, help="text file: the prompts that are watched while training, and by which "
-                              "weights_best is chosen, if they are not to be the first of --eval-prompts [ours]",
+                              "weights_best is chosen; own: some of --prompts or --images, held out from training, as "
+                              "where these are given; otherwise None: the first of --eval-prompts [ours]",
                               model=True, resume=True)
     eval_steps: int = flag(50, whole(1), "sampling steps, of samples and evaluation [paper 4.1]", model=True)
     watch: int = flag(4, whole(1), "pictures sampled at fixed seeds while training [ours]", model=True)
     watch_every: int = flag(5, whole(1), "updates between them [ours]", model=True)
-    eval: int = flag(0, whole(0), "pictures evaluated before and after; 0: none [ours]", model=True)
+    eval: int = flag(None, whole(0), "pictures evaluated before and after; 0: none (None: 16 to 256, if that is under "
+                     "a tenth of the run's work) [ours]", model=True)
     land: str = flag(None, or_off(number_or_folder), "the run ends at the look whose watched SGP gap reaches this: a "
                      "number, or the mean of the photographs in a folder, with captions as for --images [ours]",
                      metavar="GAP|DIR", resume=True)
@@ -170,6 +176,8 @@ class Folder:
     keep: int = flag(2, whole(1), "checkpoints that stay", resume=True)
     save_as: str = flag(None, choices=line.SAVE_AS, help=f"at the end, in out/weights/: {line.SAVE_AS_HELP}",
                         resume=True)
+    push_to_hub: str = flag(None, help="at the end, upload out/weights/ with its model card to this repository of the "
+                            "hub, OWNER/NAME; `hf auth login` comes first", metavar="ID", resume=True)
     resume: bool = flag(False, help="go on with the run in --out, with its own flags", resume=True)
     overwrite: bool = flag(False, help="delete the run in --out first", resume=True)
     tensorboard: bool = flag(False, help="also write out/tensorboard (needs: pip install tensorboard)", resume=True)
@@ -430,6 +438,8 @@ def begins(p, given):
     values |= line.read_values(p, own, model.says)
     values |= METHODS[given.get("method", values["method"])].flags
     values |= differs
+    if "images" in given or given.get("prompts", "hpdv2") not in prompt_files.PROMPTS:
+        values["watch_prompts"] = OWN
     return Namespace(**values | given), model
 
 
@@ -518,6 +528,9 @@ def check_what_learns(a):
     if a.images is not None and a.noise == "fresh":
         raise UserError("--images --noise fresh: there is no rollout whose noise could be another; every photograph "
                         "gets noise of its own")
+    if method.optimizer_steps > 1 and a.rollout_dtype == "fp8":
+        raise UserError(f"--method {a.method} --rollout-dtype fp8: it compares the network with its own rollout, which "
+                        "must be as exact; leave it out")
     if method.optimizer_steps > 1 and a.rollout_steps < 2:
         raise UserError(f"--method {a.method} --rollout-steps {a.rollout_steps}: must be at least 2, for the last step "
                         "is not trained")

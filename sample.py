@@ -6,7 +6,7 @@ The same command line goes on where it was stopped. Another one needs another --
 import sys
 from pathlib import Path
 
-from engine.run.stopping import Stopping, until_loaded
+from engine.loading import until_loaded
 
 if __name__ == "__main__":
     until_loaded("sample.py")  # importing what follows takes seconds
@@ -23,6 +23,7 @@ from engine.errors import frame, printable
 from engine.files import must_be_writable, stamp
 from engine.memory import parallel
 from engine.model import trained
+from engine.run.stopping import Stopping
 from evaluation.picture_folders import begin, check_made, clean, is_whole, mark_of, save_grid, save_picture
 from rewards.pictures import pixels
 

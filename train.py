@@ -10,7 +10,7 @@ hyper-parameter with its source, is recipe.py; the mathematics is direct_align.p
 
 import sys
 
-from engine.run.stopping import Stopping, until_loaded
+from engine.loading import until_loaded
 
 if __name__ == "__main__":
     until_loaded("train.py")
@@ -21,6 +21,7 @@ from engine.errors import frame
 if __name__ == "__main__":
     with frame("train.py"):
         answered = recipe.read(sys.argv[1:])  # -h and wrong flags end here, before torch is imported
+    until_loaded("train.py")
 
 
 import torch
@@ -30,11 +31,15 @@ import direct_align as da
 import prepare
 import srpo_reward as sr
 from baselines import STEP, Term
+from engine import hub
 from engine.errors import NotFinite, Stopped, printable
 from engine.memory import cards, layouts, modes, parallel, plan
+from engine.memory.one_call import Calls
 from engine.model import lora, tensors
 from engine.run import checkpoint, finite
 from engine.run.folder import RunFolder, may_explain
+from engine.run.stopping import Stopping
+from evaluation import card
 from evaluation.explain import Explanation
 
 
@@ -43,20 +48,24 @@ def srpo(a, net, reward, batch):
     """SRPO: yields (loss, `Term`) for every term of Eq. 6's sum, whose gradients add up at constant memory.
 
     a: the flags; net: a `flow.Flow`; reward: a `srpo_reward.Rewards`; batch: a `prepare.Batch`. The caller calls
-    backward on each loss as it comes.
+    backward on each loss as it comes. It takes all terms, since `Calls` may end the backward after the last one.
     """
     x0 = batch.x0
     if x0 is None:
         sigmas = da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1], a.rollout_steps))
-        x0 = net.rollout(batch.start, batch.c, sigmas, a.rollout_guidance)       # [B, N, C]
+        x0 = net.rollout(batch.start, batch.c, sigmas, a.rollout_guidance, dtype=a.rollout_dtype)  # [B, N, C]
     grid = da.training_grid(*a.sigma_range, a.cells, x0.device)
     reach = da.reach_of(a.groundtruth_ratio, a.cells)
     n = a.injections * len(a.branches)
     for m in batch.middles:
+        states = []
         for branch in a.branches:
             at = da.place(branch, m, grid, reach, a.meet)
             x_t = da.inject(x0, batch.eps, at.sigma)                             # Eq. 3
-            v_theta = net.velocity(x_t, at.sigma, batch.c, a.guidance)           # the call with a gradient
+            states.append((branch, at, x_t))
+        calls = Calls(net, [(x_t, at.sigma) for _, at, x_t in states], a.memory)
+        for branch, at, x_t in states:
+            v_theta = calls.velocity(x_t, at.sigma, batch.c, a.guidance)         # the call with a gradient
             if a.recover == "velocity":
                 x0_hat = da.recover(x_t, v_theta, batch.eps, at.sigma, at.sigma_to)  # Eq. 5
             else:
@@ -74,6 +83,7 @@ def srpo(a, net, reward, batch):
             sgp = sr.relative(f.detach(), batch.C1, batch.C2)
             yield loss, Term(batch.prompts, branch, x_t, v_theta, image, r, sgp,
                              at.sigma, at.sigma_to, x0, x0_hat, f, d)
+        calls.backward()
 
 
 def discount_of(a, branch):
@@ -224,6 +234,7 @@ def explain_an_update(a, model, out):
     picture = may_explain(out)
     a.steps = 1
     a.global_batch = 2
+    a.eval = 0
     world = parallel.World(mesh=modes.needs_mesh(a.memory))
     prepare.settle(a, model, world)
     explanation = Explanation(a, prepare.set_up(a, model, world))
@@ -244,6 +255,8 @@ def main(argv=None, read=None):
         world = parallel.World(a.replicas, mesh=modes.needs_mesh(a.memory))
         recipe.share_of(a, world.size)
         prepare.settle(a, model, world)
+        if a.push_to_hub:
+            world.decide(hub.may_push, a.push_to_hub)
         folder = world.decide(RunFolder, out, vars(a))
         if folder.checkpoints:
             newest = folder.checkpoints[-1].name
@@ -257,7 +270,7 @@ def main(argv=None, read=None):
         except Stopped:
             save(a, run, state)
             if state["step"]:
-                lora.export(run.net.transformer, out / "weights", world, run.net.dtype)
+                lora.export(run.net.transformer, out / "weights", world, run.net.dtype, run.watched.about)
             if world.main:
                 run.watched.report(folder, state, "stopped")
             raise
@@ -265,12 +278,16 @@ def main(argv=None, read=None):
             if world.main:
                 run.watched.report(folder, state, "failed")
             raise
-        lora.export(run.net.transformer, out / "weights", world, run.net.dtype)
+        lora.export(run.net.transformer, out / "weights", world, run.net.dtype, run.watched.about)
         if a.save_as:
-            lora.save_as(run.net.transformer, out / "weights" / f"{a.save_as}.safetensors", world, a.save_as)
+            lora.save_as(run.net.transformer, out / "weights" / f"{a.save_as}.safetensors", world, a.save_as,
+                         run.watched.about)
         stopping.words = f"stopped after the last update; its weights are in {out}/weights"
         run.watched.finish(folder, state)
         world.close()
+        if a.push_to_hub and world.main:
+            stopping.words = f"stopped before {a.push_to_hub} was complete; everything is in {out}"
+            hub.push(a.push_to_hub, out / "weights", card.files(out / "weights"))
 
 
 if __name__ == "__main__":

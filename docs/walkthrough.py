@@ -264,7 +264,7 @@ plt.show()
 # %% [markdown]
 # ## One update
 #
-# `train.srpo` puts all of it together in 40 lines, and `train.update` steps the optimizer.
+# `train.srpo` puts all of it together, and `train.update` steps the optimizer.
 
 # %%
 a, model = recipe.read(["--model", "miniature"])

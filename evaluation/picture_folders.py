@@ -45,7 +45,7 @@ OWN = ("geneval", "diversity")  # metrics with their own pictures, in subfolders
 PREFIXED = "base with the words"
 # The names that evaluate.py itself writes in --out.
 TAKEN = ["base", "base_with_the_words", "scores", "made.json", "results.json", "pictures.jsonl", "table.md",
-         "sheet.png"]
+         "table.csv", "table.tex", "sheet.png"]
 BY = "evaluate.py"
 
 

@@ -17,13 +17,14 @@ import srpo_reward as sr
 from engine.errors import NotFinite, UserError
 from engine.files import write_json, write_whole
 from engine.model import lora
-from evaluation import tables
-from evaluation.metrics import frechet, judge, reward, statistics
+from engine.run.folder import PHOTOGRAPHS
+from evaluation import card, table_formats, tables
+from evaluation.metrics import frechet, judge
 from evaluation.metrics.statistics import STATISTICS
 from evaluation.picture_folders import save_grid
+from evaluation.report import curves
 from evaluation.report import page as report
-from rewards.base import Column
-from rewards.pictures import pixel_statistics
+from rewards.pictures import fitted, pixel_statistics
 
 BEFORE = "before training"  # the end of the titles of the looks at what the run starts from
 
@@ -57,12 +58,6 @@ def measure(images, prompts, rewards, judging, control, neg, batch=64):
             scores |= judging.verdicts(x, texts)
         parts.append(scores)
     return {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
-
-
-def columns_of(scores):
-    """{name: `Column`} for what `Watch.evaluate` returns. A reward among several has its own column."""
-    known = reward.COLUMNS | statistics.COLUMNS | judge.COLUMNS | frechet.SET_COLUMNS
-    return {name: known.get(name, Column(name, "+.3f")) for name in scores}
 
 
 class Drift(NamedTuple):
@@ -114,7 +109,10 @@ class Watch:
         self.watched = watched
         self.evaluated = evaluated
         self.stopping = stopping
+        self.photographs = []  # [3, H, W] each: held out; their captions are the first watched prompts
         self.level = None  # the SGP gap at which the run ends (--land); None: it ends after --steps
+        self.model = model
+        self.about = card.about(a, model)  # the metadata of the weights' files
         self.flags = ""  # the run's flags as one line for its report; train.py sets it
         self.grid = net.grid(a.size, a.size)
 
@@ -172,6 +170,9 @@ class Watch:
             evaluated = self.evaluate(f"evaluate {BEFORE}")
         if self.world.main:
             save_grid(images, folder.out / "samples" / "step_00000.png")
+            if self.photographs:
+                beside = [fitted(photograph, self.a.size, "letterbox") for photograph in self.photographs]
+                save_grid(torch.stack(beside), folder.out / "samples" / PHOTOGRAPHS)
         gap = scores["sgp"].mean().item()
         if self.level is not None and gap >= self.level:
             raise UserError(f"--land {self.a.land}: before training the watched pictures' SGP gap is {gap:+.3f}, and "
@@ -214,7 +215,7 @@ class Watch:
         if self.landed(state):
             self.world.say(f"step {step}: landed: the watched SGP gap is {sgp:+.3f}, and --land's {self.level:+.3f}")
         if not drift.warnings and (state["best"] is None or sgp > state["best"]):
-            lora.export(self.net.transformer, folder.out / "weights_best", self.world, self.net.dtype)
+            lora.export(self.net.transformer, folder.out / "weights_best", self.world, self.net.dtype, self.about)
             state |= {"best": sgp, "best_step": step}
         if self.world.main:
             save_grid(images, folder.out / "samples" / f"step_{step:05d}.png")
@@ -228,8 +229,8 @@ class Watch:
         return self.level is not None and state["gap"] >= self.level
 
     def finish(self, folder, state):
-        """Evaluate after training. Write before_after.png (first watched pictures above the last), summary.json and the
-        report, and print the table."""
+        """Evaluate after training. Write before_after.png (first watched pictures above the last), summary.json, the
+        report and the tables, and print the tables."""
         after = self.evaluate("evaluate after training")
         if not self.world.main:
             return
@@ -244,7 +245,11 @@ class Watch:
         write_json(out / "summary.json", {"steps": state["step"], "best_sgp": state["best"],
                                           "before": state["evaluated"], "after": after})
         self.report(folder, state, "finished")
-        if after is not None:
-            print(tables.table({"before": state["evaluated"], "after": after}, columns_of(after)))
+        made = curves.numbers([report.run_of(out, vars(self.a), self.flags, "finished", state)])
+        table_formats.write(out, made)
+        print(table_formats.for_the_terminal(made) + "\n")
+        for name, step in (("weights", state["step"]), ("weights_best", state["best_step"])):
+            if step is not None:
+                card.write(out / name, self.a, self.model, self.flags, made, step)
         print(f"weights in {out}/weights (best by SGP gap inside the drift band: weights_best), "
               f"pictures in {out}/before_after.png")

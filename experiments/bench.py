@@ -22,7 +22,7 @@ from engine.command_line import Parser, whole
 from engine.data import draws
 from engine.errors import UserError, frame
 from engine.memory import layouts, modes, parallel, plan
-from engine.model import tensors
+from engine.model import float8, tensors
 from engine.model.tensor_files import kind_of, meta_network
 from rewards import clip_model
 
@@ -52,12 +52,13 @@ def random_flow(model, world, layout):
     any memory."""
     transformer = meta_network(kind_of(model.configs.transformer), model.configs.transformer)
     transformer.to_empty(device=layout.prepare(transformer, world))
+    scales = float8.scales_of(transformer)
     for name, parameter in tensors.own_parameters(transformer).items():
         if "norm_" in name and parameter.ndim == 1:  # the gains of RMSNorm
             tensors.fill(parameter, torch.ones(parameter.shape))
         else:
-            local = tensors.local_part(parameter).data
-            local.copy_(0.02 * torch.randn(local.shape, device=local.device))
+            local = tensors.local_part(parameter)
+            tensors.put(parameter, 0.02 * torch.randn(local.shape, device=local.device), scales.get(name))
     layout.start(transformer)
     with world.device:
         vae = plan.create(model.configs.vae, world.dtype).eval().requires_grad_(False)

@@ -107,7 +107,7 @@ def evaluated(arm, own, shared, seed, world):
 
 def trained(argv, world):
     """Train with the flags of an arm. Returns {"before", "after"} as `evaluated` does."""
-    a, model = recipe.read(argv)
+    a, model = recipe.read([*argv, *runs.watch_prompts(argv)])
     prepare.settle(a, model, world)
     run = prepare.set_up(a, model, world)
     if run.watched.judge is None:

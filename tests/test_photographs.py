@@ -277,6 +277,21 @@ def run_of(folder, *argv):
     return a, prepare.set_up(a, Model(a.model), parallel.World())
 
 
+def test_some_photographs_are_held_out_and_their_captions_watched(tmp_path, capsys):
+    """A tenth at most; with a file of prompts to watch, none. They are shown beside the pictures of their captions."""
+    folder = make_photographs(tmp_path / "many")
+    for i in range(20):
+        shutil.copy(folder / "0.png", folder / f"more{i}.png")
+        (folder / f"more{i}.txt").write_text(f"fox {i}")
+    a, run = run_of(folder, "--watch", "3")
+    assert "--watch-prompts own: 2 of --images are watched and not trained on, a tenth" in capsys.readouterr().out
+    assert len(run.watched.watched.texts) == 3 and len(run.watched.photographs) == 2
+    assert "0.png" not in {file.name for file in run.curriculum.places["--images"]}
+    assert len(run.curriculum.texts["the captions of --images"]) == 24
+    a, run = run_of(folder, "--watch-prompts", "miniature/prompts_select.txt")
+    assert len(run.curriculum.texts["the captions of --images"]) == 26 and run.watched.photographs == []
+
+
 def test_an_update_is_srpo_with_x0_given_and_fresh_noise_two_calls_an_image(folder, monkeypatch):
     a, run = run_of(folder, "--noise", "shared")
     calls = []

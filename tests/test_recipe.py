@@ -88,6 +88,26 @@ def test_the_plan_shares_as_the_run_does():
 
 
 # ------------------------------------------------------------------------------------------------------ one place
+@pytest.mark.parametrize("argv, watched", [
+    ("", None), ("--prompts hpdv2", None), ("--prompts mine.txt", "own"), ("--images photos", "own"),
+    ("--prompts mine.txt --watch-prompts theirs.txt", "theirs.txt"),
+    ("--model miniature", "miniature/prompts_select.txt"), ("--model miniature --images photos", "own")])
+def test_ones_own_prompts_are_watched(argv, watched):
+    assert recipe.flags(argv.split()).watch_prompts == watched
+
+
+@pytest.mark.parametrize("argv, pictures, percent", [
+    ("", 16, 8), ("--recipe fast --lora 32", 0, 38), ("--steps 200", 128, 6), ("--eval 7", 7, None),
+    ("--model miniature", 256, None)])
+def test_a_run_ends_with_a_table_where_that_costs_little(argv, pictures, percent):
+    """Before and after: at most a tenth of the work of the updates, unless --eval or the model says how many."""
+    a, model = recipe.read(argv.split())
+    said = []
+    prepare.settle_evaluation(a, model, said.append)
+    assert a.eval == pictures and len(said) == (percent is not None)
+    assert all(f"{percent}% of the updates' work" in line for line in said)
+
+
 def test_every_flag_is_read_by_something():
     """Of the flags a, somewhere a.name is read."""
     read = set()

@@ -30,7 +30,7 @@ from engine.data.pictures import read_picture
 from engine.errors import UserError
 from engine.memory import plan
 from engine.model.folder import Model
-from evaluation import metrics, tables
+from evaluation import metrics, table_formats, tables
 from rewards import pictures
 from rewards.base import Column
 
@@ -592,13 +592,14 @@ def test_table_1_is_in_the_papers_order_and_absent_scores_are_dashes():
     columns = {name: column for name, column in of_all.items() if name in tables.ORDER}
     assert list(columns) == ["aesthetic", "pickscore", "imagereward", "hps", "sgp_hps_shown", "geneval",
                              "deqa"]
+    paper = table_formats.of_the_paper(columns)
+    cells = {name: [line.cells[i] for line in paper.lines] for i, name in enumerate(paper.columns)}
+    assert cells["FLUX"] == ["5.867", "22.671", "1.115", "0.289", "0.463", "0.678", "4.292"]
+    assert cells["SRPO"] == ["6.194", "23.040", "1.118", "0.289", "0.505", "0.665", "4.275"]
     rows = {"base": {"hps": {"mean": 0.29, "se": 0.001, "n": 4}}}
-    lines = []
-    for line in tables.table(rows, columns).splitlines():
-        lines.append([cell.strip() for cell in line.strip("|").split("|")])
-    assert lines[2] == ["FLUX [paper]", "5.867", "22.671", "1.115", "0.289", "0.463", "0.678", "4.292"]
-    assert lines[7] == ["SRPO [paper]", "6.194", "23.040", "1.118", "0.289", "0.505", "0.665", "4.275"]
-    assert lines[8] == ["base", "-", "-", "-", "0.2900 ± 0.0010", "-", "-", "-"]
+    ours = table_formats.table(rows, columns)
+    assert [line.cells for line in ours.lines] == [["-"], ["-"], ["-"], ["0.2900 ± 0.0010"], ["-"], ["-"], ["-"]]
+    assert [line.n for line in ours.lines] == ["", "", "", "4", "", "", ""]
 
 
 def test_the_mean_over_groups_and_its_error():
@@ -608,4 +609,4 @@ def test_the_mean_over_groups_and_its_error():
     assert told["se"] == pytest.approx(((0.5 / 2 + (1 / 3) / 3) / 4) ** 0.5)
     assert tables.mean(torch.tensor([float("nan"), float("inf")])) is None
     assert tables.mean(torch.tensor([1.0, 5]), ["a", "b"])["se"] is None  # one picture tells no spread
-    assert tables.cell(Column("reward", "+.3f"), tables.mean(torch.tensor([1.0]))) == "+1.000 ± -"
+    assert table_formats.cell(Column("reward", "+.3f"), tables.mean(torch.tensor([1.0]))) == "+1.000"

@@ -636,12 +636,26 @@ def test_asked_twice_is_at_once(seconds, status):
 def test_a_signal_while_the_libraries_are_imported_is_one_line(script, argv):
     """Nothing that takes time is imported before `until_loaded`."""
     code = (f"import os, runpy, signal, sys; sys.argv = {[script, *argv]!r}\n"
-            "from engine.run import stopping\nlistens = stopping.until_loaded\n"
+            "from engine import loading\nlistens = loading.until_loaded\n"
             "def asked(name):\n    listens(name)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
-            f"stopping.until_loaded = asked\nrunpy.run_path({script!r}, run_name='__main__')")
+            f"loading.until_loaded = asked\nrunpy.run_path({script!r}, run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 128 + signal.SIGTERM and done.stderr == ""
     assert done.stdout.strip() == f"{script}: stopped before the start: there is nothing to save"
+
+
+@pytest.mark.parametrize("module, number, said", [
+    ("experiments.landing", signal.SIGINT, "experiments: stopped before the start: there is nothing to save"),
+    ("engine.merge", signal.SIGTERM, "engine: stopped before the start: there is nothing to save"),
+    ("evaluation.report", None, "evaluation: loading torch, diffusers and transformers")])
+def test_a_module_says_what_it_loads_and_stops_in_one_line(module, number, said, tmp_path):
+    """sitecustomize makes the import of numpy, which all of them need, slow or a signal."""
+    act = "time.sleep(4)" if number is None else f"os.kill(os.getpid(), {int(number)})"
+    (tmp_path / "numpy.py").write_text(f"import os, time\n{act}\nraise SystemExit\n")
+    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (0 if number is None else 128 + number, "")
+    assert done.stdout.strip() == said
 
 
 def test_a_reader_that_has_seen_enough_ends_a_script_without_a_word():

@@ -25,6 +25,7 @@ from torch.distributed.fsdp import (
 from tqdm import tqdm
 
 from engine.errors import UserError, printable
+from engine.model.float8 import scales_of
 from engine.model.tensors import fill, own_parameters
 
 OLDEST = (8, 0)  # the compute capability of Ampere, the first with bf16 in hardware
@@ -210,8 +211,9 @@ def load_sharded(kind, source, device, dtype, world=None, layout=None):
         if sharded:
             shard(network, world)
     network.to_empty(device=device)
+    scales = scales_of(network)
     for name, parameter in own_parameters(network).items():
-        fill(parameter, source.tensors[name])
+        fill(parameter, source.tensors[name], scales.get(name))
     if layout is not None:
         layout.start(network)
     return network

@@ -18,9 +18,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from engine.errors import UserError
 from engine.memory import gpus
 from engine.memory.lean import parts_used
-from engine.memory.modes import HELD_ON_THE_GPU, ON_THE_HOST, is_lean, stored_in_fp8
+from engine.memory.modes import HELD_ON_THE_GPU, ON_THE_HOST, is_lean
 from engine.memory.parallel import blocks_of
 from engine.model import lora
+from engine.model.float8 import is_stored_so
 from engine.model.tensor_files import kind_of
 
 MIB, GIB = 2**20, 2**30
@@ -254,7 +255,7 @@ def count(job, compute_dtype):
         shapes = []
         for name, parameter in transformer.named_parameters():
             row = parameter.numel() // len(parameter)
-            shapes.append(Shape(len(parameter), row, stored_in_fp8(name, parameter)))
+            shapes.append(Shape(len(parameter), row, is_stored_so(name, parameter)))
         layers = lora.layers_of(transformer).values()
         largest = max(parameters_of(block) for block in blocks_of(transformer))
         return Counts(parameters=parameters_of(transformer), largest_block=largest, activations=activations,

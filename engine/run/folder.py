@@ -3,12 +3,13 @@
     run.json            marks the folder as a run's: the run's id, and the commit, libraries and devices that made it
     args.json           every flag
     log.jsonl           a line an update
-    samples/            the watched pictures, step_NNNNN.png
+    samples/            the watched pictures, step_NNNNN.png; photographs.png: those of --images that are held out
     checkpoints/        what --resume needs
     report.html         the run on one page
-    weights/            the weights after the last update: full, or a LoRA
+    weights/            the weights after the last update: full, or a LoRA; README.md is their model card
     weights_best/       the weights with the largest SGP gap among those without a drift warning
     summary.json        written at the end: the number of updates, and the results
+    table.csv, .tex     the results of the run as tables
     before_after.png    the watched pictures before and after training
     explain.png         --explain's picture of one update
     tensorboard/        TensorBoard's files, with --tensorboard
@@ -43,15 +44,18 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 # All files that a run makes besides its checkpoints. --overwrite removes these and the checkpoints, and no other file.
-WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors",
-           *[f"{name}.safetensors" for name in SAVE_AS])
+CARD = "README.md"
+CARD_MARK = b"<!-- written by train.py; it is written again unless this line is removed -->"
+WEIGHTS = (CARD, "before_after.png", "config.json", "diffusion_pytorch_model.safetensors",
+           "pytorch_lora_weights.safetensors", *[f"{name}.safetensors" for name in SAVE_AS])
 MARK = "run.json"
 LOCK = ".lock"
 EXPLAINED = "explain.png"
-MADE = ("args.json", "log.jsonl", "summary.json", "before_after.png", EXPLAINED, "report.html",
-        *[f"weights/{name}" for name in WEIGHTS], *[f"weights_best/{name}" for name in WEIGHTS],
-        "samples/step_*.png", "tensorboard/events.out.tfevents.*")
-SAMPLE = re.compile(r"step_\d{5,}\.png")
+PHOTOGRAPHS = "photographs.png"
+MADE = ("args.json", "log.jsonl", "summary.json", "table.csv", "table.tex", "before_after.png", EXPLAINED,
+        "report.html", *[f"weights/{name}" for name in WEIGHTS], *[f"weights_best/{name}" for name in WEIGHTS],
+        "samples/step_*.png", f"samples/{PHOTOGRAPHS}", "tensorboard/events.out.tfevents.*")
+SAMPLE = re.compile(rf"step_\d{{5,}}\.png|{PHOTOGRAPHS}")
 FOLDERS = ("samples", "weights", "weights_best", "checkpoints", "tensorboard")
 
 
@@ -248,6 +252,7 @@ class RunFolder:
         for pattern in MADE:
             for path in self.out.glob(pattern):
                 theirs = (path.name == EXPLAINED and not is_ours(path, PNG_MARK)
+                          or path.name == CARD and not is_ours(path, CARD_MARK)
                           or path.parent.name == "samples" and not SAMPLE.fullmatch(path.name))
                 if path.is_file() and not theirs and inside in path.resolve().parents:
                     path.unlink()
