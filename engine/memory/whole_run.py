@@ -1,7 +1,7 @@
 """What a whole run costs beside its updates: the pictures that are evaluated, the disk, what is downloaded. Predicted
 from the `plan.Job`, without weights."""
 
-from engine.memory.plan import flop_per_call
+from engine.memory.plan import flop_per_call, flop_per_step
 
 AT_MOST = 0.1  # of the run's work, for the evaluation before and after it
 EVALUATED = (256, 128, 64, 32, 16)  # pictures; the largest number that costs so little is taken
@@ -10,8 +10,9 @@ EVALUATED = (256, 128, 64, 32, 16)  # pictures; the largest number that costs so
 def share_of_evaluation(job, eval_steps, pictures):
     """The work of evaluating so many pictures before and after a run, as a share of that of its updates. Both are
     counted in calls of the transformer."""
-    of_image = job.rollout_steps + job.calls * flop_per_call(job, 1)
-    return 2 * pictures * eval_steps / (job.updates * job.images * of_image)
+    step = flop_per_step(job, 1)
+    of_image = job.rollout_steps * step + job.calls * flop_per_call(job, 1)
+    return 2 * pictures * eval_steps * step / (job.updates * job.images * of_image)
 
 
 def evaluated(job, eval_steps):
