@@ -32,7 +32,7 @@ from engine.command_line import CFG, MODEL, WEIGHTS, Parser, must_differ, or_off
 from engine.data import prompt_files
 from engine.errors import DISK_FAILS, UserError, frame, in_words, one_line, printable
 from engine.files import write_json, write_whole
-from engine.memory import parallel
+from engine.memory import modes, parallel, sampling
 from engine.model import trained
 from engine.run.stopping import Stopping
 from evaluation import metrics, picture_folders, table_formats, tables
@@ -79,8 +79,8 @@ def main():
 def run(argv):
     """Both stages, then the table. Returns the exit status: 1 if a picture could not be read."""
     args, model = recipe.of_script(flags(), argv)
-    methods, prompts = rows(args, model)
-    world = parallel.World(patience=timedelta(days=30))
+    world = parallel.World(patience=timedelta(days=30), mesh=modes.needs_mesh(args.memory))
+    methods, prompts = rows(args, model, world)
     for note in [] if args.images else model.notes(vars(args)):
         world.say(note)
     for note in [note for method in methods for note in trained.notes(method.weights)]:
@@ -142,12 +142,13 @@ def flags():
     add("--seed", type=whole(0, 2**30), default=0,
         help="prompt i is sampled from noise seed + i, for every model")
     add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
+    add("--memory", choices=sampling.NAMES, default="auto", help=sampling.HELP)
     add("--out", type=some_path, help="folder of pictures, scores, table.md, table.csv, table.tex, results.json, "
         "pictures.jsonl and sheet.png (None: runs/evaluate_<model>)")
     return parser
 
 
-def rows(args, model):
+def rows(args, model, world):
     """(the table's rows, `Method`s; their prompts). Raises UserError for flags that do not fit."""
     if args.per_prompt > 1 and "diversity" not in metrics.parse_metrics(args.metrics):
         args.metrics += ",diversity"
@@ -163,8 +164,11 @@ def rows(args, model):
         picture_folders.must_be_own(args.out, [])
         return picture_folders.existing(args)
     flow.needs_gpu(model)
-    model.grid(args.size, args.size)
     recipe.check_cfg(args, model)
+    job = sampling.job(model, args.size, args.batch, args.cfg)
+    args.memory, why = world.decide(sampling.settle, job, args.memory, world)
+    if why:
+        world.say(why)
     for path in picture_folders.named("--weights", args.weights).values():
         trained.check(path, model)
     prompts = prompt_files.read_prompts_by_category(args.eval_prompts)
@@ -250,7 +254,8 @@ def generate(args, model, methods, pictures, benchmark, world):
     for method in methods:
         if not lacking[method.name]:
             continue
-        net = flow.load(model, method.weights, world.device, world.dtype)
+        net = flow.load(model, method.weights, world.device, world.dtype,
+                        *sampling.how(args.memory, method.weights, model, world))
         net.guide(args.cfg, embeddings.empty)
         grid = net.grid(args.size, args.size)
         picture_folders.make_own(args.out)

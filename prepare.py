@@ -16,7 +16,7 @@ from engine.data import cache, draws, photographs, prompt_files
 from engine.data.cache import Cache
 from engine.data.digests import known_digest
 from engine.errors import UserError
-from engine.memory import adamw, cards, layouts, modes, parallel, plan, whole_run
+from engine.memory import adamw, cards, counts, layouts, modes, parallel, whole_run
 from engine.model import float8, trained
 from engine.model.folder import Model
 from engine.run import made_by
@@ -52,7 +52,7 @@ class Run:
     reward: sr.Rewards
     losses: Callable       # of the --method: (flags, net, reward, `Batch`) -> loss terms
     share: recipe.Share    # of an update, that this process makes
-    job: plan.Job
+    job: counts.Job
     curriculum: draws.Curriculum
     embeddings: flow.Embeddings
     watched: watch.Watch
@@ -107,13 +107,14 @@ def job(a, model):
     method = recipe.METHODS[a.method]
     calls = method.calls(a)
     at_once = a.batch if method.optimizer_steps == 1 else a.global_batch
-    return plan.Job(
+    return counts.Job(
         model=model.name, transformer=configs.transformer, vae=configs.vae, text_tokens=configs.text_tokens,
         text_parameters=configs.text_parameters,
         size=a.size, image_tokens=rows * columns, images=a.global_batch, batch=at_once, updates=a.steps,
         rollout_steps=calls.without_gradient, calls=calls.with_gradient, checkpointing=a.checkpointing,
         cfg=None if a.cfg is None else a.cfg_gradient, replicas=a.replicas,
-        reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora, memory=a.memory)
+        reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora, memory=a.memory,
+        together=calls.together)
 
 
 def settle(a, model, world):

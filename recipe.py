@@ -249,6 +249,7 @@ class Calls(NamedTuple):
     """How often a method calls the network for one image of an update."""
     without_gradient: float  # on average
     with_gradient: int
+    together: int = 1  # of these, that can be one call of the network: engine/memory/one_call.py
 
 
 def one_image(a):
@@ -287,7 +288,7 @@ def srpo_calls(a):
     rolled_out = 1
     if a.images:
         rolled_out = 0 if a.online_from is None else max(0, a.steps - a.online_from + 1) / a.steps
-    return Calls(rolled_out * a.rollout_steps, a.injections * len(a.branches))
+    return Calls(rolled_out * a.rollout_steps, a.injections * len(a.branches), len(a.branches))
 
 
 def refl_calls(a):

@@ -21,7 +21,7 @@ from engine.data import prompt_files
 from engine.data.pictures import read_picture
 from engine.errors import frame, printable
 from engine.files import must_be_writable, stamp
-from engine.memory import parallel
+from engine.memory import modes, parallel, sampling
 from engine.model import trained
 from engine.run.stopping import Stopping
 from evaluation.picture_folders import begin, check_made, clean, is_whole, mark_of, save_grid, save_picture
@@ -44,6 +44,7 @@ def flags():
     add("--cfg", type=or_off(real(1)), help=CFG)
     add("--seed", type=whole(0, 2**30), default=0, help="picture i is made from noise seed + i")
     add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
+    add("--memory", choices=sampling.NAMES, default="auto", help=sampling.HELP)
     add("--out", type=some_path, default="samples",
         help="folder: one PNG a prompt, named by its number, and grid.png")
     return parser
@@ -67,18 +68,22 @@ def run(argv, stopping):
             "eval_steps": args.eval_steps, "guidance": args.guidance, "seed": args.seed}
     if args.cfg is not None:
         made["cfg"] = args.cfg
+    world = parallel.World(mesh=modes.needs_mesh(args.memory))
+    args.memory, why = sampling.settle(sampling.job(model, args.size, args.batch, args.cfg), args.memory, world)
+    made |= sampling.made(args.memory)
     check_made(out, made, args.out)
+    if why:
+        world.say(why)
     for note in [*model.notes(vars(args)), *trained.notes(args.weights)]:
         print(printable(note))
 
-    parallel.one_thread_on_a_cpu()
-    device, dtype = parallel.device_and_dtype()
     model.fetch(parts)
-    embeddings = flow.encode_prompts(model, prompts, device, dtype)
+    embeddings = flow.encode_prompts(model, prompts, world.device, world.dtype)
     if embeddings.truncated:
         print(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
               f"they are truncated")
-    net = flow.load(model, args.weights, device, dtype)
+    net = flow.load(model, args.weights, world.device, world.dtype,
+                    *sampling.how(args.memory, args.weights, model, world))
     net.guide(args.cfg, embeddings.empty)
     grid = net.grid(args.size, args.size)
     clean(out)

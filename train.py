@@ -33,7 +33,7 @@ import srpo_reward as sr
 from baselines import STEP, Term
 from engine import hub
 from engine.errors import NotFinite, Stopped, printable
-from engine.memory import cards, layouts, modes, parallel, plan
+from engine.memory import cards, layouts, modes, parallel, shown, work
 from engine.memory.one_call import Calls
 from engine.model import lora, tensors
 from engine.run import checkpoint, finite
@@ -163,7 +163,7 @@ def optimizer_step(a, run, step, looks):
 def train(a, run, state):
     """Updates until --steps, or until the watched pictures have landed (--land), with checkpoints. `state` is what a
     checkpoint holds beside the weights: the last finished update. Raises Stopped if the run is asked to stop."""
-    flop = plan.update_flop(run.job, run.world.size)  # of this process
+    flop = work.update_flop(run.job, run.world.size)  # of this process
     bar = tqdm(range(state["step"] + 1, a.steps + 1), initial=state["step"], total=a.steps, desc="train",
                disable=not run.world.main)
     for step in bar:
@@ -171,7 +171,7 @@ def train(a, run, state):
             break
         line = update(a, run, step)
         seconds = line["seconds_rollout"] + line["seconds_update"]
-        line |= plan.achieved(flop, seconds, run.net.device)
+        line |= work.achieved(flop, seconds, run.net.device)
         state |= {"step": step, "unlogged": line}
         run.stopping.words = f"stopped after step {step}, saved; --resume continues"
         run.watched.log(run.folder, state)
@@ -225,7 +225,7 @@ def show_plan(a, model):
     if why:
         print(printable(why))
     job = prepare.job(a, model)
-    plan.show(job, a.world_size, a.card, a.share)
+    shown.show(job, a.world_size, a.card, a.share)
     cards.show_cards(job, a.share)
 
 

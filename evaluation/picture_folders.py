@@ -34,6 +34,7 @@ from engine.files import (
     write_json,
     write_whole,
 )
+from engine.memory import sampling
 from engine.model import trained
 from engine.paths import named_path
 from rewards.pictures import fitted, pixels
@@ -248,7 +249,7 @@ def planned(args, prompts):
         method.made = {"by": BY, "model": args.model, "size": args.size, "eval_steps": args.eval_steps,
                        "guidance": args.guidance, "seed": args.seed,
                        "weights": stamp(method.weights) if method.weights else [], "prompts": digest,
-                       "words": method.words}
+                       "words": method.words, **sampling.made(args.memory)}
         if args.cfg is not None:
             method.made["cfg"] = args.cfg
         check_made(method.folder, method.made, args.out)

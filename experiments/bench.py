@@ -21,7 +21,7 @@ import train
 from engine.command_line import Parser, whole
 from engine.data import draws
 from engine.errors import UserError, frame
-from engine.memory import layouts, modes, parallel, plan
+from engine.memory import counts, layouts, modes, parallel, work
 from engine.model import float8, tensors
 from engine.model.tensor_files import kind_of, meta_network
 from rewards import clip_model
@@ -47,11 +47,26 @@ def flags(argv):
 
 
 # --------------------------------------------------------------------------------------------- random weights
-def random_flow(model, world, layout):
-    """A `flow.Flow` with a model's size and random weights. As in loading, the transformer is sharded before it takes
-    any memory."""
+def random_flow(model, world, own, layout):
+    """A `flow.Flow` with a model's size and random weights. As in loading, the transformer is sharded over the mesh of
+    a world (`own`) by a `layouts.Layout` before it takes any memory; None and None: whole, in the dtype that it
+    computes in."""
     transformer = meta_network(kind_of(model.configs.transformer), model.configs.transformer)
-    transformer.to_empty(device=layout.prepare(transformer, world))
+    if layout is None:
+        transformer.to(world.dtype).to_empty(device=world.device)
+    else:
+        transformer.to_empty(device=layout.prepare(transformer, own))
+    fill_at_random(transformer)
+    if layout is not None:
+        layout.start(transformer)
+    with world.device:
+        vae = counts.create(model.configs.vae, world.dtype).eval().requires_grad_(False)
+    scheduler = {"use_dynamic_shifting": False, "shift": 3.0}
+    return flow.family_of(model)(transformer, vae, scheduler, world.device, world.dtype)
+
+
+def fill_at_random(transformer):
+    """Numbers of a standard deviation of 0.02, and gains of 1."""
     scales = float8.scales_of(transformer)
     for name, parameter in tensors.own_parameters(transformer).items():
         if "norm_" in name and parameter.ndim == 1:  # the gains of RMSNorm
@@ -59,11 +74,6 @@ def random_flow(model, world, layout):
         else:
             local = tensors.local_part(parameter)
             tensors.put(parameter, 0.02 * torch.randn(local.shape, device=local.device), scales.get(name))
-    layout.start(transformer)
-    with world.device:
-        vae = plan.create(model.configs.vae, world.dtype).eval().requires_grad_(False)
-    scheduler = {"use_dynamic_shifting": False, "shift": 3.0}
-    return flow.family_of(model)(transformer, vae, scheduler, world.device, world.dtype)
 
 
 def random_reward(world):
@@ -90,7 +100,7 @@ def random_run(a, model, world):
     prompts = [f"prompt {i}" for i in range(a.global_batch)]
     group = recipe.METHODS[a.method].group(a)
     curriculum = draws.Curriculum(prompts, a.steps, a.global_batch, world.rows(share.images), a.seed, group)
-    net = random_flow(model, world, layouts.Layout(a.lora, a.memory, a.seed))
+    net = random_flow(model, world, world, layouts.Layout(a.lora, a.memory, a.seed))
     embeddings = random_embeddings(net, curriculum.prompts, model.configs.text_tokens)
     net.guide(a.cfg, (embeddings.txt[0], embeddings.pooled[0]), a.cfg_gradient, a.cfg_keep_norm)
     reward = random_reward(world)
@@ -155,7 +165,7 @@ def report(a, run, rungs, measured):
         for phase in PHASES:
             line += f"{median(update[phase] for update in updates):>9.3f} "
         print(line + f"{totals[-1]:>8.3f} {totals[-1] / totals[0]:>6.2f}")
-    reached = plan.achieved(plan.update_flop(run.job, run.world.size), totals[0], device)
+    reached = work.achieved(work.update_flop(run.job, run.world.size), totals[0], device)
     print("\n" + ", ".join(f"{name} {value}" for name, value in reached.items()))
 
 

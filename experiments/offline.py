@@ -28,7 +28,7 @@ from engine.command_line import whole
 from engine.data import prompt_files
 from engine.errors import UserError, frame
 from engine.files import read_json, write_json
-from engine.memory import parallel, plan
+from engine.memory import parallel, work
 from experiments import pages, runs
 from experiments.pages import shown
 from miniature import world as drawn
@@ -126,7 +126,7 @@ def means(row):
 
 def flop_of(arm, shared):
     """The transformer's FLOP in one update of an arm."""
-    return plan.update_flop(prepare.job(*recipe.read([*shared, *arm.flags])))
+    return work.update_flop(prepare.job(*recipe.read([*shared, *arm.flags])))
 
 
 def main(argv=None):

@@ -19,7 +19,7 @@ import train
 from engine.data import photographs, pictures
 from engine.data.cache import Cache
 from engine.errors import UserError
-from engine.memory import parallel, plan
+from engine.memory import counts, parallel, plan, work
 from engine.model.folder import Model
 
 SMALL = ["train.py", "--model", "miniature", "--eval-steps", "2", "--watch", "2", "--eval", "0"]
@@ -311,12 +311,12 @@ def test_an_update_is_srpo_with_x0_given_and_fresh_noise_two_calls_an_image(fold
 def test_the_plan_counts_no_rollout(folder):
     plain = prepare.job(*recipe.read(["--model", "miniature"]))
     offline = prepare.job(*recipe.read(["--model", "miniature", "--images", str(folder)]))
-    counts = plan.count(plain, torch.bfloat16)
-    both, without = (plan.divide(job, counts, 2, torch.bfloat16) for job in (plain, offline))
+    counted = counts.count(plain, torch.bfloat16)
+    both, without = (plan.divide(job, counted, 2, torch.bfloat16) for job in (plain, offline))
     assert without.rollout == 0 < both.rollout
     assert (without.update, without.decode, without.reward) == (both.update, both.decode, both.reward)
     assert without.received < both.received
-    assert plan.update_flop(offline, 2) == without.update
+    assert work.update_flop(offline, 2) == without.update
 
 
 @pytest.fixture

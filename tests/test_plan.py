@@ -12,7 +12,7 @@ import prepare
 import recipe
 import train
 from engine.errors import UserError
-from engine.memory import adamw, cards, gpus, layouts, parallel, plan
+from engine.memory import adamw, cards, counts, gpus, layouts, parallel, plan, shown, work
 from engine.model import lora
 from engine.model.folder import Model
 
@@ -32,7 +32,7 @@ def miniature_job(*argv):
 def counted():
     """FLUX.1-dev's job and counts."""
     its_job = job()
-    return its_job, plan.count(its_job, torch.bfloat16)
+    return its_job, counts.count(its_job, torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_the_counts_of_flux_1_dev(predicted):
     assert one.rollout / TERA == pytest.approx(25 * 37.28, rel=1e-3)
     assert one.update / TERA == pytest.approx(2 * 4 * 37.28, rel=1e-3)
     assert one.decode / TERA == pytest.approx(20.2, rel=0.02)
-    assert plan.update_flop(job()) == one.rollout + one.update
+    assert work.update_flop(job()) == one.rollout + one.update
 
 
 @pytest.mark.parametrize("n, transformer", [(1, 180.6), (8, 26.6), (32, 10.3)])
@@ -95,7 +95,7 @@ def test_accumulated_batches_take_time_and_no_more_activations():
     four = miniature_job("--global-batch", "32", "--batch", "1")
     once, times = plan.predict(one, 8, torch.bfloat16), plan.predict(four, 8, torch.bfloat16)
     assert (times.flop, times.received) == (4 * once.flop, 4 * once.received)
-    assert plan.update_flop(four) == 4 * plan.update_flop(one)
+    assert work.update_flop(four) == 4 * work.update_flop(one)
     assert times.peak_in_update == once.peak_in_update
     assert times.peak_in_rollout == once.peak_in_rollout + once.gradients
 
@@ -152,8 +152,8 @@ def test_gradients_that_come_beside_others_are_not_pinned(counted):
     offload = on_one_card(counted)["offload"]
     assert offload.unpinned / 1e9 == pytest.approx(47.6, abs=0.1)
     alone = offload.flop / TERA / 400
-    copying = offload.bus / 1e9 / cards.BUS + offload.unpinned / 1e9 / cards.UNPINNED
-    assert cards.seconds(offload, 1000, 0.4) == pytest.approx(alone + copying)
+    copying = offload.bus / 1e9 / work.BUS + offload.unpinned / 1e9 / work.UNPINNED
+    assert work.seconds(offload, 1000, 0.4) == pytest.approx(alone + copying)
 
 
 def test_the_preferred_memory_is_the_fastest_that_fits(counted):
@@ -162,7 +162,7 @@ def test_the_preferred_memory_is_the_fastest_that_fits(counted):
         found = list(on_one_card(counted, rank).values())
         peaks = [p.peak for p in found]
         assert peaks == sorted(peaks, reverse=True)
-        times = [cards.seconds(p, gpus.PEAK["H200"], 0.4) for p in found]
+        times = [work.seconds(p, gpus.PEAK["H200"], 0.4) for p in found]
         assert times == sorted(times)
 
 
@@ -298,13 +298,13 @@ def test_the_readmes_cards_are_what_the_plan_says(counted):
         assert gib == f"{(predicted.peak + context) / GIB:.1f}", row
         names = [card for card in gpus.CARDS if f"({card.name.split(',')[0]})" in where]
         peak = names[0].peak if names else gpus.PEAK["RTX 4090"]
-        seconds = cards.seconds(predicted, peak, 0.4)
-        assert (update, run) == (plan.in_time(seconds), plan.in_time(19 * seconds)), row
+        seconds = work.seconds(predicted, peak, 0.4)
+        assert (update, run) == (shown.in_time(seconds), shown.in_time(19 * seconds)), row
 
 
 def test_a_card_that_is_not_known_is_one_line():
     with pytest.raises(UserError, match="--card B7: its peak is not known here; known are H200") as error:
-        plan.show(miniature_job(), 8, "B7", 0.4)
+        shown.show(miniature_job(), 8, "B7", 0.4)
     assert "\n" not in str(error.value)
 
 
@@ -317,7 +317,7 @@ def test_auto_is_chosen_for_the_card_that_is_named(capsys, flags, words):
 
 
 def test_the_default_dtype_stays_as_it_was():
-    plan.forward_flop(miniature_job())
+    work.forward_flop(miniature_job())
     assert torch.get_default_dtype() == torch.float32
 
 
@@ -337,14 +337,14 @@ def test_the_miniatures_plan_is_what_a_run_computes(miniature):
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         velocity(*arguments)
     attention = 6 * 4 * 32 * 32 * 4 * 32
-    predicted = plan.forward_flop(miniature_job())
-    assert predicted == plan.flop_of(velocity, *arguments) == counter.get_total_flops() + attention
+    predicted = work.forward_flop(miniature_job())
+    assert predicted == counts.flop_of(velocity, *arguments) == counter.get_total_flops() + attention
 
 
 def test_the_miniatures_activations_are_what_a_run_saves(miniature):
     """Bytes saved for the backward, predicted on fake tensors, against a call on real ones: within 1 %."""
-    measured = plan.saved_by(miniature.transformer.parameters(), *call_of(miniature))
-    one = plan.count(miniature_job("--no-checkpointing"), torch.float32)
+    measured = counts.saved_by(miniature.transformer.parameters(), *call_of(miniature))
+    one = counts.count(miniature_job("--no-checkpointing"), torch.float32)
     assert one.activations == pytest.approx(measured, rel=0.01)
 
 

@@ -22,7 +22,7 @@ import train
 from baselines import Term
 from engine.command_line import fields_of
 from engine.errors import UserError
-from engine.memory import plan
+from engine.memory import work
 from experiments import bench
 
 SMALL = ["--model", "miniature", "--rollout-steps", "2", "--eval-steps", "1", "--watch", "2", "--watch-every", "1",
@@ -204,12 +204,12 @@ def test_the_benchmark_times_the_method_and_divides_its_own_work(monkeypatch, mi
     monkeypatch.setattr(type(miniature), "velocity", counted)
     argv = [*SMALL, "--method", method, "--global-batch", "4"]
     divided = []
-    monkeypatch.setattr(plan, "achieved", lambda flop, *others: divided.append(flop) or {})
+    monkeypatch.setattr(work, "achieved", lambda flop, *others: divided.append(flop) or {})
     monkeypatch.setattr(sys, "argv", ["bench", *argv, "--repeats", "1"])
     bench.main()
     assert sum(seen) == 2 * calls  # one update is timed, and one is not
     job = prepare.job(*recipe.read(argv))
-    assert divided == [plan.update_flop(job)] and 4 * job.calls == calls
+    assert divided == [work.update_flop(job)] and 4 * job.calls == calls
 
 
 # ------------------------------------------------------------------------------------------------- without torch

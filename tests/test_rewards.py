@@ -28,7 +28,7 @@ import srpo_reward as sr
 import train
 from engine.data.pictures import read_picture
 from engine.errors import UserError
-from engine.memory import plan
+from engine.memory import counts
 from engine.model.folder import Model
 from evaluation import metrics, table_formats, tables
 from rewards import pictures
@@ -566,7 +566,7 @@ def test_the_plan_counts_every_reward():
     """ViT-H/14 is 986 M parameters, SigLIP's vision side 428 M, both float32; a held-out one is only held."""
     def of(spec):
         a = recipe.flags(["--model", "miniature", "--size", "64", "--memory", "masters", "--reward", spec])
-        return plan.count(prepare.job(a, Model(a.model)), torch.bfloat16)
+        return counts.count(prepare.job(a, Model(a.model)), torch.bfloat16)
 
     one, two, held, aesthetic, own = map(of, ("hpsv2.1", "hpsv2.1,pickscore:0.3", "hpsv2.1,pickscore:0",
                                               "aesthetic", "miniature/reward"))

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from copy import copy
 from datetime import timedelta
 from statistics import fmean
 from threading import Thread
@@ -155,6 +156,13 @@ class World:
         if stop:
             sys.exit(2)
         return found if self.main else theirs
+
+    def alone(self):
+        """This process as a `World` of its own, with a mesh of itself; collective."""
+        own = copy(self)
+        own.size, own.rank = 1, 0
+        own.mesh = init_device_mesh(self.device.type, (self.size, 1), mesh_dim_names=("processes", "own"))["own"]
+        return own
 
     def close(self):
         """End the process group, after waiting for all processes: one that ended early could break another's last

@@ -1,7 +1,7 @@
 """What a whole run costs beside its updates: the pictures that are evaluated, the disk, what is downloaded. Predicted
-from the `plan.Job`, without weights."""
+from the `counts.Job`, without weights."""
 
-from engine.memory.plan import flop_per_call, flop_per_step
+from engine.memory.work import flop_per_call, flop_per_step
 
 AT_MOST = 0.1  # of the run's work, for the evaluation before and after it
 EVALUATED = (256, 128, 64, 32, 16)  # pictures; the largest number that costs so little is taken

@@ -148,6 +148,18 @@ def check(weights, model, rank=None):
     return [part for part in model.family.parts if part != "transformer"]
 
 
+def rank_of(weights, model):
+    """The rank of the adapters that a LoRA can be read into. None for full weights, and for a LoRA that can only be
+    merged: one of several ranks, with biases, or with layers that get no adapter. Raises UserError."""
+    if weights is None or is_full(weights):
+        return None
+    pairs = lora.fitting(meta_network(kind_of(model.configs.transformer), model.configs.transformer), place_of(weights))
+    ranks = {len(pair.A) for pair in pairs.values()}
+    if len(ranks) > 1 or any(pair.bias is not None or not lora.has_adapter(layer) for layer, pair in pairs.items()):
+        return None
+    return ranks.pop()
+
+
 def cannot_load(weights, model, error):
     """The UserError for --weights that cannot be read."""
     return UserError(f"--weights {weights}: cannot be loaded as {model.family.name}: {one_line(error)}")
