@@ -15,7 +15,7 @@ import klein
 import prepare
 import recipe
 from engine.errors import UserError
-from engine.memory import parallel
+from engine.memory import parallel, work
 from engine.model import lora
 from engine.model.folder import Model
 
@@ -168,7 +168,7 @@ def test_klein_is_planned_by_its_name(size, billions, tflop):
     assert (a.cfg, a.shift, job.cfg, job.text_tokens) == (4.0, 3.0, "off", 512)
     network = flow.tensor_files.meta_network(diffusers.Flux2Transformer2DModel, job.transformer)
     assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3)
-    assert prepare.plan.forward_flop(job) / 1e12 == pytest.approx(tflop, rel=5e-3)
+    assert work.forward_flop(job) / 1e12 == pytest.approx(tflop, rel=5e-3)
     a, model = recipe.read(["--model", f"black-forest-labs/FLUX.2-klein-{size}"])
     assert (a.cfg, a.rollout_steps, a.shift) == (None, 4, None) and prepare.job(a, model).cfg is None
 
@@ -179,9 +179,9 @@ def test_the_plan_counts_guidance(folder, gradient, forwards):
     1 or none."""
     a, model = recipe.read(["--model", str(folder), "--cfg-gradient", gradient, "--size", "64"])
     job = prepare.job(a, model)
-    once = prepare.plan.forward_flop(job)
+    once = work.forward_flop(job)
     each = 25 * 2 + 2 * forwards
-    assert prepare.plan.update_flop(job, 8) == pytest.approx(job.images / 8 * each * once)
+    assert work.update_flop(job, 8) == pytest.approx(job.images / 8 * each * once)
 
 
 def test_photographs_first_and_then_rollouts(folder, tmp_path):
