@@ -28,14 +28,27 @@ from tqdm import tqdm
 import flow
 import recipe
 import rewards
-from engine.command_line import CFG, MODEL, WEIGHTS, Parser, must_differ, or_off, phrase, real, some_path, whole
+from engine.command_line import (
+    CFG,
+    MODEL,
+    WEIGHTS,
+    Parser,
+    extent,
+    must_differ,
+    or_off,
+    phrase,
+    real,
+    sides,
+    some_path,
+    whole,
+)
 from engine.data import prompt_files
 from engine.errors import DISK_FAILS, UserError, frame, in_words, one_line, printable
 from engine.files import write_json, write_whole
 from engine.memory import modes, parallel, sampling
 from engine.model import trained
 from engine.run.stopping import Stopping
-from evaluation import metrics, picture_folders, table_formats, tables
+from evaluation import metrics, picture_folders, sheets, table_formats, tables
 from evaluation.scores import Scores, settings_of
 
 SCORED_AT_ONCE = 16
@@ -134,8 +147,8 @@ def flags():
     add("--control", type=phrase, default="Realistic photo",
         help="the wanted words of the SGP gap [paper 4.2]")
     add("--neg", type=phrase, default="CG Render", help="the unwanted words of the SGP gap [paper 4.2]")
-    add("--size", type=whole(1), default=1024,
-        help="side of the pictures, pixels [authors' answer for Table 1]")
+    add("--size", type=extent, default=1024,
+        help="side of the pictures, pixels, or WIDTHxHEIGHT [authors' answer for Table 1]")
     add("--eval-steps", type=whole(1), default=50, help="sampling steps [paper 4.1]")
     add("--guidance", type=real(0), default=3.5, help="distilled guidance of sampling [FLUX.1-dev]")
     add("--cfg", type=or_off(real(1)), help=CFG)
@@ -257,7 +270,7 @@ def generate(args, model, methods, pictures, benchmark, world):
         net = flow.load(model, method.weights, world.device, world.dtype,
                         *sampling.how(args.memory, method.weights, model, world))
         net.guide(args.cfg, embeddings.empty)
-        grid = net.grid(args.size, args.size)
+        grid = net.grid(*sides(args.size))
         picture_folders.make_own(args.out)
         picture_folders.begin(method.folder, method.made, benchmark)
         for chunk in tqdm(lacking[method.name], f"sample {method.name}", leave=False, disable=not world.main):
@@ -357,7 +370,7 @@ def finish(args, methods, tasks, pictures, outcome):
     text = "\n\n".join([table_formats.MEANING, *map(table_formats.markdown, made)])
     write_whole(out / "table.md", text + "\n")
     table_formats.write(out, made)
-    picture_folders.contact_sheet(methods, pictures, out / "sheet.png")
+    sheets.contact_sheet(methods, pictures, out / "sheet.png")
     print(f"{table_formats.MEANING}\n\n{table_formats.for_the_terminal(made)}\n")
     tell_gaps(methods, tasks, pictures, outcome)
     tell_missing(outcome.missing)
@@ -370,7 +383,8 @@ def settings_in_words(args):
     """How the pictures of the table are made, as a line."""
     if args.images:
         return "Pictures that exist already."
-    return printable(f"{args.model}; {args.eval_prompts}; {args.size} pixels, {args.eval_steps} steps, guidance "
+    height, width = sides(args.size)
+    return printable(f"{args.model}; {args.eval_prompts}; {width} x {height} pixels, {args.eval_steps} steps, guidance "
                      f"{args.guidance:g}, noise seeds from {args.seed}.")
 
 

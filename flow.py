@@ -213,13 +213,13 @@ def family_of(model):
     return getattr(importlib.import_module(file), name)
 
 
-def load(model, weights=None, device="cpu", dtype=torch.float32, world=None, layout=None):
+def load(model, weights=None, device="cpu", dtype=torch.float32, world=None, layout=None, strength=1.0):
     """The `Flow` of a `Model` whose files are on this machine.
 
     weights: a folder or a file that replaces the transformer's own weights, or a LoRA. A LoRA is read into the adapters
-    of the `layouts.Layout`, if it has any, and is merged otherwise. world: a `parallel.World`, over whose mesh the
-    transformer is sharded for training. The VAE is frozen. Raises UserError if a tensor is missing in the files, or
-    is not the network's.
+    of the `layouts.Layout`, if it has any, and is merged otherwise; `strength` is its factor. world: a
+    `parallel.World`, over whose mesh the transformer is sharded for training. The VAE is frozen. Raises UserError if a
+    tensor is missing in the files, or is not the network's.
     """
     quiet()
     trained.check(weights, model, None if layout is None else layout.lora)
@@ -230,8 +230,10 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, world=None, lay
     except Exception as error:
         raise model.cannot_load(error) from error
     if weights is not None and not trained.is_full(weights):
-        take = lora.load_into if lora.adapters(transformer) else lora.merge_into
-        take(transformer, trained.place_of(weights))
+        if lora.adapters(transformer):
+            lora.load_into(transformer, trained.place_of(weights), strength)
+        else:
+            lora.merge_into(transformer, trained.place_of(weights), strength)
     if not weights_are_finite(transformer.parameters(), world):
         whose = f"--model {model.name}" if weights is None else f"--weights {weights}"
         raise UserError(f"{whose}: its weights hold numbers that are not finite")

@@ -250,6 +250,7 @@ def photographs_of(a, model, world, texts):
     """(the `Texts`, the `Photograph`s that are held out and watched, those to train on) of --images. Raises
     UserError."""
     photos = photographs.read(a.images, a.size, model.unit, world)
+    world.say(f"--images: {len(photos)} photographs: {photographs.by_shape(photos, model.unit)}")
     if a.watch_prompts != recipe.OWN:
         return texts, [], photos
     shown, photos = draws.hold_out(photos, a.watch)

@@ -181,6 +181,7 @@ class Folder:
     resume: bool = flag(False, help="go on with the run in --out, with its own flags", resume=True)
     overwrite: bool = flag(False, help="delete the run in --out first", resume=True)
     tensorboard: bool = flag(False, help="also write out/tensorboard (needs: pip install tensorboard)", resume=True)
+    wandb: bool = flag(False, help="also log to Weights & Biases (needs: pip install wandb)", resume=True)
     explain: bool = flag(False, help="tell one update call by call, with equations and shapes, and draw it: "
                          "explain.png in --out; nothing is trained", resume=True)
 

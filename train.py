@@ -171,7 +171,7 @@ def train(a, run, state):
             break
         line = update(a, run, step)
         seconds = line["seconds_rollout"] + line["seconds_update"]
-        line |= work.achieved(flop, seconds, run.net.device)
+        line |= work.achieved(flop, seconds, run.net.device) | run.curriculum.says(step)
         state |= {"step": step, "unlogged": line}
         run.stopping.words = f"stopped after step {step}, saved; --resume continues"
         run.watched.log(run.folder, state)

@@ -106,6 +106,21 @@ def real(low=-LARGEST, high=LARGEST, open_low=False, open_high=False):
     return read
 
 
+def extent(text):
+    """A type for argparse: pixels of a picture. "64" and "64x64" are 64, of each side; "96x64" is [96, 64], width and
+    height."""
+    try:
+        width, height = (whole(1)(part) for part in (text.lower().split("x") if "x" in text.lower() else [text, text]))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of pixels, or WIDTHxHEIGHT") from error
+    return width if width == height else [width, height]
+
+
+def sides(size):
+    """(height, width) of what `extent` read."""
+    return (size, size) if isinstance(size, int) else tuple(reversed(size))
+
+
 def or_off(read):
     """A type for argparse: what `read` accepts, or the word "off", which becomes None."""
     def read_or_off(text):
@@ -256,8 +271,12 @@ def given(parser, argv):
     """{name: value} of the flags that a command line gives; flags that it does not give are left out. Raises
     UserError."""
     actions = [action for action in parser._actions if action.dest != argparse.SUPPRESS and action.dest != "help"]
-    space = argparse.Namespace(**{action.dest: NOT_GIVEN for action in actions})
+    several = [action for action in actions if isinstance(action, argparse._AppendAction)]  # they begin with a list
+    space = argparse.Namespace(**{action.dest: NOT_GIVEN for action in actions if action not in several})
     parser.parse_args(argv, space)
+    for action in several:
+        if vars(space)[action.dest] == action.default:
+            delattr(space, action.dest)
     return {name: value for name, value in vars(space).items() if value is not NOT_GIVEN}
 
 

@@ -9,19 +9,19 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torchvision.io import encode_png, read_image
 from tqdm import tqdm
 
 import flow
 import srpo_reward as sr
+from engine.data.pictures import read_picture
 from engine.errors import NotFinite, UserError
-from engine.files import write_json, write_whole
+from engine.files import write_json
 from engine.model import lora
 from engine.run.folder import PHOTOGRAPHS
-from evaluation import card, table_formats, tables
+from evaluation import card, sheets, table_formats, tables
 from evaluation.metrics import frechet, judge
 from evaluation.metrics.statistics import STATISTICS
-from evaluation.picture_folders import save_grid
+from evaluation.picture_folders import places, save_grid
 from evaluation.report import curves
 from evaluation.report import page as report
 from rewards.pictures import fitted, pixel_statistics
@@ -173,6 +173,8 @@ class Watch:
             if self.photographs:
                 beside = [fitted(photograph, self.a.size, "letterbox") for photograph in self.photographs]
                 save_grid(torch.stack(beside), folder.out / "samples" / PHOTOGRAPHS)
+            folder.show(0, {"watch": {name: values.nanmean().item() for name, values in scores.items()}},
+                        watched_pictures=folder.out / "samples" / "step_00000.png")
         gap = scores["sgp"].mean().item()
         if self.level is not None and gap >= self.level:
             raise UserError(f"--land {self.a.land}: before training the watched pictures' SGP gap is {gap:+.3f}, and "
@@ -219,10 +221,25 @@ class Watch:
             state |= {"best": sgp, "best_step": step}
         if self.world.main:
             save_grid(images, folder.out / "samples" / f"step_{step:05d}.png")
+            folder.show(step, {}, watched_pictures=folder.out / "samples" / f"step_{step:05d}.png")
         means = {name: value and value["mean"]
                  for name, value in self.summary(images, now, self.watched).items()}
         found = {"drift": drift.changes, "watch": means, "hacking": drift.warnings}
         return found if self.level is None else found | {"land": self.level}
+
+    def before_and_after(self, out, step):
+        """Write before_after.png: the first watched pictures above those after an update, with their prompts."""
+        lines = []
+        for number in (0, step):
+            path = out / "samples" / f"step_{number:05d}.png"
+            if not path.is_file():
+                return
+            grid = read_picture(path)
+            boxes = places(grid, self.a.size, len(self.watched.texts))
+            lines.append([grid.crop((x, y, x + w, y + h)) for x, y, w, h in boxes])
+        columns = [sheets.Column(sheets.label_of(prompt, seed), pictures)
+                   for seed, (prompt, *pictures) in enumerate(zip(self.watched.texts, *lines, strict=False))]
+        sheets.save(["before", f"update {step}"], columns, out / "before_after.png")
 
     def landed(self, state):
         """Whether the last look's SGP gap has reached that of --land."""
@@ -235,10 +252,7 @@ class Watch:
         if not self.world.main:
             return
         out = folder.out
-        samples = [out / "samples" / f"step_{step:05d}.png" for step in (0, state["step"])]
-        if all(path.is_file() for path in samples):
-            pictures = [read_image(str(path)) for path in samples]
-            write_whole(out / "before_after.png", bytes(encode_png(torch.cat(pictures, 1)).numpy()))
+        self.before_and_after(out, state["step"])
         if self.level is not None and not self.landed(state):
             self.world.say(f"not landed: after {state['step']} updates the watched SGP gap is {state['gap']:+.3f}, and "
                            f"--land's is {self.level:+.3f}; give more --steps and --resume")

@@ -14,6 +14,7 @@ import train
 from engine.memory import parallel
 from engine.model.folder import Model
 from evaluation import landing
+from evaluation.report.curves import read_log
 from evaluation.report.page import read_run
 
 SMALL = ["--model", "miniature", "--recipe", "fast", "--global-batch", "8", "--lr", "1e-4", "--eval-steps", "4",
@@ -25,7 +26,7 @@ def run(out, *argv):
 
 
 def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return read_log(out / "log.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -342,7 +342,8 @@ def test_a_run_saves_for_another_tool_too(tmp_path, run):
     assert all(torch.equal(found[name], tensor.bfloat16().float()) for name, tensor in own.items())
     assert is_refused(run, "the weights would be deleted", *SMALL, "--weights", out, "--overwrite", "--out", out)
     assert run(train, *flags, "--lora", "2", "--save-as", "kohya", "--overwrite")[0] == 0
-    assert {path.name for path in (out / "weights").iterdir()} == {lora.FILE, "kohya.safetensors"}
+    assert {path.name for path in (out / "weights").iterdir()} == {
+        lora.FILE, "kohya.safetensors", "README.md", "before_after.png"}
     own = flow.load(Model("miniature"), str(out)).transformer.state_dict()
     found = flow.load(Model("miniature"), str(out / "weights" / "kohya.safetensors")).transformer.state_dict()
     base = flow.load(Model("miniature")).transformer.state_dict()

@@ -22,6 +22,7 @@ from engine.model import export, single_file
 from engine.model.folder import Model
 from engine.run import checkpoint
 from engine.run import folder as run_folder
+from evaluation.report.curves import read_log
 
 SMALL = ["train.py", "--model", "miniature", "--rollout-steps", "3", "--eval-steps", "2",
          "--watch", "2", "--watch-every", "1", "--eval", "0"]
@@ -130,7 +131,7 @@ def test_two_ranks_train_as_one_process_and_resume_on_one_and_three(tmp_path, ra
     difference = max((reference[k] - w).abs().max().item() for k, w in weights(two).items())
     # an update moves a weight by 4e-5: Adam turns 1e-8 of a small gradient into more
     assert difference < 2e-6
-    logs = [[json.loads(line) for line in (o / "log.jsonl").read_text().splitlines()] for o in (one, two)]
+    logs = [read_log(o / "log.jsonl") for o in (one, two)]
     for a, b in zip(*logs, strict=True):
         assert b["reward_denoise"] == pytest.approx(a["reward_denoise"], abs=1e-5)
         assert b["watch"]["sgp"] == pytest.approx(a["watch"]["sgp"], abs=1e-5)

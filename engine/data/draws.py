@@ -67,6 +67,10 @@ class Curriculum:
         """(rows, columns) of tokens of an update's pictures; None: as --size says."""
         return None
 
+    def says(self, step):
+        """What the log is told about an update's pictures: {name: text or number}."""
+        return {}
+
     def latents(self, rows):
         """Clean latents x0 [B, N, C] of some rows; None: the model makes them by a rollout."""
         return None

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from engine.command_line import sides
 from engine.memory.lean import parts_used
 from engine.memory.modes import ON_THE_HOST
 from engine.memory.parallel import blocks_of
@@ -203,8 +204,9 @@ def saved_by_transformer(transformer, job, dtype):
 
 def latents(vae, job, dtype):
     """What a VAE decodes to one picture: zeros [1, c, h, w]."""
-    side = job.size // 2 ** (len(job.vae["block_out_channels"]) - 1)  # it halves a picture between levels
-    return torch.zeros(1, vae.config.latent_channels, side, side, dtype=dtype)
+    factor = 2 ** (len(job.vae["block_out_channels"]) - 1)  # it halves a picture between levels
+    height, width = (side // factor for side in sides(job.size))
+    return torch.zeros(1, vae.config.latent_channels, height, width, dtype=dtype)
 
 
 def shapes_of(transformer):

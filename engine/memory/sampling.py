@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from engine.command_line import sides
 from engine.errors import UserError
 from engine.memory import modes
 from engine.memory.cards import CONTEXT, because, this_machine
@@ -33,7 +34,7 @@ class Job(NamedTuple):
     vae: dict             # the VAE's config
     text_tokens: int      # of a prompt
     text_parameters: int  # of the text encoders, which are freed before the transformer is loaded
-    size: int             # side of a picture, pixels
+    size: int             # side of a picture, pixels; or [width, height]
     image_tokens: int     # of a picture
     batch: int            # pictures at a time
     guided: bool          # classifier-free guidance: two calls of the transformer as one batch
@@ -54,7 +55,7 @@ class Prediction(NamedTuple):
 def job(model, size, batch, cfg=None):
     """The `Job` of a `Model`. cfg: the flag."""
     configs = model.configs
-    rows, columns = model.grid(size, size)
+    rows, columns = model.grid(*sides(size))
     return Job(model.name, configs.transformer, configs.vae, configs.text_tokens, configs.text_parameters, size,
                rows * columns, batch, cfg is not None)
 

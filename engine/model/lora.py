@@ -143,22 +143,22 @@ def fitting(transformer, place, rank=None):
     return pairs
 
 
-def load_into(transformer, place):
-    """Read a LoRA into the adapters of a transformer. A layer that is not in the file keeps its values.
+def load_into(transformer, place, strength=1.0):
+    """Read a LoRA into the adapters of a transformer, as strength B A. A layer that is not in the file stays as it is.
 
     Raises UserError, before anything is changed, if the LoRA has another architecture or rank.
     """
     parameters = adapters(transformer)
     rank = next(len(parameter) for name, parameter in parameters.items() if ".lora_A." in name)
     for layer, pair in fitting(transformer, place, rank).items():
-        for side, tensor in (("A", pair.A), ("B", pair.B)):
+        for side, tensor in (("A", pair.A), ("B", strength * pair.B)):
             fill(parameters[f"{PREFIX}{layer}.lora_{side}.weight"], tensor)
 
 
 @torch.no_grad()
-def merge_into(transformer, place):
-    """Add the LoRA in a folder or file to the weights of a transformer without adapters: W + B A. The weights may be
-    sharded.
+def merge_into(transformer, place, strength=1.0):
+    """Add the LoRA in a folder or file to the weights of a transformer without adapters: W + strength B A. The weights
+    may be sharded.
 
     Raises UserError, before anything is changed, if the LoRA has another architecture.
     """
@@ -172,4 +172,4 @@ def merge_into(transformer, place):
                 first, last = my_rows(parameter)
                 scale = scales.get(f"{layer}.{kind}")
                 change = B[first:last] @ A if kind == "weight" else change[first:last]
-                put(parameter, values(parameter, scale) + change.to(parameter.device), scale)
+                put(parameter, values(parameter, scale) + strength * change.to(parameter.device), scale)

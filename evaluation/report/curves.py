@@ -11,6 +11,7 @@ from statistics import mean, median
 from typing import NamedTuple
 
 from engine.errors import printable
+from engine.run import log
 from evaluation.metrics import frechet, judge, reward, statistics
 from evaluation.metrics.statistics import STATISTICS
 from evaluation.table_formats import table
@@ -40,14 +41,14 @@ class Run(NamedTuple):
 
 
 def read_log(path):
-    """The lines of a log.jsonl: a list of dicts with "step", sorted by step. Damaged lines are left out; a killed run
-    may leave one. Raises OSError."""
+    """The lines of a log.jsonl: a list of dicts with "step", sorted by step; "watch" is a dict of means. Damaged lines
+    are left out; a killed run may leave one. Raises OSError."""
     by_step = {}
     for text in Path(path).read_bytes().splitlines():
         try:
             line = json.loads(text)
             if type(line["step"]) is int and line["step"] > 0:
-                by_step[line["step"]] = line
+                by_step[line["step"]] = log.nested(line)
         except (ValueError, TypeError, LookupError, RecursionError):
             pass
     return [by_step[step] for step in sorted(by_step)]

@@ -25,7 +25,7 @@ from engine.paths import named_path
 from engine.run import checkpoint, resume
 from engine.run import folder as run_folder
 from evaluation import table_formats
-from evaluation.picture_folders import is_whole
+from evaluation.picture_folders import is_whole, places
 from evaluation.report import curves
 from evaluation.report.curves import Run
 
@@ -131,17 +131,8 @@ def tiles(run, file):
         return []
     with opened(file) as picture:
         width, height = picture.size
-    side = run.args["size"] * max(1, 128 // run.args["size"])
-    if min(width, height) < side + 4:  # a grid of one picture has no frame
-        return [[0, 0, 1, 1]]
-    columns = (width - 2) // (side + 2)
-    rows = (height - 2) // (side + 2)
-    found = []
-    for i in range(min(len(run.prompts) or run.args["watch"], columns * rows)):
-        x = 2 + i % columns * (side + 2)
-        y = 2 + i // columns * (side + 2)
-        found.append([x / width, y / height, side / width, side / height])
-    return found
+        found = places(picture, run.args["size"], len(run.prompts) or run.args["watch"])
+    return [[x / width, y / height, w / width, h / height] for x, y, w, h in found]
 
 
 # ------------------------------------------------------------------------------------------------------ page
