@@ -1,6 +1,8 @@
 """Claims about klein.py: what diffusers' Flux2KleinPipeline does, ours does too; and about classifier-free guidance."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -18,6 +20,7 @@ from engine.errors import UserError
 from engine.memory import parallel, work
 from engine.model import lora
 from engine.model.folder import Model
+from miniature import build
 
 PROMPTS = ["a red circle left of a blue square", "realistic photo. a white triangle"]
 READ = {"max_sequence_length": 24, "text_encoder_out_layers": (1, 2, 3)}  # of a text encoder with 4 layers
@@ -265,3 +268,25 @@ def test_sample_evaluate_and_merge(folder, tmp_path):
     call(tmp_path / "log2", "-m", "engine.merge", "--model", folder, "--weights", Path(folder) / "transformer", "--out",
          tmp_path / "m")
     call(tmp_path / "log3", "-m", "experiments.bench", "--model", folder, *SMALL, "--repeats", "1")
+
+
+def test_a_models_flags_may_name_the_miniatures_files(folder, tmp_path):
+    """As the second miniature's do: srpo.json may lead to this project's own miniature, and nowhere else."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    place = os.path.relpath("miniature", copy)
+    (copy / "srpo.json").write_text(json.dumps({"prompts": f"{place}/prompts.txt", "reward": f"{place}/reward"}))
+    a = recipe.flags(["--model", str(copy)])
+    assert Path(a.prompts).samefile("miniature/prompts.txt") and Path(a.reward).samefile("miniature/reward")
+    (copy / "srpo.json").write_text(json.dumps({"prompts": f"{place}/../README.md"}))
+    with pytest.raises(UserError, match="leads out of the model's folder"):
+        recipe.flags(["--model", str(copy)])
+
+
+@pytest.mark.slow
+def test_the_second_miniature_is_built_and_trains(tmp_path):
+    """A toy of two minutes: Flux2KleinPipeline reads it, and it shares the first one's prompts, reward and judge."""
+    build.main(["--second", "--quick", "--out", str(tmp_path / "model")])
+    Flux2KleinPipeline.from_pretrained(tmp_path / "model")
+    said = call(tmp_path / "log", "train.py", "--model", tmp_path / "model", "--steps", "1", "--eval", "4", "--watch",
+                "2", "--global-batch", "2", "--rollout-steps", "1", "--eval-steps", "1", "--out", tmp_path / "run")
+    assert "realism" in said and "alignment" in said
