@@ -42,7 +42,7 @@ class Term(NamedTuple):
 
 def sampling_levels(a, net, batch):
     """The rollout's noise levels, from 1 to 0: [S + 1]."""
-    return da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1]))
+    return da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1], a.rollout_steps))
 
 
 def one_step(net, x, s, c, guidance):
@@ -163,7 +163,7 @@ def stochastic_rollout(a, net, batch):
     path = []
 
     def step(x, v, s, s_next):
-        """For `flux.Flux.rollout`: a step of the SDE, noted in the path; the last one is Euler's."""
+        """For `flow.Flow.rollout`: a step of the SDE, noted in the path; the last one is Euler's."""
         if s_next == 0:
             return x - s * v
         mean = sde_mean(x, v, s, s_next)

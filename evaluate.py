@@ -25,10 +25,23 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-import flux
+import flow
 import recipe
 import rewards
-from engine.command_line import WEIGHTS, Parser, extent, must_differ, phrase, real, sides, some_path, whole
+from engine.command_line import (
+    CFG,
+    MODEL,
+    WEIGHTS,
+    Parser,
+    extent,
+    must_differ,
+    or_off,
+    phrase,
+    real,
+    sides,
+    some_path,
+    whole,
+)
 from engine.data import prompt_files
 from engine.errors import DISK_FAILS, UserError, frame, in_words, one_line, printable
 from engine.files import write_json, write_whole
@@ -115,7 +128,7 @@ def flags():
     """The flags of this script."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
+    add("--model", default="black-forest-labs/FLUX.1-dev", help=MODEL)
     add("--weights", nargs="+", default=[], metavar="[NAME=]PATH",
         help="several, each compared with the base: " + WEIGHTS)
     add("--prefix", type=phrase, help="words that a further row has before its prompts, sampled from the "
@@ -138,6 +151,7 @@ def flags():
         help="side of the pictures, pixels, or WIDTHxHEIGHT [authors' answer for Table 1]")
     add("--eval-steps", type=whole(1), default=50, help="sampling steps [paper 4.1]")
     add("--guidance", type=real(0), default=3.5, help="distilled guidance of sampling [FLUX.1-dev]")
+    add("--cfg", type=or_off(real(1)), help=CFG)
     add("--seed", type=whole(0, 2**30), default=0,
         help="prompt i is sampled from noise seed + i, for every model")
     add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
@@ -162,8 +176,9 @@ def rows(args, model, world):
     if args.images:
         picture_folders.must_be_own(args.out, [])
         return picture_folders.existing(args)
-    flux.needs_gpu(model)
-    job = sampling.job(model, args.size, args.batch)
+    flow.needs_gpu(model)
+    recipe.check_cfg(args, model)
+    job = sampling.job(model, args.size, args.batch, args.cfg)
     args.memory, why = world.decide(sampling.settle, job, args.memory, world)
     if why:
         world.say(why)
@@ -244,7 +259,7 @@ def generate(args, model, methods, pictures, benchmark, world):
     if not prompts:
         return
     model.fetch()
-    embeddings = flux.encode_prompts(model, prompts, world.device, world.dtype)
+    embeddings = flow.encode_prompts(model, prompts, world.device, world.dtype)
     if embeddings.truncated:
         world.say(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
                   f"they are truncated")
@@ -252,15 +267,16 @@ def generate(args, model, methods, pictures, benchmark, world):
     for method in methods:
         if not lacking[method.name]:
             continue
-        net = flux.load(model, method.weights, world.device, world.dtype,
+        net = flow.load(model, method.weights, world.device, world.dtype,
                         *sampling.how(args.memory, method.weights, model, world))
+        net.guide(args.cfg, embeddings.empty)
         grid = net.grid(*sides(args.size))
         picture_folders.make_own(args.out)
         picture_folders.begin(method.folder, method.made, benchmark)
         for chunk in tqdm(lacking[method.name], f"sample {method.name}", leave=False, disable=not world.main):
             numbers = [number[method.asks(p)] for p in chunk]
-            noise = flux.noise(net, grid, [p.seed for p in chunk])
-            images = flux.sample(net, embeddings.txt[numbers], embeddings.pooled[numbers], noise, grid,
+            noise = flow.noise(net, grid, [p.seed for p in chunk])
+            images = flow.sample(net, embeddings.txt[numbers], embeddings.pooled[numbers], noise, grid,
                                  args.eval_steps, args.guidance, len(chunk))  # [B, 3, H, W]
             wanted = lacks(method, chunk)
             for picture, image in zip(chunk, images, strict=True):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 import direct_align as da
-import flux
+import flow
 import recipe
 import rewards
 import srpo_reward as sr
@@ -17,7 +17,7 @@ from engine.data.cache import Cache
 from engine.data.digests import known_digest
 from engine.errors import UserError
 from engine.memory import adamw, cards, counts, layouts, modes, parallel, whole_run
-from engine.model import float8, text, trained
+from engine.model import float8, trained
 from engine.model.folder import Model
 from engine.run import made_by
 from engine.run.contents import Contents
@@ -31,7 +31,7 @@ ALIKE = 1e-6  # features of norm 1 that differ by less are of texts that a rewar
 class Batch(NamedTuple):
     """The input of an update, for B images."""
     prompts: list          # B texts
-    c: flux.Condition      # the same, as the network reads them
+    c: flow.Condition      # the same, as the network reads them
     x0: torch.Tensor       # clean latents [B, N, C], or None: the model's own, to be rolled out
     start: torch.Tensor    # [B, N, C] the noise from which a rollout starts
     eps: torch.Tensor      # [B, N, C] the noise prior that is injected
@@ -48,13 +48,13 @@ class Run:
     """All that the loop needs beside the flags."""
     world: parallel.World
     model: Model
-    net: flux.Flux
+    net: flow.Flow
     reward: sr.Rewards
     losses: Callable       # of the --method: (flags, net, reward, `Batch`) -> loss terms
     share: recipe.Share    # of an update, that this process makes
     job: counts.Job
     curriculum: draws.Curriculum
-    embeddings: flux.Embeddings
+    embeddings: flow.Embeddings
     watched: watch.Watch
     optimizer: torch.optim.Optimizer
     grid: tuple            # (rows, columns) of tokens of a picture
@@ -83,7 +83,8 @@ class Run:
         rows = self.curriculum.rows[step][part * size:(part + 1) * size]
         texts = [self.curriculum.prompts[row] for row in rows]
         grid = self.curriculum.grid(step) or self.grid
-        x0 = self.curriculum.latents(rows)
+        online = a.online_from is not None and step >= a.online_from
+        x0 = None if online else self.curriculum.latents(rows)
         shape = (grid[0] * grid[1], self.net.transformer.config.in_channels)
         of_its_own = a.noise == "independent" or x0 is not None
         start = chance.normal(*shape) if of_its_own else chance.normal_shared(*shape)
@@ -111,7 +112,8 @@ def job(a, model):
         text_parameters=configs.text_parameters,
         size=a.size, image_tokens=rows * columns, images=a.global_batch, batch=at_once, updates=a.steps,
         rollout_steps=calls.without_gradient, calls=calls.with_gradient, checkpointing=a.checkpointing,
-        replicas=a.replicas, reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora, memory=a.memory,
+        cfg=None if a.cfg is None else a.cfg_gradient, replicas=a.replicas,
+        reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora, memory=a.memory,
         together=calls.together, rollout_dtype=a.rollout_dtype)
 
 
@@ -136,7 +138,7 @@ def settle_evaluation(a, model, say):
 
 def set_up(a, model, world, folder=None, stopping=None):
     """Read, encode and load everything: a `Run`. Nothing is written but to the cache. Raises UserError."""
-    flux.needs_gpu(model)
+    flow.needs_gpu(model)
     planned = job(a, model)
     share = recipe.share_of(a, world.size)
     texts = texts_of(a)
@@ -156,12 +158,13 @@ def set_up(a, model, world, folder=None, stopping=None):
     both = curriculum.prompts + texts.watched + texts.held_out
     references = landing.references(a, model, world)
     world.say(f"loading {model.name}: its text encoders, then the reward, then the network")
-    kept = Cache(cache.folder_of(a.cache, flux.is_full_size(model)))
+    kept = Cache(cache.folder_of(a.cache, flow.is_full_size(model)))
     embeddings = embeddings_of(model, both, world, kept)
     say_truncated(a, world, embeddings, len(curriculum.prompts))
     reward = rewards.load_rewards(a.reward, world.device)
     must_tell_apart(a, reward, both, world)
-    net = flux.load(model, a.weights, world.device, world.dtype, world, layouts.Layout(a.lora, a.memory, a.seed))
+    net = flow.load(model, a.weights, world.device, world.dtype, world, layouts.Layout(a.lora, a.memory, a.seed))
+    net.guide(a.cfg, embeddings.empty, a.cfg_gradient, a.cfg_keep_norm)
     if a.images is not None:
         # what latents depend on beside their picture
         vae = [known_digest([model.part("vae")], kept), str(world.dtype), world.device.type]
@@ -189,9 +192,9 @@ def embeddings_of(model, prompts, world, kept):
     if kept.folder is not None and world.neighbours > 1:
         everyones = dict.fromkeys(prompt for theirs in world.gather(prompts) for prompt in theirs)
         if world.first_here:
-            text.embeddings(model, list(everyones), world.device, world.dtype, kept)
+            flow.encode_prompts(model, list(everyones), world.device, world.dtype, kept)
         world.gather(None)
-    return flux.encode_prompts(model, prompts, world.device, world.dtype, kept)
+    return flow.encode_prompts(model, prompts, world.device, world.dtype, kept)
 
 
 def say_truncated(a, world, embeddings, own):

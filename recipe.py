@@ -40,8 +40,8 @@ OWN = "own"  # --watch-prompts: some of the prompts or photographs that would be
 @dataclass
 class Trained:
     """what is trained"""
-    model: str = flag("black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id; its srpo.json, "
-                      "if there is one, holds defaults that suit it", resume=True)
+    model: str = flag("black-forest-labs/FLUX.1-dev", help=f"{line.MODEL}; its srpo.json, if there is one, holds "
+                      "defaults that suit it", resume=True)
     weights: str = flag(None, line.some_path, line.WEIGHTS + ", which --lora of its rank goes on with, and a run "
                         "without --lora merges", resume=True)
     method: str = flag("srpo", help="what makes the loss: {methods}")
@@ -50,6 +50,9 @@ class Trained:
     images: str = flag(None, help="offline: folder of photographs to inject noise into, in place of a rollout; their "
                        "captions, in .txt files beside them or a metadata.jsonl, are the prompts [ours]",
                        metavar="DIR", resume=True)
+    online_from: int = flag(None, or_off(whole(2)), "with --images: from this update on their captions are rolled out, "
+                            "as without photographs; off: never [the authors' second recipe begins offline]",
+                            metavar="N")
     size: int = flag(720, whole(1), "side of a picture, pixels; of --images, the root of their area [released code]",
                      model=True)
     seed: int = flag(0, whole(0, 2**31 - 1), "of noise, noise levels and prompt order [ours]")
@@ -72,6 +75,14 @@ class Rollout:
     """the rollout, from noise to the clean latents x0"""
     rollout_steps: int = flag(25, whole(1), "Euler steps [paper 4.1]", model=True)
     rollout_guidance: float = flag(1.0, real(0), "distilled guidance [released code]", model=True)
+    cfg: float = flag(None, or_off(real(1)), "classifier-free guidance of rollouts and samples, g of flow.guided, for "
+                      "a model that is not distilled: two calls for one velocity; off: one "
+                      "[FLUX.2-klein-base and the authors' second recipe: 4]", model=True)
+    cfg_gradient: str = flag("off", help="the same in a call with a gradient: off, the prompt alone [the authors' "
+                             "second recipe]; both, guided too; prompt, guided, but the empty prompt's call has no "
+                             "gradient [ours]", choices=("off", "both", "prompt"), model=True)
+    cfg_keep_norm: bool = flag(False, help="scale each token of a guided velocity to the norm of the prompt's own [the "
+                               "authors' second recipe]")
     shift: float = flag(3.0, or_off(real(1e-3)), "time shift; off: the model's own [released code]", model=True)
     noise: str = flag("shared", help="one noise prior for all images of an update [released code], one each, or shared "
                       "but with fresh noise to inject", choices=("shared", "independent", "fresh"), model=True)
@@ -274,8 +285,11 @@ DANCE_OPTIMIZER_STEPS = 3  # of DanceGRPO for each rollout; only the first is on
 
 
 def srpo_calls(a):
-    """The rollout, unless photographs replace it; then one call for each branch and injection."""
-    return Calls(0 if a.images else a.rollout_steps, a.injections * len(a.branches), len(a.branches))
+    """The rollout, in those updates where no photographs replace it; then one call for each branch and injection."""
+    rolled_out = 1
+    if a.images:
+        rolled_out = 0 if a.online_from is None else max(0, a.steps - a.online_from + 1) / a.steps
+    return Calls(rolled_out * a.rollout_steps, a.injections * len(a.branches), len(a.branches))
 
 
 def refl_calls(a):
@@ -310,7 +324,8 @@ METHODS = {
     "srpo": Method("train.srpo", "the paper's", srpo_calls, takes_photographs=True),
     "refl": Method("baselines.refl", "Eq. 2", refl_calls, BASELINE),
     "draft-lv": Method("baselines.draft_lv", "Eq. 1", draft_lv_calls, BASELINE),
-    "dancegrpo": Method("baselines.dancegrpo", "a baseline of the paper", dancegrpo_calls, BASELINE, dancegrpo_group,
+    "dancegrpo": Method("baselines.dancegrpo", "a baseline of the paper", dancegrpo_calls,
+                        BASELINE | {"cfg_gradient": "both"}, dancegrpo_group,
                         DANCE_OPTIMIZER_STEPS)}
 
 
@@ -485,9 +500,22 @@ def check(a, model):
                         "without --resume")
     gpus.check(a.card)
     model.grid(a.size, a.size)
+    check_cfg(a, model)
     rewards.parse_rewards(a.reward)
     modes.check(a.lora, a.memory)
+    line.check_names(a.save_as, model.family)
     line.check_save_as(a.save_as, bool(a.lora))
+
+
+def check_cfg(a, model):
+    """Raise UserError for guidance that a distilled model does not take, or DanceGRPO's ratio does not allow. a: the
+    flags of train.py, sample.py or evaluate.py."""
+    if a.cfg is not None and not model.configs.takes_cfg:
+        raise UserError(f"--cfg {a.cfg:g}: {model.name} is distilled, and takes no classifier-free guidance; leave it "
+                        "out, or give an undistilled model, such as black-forest-labs/FLUX.2-klein-base-4B")
+    if getattr(a, "method", None) == "dancegrpo" and a.cfg is not None and a.cfg_gradient == "off":
+        raise UserError("--method dancegrpo --cfg-gradient off: its ratio compares a velocity with that of the "
+                        "rollout, which is guided; give both or prompt")
 
 
 def check_what_learns(a):
@@ -497,6 +525,8 @@ def check_what_learns(a):
         raise UserError(f"--explain --method {a.method}: only srpo can be explained")
     if a.images is not None and not method.takes_photographs:
         raise UserError(f"--images --method {a.method}: it learns from its own rollouts, and not from photographs")
+    if a.online_from is not None and a.images is None:
+        raise UserError(f"--online-from {a.online_from}: without --images every update is online; leave it out")
     if a.images is not None and a.noise == "fresh":
         raise UserError("--images --noise fresh: there is no rollout whose noise could be another; every photograph "
                         "gets noise of its own")
@@ -516,8 +546,10 @@ def notes(a, model):
                      "denoising one with its sign turned, so the threshold stops one of the two at most; --threshold "
                      "off stops neither")
     if a.images is not None:
-        lines.append(f"--images {a.images}: captions are the prompts, nothing is rolled out, and every photograph gets "
-                     "noise of its own in every update; --prompts, --noise and --rollout-* are not read")
+        until = "" if a.online_from is None else f" before update {a.online_from}"
+        lines.append(f"--images {a.images}: captions are the prompts, nothing is rolled out{until}, and every "
+                     f"photograph gets noise of its own in every update{until}; --prompts, --noise and --rollout-* "
+                     f"are not read{until}")
     if a.land is not None and a.watch < 16:
         lines.append(f"--land {a.land} --watch {a.watch}: the mean gap of so few pictures is unsure by about "
                      f"{0.1 / a.watch ** 0.5:.2f}; give --watch 16 or more")

@@ -16,9 +16,9 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
-import flux
+import flow
 import recipe
-from engine.command_line import WEIGHTS, Parser, extent, real, sides, some_path, whole
+from engine.command_line import CFG, MODEL, WEIGHTS, Parser, extent, or_off, real, sides, some_path, whole
 from engine.data import prompt_files
 from engine.data.pictures import read_picture
 from engine.errors import UserError, frame, printable
@@ -38,7 +38,7 @@ def flags():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("prompt", nargs="*", help="the prompts; none: those of --prompts")
-    add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
+    add("--model", default="black-forest-labs/FLUX.1-dev", help=MODEL)
     add("--weights", action="append", default=[], metavar="[NAME=]PATH",
         help="base for the model's own, or " + WEIGHTS + "; given several times: a line of the grid for each")
     add("--strength", type=real(-10, 10), default=1.0, help="factor of every LoRA in --weights")
@@ -48,6 +48,7 @@ def flags():
     add("--size", type=extent, default=1024, help="side of the pictures, pixels, or WIDTHxHEIGHT")
     add("--eval-steps", type=whole(1), default=50, help="sampling steps [paper 4.1]")
     add("--guidance", type=real(0), default=3.5, help="distilled guidance [FLUX.1-dev]")
+    add("--cfg", type=or_off(real(1)), help=CFG)
     add("--seed", type=whole(0, 2**30), default=0, help="picture i is made from noise seed + i")
     add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
     add("--memory", choices=sampling.NAMES, default="auto", help=sampling.HELP)
@@ -83,6 +84,8 @@ def lines_of(args, prompts):
                 "eval_steps": args.eval_steps, "guidance": args.guidance, "seed": args.seed}
         if args.strength != 1 and weights and not trained.is_full(weights):
             made["strength"] = args.strength
+        if args.cfg is not None:
+            made["cfg"] = args.cfg
         folder = Path(args.out)
         if len(asked) > 1:
             folder /= folder_name(name)
@@ -95,8 +98,9 @@ def lines_of(args, prompts):
 def run(argv, stopping):
     """Sample what a command line asks for. Raises UserError and Stopped."""
     args, model = recipe.of_script(flags(), argv)
-    flux.needs_gpu(model)
+    flow.needs_gpu(model)
     model.grid(*sides(args.size))
+    recipe.check_cfg(args, model)
     if args.prompt:
         prompt_files.check_prompts(args.prompt, "prompt")
     prompts = args.prompt or prompt_files.read_prompts(args.eval_prompts)[:args.first]
@@ -108,7 +112,7 @@ def run(argv, stopping):
         parts += trained.check(line.weights, model)
         notes += trained.notes(line.weights)
     world = parallel.World(mesh=modes.needs_mesh(args.memory))
-    args.memory, why = sampling.settle(sampling.job(model, args.size, args.batch), args.memory, world)
+    args.memory, why = sampling.settle(sampling.job(model, args.size, args.batch, args.cfg), args.memory, world)
     for line in lines:
         line.made |= sampling.made(args.memory)
         check_made(line.folder, line.made, args.out)
@@ -123,7 +127,7 @@ def run(argv, stopping):
         print(printable(note))
 
     model.fetch(list(dict.fromkeys(parts)))
-    embeddings = flux.encode_prompts(model, prompts, world.device, world.dtype)
+    embeddings = flow.encode_prompts(model, prompts, world.device, world.dtype)
     if embeddings.truncated:
         print(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
               f"they are truncated")
@@ -146,16 +150,17 @@ def sample(args, model, line, embeddings, world, stopping, done, lines):
     """Sample the pictures of a `Line` that are not there yet. done: how many pictures the lines before have; lines: how
     many there are. Raises Stopped."""
     prompts = len(embeddings.txt)
-    net = flux.load(model, line.weights, world.device, world.dtype,
+    net = flow.load(model, line.weights, world.device, world.dtype,
                     *sampling.how(args.memory, line.weights, model, world), strength=args.strength)
+    net.guide(args.cfg, embeddings.empty)
     grid = net.grid(*sides(args.size))
     for first in tqdm(range(0, prompts, args.batch), f"sample {line.name}"):
         stopping.check()
         rows = range(first, min(first + args.batch, prompts))
         if not all(is_whole(line.file(i)) for i in rows):
             part = slice(rows.start, rows.stop)
-            noise = flux.noise(net, grid, [args.seed + i for i in rows])
-            images = flux.sample(net, embeddings.txt[part], embeddings.pooled[part], noise, grid,
+            noise = flow.noise(net, grid, [args.seed + i for i in rows])
+            images = flow.sample(net, embeddings.txt[part], embeddings.pooled[part], noise, grid,
                                  args.eval_steps, args.guidance, args.batch)  # [B, 3, H, W]
             for i, image in zip(rows, images, strict=True):
                 save_picture(image, line.file(i), mark=mark_of(line.made))

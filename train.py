@@ -47,12 +47,12 @@ from evaluation.explain import Explanation
 def srpo(a, net, reward, batch):
     """SRPO: yields (loss, `Term`) for every term of Eq. 6's sum, whose gradients add up at constant memory.
 
-    a: the flags; net: a `flux.Flux`; reward: a `srpo_reward.Rewards`; batch: a `prepare.Batch`. The caller calls
+    a: the flags; net: a `flow.Flow`; reward: a `srpo_reward.Rewards`; batch: a `prepare.Batch`. The caller calls
     backward on each loss as it comes. It takes all terms, since `Calls` may end the backward after the last one.
     """
     x0 = batch.x0
     if x0 is None:
-        sigmas = da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1]))
+        sigmas = da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1], a.rollout_steps))
         x0 = net.rollout(batch.start, batch.c, sigmas, a.rollout_guidance, dtype=a.rollout_dtype)  # [B, N, C]
     grid = da.training_grid(*a.sigma_range, a.cells, x0.device)
     reach = da.reach_of(a.groundtruth_ratio, a.cells)

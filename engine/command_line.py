@@ -20,10 +20,20 @@ WEIGHTS = ("the transformer's weights instead of the model's own: a run's folder
            "with config.json and safetensors, or a pipeline's; one .safetensors with the names of diffusers, "
            "black-forest-labs or ComfyUI, also in scaled float8; a LoRA of diffusers, kohya, ComfyUI, OneTrainer, "
            "XLabs or peft; or a hub id of any of these, OWNER/NAME or OWNER/NAME/FILE")
+MODEL = "folder in the layout of FLUX.1-dev or FLUX.2-klein, or hub id"
+CFG = ("classifier-free guidance of a model that is not distilled, g of flow.guided, two calls a step; off: one call "
+       "[FLUX.2-klein-base: 4]")
 SAVE_AS = ("diffusers", "comfyui", "comfyui-fp8", "kohya")
 SAVE_AS_HELP = ("write the weights as one file in bf16 too: diffusers: with diffusers' names; comfyui: with "
                 "black-forest-labs' names, which ComfyUI reads; comfyui-fp8: the same, with the blocks' matrices in "
                 "float8, each with its scale; kohya: a LoRA with kohya's names")
+
+
+def check_names(name, family):
+    """Raise UserError if the names of a --save-as, one of SAVE_AS or None, are not known for a `family.Family`."""
+    if name not in (None, "diffusers") and not family.has_released_names:
+        raise UserError(f"--save-as {name}: its names are known here for FLUX.1 alone, and this is {family.name}; "
+                        "leave it out: what is written has diffusers' names")
 
 
 def check_save_as(name, is_lora):

@@ -5,7 +5,7 @@ import json
 import shlex
 from pathlib import Path
 
-import flux
+import flow
 import recipe
 from engine.command_line import as_line
 from engine.errors import printable
@@ -40,7 +40,7 @@ def about(a, model):
     """{key: text}: the metadata of a weights' file. It depends only on what the weights depend on, so that the same run
     writes the same file."""
     architecture = "flux-1-schnell" if model.configs.few_steps else "flux-1-dev"
-    if not flux.is_full_size(model):
+    if not flow.is_full_size(model):
         architecture = "flux-1-small"
     says = {group: vars(a)[group] for group in ("control", "neg")}
     found = {
@@ -90,7 +90,7 @@ def use(a, model, name):
                   f"pipe = FluxPipeline.from_pretrained({base}, transformer=transformer, "
                   "torch_dtype=torch.bfloat16).to(\"cuda\")"]
     more = ""
-    if not flux.is_full_size(model):
+    if not flow.is_full_size(model):
         more = f"height={a.size}, width={a.size}, max_sequence_length={model.configs.text_tokens}, "
     return "\n".join([*lines, f"pipe(\"a prompt\", {more}guidance_scale={a.guidance:g}, "
                               f"num_inference_steps={a.eval_steps}).images[0]"])

@@ -250,6 +250,8 @@ def planned(args, prompts):
                        "guidance": args.guidance, "seed": args.seed,
                        "weights": stamp(method.weights) if method.weights else [], "prompts": digest,
                        "words": method.words, **sampling.made(args.memory)}
+        if args.cfg is not None:
+            method.made["cfg"] = args.cfg
         check_made(method.folder, method.made, args.out)
     return methods
 

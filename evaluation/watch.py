@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-import flux
+import flow
 import srpo_reward as sr
 from engine.data.pictures import read_picture
 from engine.errors import NotFinite, UserError
@@ -91,7 +91,7 @@ def hacking(now, before, band):
 class Prompts(NamedTuple):
     """P prompts: their texts, and their embeddings for the network."""
     texts: list
-    embeddings: flux.Embeddings
+    embeddings: flow.Embeddings
 
 
 class Watch:
@@ -124,8 +124,8 @@ class Watch:
         rows = [min(i, n - 1) for i in range(each * self.world.size)][self.world.rows(each)]
         helps = "" if title.endswith(BEFORE) else "; try a smaller --lr, or another --seed"
         try:
-            images = flux.sample(self.net, prompts.embeddings.txt[rows], prompts.embeddings.pooled[rows],
-                                 flux.noise(self.net, self.grid, rows), self.grid, self.a.eval_steps,
+            images = flow.sample(self.net, prompts.embeddings.txt[rows], prompts.embeddings.pooled[rows],
+                                 flow.noise(self.net, self.grid, rows), self.grid, self.a.eval_steps,
                                  self.a.guidance, self.a.batch, partial(self.batches, title))
         except NotFinite as error:
             raise NotFinite(f"{title}: {error}{helps}") from error

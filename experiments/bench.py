@@ -10,11 +10,10 @@ same work as the released code's loop does it. It adds that loop's habits one af
 import sys
 from statistics import median
 
-import diffusers
 import open_clip
 import torch
 
-import flux
+import flow
 import prepare
 import recipe
 import srpo_reward as sr
@@ -24,8 +23,8 @@ from engine.data import draws
 from engine.errors import UserError, frame
 from engine.files import write_json
 from engine.memory import counts, layouts, modes, parallel, plan, work
-from engine.model import float8, tensors, trained
-from engine.model.tensor_files import meta_network
+from engine.model import float8, tensors
+from engine.model.tensor_files import kind_of, meta_network
 from rewards import clip_model
 
 PHASES = ["rollout", "branches", "optimizer"]
@@ -50,11 +49,11 @@ def flags(argv):
 
 
 # --------------------------------------------------------------------------------------------- random weights
-def random_flux(model, world, own, layout):
-    """A `flux.Flux` with a model's size and random weights. As in loading, the transformer is sharded over the mesh of
+def random_flow(model, world, own, layout):
+    """A `flow.Flow` with a model's size and random weights. As in loading, the transformer is sharded over the mesh of
     a world (`own`) by a `layouts.Layout` before it takes any memory; None and None: whole, in the dtype that it
     computes in."""
-    transformer = meta_network(trained.kind(), model.configs.transformer)
+    transformer = meta_network(kind_of(model.configs.transformer), model.configs.transformer)
     if layout is None:
         transformer.to(world.dtype).to_empty(device=world.device)
     else:
@@ -63,9 +62,9 @@ def random_flux(model, world, own, layout):
     if layout is not None:
         layout.start(transformer)
     with world.device:
-        vae = counts.create(diffusers.AutoencoderKL, model.configs.vae, world.dtype).eval().requires_grad_(False)
+        vae = counts.create(model.configs.vae, world.dtype).eval().requires_grad_(False)
     scheduler = {"use_dynamic_shifting": False, "shift": 3.0}
-    return flux.Flux(transformer, vae, scheduler, world.device, world.dtype)
+    return flow.family_of(model)(transformer, vae, scheduler, world.device, world.dtype)
 
 
 def fill_at_random(transformer):
@@ -91,20 +90,21 @@ def random_embeddings(net, prompts, text_tokens):
     """Random `Embeddings` of P prompts: txt [P, L, D], pooled [P, D']. text_tokens: L."""
     config = net.transformer.config
     txt = torch.randn(len(prompts), text_tokens, config.joint_attention_dim)
-    pooled = torch.randn(len(prompts), config.pooled_projection_dim)
-    return flux.Embeddings(txt, pooled, truncated=0)
+    pooled = torch.randn(len(prompts), config.get("pooled_projection_dim", 0))
+    return flow.Embeddings(txt, pooled, truncated=0)
 
 
 def random_run(a, model, world):
     """The `prepare.Run` of prepare.set_up, but with random weights and without watched pictures."""
-    flux.needs_gpu(model)
+    flow.needs_gpu(model)
     torch.manual_seed(0)
     share = recipe.share_of(a, world.size)
     prompts = [f"prompt {i}" for i in range(a.global_batch)]
     group = recipe.METHODS[a.method].group(a)
     curriculum = draws.Curriculum(prompts, a.steps, a.global_batch, world.rows(share.images), a.seed, group)
-    net = random_flux(model, world, world, layouts.Layout(a.lora, a.memory, a.seed))
+    net = random_flow(model, world, world, layouts.Layout(a.lora, a.memory, a.seed))
     embeddings = random_embeddings(net, curriculum.prompts, model.configs.text_tokens)
+    net.guide(a.cfg, (embeddings.txt[0], embeddings.pooled[0]), a.cfg_gradient, a.cfg_keep_norm)
     reward = random_reward(world)
     optimizer = prepare.make_ready(a, net, reward, curriculum, [])
     return prepare.Run(world, model, net, reward, recipe.METHODS[a.method].load(), share, prepare.job(a, model),
@@ -116,7 +116,7 @@ def one_by_one(batch):
     """Yields a `prepare.Batch` of B images as B batches of one image."""
     for row in range(len(batch.prompts)):
         own = slice(row, row + 1)
-        c = flux.Condition(batch.c.txt[own], batch.c.pooled[own], batch.c.grid)
+        c = flow.Condition(batch.c.txt[own], batch.c.pooled[own], batch.c.grid)
         yield batch._replace(
             prompts=batch.prompts[own], c=c, start=batch.start[own], eps=batch.eps[own], C0=batch.C0[own],
             C1=batch.C1[own], C2=batch.C2[own], middles=[m[own] for m in batch.middles])

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-import flux
+import flow
 from engine.command_line import Parser, real
 from engine.errors import UserError, frame
 from engine.files import read_json, write_json
@@ -63,7 +63,7 @@ def command_of(own, part, file):
     words = ["-m", f"experiments.{part.module}"]
     if part.module == UPDATE:
         words += ["--json", str(file), "--repeats", "1", "--global-batch", "2", "--model", own.model]
-        words += ["--random-init"] * flux.is_full_size(model)
+        words += ["--random-init"] * flow.is_full_size(model)
     else:
         words += [part.what, str(file)]
         words += ["--model", own.model] * (part.what == "sampling")
@@ -196,7 +196,7 @@ def parser():
 def main(argv=None):
     with frame("gpu"):
         own = runs.parse(parser(), argv)
-        flux.needs_gpu(Model(own.model))
+        flow.needs_gpu(Model(own.model))
         device, _ = parallel.device_and_dtype()
         card, gib = "CPU", 0
         if device.type == "cuda":

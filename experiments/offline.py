@@ -63,7 +63,7 @@ def draw(folder, number, held_out):
 def flow_matching(a, net, reward, batch):
     """A method with one loss term, |v_theta - (eps - x0)|^2. Batches and noise are the same as SRPO's."""
     u = torch.rand(len(batch.prompts), generator=torch.Generator().manual_seed(batch.step))
-    sigma = da.shift(u, a.shift or net.shift(batch.x0.shape[1])).to(batch.x0.device)  # [B]
+    sigma = da.shift(u, a.shift or net.shift(batch.x0.shape[1], a.rollout_steps)).to(batch.x0.device)  # [B]
     x_t = da.inject(batch.x0, batch.eps, sigma)
     v_theta = net.velocity(x_t, sigma, batch.c, a.guidance)
     loss = (v_theta - (batch.eps - batch.x0)).square().mean()

@@ -13,7 +13,7 @@ import sys
 import torch
 from safetensors.torch import load_file, save_file
 
-import flux
+import flow
 import prepare
 import recipe
 import sample
@@ -33,17 +33,17 @@ def sampled(argv):
     args, model = recipe.of_script(sample.flags(), argv)
     world = parallel.World(mesh=modes.needs_mesh(args.memory))
     args.memory, _ = sampling.settle(sampling.job(model, args.size, 1), args.memory, world)
-    net = bench.random_flux(model, world, *sampling.how(args.memory, None, model, world))
+    net = bench.random_flow(model, world, *sampling.how(args.memory, None, model, world))
     grid = net.grid(args.size, args.size)
     prompt = bench.random_embeddings(net, ["a prompt"], model.configs.text_tokens)
 
     def picture(steps):
         began = parallel.mark(net.device)
         # random weights make what is not finite: the picture itself is not looked at
-        c = flux.Condition(prompt.txt.to(net.device), prompt.pooled.to(net.device), grid)
+        c = flow.Condition(prompt.txt.to(net.device), prompt.pooled.to(net.device), grid)
         levels = torch.linspace(1, 0, steps + 1)
         with torch.no_grad():
-            net.decode(net.rollout(flux.noise(net, grid, [0]), c, levels, args.guidance), grid)
+            net.decode(net.rollout(flow.noise(net, grid, [0]), c, levels, args.guidance), grid)
         return parallel.seconds_between(began, parallel.mark(net.device))
 
     picture(1)

@@ -8,7 +8,7 @@ from torch import nn
 
 import baselines
 import direct_align as da
-import flux
+import flow
 from engine.data.draws import Chance
 
 B, N, C, D = 6, 4, 8, 5
@@ -32,7 +32,7 @@ class Small:
         return 1.0
 
     @torch.no_grad()
-    def rollout(self, start, c, sigmas, guidance, step=flux.euler):
+    def rollout(self, start, c, sigmas, guidance, step=flow.euler):
         x = start
         for s, s_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
             x = step(x, self.velocity(x, s, c, guidance), s, s_next)
@@ -58,7 +58,7 @@ def a_batch(seed=0):
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    c = flux.Condition(normal(B, 3, C), normal(B, 2), (2, 2))
+    c = flow.Condition(normal(B, 3, C), normal(B, 2), (2, 2))
     prompts = [f"prompt {i}" for i in range(B)]
     return SimpleNamespace(prompts=prompts, c=c, start=normal(B, N, C), C0=normal(B, D), C1=normal(B, D),
                            C2=normal(B, D), chance=Chance(seed, 1, B, slice(0, B)))

@@ -1,4 +1,4 @@
-"""Claims about engine/cache.py, and about the embeddings that flux.encode_prompts keeps in it."""
+"""Claims about engine/cache.py, and about the embeddings that flow.encode_prompts keeps in it."""
 
 import multiprocessing
 import os
@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import flux
+import flow
 import prepare
 from engine.data import cache, digests
 from engine.data.cache import Cache
@@ -142,12 +142,12 @@ def equal(a, b):
 
 def test_embeddings_are_the_same_from_the_cache_which_spares_the_encoders(kept, monkeypatch):
     long = "a red circle " * 20
-    plain = flux.encode_prompts(Model("miniature"), [*PROMPTS, long])
+    plain = flow.encode_prompts(Model("miniature"), [*PROMPTS, long])
     assert plain.truncated == 1
-    first = flux.encode_prompts(Model("miniature"), [*PROMPTS, long], cache=kept)
+    first = flow.encode_prompts(Model("miniature"), [*PROMPTS, long], cache=kept)
     assert len(of_prompts(kept.folder)) == 3  # a text is there once
     monkeypatch.setattr(text, "load", lambda folder, dtype: 1 / 0)
-    again = flux.encode_prompts(Model("miniature"), [*PROMPTS, long], cache=kept)
+    again = flow.encode_prompts(Model("miniature"), [*PROMPTS, long], cache=kept)
     assert equal(first, plain) and equal(again, plain)
 
 
@@ -169,7 +169,7 @@ def test_one_process_of_a_machine_loads_the_text_encoders(kept, monkeypatch):
 
 
 def test_only_what_is_missing_is_encoded(kept, monkeypatch):
-    flux.encode_prompts(Model("miniature"), PROMPTS[:1], cache=kept)
+    flow.encode_prompts(Model("miniature"), PROMPTS[:1], cache=kept)
     encoded = []
     encode = text.encode
 
@@ -178,7 +178,7 @@ def test_only_what_is_missing_is_encoded(kept, monkeypatch):
         return encode(pipe, prompt, most)
 
     monkeypatch.setattr(text, "encode", noted)
-    flux.encode_prompts(Model("miniature"), PROMPTS, cache=kept)
+    flow.encode_prompts(Model("miniature"), PROMPTS, cache=kept)
     assert set(encoded) == {PROMPTS[1]}
 
 
@@ -186,14 +186,14 @@ def test_only_what_is_missing_is_encoded(kept, monkeypatch):
 def test_another_encoder_has_other_embeddings(kept, tmp_path, part):
     model = tmp_path / "model"
     shutil.copytree("miniature", model, ignore=shutil.ignore_patterns("*.py", "reward*", "judge", ".build"))
-    flux.encode_prompts(Model(model), PROMPTS, cache=kept)
+    flow.encode_prompts(Model(model), PROMPTS, cache=kept)
     dtype = torch.bfloat16 if part == "dtype" else torch.float32
     if part != "dtype":
         (model / part / "note").write_text("other")
-    flux.encode_prompts(Model(model), PROMPTS, dtype=dtype, cache=kept)
+    flow.encode_prompts(Model(model), PROMPTS, dtype=dtype, cache=kept)
     assert len(of_prompts(kept.folder)) == 4
     (model / "vae" / "note").write_text("other")  # what makes no embedding does not matter
-    flux.encode_prompts(Model(model), PROMPTS, dtype=dtype, cache=kept)
+    flow.encode_prompts(Model(model), PROMPTS, dtype=dtype, cache=kept)
     assert len(of_prompts(kept.folder)) == 4
 
 
@@ -203,4 +203,4 @@ def test_the_home_is_used_for_full_size_models_alone(monkeypatch, tmp_path):
     assert cache.folder_of("auto", is_full_size=False) is None
     assert cache.folder_of(None, is_full_size=True) is None
     assert cache.folder_of(str(tmp_path / "new"), is_full_size=False) == str(tmp_path / "new")
-    assert not list(tmp_path.iterdir()) and not flux.is_full_size(Model("miniature"))
+    assert not list(tmp_path.iterdir()) and not flow.is_full_size(Model("miniature"))

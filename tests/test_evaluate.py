@@ -25,7 +25,7 @@ from PIL import Image
 from scripts import call, start
 
 import evaluate
-import flux
+import flow
 import sample
 from engine.data import prompt_files
 from engine.data.pictures import read_picture
@@ -112,7 +112,7 @@ def test_two_processes_end_as_one(whole, tmp_path):
 
 def test_nothing_is_sampled_or_scored_twice(whole, monkeypatch, capsys):
     times = {p: p.stat().st_mtime_ns for p in whole.rglob("*.[pj][ns]*") if p.parent != whole}
-    monkeypatch.setattr(flux, "load", lambda *_: 1 / 0)
+    monkeypatch.setattr(flow, "load", lambda *_: 1 / 0)
     for metric in ("judge", "reward", "statistics"):
         monkeypatch.setattr(f"evaluation.metrics.{metric}.load", lambda *_: 1 / 0)
     assert run(monkeypatch, *SMALL, "--weights", "again=miniature/transformer", "--out", whole) == 0
@@ -289,7 +289,7 @@ def test_what_is_no_file_is_refused_before_anything_is_sampled(whole, monkeypatc
     os.remove(tmp_path / "own" / "base" / "00039.png")
     os.mkfifo(tmp_path / "own" / "base" / "00039.png")
     (tmp_path / "others" / "base" / "00040.png").symlink_to("/dev/zero")
-    monkeypatch.setattr(flux, "load", lambda *_: 1 / 0)
+    monkeypatch.setattr(flow, "load", lambda *_: 1 / 0)
     assert "00039.png: not a file" in one_line(monkeypatch, capsys, *SMALL, "--out", tmp_path / "own")
     said = one_line(monkeypatch, capsys, "--images", tmp_path / "others" / "base", "--out", tmp_path / "o",
                     "--metrics", "statistics")

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+import flow
 import flux
 import recipe
 from engine.errors import UserError
@@ -71,10 +72,10 @@ def gaussian(folder, std, factor=None):
 def gradient_of_adapters(source, name):
     """By a --memory's own loading, after one call of the network."""
     world = parallel.World(mesh=True)
-    transformer = parallel.load_sharded(trained.kind(), source, world.device, world.dtype, world,
+    transformer = parallel.load_sharded(tensor_files.kind_of(source.config), source, world.device, world.dtype, world,
                                         layouts.Layout(4, name, 0))
     net = flux.Flux(transformer, None, None, world.device, world.dtype)
-    c = flux.Condition(matrix(1, 2, 16, 64), matrix(1, 2, 64), (4, 4))
+    c = flow.Condition(matrix(1, 2, 16, 64), matrix(1, 2, 64), (4, 4))
     net.velocity(matrix(1, 2, 16, 64), 0.5, c, 3.5).pow(2).mean().backward()
     found = torch.cat([tensors.full(p.grad).flatten() for p in layouts.trainable(transformer)])
     world.close()
@@ -148,9 +149,9 @@ def test_the_products_of_torch_are_the_same():
 @pytest.mark.parametrize("keeps", [True, False])
 def test_a_rollout_alone_multiplies_in_float8(keeps):
     """The norms' layers do not; afterwards the network is what it was, and nothing is kept."""
-    net = flux.load(Model("miniature"))
+    net = flow.load(Model("miniature"))
     start = matrix(1, 2, 16, 64)
-    c = flux.Condition(matrix(1, 2, 16, 64), matrix(1, 2, 64), (4, 4))
+    c = flow.Condition(matrix(1, 2, 16, 64), matrix(1, 2, 64), (4, 4))
     levels = torch.tensor([1.0, 0.6, 0.0])
     before = net.rollout(start, c, levels, 3.5)
     float8.enable(net.transformer, keeps)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from builders import make_photographs
 
-import flux
+import flow
 import rewards
 import srpo_reward as sr
 import train
@@ -64,7 +64,7 @@ def test_it_goes_on_only_to_a_higher_level(landed, capsys):
 def test_the_level_of_a_folder_is_the_mean_gap_of_its_photographs_through_the_vae(tmp_path):
     folder = make_photographs(tmp_path / "six")
     model = Model("miniature")
-    net = flux.load(model)
+    net = flow.load(model)
     reward = rewards.load_rewards("miniature/reward")
     a = SimpleNamespace(land=str(folder), size=64, control=["realistic photo"], neg=["CG render"])
     shown = landing.references(a, model, parallel.World())
@@ -85,7 +85,7 @@ def test_one_photograph_is_enough(tmp_path, capsys):
     world = parallel.World()
     a = SimpleNamespace(land=str(folder), size=64, control=["realistic photo"], neg=["CG render"])
     first = landing.references(a, model, world)[:1]
-    landing.level(a, model, first, flux.load(model), rewards.load_rewards("miniature/reward"), world)
+    landing.level(a, model, first, flow.load(model), rewards.load_rewards("miniature/reward"), world)
     assert "standard deviation of 0.000" in capsys.readouterr().out
 
 

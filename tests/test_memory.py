@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from scripts import call
 
 import direct_align as da
-import flux
+import flow
 import rewards
 from engine.errors import UserError
 from engine.memory import adamw, layouts, lean, modes, parallel
@@ -204,10 +204,10 @@ def test_the_distance_of_split_masters_from_float32(flags):
     """200 updates of SRPO on the miniature, all fed the same gradients; distance of the weights from AdamW's
     in float32, in units of the way that those have gone. (pytest -m slow -s)"""
     a = flags("--threshold", "off", "--form", "srp", "--branches", "denoise")
-    net = flux.load(Model("miniature"))
+    net = flow.load(Model("miniature"))
     reward = rewards.load_rewards("miniature/reward")
     prompts = Path("miniature/prompts.txt").read_text().splitlines()
-    embeddings = flux.encode_prompts(Model("miniature"), prompts)
+    embeddings = flow.encode_prompts(Model("miniature"), prompts)
     start = [p.detach().to(torch.bfloat16) for p in net.transformer.parameters()]
     masters = list(net.transformer.parameters())
     with torch.no_grad():
@@ -280,7 +280,7 @@ def with_adapters(miniature, world, rank=RANK, seed=0):
 def velocity(net):
     """Of three images of noise."""
     generator = torch.Generator().manual_seed(2)
-    c = flux.Condition(torch.randn(3, 16, 64, generator=generator), torch.randn(3, 64, generator=generator),
+    c = flow.Condition(torch.randn(3, 16, 64, generator=generator), torch.randn(3, 64, generator=generator),
                        (4, 4))
     with torch.no_grad():
         return net.velocity(torch.randn(3, 16, 64, generator=generator), 0.7, c, 3.5)
@@ -324,7 +324,7 @@ def test_the_file_loads_in_diffusers_and_merged_is_loaded(tmp_path, miniature, w
     pipe.load_lora_weights(str(tmp_path))
     loaded = velocity(replace(miniature, transformer=pipe.transformer))
     assert (loaded - velocity(net)).abs().max() < 1e-5
-    merged = flux.load(Model("miniature")).transformer
+    merged = flow.load(Model("miniature")).transformer
     lora.merge_into(merged, tmp_path)
     assert distance(velocity(replace(miniature, transformer=merged)), loaded) < 1e-6
 
@@ -383,7 +383,7 @@ def test_a_lora_that_is_not_of_this_model_is_one_line(tmp_path, miniature, world
     assert torch.equal(velocity(net), before)
     if words != "another rank":  # it can be merged all the same
         with pytest.raises(UserError, match=words):
-            lora.merge_into(flux.load(Model("miniature")).transformer, tmp_path)
+            lora.merge_into(flow.load(Model("miniature")).transformer, tmp_path)
 
 
 def test_a_lora_that_cannot_be_read_is_one_line(tmp_path):
@@ -426,7 +426,7 @@ def test_of_a_reward_the_image_side_alone_stays(tmp_path):
 
 def test_the_decoder_recomputed_gives_the_same_gradient(miniature):
     z = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0))
-    vae = flux.load(Model("miniature")).vae
+    vae = flow.load(Model("miniature")).vae
     vae.enable_gradient_checkpointing()
     gradients = []
     for net in (miniature, replace(miniature, vae=vae)):

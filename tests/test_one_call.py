@@ -5,7 +5,7 @@ import torch
 from builders import a_batch, backward
 
 import direct_align as da
-import flux
+import flow
 import rewards
 from engine.memory import modes
 from engine.memory.one_call import Calls
@@ -17,7 +17,7 @@ PROMPTS = ["a red circle", "a blue square", "a green ring"]
 @pytest.fixture(scope="module")
 def batch(miniature):
     """Three images with two injections each."""
-    embeddings = flux.encode_prompts(Model("miniature"), PROMPTS)
+    embeddings = flow.encode_prompts(Model("miniature"), PROMPTS)
     reward = rewards.load_rewards("miniature/reward")
     C = reward.conditions(PROMPTS, "realistic photo", "CG render")
     generator = torch.Generator().manual_seed(0)
@@ -64,7 +64,7 @@ def test_a_single_state_or_a_network_on_the_gpu_is_called_as_it_was(miniature, f
 
 def test_what_was_called_and_not_differentiated_leaves_no_gradient(miniature):
     miniature.transformer.zero_grad()
-    c = flux.Condition(torch.zeros(1, 16, 64), torch.zeros(1, 64), (4, 4))
+    c = flow.Condition(torch.zeros(1, 16, 64), torch.zeros(1, 64), (4, 4))
     state = torch.zeros(1, 16, 64), torch.ones(1)
     calls = Calls(miniature, [state, state], "offload")
     calls.velocity(None, None, c, 3.5)

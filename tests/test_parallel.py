@@ -16,7 +16,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 from scripts import call, start
 
-import flux
+import flow
 from engine.memory import parallel
 from engine.model import export, single_file
 from engine.model.folder import Model
@@ -217,7 +217,7 @@ def test_the_export_is_one_file_in_diffusers_layout(tmp_path, miniature, dtype):
     again = FluxTransformer2DModel.from_pretrained(tmp_path / "w")
     assert all(torch.equal(x, y.to(dtype).float())
                for x, y in zip(again.parameters(), miniature.transformer.parameters(), strict=True))
-    ours = flux.load(Model("miniature"), tmp_path / "w").transformer
+    ours = flow.load(Model("miniature"), tmp_path / "w").transformer
     assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), again.parameters(), strict=True))
 
 
@@ -246,7 +246,7 @@ def test_the_export_has_the_keys_that_comfyui_converts(tmp_path, miniature):
 def test_a_transformer_in_several_files_loads_too(tmp_path, miniature):
     miniature.transformer.save_pretrained(tmp_path, max_shard_size="3MB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    ours = flux.load(Model("miniature"), tmp_path).transformer
+    ours = flow.load(Model("miniature"), tmp_path).transformer
     assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), miniature.transformer.parameters(),
                                               strict=True))
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from scripts import call
 
 import direct_align as da
-import flux
+import flow
 import prepare
 import recipe
 import train
@@ -192,8 +192,8 @@ def test_a_picture_stands_as_its_camera_was_held_and_any_mode_becomes_rgb(tmp_pa
 def test_encode_is_the_inverse_of_decode(miniature):
     """On pictures of the model's own: decoded, encoded and decoded again they are near, and so are the
     latents."""
-    c = flux.encode_prompts(Model("miniature"), ["a red circle", "a blue square"]).condition([0, 1], (4, 4), "cpu")
-    x0 = miniature.rollout(flux.noise(miniature, (4, 4), [0, 1]), c, da.sigma_steps(8, 3.0), 3.5)
+    c = flow.encode_prompts(Model("miniature"), ["a red circle", "a blue square"]).condition([0, 1], (4, 4), "cpu")
+    x0 = miniature.rollout(flow.noise(miniature, (4, 4), [0, 1]), c, da.sigma_steps(8, 3.0), 3.5)
     image = miniature.decode(x0, (4, 4))
     again = miniature.encode(image)
     assert again.shape == x0.shape and again.dtype == torch.float32
@@ -206,7 +206,7 @@ def test_encode_is_scaled_as_the_transformer_knows_it(miniature):
     image = torch.rand(2, 3, 48, 80, generator=torch.Generator().manual_seed(0))
     config = miniature.vae.config
     mean = miniature.vae.encode(2 * image - 1).latent_dist.mean
-    z = flux.unpack(miniature.encode(image), (3, 5))
+    z = flow.unpack(miniature.encode(image), (3, 5))
     assert (z / config.scaling_factor + config.shift_factor - mean).abs().max() < 1e-5
 
 
@@ -295,8 +295,8 @@ def test_some_photographs_are_held_out_and_their_captions_watched(tmp_path, caps
 def test_an_update_is_srpo_with_x0_given_and_fresh_noise_two_calls_an_image(folder, monkeypatch):
     a, run = run_of(folder, "--noise", "shared")
     calls = []
-    velocity = flux.Flux.velocity
-    monkeypatch.setattr(flux.Flux, "velocity", lambda *args: calls.append(1) or velocity(*args))
+    velocity = flow.Flow.velocity
+    monkeypatch.setattr(flow.Flow, "velocity", lambda *args: calls.append(1) or velocity(*args))
     batch = run.batch(a, 1, 0)
     terms = backward(a, run.net, run.reward, batch)
     assert len(calls) == 2 and all(torch.equal(term.x0, batch.x0) for term in terms)
@@ -368,4 +368,4 @@ def test_explain_tells_where_the_latents_come_from(folder, monkeypatch, tmp_path
     monkeypatch.setattr("sys.argv", [*SMALL, "--images", str(folder), "--explain", "--out", str(tmp_path)])
     train.main()
     told = capsys.readouterr().out
-    assert "flux.Flux.encode(" in told and "flux.Flux.rollout(" not in told
+    assert "flux.Flux.encode(" in told and "flow.Flow.rollout(" not in told

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-import flux
+import flow
 import prepare
 import recipe
 import train
@@ -278,7 +278,7 @@ def test_the_miniatures_plan_is_what_a_run_holds():
     after an update; and the parameters that are trained."""
     world = parallel.World()
     for rank, name in ((None, "masters"), (4, "bf16")):
-        net = flux.load(Model("miniature"))
+        net = flow.load(Model("miniature"))
         if rank:
             lora.add_adapters(net.transformer, rank)
         trained = layouts.trainable(net.transformer)
@@ -357,7 +357,7 @@ def test_the_default_dtype_stays_as_it_was():
 def call_of(miniature):
     """The miniature's velocity and what it is called with for one image: 16 image tokens, 16 of text."""
     config = miniature.transformer.config
-    c = flux.Condition(torch.zeros(1, 16, config.joint_attention_dim),
+    c = flow.Condition(torch.zeros(1, 16, config.joint_attention_dim),
                        torch.zeros(1, config.pooled_projection_dim), (4, 4))
     return miniature.velocity, torch.zeros(1, 16, config.in_channels), 0.5, c, 3.5
 
@@ -385,13 +385,13 @@ def test_calls_of_the_transformer_are_counted(monkeypatch, tmp_path):
     """Per update: the rollout's steps, and one a branch and injection; nothing twice. (Samples are counted
     apart.)"""
     calls = []
-    velocity = flux.Flux.velocity
+    velocity = flow.Flow.velocity
 
     def counted(*arguments):
         calls.append("trained" if torch.is_grad_enabled() else "sampled")
         return velocity(*arguments)
 
-    monkeypatch.setattr(flux.Flux, "velocity", counted)
+    monkeypatch.setattr(flow.Flow, "velocity", counted)
     argv = ["--model", "miniature", "--global-batch", "2", "--rollout-steps", "5", "--eval-steps", "3",
             "--watch", "1", "--watch-every", "1", "--eval", "0", "--steps", "2",
             "--injections", "2", "--out", str(tmp_path)]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from scripts import call
 from test_train import SMALL, log_of
 
-import flux
+import flow
 import prepare
 import train
 from engine.errors import Stopped, UserError
@@ -447,7 +447,7 @@ DAMAGES = {"one bit": flipped, "cut in half": lambda content: content[:len(conte
 @pytest.fixture(scope="module")
 def network():
     """A transformer and its optimizer, to load checkpoints into."""
-    transformer = flux.load(Model("miniature")).transformer
+    transformer = flow.load(Model("miniature")).transformer
     return transformer, torch.optim.AdamW(transformer.parameters(), 1e-5)
 
 
@@ -544,13 +544,13 @@ class Phase(NamedTuple):
 
 
 PHASES = [
-    Phase(flux, "encode_prompts", 1, "before the first update: there is nothing to save"),
-    Phase(flux, "load", 1, "before the first update: there is nothing to save"),
-    Phase(flux, "sample", 1, "before the first update: there is nothing to save"),
+    Phase(flow, "encode_prompts", 1, "before the first update: there is nothing to save"),
+    Phase(flow, "load", 1, "before the first update: there is nothing to save"),
+    Phase(flow, "sample", 1, "before the first update: there is nothing to save"),
     Phase(watch.Watch, "evaluate", 1, "before the first update: there is nothing to save"),
     # Asked in the first update, so that the watch of step 1 is cut short.
     Phase(prepare.Run, "batch", 1, "after step 1, saved; --resume continues"),
-    Phase(flux, "encode_prompts", 1, "before another update; step_00001 is there, and --resume continues"),
+    Phase(flow, "encode_prompts", 1, "before another update; step_00001 is there, and --resume continues"),
     Phase(watch.Watch, "look", 1, "before another update; step_00001 is there, and --resume continues"),
     Phase(watch.Watch, "look", 2, "after step 2, saved; --resume continues"),
     Phase(lora, "export_full", 1, "before another update; step_00002 is there, and --resume continues"),

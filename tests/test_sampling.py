@@ -8,7 +8,7 @@ import pytest
 import torch
 from scripts import call
 
-import flux
+import flow
 import sample
 from engine.data.pictures import read_picture
 from engine.errors import UserError
@@ -63,7 +63,7 @@ def pictures(folder, *argv):
 @pytest.fixture
 def a_lora(tmp_path):
     """A LoRA's folder, whose pictures differ from the base's."""
-    transformer = flux.load(Model("miniature")).transformer
+    transformer = flow.load(Model("miniature")).transformer
     lora.add_adapters(transformer, 4)
     lora.start(transformer, 0)
     for parameter in lora.adapters(transformer).values():

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageChops, ImageFont
 
 import evaluate
-import flux
+import flow
 import sample
 from engine.command_line import extent, sides
 from engine.data.pictures import read_picture
@@ -25,14 +25,14 @@ SMALL = ["--model", "miniature", "--eval-steps", "2"]
 def adapters(tmp_path_factory):
     """A folder with a LoRA for the miniature, of which no number is 0."""
     folder = tmp_path_factory.mktemp("lora")
-    net = flux.load(Model("miniature"))
+    net = flow.load(Model("miniature"))
     lora.add_adapters(net.transformer, 2)
     lora.start(net.transformer, 0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in lora.adapters(net.transformer).items():
         if "lora_B" in name:
             parameter.data.normal_(std=0.05, generator=generator)
-    lora.export(net.transformer, folder, flux.parallel.World())
+    lora.export(net.transformer, folder, flow.parallel.World())
     return folder
 
 
@@ -101,7 +101,7 @@ def contains(sheet, picture):
 
 @pytest.mark.parametrize("strength", [0.5, 0.0, -1.0, 1.0])
 def test_a_loras_strength_is_the_factor_of_its_change(adapters, strength):
-    base, whole, some = (flux.load(Model("miniature"), weights, strength=factor).transformer.state_dict()
+    base, whole, some = (flow.load(Model("miniature"), weights, strength=factor).transformer.state_dict()
                          for weights, factor in ((None, 1.0), (str(adapters), 1.0), (str(adapters), strength)))
     changed = 0
     for name, tensor in base.items():

@@ -13,7 +13,7 @@ from builders import a_batch, backward
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 import direct_align as da
-import flux
+import flow
 import recipe
 import rewards
 import train
@@ -99,8 +99,8 @@ def reward():
 def gradient_of(miniature, reward):
     """gradient_of(a, batches of rows, middles): the gradient of an update of these rows of PROMPTS, the
     batches' accumulated."""
-    embeddings = flux.encode_prompts(Model("miniature"), PROMPTS)
-    eps = flux.noise(miniature, (4, 4), range(len(PROMPTS)))
+    embeddings = flow.encode_prompts(Model("miniature"), PROMPTS)
+    eps = flow.noise(miniature, (4, 4), range(len(PROMPTS)))
     everyone = embeddings.condition(slice(None), (4, 4), "cpu")
     x0 = miniature.rollout(eps, everyone, da.sigma_steps(4, 3.0), 3.5)
     C = reward.conditions(PROMPTS, "realistic photo", "CG render")
@@ -184,8 +184,8 @@ def test_explain_tells_one_step_in_the_order_of_the_code(monkeypatch, capsys, tm
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
     run(monkeypatch, "--explain", "--out", tmp_path)  # a folder with a run is no obstacle
     told = capsys.readouterr().out
-    order = ["Rewards.conditions(", "flux.Flux.rollout(", "direct_align.place(", "Eq. 3:",
-             "flux.Flux.velocity(", "Eq. 5 for a", "factor     [2]", "flux.Flux.decode(", "image_features(",
+    order = ["Rewards.conditions(", "flow.Flow.rollout(", "direct_align.place(", "Eq. 3:",
+             "flow.Flow.velocity(", "Eq. 5 for a", "factor     [2]", "flux.Flux.decode(", "image_features(",
              "direct_align.discount(", "branch_reward(", "Eq. 6:", "gradient norm"]
     places = [told.index(word) for word in order]
     assert places == sorted(places)

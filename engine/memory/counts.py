@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import diffusers
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -20,14 +19,15 @@ from engine.memory.modes import ON_THE_HOST
 from engine.memory.parallel import blocks_of
 from engine.model import lora
 from engine.model.float8 import is_stored_so
+from engine.model.tensor_files import kind_of
 
 
 @dataclass
 class Job:
     """What the cost of an update of a training run depends on."""
     model: str           # its name, for messages
-    transformer: dict    # FluxTransformer2DModel's config
-    vae: dict            # AutoencoderKL's config
+    transformer: dict    # the transformer's config
+    vae: dict            # the VAE's config
     text_tokens: int     # of a prompt
     text_parameters: int  # of the text encoders, which every process loads whole, before the transformer
     size: int            # side of a picture, pixels
@@ -45,6 +45,7 @@ class Job:
     reward_networks: Callable
     lora: int | None = None  # rank of the adapters that are trained; None: all weights are
     memory: str = "masters"  # how they are stored: a --memory other than auto
+    cfg: str | None = None   # classifier-free guidance in a call with a gradient: off, both or prompt; None: nowhere
     together: int = 1        # calls with a gradient that are one where parameters are on the host (one_call.py)
     rollout_dtype: str = "same"  # "fp8": --rollout-dtype fp8
 
@@ -92,25 +93,28 @@ class Shape(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------ on tensors without values
-def create(kind, config, dtype):
-    """A diffusers module from a config, built in dtype, since fake tensors have no `to(dtype)`."""
+def create(config, dtype):
+    """The diffusers module of a config, built in dtype, since fake tensors have no `to(dtype)`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        return kind.from_config(config)
+        return kind_of(config).from_config(config)
     finally:
         torch.set_default_dtype(before)
 
 
 def forward(transformer, image_tokens, text_tokens, dtype):
-    """One call of a FLUX transformer on zeros, for one image. Returns [1, image_tokens, C]."""
+    """One call of a family's transformer on zeros, for one image. Returns [1, image_tokens, C]."""
     config = transformer.config
+    axes = len(config.axes_dims_rope)
+    more = {}
+    if "pooled_projection_dim" in config:
+        more["pooled_projections"] = torch.zeros(1, config.pooled_projection_dim, dtype=dtype)
     return transformer(
         hidden_states=torch.zeros(1, image_tokens, config.in_channels, dtype=dtype),
         encoder_hidden_states=torch.zeros(1, text_tokens, config.joint_attention_dim, dtype=dtype),
-        pooled_projections=torch.zeros(1, config.pooled_projection_dim, dtype=dtype),
         timestep=torch.zeros(1), guidance=torch.zeros(1) if config.guidance_embeds else None,
-        img_ids=torch.zeros(image_tokens, 3), txt_ids=torch.zeros(text_tokens, 3), return_dict=False)[0]
+        img_ids=torch.zeros(image_tokens, axes), txt_ids=torch.zeros(text_tokens, axes), return_dict=False, **more)[0]
 
 
 def attention_flop(query, key, value, *others, out_shape=None, **options):
@@ -247,11 +251,11 @@ def bytes_of(module):
 def count(job, compute_dtype):
     """The `Counts` of a job. Its transformer and VAE compute in compute_dtype, its rewards in float32."""
     with FakeTensorMode():
-        transformer = create(diffusers.FluxTransformer2DModel, job.transformer, compute_dtype)
+        transformer = create(job.transformer, compute_dtype)
         once = flop_of(forward, transformer, job.image_tokens, job.text_tokens, compute_dtype)
         saved, recomputed = saved_by_transformer(transformer, job, compute_dtype)
 
-        vae = create(diffusers.AutoencoderKL, job.vae, compute_dtype).requires_grad_(False)
+        vae = create(job.vae, compute_dtype).requires_grad_(False)
         z = latents(vae, job, compute_dtype).requires_grad_()
         decode_flop = flop_of(vae.decode, z)
         path = saved_by(vae.parameters(), vae.decode, z)

@@ -15,7 +15,7 @@ class Calls:
     """
 
     def __init__(self, net, states, memory):
-        """net: a `flux.Flux`; states: (x_t [B, N, C], sigma [B]) of K calls; memory: a --memory."""
+        """net: a `flow.Flow`; states: (x_t [B, N, C], sigma [B]) of K calls; memory: a --memory."""
         self.net = net
         self.states = states
         self.are_one = memory in ON_THE_HOST and len(states) > 1
@@ -24,7 +24,7 @@ class Calls:
         self.cut = None     # the same numbers, a leaf
 
     def velocity(self, x_t, sigma, c, guidance):
-        """v_theta of the next state, [B, N, C] with gradient: as `flux.Flux.velocity` of it."""
+        """v_theta of the next state, [B, N, C] with gradient: as `flow.Flow.velocity` of it."""
         if not self.are_one:
             return self.net.velocity(x_t, sigma, c, guidance)
         if self.parts is None:

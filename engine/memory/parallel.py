@@ -194,7 +194,7 @@ def shard(transformer, world, offload=False, replicated=(), hold=None):
     replicated: parameters that are not sharded; every process keeps them, in their own dtype. hold: whether `gathered`
     keeps the gathered copies for a whole rollout; None: only with more than one process.
 
-    cast_forward_inputs is off, since it would also cast timesteps, ids and RoPE tables: `Flux.velocity` casts its
+    cast_forward_inputs is off, since it would also cast timesteps, ids and RoPE tables: a family's `predict` casts its
     inputs itself.
     """
     policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32,

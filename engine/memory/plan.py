@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.memory.counts import count
 from engine.memory.downloads import STAGED
 from engine.memory.modes import HELD_ON_THE_GPU, ON_THE_HOST, is_lean
-from engine.memory.work import flop_per_call
+from engine.memory.work import flop_per_call, flop_per_step
 
 GIB = 2**30
 
@@ -150,8 +150,9 @@ def divide(job, counts, world_size, compute_dtype):
     batch, accumulate = job.share(world_size)
     at_once = job.at_once()
     times = job.calls // at_once
-    saved = at_once * batch * counts.saved
-    recomputed = at_once * batch * counts.recomputed
+    states = at_once * batch * (2 if job.cfg == "both" else 1)
+    saved = states * counts.saved
+    recomputed = states * counts.recomputed
     reward_path = batch * (counts.lean_path if is_lean(job.memory) else counts.reward_path)
     frozen = counts.lean_frozen if is_lean(job.memory) else counts.frozen
     # The backward first goes through what decoding and the rewards have saved, and frees it; then through one block
@@ -173,7 +174,7 @@ def divide(job, counts, world_size, compute_dtype):
     # forward and backward. After each such call the float32 gradients are averaged inside the group, of which a process
     # already has its own 1 / shards; then each shard is averaged between the groups.
     steps = min(1, job.rollout_steps) if job.memory in HELD_ON_THE_GPU else job.rollout_steps
-    passes = steps + 2 * times
+    passes = steps + (3 if job.cfg == "prompt" else 2) * times
     sharded = trained if job.memory == "bf16" else counts.parameters
     received = (shards - 1) / shards * (sharded * passes * compute_dtype.itemsize + trained * times * 4)
     received += times * 4 * trained / shards * 2 * (job.replicas - 1) / job.replicas
@@ -192,7 +193,7 @@ def divide(job, counts, world_size, compute_dtype):
         all_parameters=counts.parameters, parameters=has.parameters, gradients=has.gradients,
         optimizer=has.optimizer, activations=saved + recomputed, gathered=has.gathered + has.apart,
         reward_path=reward_path, frozen=frozen, peak_in_update=peak_in_update, peak_in_rollout=peak_in_rollout,
-        rollout=images * job.rollout_steps * counts.forward,
+        rollout=images * job.rollout_steps * flop_per_step(job, counts.forward),
         update=images * job.calls * flop_per_call(job, counts.forward),
         # The networks are frozen, so the backward costs as much as the forward: it has no gradient of parameters.
         decode=images * job.calls * (3 if is_lean(job.memory) else 2) * counts.decode,

@@ -10,7 +10,6 @@ pictures differ a little from those in bf16.
 
 from typing import NamedTuple
 
-import diffusers
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -31,13 +30,14 @@ HELP = ("how the transformer fits the card: bf16, fp8 or fp8-offload; auto: the 
 class Job(NamedTuple):
     """What the memory of sampling depends on."""
     model: str            # its name, for messages
-    transformer: dict     # FluxTransformer2DModel's config
-    vae: dict             # AutoencoderKL's config
+    transformer: dict     # the transformer's config
+    vae: dict             # the VAE's config
     text_tokens: int      # of a prompt
     text_parameters: int  # of the text encoders, which are freed before the transformer is loaded
     size: int             # side of a picture, pixels; or [width, height]
     image_tokens: int     # of a picture
     batch: int            # pictures at a time
+    guided: bool          # classifier-free guidance: two calls of the transformer as one batch
 
 
 class Prediction(NamedTuple):
@@ -51,21 +51,22 @@ class Prediction(NamedTuple):
         return max(self.peak_in_texts, self.peak_in_pictures)
 
 
-def job(model, size, batch):
-    """The `Job` of a `Model`."""
+def job(model, size, batch, cfg=None):
+    """The `Job` of a `Model`. cfg: the flag."""
     configs = model.configs
     rows, columns = model.grid(*sides(size))
     return Job(model.name, configs.transformer, configs.vae, configs.text_tokens, configs.text_parameters, size,
-               rows * columns, batch)
+               rows * columns, batch, cfg is not None)
 
 
 def predictions(job):
     """{--memory: its `Prediction`}, in order of preference."""
     dtype = torch.bfloat16
     with FakeTensorMode():
-        transformer = create(diffusers.FluxTransformer2DModel, job.transformer, dtype)
-        calling = job.batch * most_alive(transformer, forward, transformer, job.image_tokens, job.text_tokens, dtype)
-        vae = create(diffusers.AutoencoderKL, job.vae, dtype)
+        transformer = create(job.transformer, dtype)
+        calling = most_alive(transformer, forward, transformer, job.image_tokens, job.text_tokens, dtype)
+        calling *= job.batch * (2 if job.guided else 1)
+        vae = create(job.vae, dtype)
         decoding = job.batch * most_alive(vae, vae.decode, latents(vae, job, dtype))
         frozen = bytes_of(vae)
         shapes, block = shapes_of(transformer)
@@ -107,7 +108,7 @@ def made(name):
 
 
 def how(name, weights, model, world):
-    """(world, `Layout`) with which `flux.load` stores a transformer that only samples; (None, None) for all of it in
+    """(world, `Layout`) with which `flow.load` stores a transformer that only samples; (None, None) for all of it in
     bf16, which needs no FSDP2. Each process has the transformer for itself.
 
     With float8 a LoRA is read into adapters: they stay exact, where weights that it is merged into would be rounded. A

@@ -5,7 +5,7 @@ from engine.memory import gpus
 from engine.memory.counts import count
 from engine.memory.plan import divide
 from engine.memory.shown import in_time
-from engine.memory.work import GIGA, TERA, flop_per_call
+from engine.memory.work import GIGA, TERA, flop_per_call, flop_per_step
 from engine.memory.work import seconds as seconds_of
 
 AT_MOST = 0.1  # of the run's work, for the evaluation before and after it
@@ -19,8 +19,9 @@ IN_SPLIT = 8
 def share_of_evaluation(job, eval_steps, pictures):
     """The work of evaluating so many pictures before and after a run, as a share of that of its updates. Both are
     counted in calls of the transformer."""
-    of_image = job.rollout_steps + job.calls * flop_per_call(job, 1)
-    return 2 * pictures * eval_steps / (job.updates * job.images * of_image)
+    step = flop_per_step(job, 1)
+    of_image = job.rollout_steps * step + job.calls * flop_per_call(job, 1)
+    return 2 * pictures * eval_steps * step / (job.updates * job.images * of_image)
 
 
 def evaluated(job, eval_steps):
@@ -47,7 +48,8 @@ def told(job, a, model, counts, dtype):
     prediction = divide(job, counts, a.world_size, dtype)
     trained = job.lora * counts.adapters if job.lora else counts.parameters
     rate = gpus.PEAK[a.card] * a.share * TERA  # FLOP a second
-    sampled = (a.eval_steps * counts.forward + counts.decode) / rate / a.world_size  # seconds of a picture
+    of_picture = a.eval_steps * flop_per_step(job, counts.forward) + counts.decode
+    sampled = of_picture / rate / a.world_size  # seconds of a picture
     looks = 1 + -(-a.steps // a.watch_every)
     seconds = {f"{a.steps} updates": a.steps * seconds_of(prediction, gpus.PEAK[a.card], a.share),
                f"{a.watch} watched, {looks} times": looks * a.watch * sampled}

@@ -1,6 +1,5 @@
 """The work of an update, FLOP, and how long it takes."""
 
-import diffusers
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -20,13 +19,19 @@ def flop_per_call(job, once):
     is left out.
     """
     backward = 1 if job.lora else 2
-    return once * (1 + backward + job.checkpointing)
+    of_empty = {"both": 1 + backward + job.checkpointing, "prompt": 1}.get(job.cfg, 0)
+    return once * (1 + backward + job.checkpointing + of_empty)
+
+
+def flop_per_step(job, once):
+    """FLOP of one step of a rollout. Classifier-free guidance calls the network for the empty prompt too."""
+    return once * (1 if job.cfg is None else 2)
 
 
 def forward_flop(job):
     """FLOP of one call of the transformer for one image."""
     with FakeTensorMode():
-        transformer = create(diffusers.FluxTransformer2DModel, job.transformer, torch.bfloat16)
+        transformer = create(job.transformer, torch.bfloat16)
         return flop_of(forward, transformer, job.image_tokens, job.text_tokens, torch.bfloat16)
 
 
@@ -35,7 +40,7 @@ def update_flop(job, processes=1):
     gradient."""
     once = forward_flop(job)
     batch, accumulate = job.share(processes)
-    return batch * accumulate * (job.rollout_steps * once + job.calls * flop_per_call(job, once))
+    return batch * accumulate * (job.rollout_steps * flop_per_step(job, once) + job.calls * flop_per_call(job, once))
 
 
 def seconds(prediction, peak, share):

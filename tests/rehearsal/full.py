@@ -18,7 +18,7 @@ from run import stand_in
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import flux
+import flow
 import recipe
 import sample
 import train
@@ -86,10 +86,10 @@ def picture(argv):
     """A picture in two steps. Returns the same of it."""
     args, model = recipe.of_script(sample.flags(), argv)
     world = parallel.World()
-    net = bench.random_flux(model, world, *sampling.how(args.memory, args.weights, model, world))
+    net = bench.random_flow(model, world, *sampling.how(args.memory, args.weights, model, world))
     grid = net.grid(args.size, args.size)
     prompt = bench.random_embeddings(net, ["a prompt"], model.configs.text_tokens)
-    flux.sample(net, prompt.txt, prompt.pooled, flux.noise(net, grid, [0]), grid, 2, args.guidance)
+    flow.sample(net, prompt.txt, prompt.pooled, flow.noise(net, grid, [0]), grid, 2, args.guidance)
     return sampling.predictions(sampling.job(model, args.size, 1))[args.memory].peak_in_pictures
 
 
