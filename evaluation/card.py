@@ -22,7 +22,8 @@ LICENCES = {
     **{name: {"license": "other", "license_name": OWN_LICENCE,
               "license_link": f"https://huggingface.co/{name}/blob/main/LICENSE.md"}
        for name in ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Krea-dev")},
-    "black-forest-labs/FLUX.1-schnell": {"license": "apache-2.0"}}
+    "black-forest-labs/FLUX.1-schnell": {"license": "apache-2.0"},
+    "black-forest-labs/FLUX.2-klein-base-4B": {"license": "apache-2.0"}}
 
 
 def base_of(model):
@@ -40,7 +41,9 @@ def about(a, model):
     """{key: text}: the metadata of a weights' file. It depends only on what the weights depend on, so that the same run
     writes the same file."""
     architecture = "flux-1-schnell" if model.configs.few_steps else "flux-1-dev"
-    if not flow.is_full_size(model):
+    if model.family.name != "FLUX.1":
+        architecture = model.family.name.lower().replace(".", "-")
+    elif not flow.is_full_size(model):
         architecture = "flux-1-small"
     says = {group: vars(a)[group] for group in ("control", "neg")}
     found = {
@@ -79,15 +82,16 @@ def front_matter(a, model):
 def use(a, model, name):
     """Python that makes a picture with the weights. name: of their folder, or their hub id."""
     base = json.dumps(base_of(model))
-    lines = ["import torch", "from diffusers import FluxPipeline", ""]
+    pipeline, network = model.family.pipeline, model.family.transformer
+    lines = ["import torch", f"from diffusers import {pipeline}", ""]
     if a.lora:
-        lines += [f"pipe = FluxPipeline.from_pretrained({base}, torch_dtype=torch.bfloat16).to(\"cuda\")",
+        lines += [f"pipe = {pipeline}.from_pretrained({base}, torch_dtype=torch.bfloat16).to(\"cuda\")",
                   f"pipe.load_lora_weights({json.dumps(name)})"]
     else:
-        lines[1] = "from diffusers import FluxPipeline, FluxTransformer2DModel"
-        lines += [f"transformer = FluxTransformer2DModel.from_pretrained({json.dumps(name)}, "
+        lines[1] = f"from diffusers import {pipeline}, {network}"
+        lines += [f"transformer = {network}.from_pretrained({json.dumps(name)}, "
                   "torch_dtype=torch.bfloat16)",
-                  f"pipe = FluxPipeline.from_pretrained({base}, transformer=transformer, "
+                  f"pipe = {pipeline}.from_pretrained({base}, transformer=transformer, "
                   "torch_dtype=torch.bfloat16).to(\"cuda\")"]
     more = ""
     if not flow.is_full_size(model):
