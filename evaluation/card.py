@@ -10,6 +10,7 @@ import recipe
 from engine.command_line import as_line
 from engine.errors import printable
 from engine.files import is_ours, write_whole
+from engine.model.flux2 import KLEIN
 from engine.model.lora_files import FILE
 from engine.run.folder import CARD, CARD_MARK
 from evaluation import table_formats
@@ -22,7 +23,9 @@ LICENCES = {
     **{name: {"license": "other", "license_name": OWN_LICENCE,
               "license_link": f"https://huggingface.co/{name}/blob/main/LICENSE.md"}
        for name in ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Krea-dev")},
-    "black-forest-labs/FLUX.1-schnell": {"license": "apache-2.0"}}
+    **{name: {"license": "apache-2.0"}
+       for name in ("black-forest-labs/FLUX.1-schnell", "black-forest-labs/FLUX.2-klein-base-4B",
+                    "black-forest-labs/FLUX.2-klein-4B")}}
 
 
 def base_of(model):
@@ -40,7 +43,9 @@ def about(a, model):
     """{key: text}: the metadata of a weights' file. It depends only on what the weights depend on, so that the same run
     writes the same file."""
     architecture = "flux-1-schnell" if model.configs.few_steps else "flux-1-dev"
-    if not flow.is_full_size(model):
+    if model.family is KLEIN:
+        architecture = "flux-2-klein"
+    elif not flow.is_full_size(model):
         architecture = "flux-1-small"
     says = {group: vars(a)[group] for group in ("control", "neg")}
     found = {
@@ -79,20 +84,28 @@ def front_matter(a, model):
 def use(a, model, name):
     """Python that makes a picture with the weights. name: of their folder, or their hub id."""
     base = json.dumps(base_of(model))
-    lines = ["import torch", "from diffusers import FluxPipeline", ""]
+    pipeline, transformer = model.family.pipeline, model.family.transformer
+    lines = ["import torch", f"from diffusers import {pipeline}", ""]
     if a.lora:
-        lines += [f"pipe = FluxPipeline.from_pretrained({base}, torch_dtype=torch.bfloat16).to(\"cuda\")",
+        lines += [f"pipe = {pipeline}.from_pretrained({base}, torch_dtype=torch.bfloat16).to(\"cuda\")",
                   f"pipe.load_lora_weights({json.dumps(name)})"]
     else:
-        lines[1] = "from diffusers import FluxPipeline, FluxTransformer2DModel"
-        lines += [f"transformer = FluxTransformer2DModel.from_pretrained({json.dumps(name)}, "
+        lines[1] = f"from diffusers import {pipeline}, {transformer}"
+        lines += [f"transformer = {transformer}.from_pretrained({json.dumps(name)}, "
                   "torch_dtype=torch.bfloat16)",
-                  f"pipe = FluxPipeline.from_pretrained({base}, transformer=transformer, "
+                  f"pipe = {pipeline}.from_pretrained({base}, transformer=transformer, "
                   "torch_dtype=torch.bfloat16).to(\"cuda\")"]
     more = ""
     if not flow.is_full_size(model):
         more = f"height={a.size}, width={a.size}, max_sequence_length={model.configs.text_tokens}, "
-    return "\n".join([*lines, f"pipe(\"a prompt\", {more}guidance_scale={a.guidance:g}, "
+    guidance = a.guidance
+    prompt = "\"a prompt\""
+    if model.family is KLEIN:  # its pipeline's guidance is classifier-free, and its first argument is a picture
+        guidance = a.cfg or 1
+        prompt = f"prompt={prompt}"
+        if more:
+            more += f"text_encoder_out_layers={model.configs.text_layers}, "
+    return "\n".join([*lines, f"pipe({prompt}, {more}guidance_scale={guidance:g}, "
                               f"num_inference_steps={a.eval_steps}).images[0]"])
 
 

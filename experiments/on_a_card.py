@@ -17,7 +17,7 @@ import flow
 import prepare
 import recipe
 import sample
-from engine.command_line import Parser
+from engine.command_line import Parser, sides
 from engine.errors import frame
 from engine.files import write_json
 from engine.memory import layouts, modes, parallel, sampling
@@ -34,7 +34,7 @@ def sampled(argv):
     world = parallel.World(mesh=modes.needs_mesh(args.memory))
     args.memory, _ = sampling.settle(sampling.job(model, args.size, 1), args.memory, world)
     net = bench.random_flow(model, world, *sampling.how(args.memory, None, model, world))
-    grid = net.grid(args.size, args.size)
+    grid = net.grid(*sides(args.size))
     prompt = bench.random_embeddings(net, ["a prompt"], model.configs.text_tokens)
 
     def picture(steps):

@@ -218,6 +218,8 @@ def test_klein_trains(folder, tmp_path, more):
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["grad_norm"] > 0 for line in lines if "grad_norm" in line] == [True, True]
     weights = out / "weights"
+    card = (weights / "README.md").read_text()
+    assert "import Flux2KleinPipeline" in card and "text_encoder_out_layers=(1, 2, 3), guidance_scale=4," in card
     if "--lora" not in more:
         trained = diffusers.Flux2Transformer2DModel.from_pretrained(weights)
         base = diffusers.Flux2Transformer2DModel.from_pretrained(folder, subfolder="transformer")

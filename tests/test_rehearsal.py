@@ -46,7 +46,7 @@ def rehearse(stub, folder, *lines, ranks=0, **card):
             started.append(subprocess.Popen(command, env=common | place, stdout=printed, stderr=printed))
     try:
         for rank, process in enumerate(started):
-            assert process.wait(300) == 0, (folder / f"{rank}.txt").read_text()[-4000:]
+            assert process.wait(900) == 0, (folder / f"{rank}.txt").read_text()[-4000:]
     finally:
         for process in started:
             process.kill()

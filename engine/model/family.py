@@ -29,13 +29,15 @@ OF_SCHEDULER = {"use_dynamic_shifting": con.FLAG, "shift": con.POSITIVE, "shift_
 
 class Configs(NamedTuple):
     """A model's configs, read before any weights. text_tokens: the most tokens of a prompt. text_parameters: of the
-    text encoders, but for norms and biases. few_steps: whether the model was distilled to few steps."""
+    text encoders, but for norms and biases. few_steps: whether the model was distilled to few steps. text_layers: the
+    numbers of the text encoder's hidden states that are read side by side; none: its output is."""
     transformer: dict
     vae: dict
     scheduler: dict
     text_tokens: int
     text_parameters: int
     few_steps: bool = False
+    text_layers: tuple = ()
 
     @property
     def takes_cfg(self):

@@ -37,15 +37,15 @@ QWEN_4B = 4_022_000_000  # parameters of the text encoders
 QWEN_8B = 8_191_000_000
 
 
-def known(transformer, texts):
-    """{what the hub id ends with: `Configs`} of a size, undistilled and distilled to four steps."""
-    base = Configs(transformer, KNOWN_VAE, SHIFT, MOST_TOKENS, texts)
-    return {"base-": base, "": base._replace(few_steps=True)}
-
-
 def layers_read(layers):
     """The numbers of the hidden states that the transformer reads, of a text encoder with so many layers."""
     return tuple(layers * part // PARTED for part in range(1, PARTED))
+
+
+def known(transformer, texts):
+    """{what the hub id ends with: `Configs`} of a size, undistilled and distilled to four steps."""
+    base = Configs(transformer, KNOWN_VAE, SHIFT, MOST_TOKENS, texts, text_layers=layers_read(36))
+    return {"base-": base, "": base._replace(few_steps=True)}
 
 
 def read_configs(folder, index, read, transformer):
@@ -59,7 +59,8 @@ def read_configs(folder, index, read, transformer):
     must_fit(folder / "transformer" / "config.json", transformer, "joint_attention_dim", READ * qwen["hidden_size"],
              f"{READ} times the text encoder's hidden_size")
     tokens = min(MOST_TOKENS, check_vocabulary(folder / "tokenizer", con.LARGEST, read))
-    return Configs(transformer, vae, scheduler, tokens, text_parameters(qwen), index.get("is_distilled") is True)
+    return Configs(transformer, vae, scheduler, tokens, text_parameters(qwen), index.get("is_distilled") is True,
+                   layers_read(qwen["num_hidden_layers"]))
 
 
 def text_parameters(qwen):

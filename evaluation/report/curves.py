@@ -240,8 +240,10 @@ def columns_of(metrics):
 
 def settings(runs):
     """How the pictures of the runs are sampled, as a line."""
-    said = [f"{a['size']} pixels, {a['eval_steps']} steps, guidance {a['guidance']:g}, noise seeds from 0."
-            for a in (run.args for run in runs)]
+    said = []
+    for a in (run.args for run in runs):
+        guidance = f"guidance {a['guidance']:g}" if a.get("cfg") is None else f"CFG {a['cfg']:g}"
+        said.append(f"{a['size']} pixels, {a['eval_steps']} steps, {guidance}, noise seeds from 0.")
     return " ".join(dict.fromkeys(said))
 
 

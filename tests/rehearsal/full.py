@@ -22,6 +22,7 @@ import flow
 import recipe
 import sample
 import train
+from engine.command_line import sides
 from engine.memory import layouts, modes, parallel, plan, sampling
 from experiments import bench
 
@@ -87,7 +88,7 @@ def picture(argv):
     args, model = recipe.of_script(sample.flags(), argv)
     world = parallel.World()
     net = bench.random_flow(model, world, *sampling.how(args.memory, args.weights, model, world))
-    grid = net.grid(args.size, args.size)
+    grid = net.grid(*sides(args.size))
     prompt = bench.random_embeddings(net, ["a prompt"], model.configs.text_tokens)
     flow.sample(net, prompt.txt, prompt.pooled, flow.noise(net, grid, [0]), grid, 2, args.guidance)
     return sampling.predictions(sampling.job(model, args.size, 1))[args.memory].peak_in_pictures
