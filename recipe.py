@@ -51,7 +51,7 @@ class Trained:
                        "captions, in .txt files beside them or a metadata.jsonl, are the prompts [ours]",
                        metavar="DIR", resume=True)
     online_from: int = flag(None, or_off(whole(2)), "with --images: from this update on their captions are rolled out, "
-                            "as without photographs; off: never [the authors' second recipe begins offline]",
+                            "as without photographs; off: never [ours; the authors' second recipe begins offline]",
                             metavar="N")
     size: int = flag(720, whole(1), "side of a picture, pixels; of --images, the root of their area [released code]",
                      model=True)
@@ -77,12 +77,12 @@ class Rollout:
     rollout_guidance: float = flag(1.0, real(0), "distilled guidance [released code]", model=True)
     cfg: float = flag(None, or_off(real(1)), "classifier-free guidance of rollouts and samples, g of flow.guided, for "
                       "a model that is not distilled: two calls for one velocity; off: one "
-                      "[FLUX.2-klein-base and the authors' second recipe: 4]", model=True)
+                      "[ours; FLUX.2-klein-base and the authors' second recipe: 4]", model=True)
     cfg_gradient: str = flag("off", help="the same in a call with a gradient: off, the prompt alone [the authors' "
                              "second recipe]; both, guided too; prompt, guided, but the empty prompt's call has no "
                              "gradient [ours]", choices=("off", "both", "prompt"), model=True)
-    cfg_keep_norm: bool = flag(False, help="scale each token of a guided velocity to the norm of the prompt's own [the "
-                               "authors' second recipe]")
+    cfg_keep_norm: bool = flag(False, help="scale each token of a guided velocity to the norm of the prompt's own "
+                               "[ours; the authors' second recipe does]")
     shift: float = flag(3.0, or_off(real(1e-3)), "time shift; off: the model's own [released code]", model=True)
     noise: str = flag("shared", help="one noise prior for all images of an update [released code], one each, or shared "
                       "but with fresh noise to inject", choices=("shared", "independent", "fresh"), model=True)
