@@ -48,12 +48,13 @@ class Job:
     calls: int           # calls with a gradient, per image: branches x injections
     checkpointing: bool  # activation checkpointing: the backward computes each block's activations again
     replicas: int        # HSDP: groups of processes that each hold all parameters
-    # Returns a list of (network, call, times), one for each reward. call(grad=False) runs the network's image side on
-    # one picture, with a gradient if grad is True. times: how often it runs for an image, 0 for a reward that is held
-    # out. It is a function because networks that are made under fake tensors take no memory.
+    # Returns a list of (network, call, times, texts), one for each reward. call(grad=False) runs the network on one
+    # picture, with a gradient if grad is True. times: how often it runs for an image, 0 for a reward that is held out.
+    # texts is not read. It is a function because networks that are made under fake tensors take no memory.
     reward_networks: Callable
     lora: int | None = None  # rank of the adapters that are trained; None: all weights are
     memory: str = "masters"  # how they are stored: a --memory other than auto
+    reward_apart: bool = False  # the rewards are on a device of their own
 
     def share(self, processes):
         """(images in a batch, number of batches whose gradients are accumulated) of each process. If the number of
@@ -78,6 +79,23 @@ class Counts(NamedTuple):
     adapters: int       # parameters of adapters of rank 1
     lean_path: int      # as reward_path, if `modes.is_lean`
     lean_frozen: int    # as frozen, if `modes.is_lean`
+    rewards: "Rewards"  # the rewards' part of the four
+
+    def without_rewards(self):
+        """The same, if the rewards are on a device of their own."""
+        return self._replace(**{name: getattr(self, name) - part for name, part in self.rewards._asdict().items()})
+
+
+class Rewards(NamedTuple):
+    """Bytes of the rewards, in `Counts`."""
+    frozen: int = 0
+    reward_path: int = 0
+    lean_frozen: int = 0
+    lean_path: int = 0
+
+    def held(self, lean, batch):
+        """Bytes that they take, for a batch of so many images."""
+        return self.lean_frozen + batch * self.lean_path if lean else self.frozen + batch * self.reward_path
 
 
 class Shape(NamedTuple):
@@ -112,6 +130,7 @@ class Prediction:
     host: float             # in the host's memory, of this process
     bus: float              # copied between the host's pinned memory and the GPU
     unpinned: float         # gradients that come to the host beside earlier ones: not pinned, and added there
+    rewards: float          # of the rewards, wherever they are
     peak_in_texts: float    # while the text encoders are loaded, before the transformer is
 
     @property
@@ -237,15 +256,21 @@ def count(job, compute_dtype):
         frozen = lean_frozen = bytes_of(vae)
 
         reward_flop = 0
-        for network, call, times in job.reward_networks():
-            frozen += bytes_of(network)
-            # In lean modes only the image side is on the GPU, in 2 bytes a number instead of 4.
-            lean_frozen += sum(bytes_of(part) for part in parts_used(network, call)) / 2
+        rewards = Rewards()
+        for network, call, times, _ in job.reward_networks():
+            # In lean modes only what scoring runs is on the GPU, in 2 bytes a number.
+            wide = next(network.parameters()).itemsize / 2
+            used = sum(parameters_of(part) for part in parts_used(network, call))
+            saved = 0
             if times:  # a reward that is held out takes memory, but does not run in an update
                 reward_flop += times * flop_of(call)
                 saved = times * saved_by(network.parameters(), call, grad=True)
-                path += saved
-                lean_path += saved / 2
+            mine = (bytes_of(network), saved, 2 * used, saved / wide)
+            rewards = Rewards(*(one + other for one, other in zip(rewards, mine, strict=True)))
+        frozen += rewards.frozen
+        path += rewards.reward_path
+        lean_frozen += rewards.lean_frozen
+        lean_path += rewards.lean_path
 
         shapes = []
         for name, parameter in transformer.named_parameters():
@@ -256,7 +281,7 @@ def count(job, compute_dtype):
         return Counts(parameters=parameters_of(transformer), largest_block=largest, activations=activations,
                       reward_path=path, frozen=frozen, forward=once, decode=decode_flop, reward=reward_flop,
                       shapes=shapes, adapters=sum(layer.in_features + layer.out_features for layer in layers),
-                      lean_path=lean_path, lean_frozen=lean_frozen)
+                      lean_path=lean_path, lean_frozen=lean_frozen, rewards=rewards)
 
 
 # ------------------------------------------------------------------------------------------------- arithmetic
@@ -364,6 +389,8 @@ def divide(job, counts, world_size, compute_dtype):
     shards = world_size // job.replicas
     has = held(job, counts, world_size, compute_dtype)
     trained = job.lora * counts.adapters if job.lora else counts.parameters
+    if job.reward_apart:
+        counts = counts.without_rewards()
 
     batch, accumulate = job.share(world_size)
     activations = batch * counts.activations
@@ -408,6 +435,7 @@ def divide(job, counts, world_size, compute_dtype):
         # The networks are frozen, so the backward costs as much as the forward: it has no gradient of parameters.
         decode=images * job.calls * (3 if is_lean(job.memory) else 2) * counts.decode,
         reward=images * job.calls * 2 * counts.reward,
+        rewards=counts.rewards.held(is_lean(job.memory), batch),
         received=accumulate * received, host=has.host, bus=bus, unpinned=unpinned,
         peak_in_texts=compute_dtype.itemsize * job.text_parameters)
 
@@ -460,6 +488,8 @@ def show(job, world_size, card, share):
               "frozen": plan.frozen, "text encoders": plan.peak_in_texts,
               "peak in the update": plan.peak_in_update,
               "peak in the rollout": plan.peak_in_rollout}
+    if job.reward_apart:
+        memory["the rewards' GPU"] = plan.rewards
     work = {"rollout": plan.rollout, "update": plan.update, "decode": plan.decode, "reward": plan.reward}
     seconds = plan.flop / TERA / (gpus.PEAK[card] * share)
 
