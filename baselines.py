@@ -41,7 +41,7 @@ class Term(NamedTuple):
 
 def sampling_levels(a, net, batch):
     """The rollout's noise levels, from 1 to 0: [S + 1]."""
-    return da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1]))
+    return da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1], a.rollout_steps))
 
 
 def one_step(net, x, s, c, guidance):
@@ -80,7 +80,8 @@ def refl(a, net, reward, batch):
     """
     levels = sampling_levels(a, net, batch)
     k = batch.chance.whole(1, min(a.refl_steps, a.rollout_steps))
-    x = net.rollout(batch.start, batch.c, levels[:len(levels) - k], a.rollout_guidance)  # at levels[-1 - k]
+    to_k = levels[:len(levels) - k]
+    x = net.rollout(batch.start, batch.c, to_k, a.rollout_guidance, dtype=a.rollout_dtype)  # at levels[-1 - k]
     s = levels[-1 - k].item()
     x0_hat, v_theta = one_step(net, x, s, batch.c, a.guidance)
     image, r, sgp = rewarded(a, net, reward, batch, x0_hat)
@@ -99,7 +100,7 @@ def draft_lv(a, net, reward, batch):
     """
     levels = sampling_levels(a, net, batch)
     s = levels[-2].item()
-    x = net.rollout(batch.start, batch.c, levels[:-1], a.rollout_guidance)
+    x = net.rollout(batch.start, batch.c, levels[:-1], a.rollout_guidance, dtype=a.rollout_dtype)
     x0 = None
     for _ in range(1 + DRAFT_EXTRA):
         if x0 is not None:
@@ -162,7 +163,7 @@ def stochastic_rollout(a, net, batch):
     path = []
 
     def step(x, v, s, s_next):
-        """For `flux.Flux.rollout`: a step of the SDE, noted in the path; the last one is Euler's."""
+        """For `flow.Flow.rollout`: a step of the SDE, noted in the path; the last one is Euler's."""
         if s_next == 0:
             return x - s * v
         mean = sde_mean(x, v, s, s_next)

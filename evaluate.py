@@ -17,7 +17,7 @@ from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
 
-from engine.run.stopping import Stopping, until_loaded
+from engine.loading import until_loaded
 
 if __name__ == "__main__":
     until_loaded("evaluate.py")  # importing what follows takes seconds
@@ -25,16 +25,30 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
-import flux
+import flow
 import recipe
 import rewards
-from engine.command_line import WEIGHTS, Parser, must_differ, phrase, real, some_path, whole
+from engine.command_line import (
+    CFG,
+    MODEL,
+    WEIGHTS,
+    Parser,
+    extent,
+    must_differ,
+    or_off,
+    phrase,
+    real,
+    sides,
+    some_path,
+    whole,
+)
 from engine.data import prompt_files
 from engine.errors import DISK_FAILS, UserError, frame, in_words, one_line, printable
 from engine.files import write_json, write_whole
-from engine.memory import parallel
+from engine.memory import modes, parallel, sampling
 from engine.model import trained
-from evaluation import metrics, picture_folders, tables
+from engine.run.stopping import Stopping
+from evaluation import metrics, picture_folders, sheets, table_formats, tables
 from evaluation.scores import Scores, settings_of
 
 SCORED_AT_ONCE = 16
@@ -78,8 +92,8 @@ def main():
 def run(argv):
     """Both stages, then the table. Returns the exit status: 1 if a picture could not be read."""
     args, model = recipe.of_script(flags(), argv)
-    methods, prompts = rows(args, model)
-    world = parallel.World(patience=timedelta(days=30))
+    world = parallel.World(patience=timedelta(days=30), mesh=modes.needs_mesh(args.memory))
+    methods, prompts = rows(args, model, world)
     for note in [] if args.images else model.notes(vars(args)):
         world.say(note)
     for note in [note for method in methods for note in trained.notes(method.weights)]:
@@ -114,7 +128,7 @@ def flags():
     """The flags of this script."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
+    add("--model", default="black-forest-labs/FLUX.1-dev", help=MODEL)
     add("--weights", nargs="+", default=[], metavar="[NAME=]PATH",
         help="several, each compared with the base: " + WEIGHTS)
     add("--prefix", type=phrase, help="words that a further row has before its prompts, sampled from the "
@@ -133,19 +147,21 @@ def flags():
     add("--control", type=phrase, default="Realistic photo",
         help="the wanted words of the SGP gap [paper 4.2]")
     add("--neg", type=phrase, default="CG Render", help="the unwanted words of the SGP gap [paper 4.2]")
-    add("--size", type=whole(1), default=1024,
-        help="side of the pictures, pixels [authors' answer for Table 1]")
+    add("--size", type=extent, default=1024,
+        help="side of the pictures, pixels, or WIDTHxHEIGHT [authors' answer for Table 1]")
     add("--eval-steps", type=whole(1), default=50, help="sampling steps [paper 4.1]")
     add("--guidance", type=real(0), default=3.5, help="distilled guidance of sampling [FLUX.1-dev]")
+    add("--cfg", type=or_off(real(1)), help=CFG)
     add("--seed", type=whole(0, 2**30), default=0,
         help="prompt i is sampled from noise seed + i, for every model")
     add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
-    add("--out", type=some_path, help="folder of pictures, scores, table.md, results.json, pictures.jsonl and "
-                      "sheet.png (None: runs/evaluate_<model>)")
+    add("--memory", choices=sampling.NAMES, default="auto", help=sampling.HELP)
+    add("--out", type=some_path, help="folder of pictures, scores, table.md, table.csv, table.tex, results.json, "
+        "pictures.jsonl and sheet.png (None: runs/evaluate_<model>)")
     return parser
 
 
-def rows(args, model):
+def rows(args, model, world):
     """(the table's rows, `Method`s; their prompts). Raises UserError for flags that do not fit."""
     if args.per_prompt > 1 and "diversity" not in metrics.parse_metrics(args.metrics):
         args.metrics += ",diversity"
@@ -160,8 +176,12 @@ def rows(args, model):
     if args.images:
         picture_folders.must_be_own(args.out, [])
         return picture_folders.existing(args)
-    flux.needs_gpu(model)
-    model.grid(args.size, args.size)
+    flow.needs_gpu(model)
+    recipe.check_cfg(args, model)
+    job = sampling.job(model, args.size, args.batch, args.cfg)
+    args.memory, why = world.decide(sampling.settle, job, args.memory, world)
+    if why:
+        world.say(why)
     for path in picture_folders.named("--weights", args.weights).values():
         trained.check(path, model)
     prompts = prompt_files.read_prompts_by_category(args.eval_prompts)
@@ -239,7 +259,7 @@ def generate(args, model, methods, pictures, benchmark, world):
     if not prompts:
         return
     model.fetch()
-    embeddings = flux.encode_prompts(model, prompts, world.device, world.dtype)
+    embeddings = flow.encode_prompts(model, prompts, world.device, world.dtype)
     if embeddings.truncated:
         world.say(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
                   f"they are truncated")
@@ -247,14 +267,16 @@ def generate(args, model, methods, pictures, benchmark, world):
     for method in methods:
         if not lacking[method.name]:
             continue
-        net = flux.load(model, method.weights, world.device, world.dtype)
-        grid = net.grid(args.size, args.size)
+        net = flow.load(model, method.weights, world.device, world.dtype,
+                        *sampling.how(args.memory, method.weights, model, world))
+        net.guide(args.cfg, embeddings.empty)
+        grid = net.grid(*sides(args.size))
         picture_folders.make_own(args.out)
         picture_folders.begin(method.folder, method.made, benchmark)
         for chunk in tqdm(lacking[method.name], f"sample {method.name}", leave=False, disable=not world.main):
             numbers = [number[method.asks(p)] for p in chunk]
-            noise = flux.noise(net, grid, [p.seed for p in chunk])
-            images = flux.sample(net, embeddings.txt[numbers], embeddings.pooled[numbers], noise, grid,
+            noise = flow.noise(net, grid, [p.seed for p in chunk])
+            images = flow.sample(net, embeddings.txt[numbers], embeddings.pooled[numbers], noise, grid,
                                  args.eval_steps, args.guidance, len(chunk))  # [B, 3, H, W]
             wanted = lacks(method, chunk)
             for picture, image in zip(chunk, images, strict=True):
@@ -341,17 +363,29 @@ def finish(args, methods, tasks, pictures, outcome):
     for task in sets:
         for name, found in outcome.scores.items():
             results[name]["overall"] |= of_set(task, found)
-    text = tables.report(results, columns)
+    made = table_formats.tables_of(results, columns, settings_in_words(args))
     write_json(out / "results.json", {"args": vars(args), "missing": outcome.missing,
                                       "unreadable": outcome.unreadable, "rows": results})
     write_whole(out / "pictures.jsonl", tables.per_picture(pictures, outcome.scores))
-    write_whole(out / "table.md", text)
-    picture_folders.contact_sheet(methods, pictures, out / "sheet.png")
-    print(text)
+    text = "\n\n".join([table_formats.MEANING, *map(table_formats.markdown, made)])
+    write_whole(out / "table.md", text + "\n")
+    table_formats.write(out, made)
+    sheets.contact_sheet(methods, pictures, out / "sheet.png")
+    print(f"{table_formats.MEANING}\n\n{table_formats.for_the_terminal(made)}\n")
     tell_gaps(methods, tasks, pictures, outcome)
     tell_missing(outcome.missing)
-    print(printable(f"pictures, scores, table.md, results.json, pictures.jsonl and sheet.png in {out}/"))
+    print(printable(f"pictures, scores, table.md, table.csv, table.tex, results.json, pictures.jsonl and sheet.png in "
+                    f"{out}/"))
     return 1 if outcome.unreadable else 0
+
+
+def settings_in_words(args):
+    """How the pictures of the table are made, as a line."""
+    if args.images:
+        return "Pictures that exist already."
+    height, width = sides(args.size)
+    return printable(f"{args.model}; {args.eval_prompts}; {width} x {height} pixels, {args.eval_steps} steps, guidance "
+                     f"{args.guidance:g}, noise seeds from {args.seed}.")
 
 
 def of_set(task, found):

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 import direct_align as da
-import flux
+import flow
 import recipe
 import rewards
 import srpo_reward as sr
@@ -16,8 +16,8 @@ from engine.data import cache, draws, photographs, prompt_files
 from engine.data.cache import Cache
 from engine.data.digests import known_digest
 from engine.errors import UserError
-from engine.memory import adamw, cards, layouts, modes, parallel, plan
-from engine.model import trained
+from engine.memory import adamw, cards, counts, layouts, modes, parallel, whole_run
+from engine.model import float8, trained
 from engine.model.folder import Model
 from engine.run import made_by
 from engine.run.contents import Contents
@@ -29,7 +29,7 @@ from evaluation import landing, watch
 class Batch(NamedTuple):
     """The input of an update, for B images."""
     prompts: list          # B texts
-    c: flux.Condition      # the same, as the network reads them
+    c: flow.Condition      # the same, as the network reads them
     x0: torch.Tensor       # clean latents [B, N, C], or None: the model's own, to be rolled out
     start: torch.Tensor    # [B, N, C] the noise from which a rollout starts
     eps: torch.Tensor      # [B, N, C] the noise prior that is injected
@@ -44,13 +44,13 @@ class Run:
     """All that the loop needs beside the flags."""
     world: parallel.World
     model: Model
-    net: flux.Flux
+    net: flow.Flow
     reward: sr.Rewards
     losses: Callable       # of the --method: (flags, net, reward, `Batch`) -> loss terms
     share: recipe.Share    # of an update, that this process makes
-    job: plan.Job
+    job: counts.Job
     curriculum: draws.Curriculum
-    embeddings: flux.Embeddings
+    embeddings: flow.Embeddings
     watched: watch.Watch
     optimizer: torch.optim.Optimizer
     grid: tuple            # (rows, columns) of tokens of a picture
@@ -79,7 +79,8 @@ class Run:
         rows = self.curriculum.rows[step][part * size:(part + 1) * size]
         texts = [self.curriculum.prompts[row] for row in rows]
         grid = self.curriculum.grid(step) or self.grid
-        x0 = self.curriculum.latents(rows)
+        online = a.online_from is not None and step >= a.online_from
+        x0 = None if online else self.curriculum.latents(rows)
         shape = (grid[0] * grid[1], self.net.transformer.config.in_channels)
         of_its_own = a.noise == "independent" or x0 is not None
         start = chance.normal(*shape) if of_its_own else chance.normal_shared(*shape)
@@ -101,28 +102,39 @@ def job(a, model):
     method = recipe.METHODS[a.method]
     calls = method.calls(a)
     at_once = a.batch if method.optimizer_steps == 1 else a.global_batch
-    return plan.Job(
+    return counts.Job(
         model=model.name, transformer=configs.transformer, vae=configs.vae, text_tokens=configs.text_tokens,
         text_parameters=configs.text_parameters,
         size=a.size, image_tokens=rows * columns, images=a.global_batch, batch=at_once, updates=a.steps,
         rollout_steps=calls.without_gradient, calls=calls.with_gradient, checkpointing=a.checkpointing,
-        replicas=a.replicas, lora=a.lora, memory=a.memory,
+        cfg=None if a.cfg is None else a.cfg_gradient, replicas=a.replicas, lora=a.lora, memory=a.memory,
         reward_networks=partial(rewards.image_networks, a.reward, sr.texts_read(a.form, a.cfg_k)),
-        reward_apart=a.reward_device is not None)
+        together=calls.together, rollout_dtype=a.rollout_dtype, reward_apart=a.reward_device is not None)
 
 
 def settle(a, model, world):
-    """Choose --memory where it is auto, and print why. Raises UserError, with flags that would fit, if nothing
-    fits."""
+    """Choose --memory and --eval where they are left open, and print why. Raises UserError, with flags that would fit,
+    if nothing fits."""
     own = world.decide(world.beside, a.reward_device)
     a.memory, why = world.decide(cards.settle, job(a, model), world, own)
     if why:
         world.say(why)
+    settle_evaluation(a, model, world.say)
+
+
+def settle_evaluation(a, model, say):
+    """Choose --eval where it is left open. say: prints a line."""
+    if a.eval is None:
+        planned = job(a, model)
+        a.eval = whole_run.evaluated(planned, a.eval_steps)
+        share = whole_run.share_of_evaluation(planned, a.eval_steps, a.eval or whole_run.EVALUATED[-1])
+        say(f"--eval {a.eval}: " + (f"{share:.0%} of the updates' work" if a.eval else
+                                    f"{whole_run.EVALUATED[-1]} pictures would be {share:.0%} of the updates' work"))
 
 
 def set_up(a, model, world, folder=None, stopping=None):
     """Read, encode and load everything: a `Run`. Nothing is written but to the cache. Raises UserError."""
-    flux.needs_gpu(model)
+    flow.needs_gpu(model)
     planned = job(a, model)
     share = recipe.share_of(a, world.size)
     texts = texts_of(a)
@@ -130,16 +142,25 @@ def set_up(a, model, world, folder=None, stopping=None):
     for note in trained.notes(a.weights):
         world.say(note)
     model.fetch(parts)
-    curriculum = curriculum_of(a, model, world, share, texts)
+    shown = []
+    if a.images is not None:
+        texts, shown, photos = photographs_of(a, model, world, texts)
+    tell_held_out(a, texts, world)
+    order = (a.steps, a.global_batch, world.rows(share.images), a.seed)
+    if a.images is None:
+        curriculum = draws.Curriculum(texts.training, *order, recipe.METHODS[a.method].group(a))
+    else:
+        curriculum = photographs.Album(photos, model.unit, *order)
     both = curriculum.prompts + texts.watched + texts.held_out
     references = landing.references(a, model, world)
     world.say(f"loading {model.name}: its text encoders, then the reward, then the network")
-    kept = Cache(cache.folder_of(a.cache, flux.is_full_size(model)))
-    embeddings = flux.encode_prompts(model, both, world.device, world.dtype, kept)
+    kept = Cache(cache.folder_of(a.cache, flow.is_full_size(model)))
+    embeddings = embeddings_of(model, both, world, kept)
     say_truncated(a, world, embeddings, len(curriculum.prompts))
     reward = rewards.load_rewards(a.reward, world.beside(a.reward_device) or world.device)
     must_tell_apart(a, reward, both, world)
-    net = flux.load(model, a.weights, world.device, world.dtype, world, layouts.Layout(a.lora, a.memory, a.seed))
+    net = flow.load(model, a.weights, world.device, world.dtype, world, layouts.Layout(a.lora, a.memory, a.seed))
+    net.guide(a.cfg, embeddings.empty, a.cfg_gradient, a.cfg_keep_norm)
     if a.images is not None:
         # what latents depend on beside their picture
         vae = [known_digest([model.part("vae")], kept), str(world.dtype), world.device.type]
@@ -150,6 +171,7 @@ def set_up(a, model, world, folder=None, stopping=None):
     last = first + len(texts.watched)
     watching = watch.Watch(a, model, world, net, reward, watch.Prompts(texts.watched, embeddings.part(first, last)),
                            watch.Prompts(texts.held_out, embeddings.part(last, len(both))), stopping)
+    watching.photographs = [photographs.pixels(photograph, model.unit)[0] for photograph in shown]
     watching.level = landing.level(a, model, references, net, reward, world)
     said = curriculum.texts | {"--watch-prompts": texts.watched, "--eval-prompts": texts.held_out}
     places = curriculum.places | {"--model": [model.part(part) for part in parts]}
@@ -158,6 +180,17 @@ def set_up(a, model, world, folder=None, stopping=None):
     return Run(world, model, net, reward, recipe.METHODS[a.method].load(), share, planned, curriculum, embeddings,
                watching, optimizer, net.grid(a.size, a.size), contents_of(said, places, reward), folder, stopping,
                made_by.now(world))
+
+
+def embeddings_of(model, prompts, world, kept):
+    """The `Embeddings` of this process's prompts. The first process of a machine encodes the prompts of all, and the
+    others find them in the `Cache`; without one, each loads the text encoders, 9 GiB of FLUX.1-dev."""
+    if kept.folder is not None and world.neighbours > 1:
+        everyones = dict.fromkeys(prompt for theirs in world.gather(prompts) for prompt in theirs)
+        if world.first_here:
+            flow.encode_prompts(model, list(everyones), world.device, world.dtype, kept)
+        world.gather(None)
+    return flow.encode_prompts(model, prompts, world.device, world.dtype, kept)
 
 
 def say_truncated(a, world, embeddings, own):
@@ -198,18 +231,46 @@ class Texts(NamedTuple):
     training: list  # None: the captions of --images
     watched: list   # while training
     held_out: list  # evaluated before and after
+    own: list = ()  # those of the watched ones that would else be trained on (--watch-prompts own)
 
 
 def texts_of(a):
     """The `Texts` of the flags. Raises UserError."""
     training = None
+    own = []
     if a.images is None:
         training = prompt_files.read_prompts(a.prompts)
-    evaluated = prompt_files.read_prompts(a.eval_prompts, "--eval-prompts")
-    watched = evaluated
-    if a.watch_prompts:
+        if a.watch_prompts == recipe.OWN:
+            own, training = draws.hold_out(training, a.watch)
+    evaluated = []
+    if a.eval or len(own) < a.watch:
+        evaluated = prompt_files.read_prompts(a.eval_prompts, "--eval-prompts")
+    watched = own + evaluated
+    if a.watch_prompts not in (None, recipe.OWN):
         watched = prompt_files.read_prompts(a.watch_prompts, "--watch-prompts")
-    return Texts(training, watched[:a.watch], evaluated[:a.eval])
+    return Texts(training, watched[:a.watch], evaluated[:a.eval or 0], own)
+
+
+def photographs_of(a, model, world, texts):
+    """(the `Texts`, the `Photograph`s that are held out and watched, those to train on) of --images. Raises
+    UserError."""
+    photos = photographs.read(a.images, a.size, model.unit, world)
+    world.say(f"--images: {len(photos)} photographs: {photographs.by_shape(photos, model.unit)}")
+    if a.watch_prompts != recipe.OWN:
+        return texts, [], photos
+    shown, photos = draws.hold_out(photos, a.watch)
+    own = [photograph.caption for photograph in shown]
+    return texts._replace(watched=(own + texts.watched)[:a.watch], own=own), shown, photos
+
+
+def tell_held_out(a, texts, world):
+    """Say how many of the user's own prompts or photographs are held out (--watch-prompts own)."""
+    if a.watch_prompts != recipe.OWN:
+        return
+    what = "--prompts" if a.images is None else "--images"
+    others = len(texts.watched) - len(texts.own)
+    world.say(f"--watch-prompts own: {len(texts.own)} of {what} are watched and not trained on"
+              + (f", a tenth at most; so are the first {others} of --eval-prompts" if others else ""))
 
 
 def contents_of(texts, places, reward):
@@ -221,19 +282,12 @@ def contents_of(texts, places, reward):
     return Contents(texts, places)
 
 
-def curriculum_of(a, model, world, share, texts):
-    """What this process learns from, in its order: prompts or, with --images, photographs. Raises
-    UserError."""
-    order = (a.steps, a.global_batch, world.rows(share.images), a.seed)
-    if texts.training is not None:
-        return draws.Curriculum(texts.training, *order, recipe.METHODS[a.method].group(a))
-    return photographs.Album(photographs.read(a.images, a.size, model.unit, world), model.unit, *order)
-
-
 def make_ready(a, net, reward, curriculum, held_out):
     """Apply the machine's flags to the loaded networks. Returns the optimizer."""
     if a.checkpointing and net.device.type == "cuda":
         net.transformer.enable_gradient_checkpointing()
+    if a.rollout_dtype == "fp8":
+        float8.enable(net.transformer, keeps=a.memory in modes.HELD_ON_THE_GPU)
     if a.compile:
         for block in parallel.blocks_of(net.transformer):
             block.compile()

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import rewards
 from engine import command_line as line
 from engine.command_line import flag, must_differ, number_or_folder, or_off, real, whole, words
+from engine.data import prompt_files
 from engine.errors import UserError
 from engine.memory import gpus, modes
 from engine.model.folder import Model
@@ -32,14 +33,15 @@ FORMS = ("released", "srp", "cfg", "branches", "sgp", "plain")  # the rows of sr
 # The learning rate of adapters (--lora) where the model's srpo.json knows none: 20 times that of full weights. Adam
 # steps that move B A x as far as W x need sqrt(3 d_in / R) times the rate, 17 at rank 32. A guess for FLUX.1-dev.
 LORA_LR = 1e-4
+OWN = "own"  # --watch-prompts: some of the prompts or photographs that would be trained on
 
 
 # ------------------------------------------------------------------------------------------- the released recipe
 @dataclass
 class Trained:
     """what is trained"""
-    model: str = flag("black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id; its srpo.json, "
-                      "if there is one, holds defaults that suit it", resume=True)
+    model: str = flag("black-forest-labs/FLUX.1-dev", help=f"{line.MODEL}; its srpo.json, if there is one, holds "
+                      "defaults that suit it", resume=True)
     weights: str = flag(None, line.some_path, line.WEIGHTS + ", which --lora of its rank goes on with, and a run "
                         "without --lora merges", resume=True)
     method: str = flag("srpo", help="what makes the loss: {methods}")
@@ -48,6 +50,9 @@ class Trained:
     images: str = flag(None, help="offline: folder of photographs to inject noise into, in place of a rollout; their "
                        "captions, in .txt files beside them or a metadata.jsonl, are the prompts [ours]",
                        metavar="DIR", resume=True)
+    online_from: int = flag(None, or_off(whole(2)), "with --images: from this update on their captions are rolled out, "
+                            "as without photographs; off: never [ours; the authors' second recipe begins offline]",
+                            metavar="N")
     size: int = flag(720, whole(1), "side of a picture, pixels; of --images, the root of their area [released code]",
                      model=True)
     seed: int = flag(0, whole(0, 2**31 - 1), "of noise, noise levels and prompt order [ours]")
@@ -70,9 +75,19 @@ class Rollout:
     """the rollout, from noise to the clean latents x0"""
     rollout_steps: int = flag(25, whole(1), "Euler steps [paper 4.1]", model=True)
     rollout_guidance: float = flag(1.0, real(0), "distilled guidance [released code]", model=True)
+    cfg: float = flag(None, or_off(real(1)), "classifier-free guidance of rollouts and samples, g of flow.guided, for "
+                      "a model that is not distilled: two calls for one velocity; off: one "
+                      "[ours; FLUX.2-klein-base and the authors' second recipe: 4]", model=True)
+    cfg_gradient: str = flag("off", help="the same in a call with a gradient: off, the prompt alone [the authors' "
+                             "second recipe]; both, guided too; prompt, guided, but the empty prompt's call has no "
+                             "gradient [ours]", choices=("off", "both", "prompt"), model=True)
+    cfg_keep_norm: bool = flag(False, help="scale each token of a guided velocity to the norm of the prompt's own "
+                               "[ours; the authors' second recipe does]")
     shift: float = flag(3.0, or_off(real(1e-3)), "time shift; off: the model's own [released code]", model=True)
     noise: str = flag("shared", help="one noise prior for all images of an update [released code], one each, or shared "
                       "but with fresh noise to inject", choices=("shared", "independent", "fresh"), model=True)
+    rollout_dtype: str = flag("same", help="products of the blocks' linear layers in the rollout: in the dtype of the "
+                              "rest, or both factors in float8 [ours]", choices=("same", "fp8"))
 
 
 @dataclass
@@ -137,12 +152,14 @@ class Watching:
     eval_prompts: str = flag("hpdv2-benchmark", help="text file, or hpdv2-benchmark: the first of them are sampled at "
                              "fixed seeds [paper 4.2]", model=True, resume=True)
     watch_prompts: str = flag(None, help="text file: the prompts that are watched while training, and by which "
-                              "weights_best is chosen, if they are not to be the first of --eval-prompts [ours]",
+                              "weights_best is chosen; own: some of --prompts or --images, held out from training, as "
+                              "where these are given; otherwise None: the first of --eval-prompts [ours]",
                               model=True, resume=True)
     eval_steps: int = flag(50, whole(1), "sampling steps, of samples and evaluation [paper 4.1]", model=True)
     watch: int = flag(4, whole(1), "pictures sampled at fixed seeds while training [ours]", model=True)
     watch_every: int = flag(5, whole(1), "updates between them [ours]", model=True)
-    eval: int = flag(0, whole(0), "pictures evaluated before and after; 0: none [ours]", model=True)
+    eval: int = flag(None, whole(0), "pictures evaluated before and after; 0: none (None: 16 to 256, if that is under "
+                     "a tenth of the run's work) [ours]", model=True)
     land: str = flag(None, or_off(number_or_folder), "the run ends at the look whose watched SGP gap reaches this: a "
                      "number, or the mean of the photographs in a folder, with captions as for --images [ours]",
                      metavar="GAP|DIR", resume=True)
@@ -159,9 +176,12 @@ class Folder:
     keep: int = flag(2, whole(1), "checkpoints that stay", resume=True)
     save_as: str = flag(None, choices=line.SAVE_AS, help=f"at the end, in out/weights/: {line.SAVE_AS_HELP}",
                         resume=True)
+    push_to_hub: str = flag(None, help="at the end, upload out/weights/ with its model card to this repository of the "
+                            "hub, OWNER/NAME; `hf auth login` comes first", metavar="ID", resume=True)
     resume: bool = flag(False, help="go on with the run in --out, with its own flags", resume=True)
     overwrite: bool = flag(False, help="delete the run in --out first", resume=True)
     tensorboard: bool = flag(False, help="also write out/tensorboard (needs: pip install tensorboard)", resume=True)
+    wandb: bool = flag(False, help="also log to Weights & Biases (needs: pip install wandb)", resume=True)
     explain: bool = flag(False, help="tell one update call by call, with equations and shapes, and draw it: "
                          "explain.png in --out; nothing is trained", resume=True)
 
@@ -185,7 +205,8 @@ class Machine:
                          "them; the number of nodes", resume=True)
     checkpointing: bool = flag(True, help="recompute activations in the backward: 21 GiB less for FLUX.1-dev at 720 "
                                "pixels, a quarter more work in the update [released code]", resume=True)
-    compile: bool = flag(False, help="torch.compile every transformer block", resume=True)
+    compile: bool = flag(False, help="torch.compile every transformer block; off, for with a LoRA a block can reach "
+                         "torch's limit of 8 variants, and then runs uncompiled", resume=True)
 
 
 @dataclass
@@ -233,6 +254,7 @@ class Calls(NamedTuple):
     """How often a method calls the network for one image of an update."""
     without_gradient: float  # on average
     with_gradient: int
+    together: int = 1  # of these, that can be one call of the network: engine/memory/one_call.py
 
 
 def one_image(a):
@@ -267,8 +289,11 @@ DANCE_OPTIMIZER_STEPS = 3  # of DanceGRPO for each rollout; only the first is on
 
 
 def srpo_calls(a):
-    """The rollout, unless photographs replace it; then one call for each branch and injection."""
-    return Calls(0 if a.images else a.rollout_steps, a.injections * len(a.branches))
+    """The rollout, in those updates where no photographs replace it; then one call for each branch and injection."""
+    rolled_out = 1
+    if a.images:
+        rolled_out = 0 if a.online_from is None else max(0, a.steps - a.online_from + 1) / a.steps
+    return Calls(rolled_out * a.rollout_steps, a.injections * len(a.branches), len(a.branches))
 
 
 def refl_calls(a):
@@ -303,7 +328,8 @@ METHODS = {
     "srpo": Method("train.srpo", "the paper's", srpo_calls, takes_photographs=True),
     "refl": Method("baselines.refl", "Eq. 2", refl_calls, BASELINE),
     "draft-lv": Method("baselines.draft_lv", "Eq. 1", draft_lv_calls, BASELINE),
-    "dancegrpo": Method("baselines.dancegrpo", "a baseline of the paper", dancegrpo_calls, BASELINE, dancegrpo_group,
+    "dancegrpo": Method("baselines.dancegrpo", "a baseline of the paper", dancegrpo_calls,
+                        BASELINE | {"cfg_gradient": "both"}, dancegrpo_group,
                         DANCE_OPTIMIZER_STEPS)}
 
 
@@ -418,6 +444,8 @@ def begins(p, given):
     values |= line.read_values(p, own, model.says)
     values |= METHODS[given.get("method", values["method"])].flags
     values |= differs
+    if "images" in given or given.get("prompts", "hpdv2") not in prompt_files.PROMPTS:
+        values["watch_prompts"] = OWN
     return Namespace(**values | given), model
 
 
@@ -476,9 +504,22 @@ def check(a, model):
                         "without --resume")
     gpus.check(a.card)
     model.grid(a.size, a.size)
+    check_cfg(a, model)
     rewards.parse_rewards(a.reward)
     modes.check(a.lora, a.memory)
+    line.check_names(a.save_as, model.family)
     line.check_save_as(a.save_as, bool(a.lora))
+
+
+def check_cfg(a, model):
+    """Raise UserError for guidance that a distilled model does not take, or DanceGRPO's ratio does not allow. a: the
+    flags of train.py, sample.py or evaluate.py."""
+    if a.cfg is not None and not model.configs.takes_cfg:
+        raise UserError(f"--cfg {a.cfg:g}: {model.name} is distilled, and takes no classifier-free guidance; leave it "
+                        "out, or give an undistilled model, such as black-forest-labs/FLUX.2-klein-base-4B")
+    if getattr(a, "method", None) == "dancegrpo" and a.cfg is not None and a.cfg_gradient == "off":
+        raise UserError("--method dancegrpo --cfg-gradient off: its ratio compares a velocity with that of the "
+                        "rollout, which is guided; give both or prompt")
 
 
 def check_what_learns(a):
@@ -488,9 +529,14 @@ def check_what_learns(a):
         raise UserError(f"--explain --method {a.method}: only srpo can be explained")
     if a.images is not None and not method.takes_photographs:
         raise UserError(f"--images --method {a.method}: it learns from its own rollouts, and not from photographs")
+    if a.online_from is not None and a.images is None:
+        raise UserError(f"--online-from {a.online_from}: without --images every update is online; leave it out")
     if a.images is not None and a.noise == "fresh":
         raise UserError("--images --noise fresh: there is no rollout whose noise could be another; every photograph "
                         "gets noise of its own")
+    if method.optimizer_steps > 1 and a.rollout_dtype == "fp8":
+        raise UserError(f"--method {a.method} --rollout-dtype fp8: it compares the network with its own rollout, which "
+                        "must be as exact; leave it out")
     if method.optimizer_steps > 1 and a.rollout_steps < 2:
         raise UserError(f"--method {a.method} --rollout-steps {a.rollout_steps}: must be at least 2, for the last step "
                         "is not trained")
@@ -504,8 +550,10 @@ def notes(a, model):
                      "denoising one with its sign turned, so the threshold stops one of the two at most; --threshold "
                      "off stops neither")
     if a.images is not None:
-        lines.append(f"--images {a.images}: captions are the prompts, nothing is rolled out, and every photograph gets "
-                     "noise of its own in every update; --prompts, --noise and --rollout-* are not read")
+        until = "" if a.online_from is None else f" before update {a.online_from}"
+        lines.append(f"--images {a.images}: captions are the prompts, nothing is rolled out{until}, and every "
+                     f"photograph gets noise of its own in every update{until}; --prompts, --noise and --rollout-* "
+                     f"are not read{until}")
     if a.land is not None and a.watch < 16:
         lines.append(f"--land {a.land} --watch {a.watch}: the mean gap of so few pictures is unsure by about "
                      f"{0.1 / a.watch ** 0.5:.2f}; give --watch 16 or more")

@@ -1,30 +1,36 @@
 """Prompts to pictures: `python sample.py --model miniature "a red circle left of a blue square"`.
 
+    python sample.py --model miniature --weights base --weights srpo=runs/miniature --size 96x64    side by side
+
 The same command line goes on where it was stopped. Another one needs another --out: pictures stay as they are.
 """
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from engine.run.stopping import Stopping, until_loaded
+from engine.loading import until_loaded
 
 if __name__ == "__main__":
     until_loaded("sample.py")  # importing what follows takes seconds
 
-import torch
 from tqdm import tqdm
 
-import flux
+import flow
 import recipe
-from engine.command_line import WEIGHTS, Parser, real, some_path, whole
+from engine.command_line import CFG, MODEL, WEIGHTS, Parser, extent, or_off, real, sides, some_path, whole
 from engine.data import prompt_files
 from engine.data.pictures import read_picture
-from engine.errors import frame, printable
+from engine.errors import UserError, frame, printable
 from engine.files import must_be_writable, stamp
-from engine.memory import parallel
+from engine.memory import modes, parallel, sampling
 from engine.model import trained
-from evaluation.picture_folders import begin, check_made, clean, is_whole, mark_of, save_grid, save_picture
-from rewards.pictures import pixels
+from engine.paths import named_path
+from engine.run.stopping import Stopping
+from evaluation import sheets
+from evaluation.picture_folders import begin, check_made, clean, folder_name, is_whole, mark_of, named, save_picture
+
+BASE = "base"  # --weights base: the model's own
 
 
 def flags():
@@ -32,66 +38,134 @@ def flags():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("prompt", nargs="*", help="the prompts; none: those of --prompts")
-    add("--model", default="black-forest-labs/FLUX.1-dev", help="folder in FLUX.1-dev's layout, or hub id")
-    add("--weights", help=WEIGHTS)
+    add("--model", default="black-forest-labs/FLUX.1-dev", help=MODEL)
+    add("--weights", action="append", default=[], metavar="[NAME=]PATH",
+        help="base for the model's own, or " + WEIGHTS + "; given several times: a line of the grid for each")
+    add("--strength", type=real(-10, 10), default=1.0, help="factor of every LoRA in --weights")
     add("--prompts", "--eval-prompts", dest="eval_prompts", default="hpdv2-benchmark",
         help="text file, one prompt a line, or hpdv2-benchmark")
     add("--first", type=whole(1), default=16, help="how many of the prompts of the file, from the first")
-    add("--size", type=whole(1), default=1024, help="side of the pictures, pixels")
+    add("--size", type=extent, default=1024, help="side of the pictures, pixels, or WIDTHxHEIGHT")
     add("--eval-steps", type=whole(1), default=50, help="sampling steps [paper 4.1]")
     add("--guidance", type=real(0), default=3.5, help="distilled guidance [FLUX.1-dev]")
+    add("--cfg", type=or_off(real(1)), help=CFG)
     add("--seed", type=whole(0, 2**30), default=0, help="picture i is made from noise seed + i")
     add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
+    add("--memory", choices=sampling.NAMES, default="auto", help=sampling.HELP)
     add("--out", type=some_path, default="samples",
-        help="folder: one PNG a prompt, named by its number, and grid.png")
+        help="folder: one PNG a prompt, named by its number, and grid.png; with several --weights, a folder for each")
     return parser
+
+
+@dataclass
+class Line:
+    """A line of the grid."""
+    name: str
+    weights: str  # None: the model's own
+    folder: Path
+    made: dict    # how its pictures are made: the content of made.json
+
+    def file(self, i):
+        """The file of prompt i's picture."""
+        return self.folder / f"{i:05d}.png"
+
+
+def lines_of(args, prompts):
+    """The `Line`s of the grid, one for each of --weights. Raises UserError for a --strength without a LoRA."""
+    if len(args.weights) > 1:
+        asked = named("--weights", args.weights, taken=("grid.png", "made.json", "prompts.json"))
+    else:
+        asked = {BASE: named_path(args.weights[0])[1] if args.weights else BASE}
+    lines = []
+    for name, path in asked.items():
+        weights = None if path == BASE else path
+        made = {"by": "sample.py", "prompts": prompts, "model": args.model, "size": args.size,
+                "weights": stamp(trained.place_of(weights)) if weights else [],
+                "eval_steps": args.eval_steps, "guidance": args.guidance, "seed": args.seed}
+        if args.strength != 1 and weights and not trained.is_full(weights):
+            made["strength"] = args.strength
+        if args.cfg is not None:
+            made["cfg"] = args.cfg
+        folder = Path(args.out)
+        if len(asked) > 1:
+            folder /= folder_name(name)
+        lines.append(Line(name, weights, folder, made))
+    if args.strength != 1 and not any("strength" in line.made for line in lines):
+        raise UserError(f"--strength {args.strength:g}: is the factor of a LoRA, and none of --weights is one")
+    return lines
 
 
 def run(argv, stopping):
     """Sample what a command line asks for. Raises UserError and Stopped."""
     args, model = recipe.of_script(flags(), argv)
-    flux.needs_gpu(model)
-    model.grid(args.size, args.size)
-    parts = trained.check(args.weights, model)
+    flow.needs_gpu(model)
+    model.grid(*sides(args.size))
+    recipe.check_cfg(args, model)
     if args.prompt:
         prompt_files.check_prompts(args.prompt, "prompt")
     prompts = args.prompt or prompt_files.read_prompts(args.eval_prompts)[:args.first]
     must_be_writable(args.out, "--out")
-    out = Path(args.out)
-    files = [out / f"{i:05d}.png" for i in range(len(prompts))]
-    made = {"by": "sample.py", "prompts": prompts, "model": args.model, "size": args.size,
-            "weights": stamp(trained.place_of(args.weights)) if args.weights else [],
-            "eval_steps": args.eval_steps, "guidance": args.guidance, "seed": args.seed}
-    check_made(out, made, args.out)
-    for note in [*model.notes(vars(args)), *trained.notes(args.weights)]:
+    lines = lines_of(args, prompts)
+    parts = []
+    notes = model.notes(vars(args))
+    for line in lines:
+        parts += trained.check(line.weights, model)
+        notes += trained.notes(line.weights)
+    world = parallel.World(mesh=modes.needs_mesh(args.memory))
+    args.memory, why = sampling.settle(sampling.job(model, args.size, args.batch, args.cfg), args.memory, world)
+    for line in lines:
+        line.made |= sampling.made(args.memory)
+        check_made(line.folder, line.made, args.out)
+    of_all = {"by": "sample.py", "lines": [line.made for line in lines]}
+    made = lines[0].made
+    if len(lines) > 1:
+        made = of_all
+        check_made(Path(args.out), made, args.out)
+    if why:
+        world.say(why)
+    for note in dict.fromkeys(notes):
         print(printable(note))
 
-    parallel.one_thread_on_a_cpu()
-    device, dtype = parallel.device_and_dtype()
-    model.fetch(parts)
-    embeddings = flux.encode_prompts(model, prompts, device, dtype)
+    model.fetch(list(dict.fromkeys(parts)))
+    embeddings = flow.encode_prompts(model, prompts, world.device, world.dtype)
     if embeddings.truncated:
         print(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
               f"they are truncated")
-    net = flux.load(model, args.weights, device, dtype)
-    grid = net.grid(args.size, args.size)
-    clean(out)
-    begin(out, made, [(prompt, "") for prompt in prompts])
-    for first in tqdm(range(0, len(prompts), args.batch), "sample"):
+    if len(lines) > 1:
+        begin(Path(args.out), made, [(prompt, "") for prompt in prompts])
+    for number, line in enumerate(lines):
+        clean(line.folder)
+        begin(line.folder, line.made, [(prompt, "") for prompt in prompts])
+        sample(args, model, line, embeddings, world, stopping, number * len(prompts), len(lines))
+
+    columns = [sheets.Column(sheets.label_of(prompt, args.seed + i), [read_picture(line.file(i)) for line in lines])
+               for i, prompt in enumerate(prompts)]
+    names = [line.name for line in lines] if len(lines) > 1 else [""]
+    sheets.save(names, columns, Path(args.out) / "grid.png", mark_of(made))
+    print(printable(f"{len(prompts) * len(lines)} pictures in {args.out}/, all of them in "
+                    f"{Path(args.out) / 'grid.png'}"))
+
+
+def sample(args, model, line, embeddings, world, stopping, done, lines):
+    """Sample the pictures of a `Line` that are not there yet. done: how many pictures the lines before have; lines: how
+    many there are. Raises Stopped."""
+    prompts = len(embeddings.txt)
+    net = flow.load(model, line.weights, world.device, world.dtype,
+                    *sampling.how(args.memory, line.weights, model, world), strength=args.strength)
+    net.guide(args.cfg, embeddings.empty)
+    grid = net.grid(*sides(args.size))
+    for first in tqdm(range(0, prompts, args.batch), f"sample {line.name}"):
         stopping.check()
-        rows = range(first, min(first + args.batch, len(prompts)))
-        if not all(is_whole(files[i]) for i in rows):
+        rows = range(first, min(first + args.batch, prompts))
+        if not all(is_whole(line.file(i)) for i in rows):
             part = slice(rows.start, rows.stop)
-            noise = flux.noise(net, grid, [args.seed + i for i in rows])
-            images = flux.sample(net, embeddings.txt[part], embeddings.pooled[part], noise, grid,
+            noise = flow.noise(net, grid, [args.seed + i for i in rows])
+            images = flow.sample(net, embeddings.txt[part], embeddings.pooled[part], noise, grid,
                                  args.eval_steps, args.guidance, args.batch)  # [B, 3, H, W]
             for i, image in zip(rows, images, strict=True):
-                save_picture(image, files[i], mark=mark_of(made))
-        stopping.words = (f"stopped; {rows.stop} of {len(prompts)} pictures are in {args.out}/; run it again "
+                save_picture(image, line.file(i), mark=mark_of(line.made))
+        stopping.words = (f"stopped; {done + rows.stop} of {lines * prompts} pictures are in {args.out}/; run it again "
                           "to go on")
-
-    save_grid(torch.stack([pixels(read_picture(file)) for file in files]), out / "grid.png", mark=mark_of(made))
-    print(printable(f"{len(prompts)} pictures in {args.out}/, all of them in {out / 'grid.png'}"))
 
 
 def main():

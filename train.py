@@ -10,7 +10,7 @@ hyper-parameter with its source, is recipe.py; the mathematics is direct_align.p
 
 import sys
 
-from engine.run.stopping import Stopping, until_loaded
+from engine.loading import until_loaded
 
 if __name__ == "__main__":
     until_loaded("train.py")
@@ -21,6 +21,7 @@ from engine.errors import frame
 if __name__ == "__main__":
     with frame("train.py"):
         answered = recipe.read(sys.argv[1:])  # -h and wrong flags end here, before torch is imported
+    until_loaded("train.py")
 
 
 import torch
@@ -30,11 +31,15 @@ import direct_align as da
 import prepare
 import srpo_reward as sr
 from baselines import STEP, Term
+from engine import hub
 from engine.errors import NotFinite, Stopped, printable
-from engine.memory import cards, layouts, modes, parallel, plan
+from engine.memory import cards, layouts, modes, parallel, shown, whole_run, work
+from engine.memory.one_call import Calls
 from engine.model import lora, tensors
 from engine.run import checkpoint, finite
 from engine.run.folder import RunFolder, may_explain
+from engine.run.stopping import Stopping
+from evaluation import card
 from evaluation.explain import Explanation
 
 
@@ -42,21 +47,25 @@ from evaluation.explain import Explanation
 def srpo(a, net, reward, batch):
     """SRPO: yields (loss, `Term`) for every term of Eq. 6's sum, whose gradients add up at constant memory.
 
-    a: the flags; net: a `flux.Flux`; reward: a `srpo_reward.Rewards`; batch: a `prepare.Batch`. The caller calls
-    backward on each loss as it comes.
+    a: the flags; net: a `flow.Flow`; reward: a `srpo_reward.Rewards`; batch: a `prepare.Batch`. The caller calls
+    backward on each loss as it comes. It takes all terms, since `Calls` may end the backward after the last one.
     """
     x0 = batch.x0
     if x0 is None:
-        sigmas = da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1]))
-        x0 = net.rollout(batch.start, batch.c, sigmas, a.rollout_guidance)       # [B, N, C]
+        sigmas = da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1], a.rollout_steps))
+        x0 = net.rollout(batch.start, batch.c, sigmas, a.rollout_guidance, dtype=a.rollout_dtype)  # [B, N, C]
     grid = da.training_grid(*a.sigma_range, a.cells, x0.device)
     reach = da.reach_of(a.groundtruth_ratio, a.cells)
     n = a.injections * len(a.branches)
     for m in batch.middles:
+        states = []
         for branch in a.branches:
             at = da.place(branch, m, grid, reach, a.meet)
             x_t = da.inject(x0, batch.eps, at.sigma)                             # Eq. 3
-            v_theta = net.velocity(x_t, at.sigma, batch.c, a.guidance)           # the call with a gradient
+            states.append((branch, at, x_t))
+        calls = Calls(net, [(x_t, at.sigma) for _, at, x_t in states], a.memory)
+        for branch, at, x_t in states:
+            v_theta = calls.velocity(x_t, at.sigma, batch.c, a.guidance)         # the call with a gradient
             if a.recover == "velocity":
                 x0_hat = da.recover(x_t, v_theta, batch.eps, at.sigma, at.sigma_to)  # Eq. 5
             else:
@@ -74,6 +83,7 @@ def srpo(a, net, reward, batch):
             sgp = sr.relative(r1, r2).known()
             yield loss, Term(batch.prompts, branch, x_t, v_theta, image, r, sgp,
                              at.sigma, at.sigma_to, x0, x0_hat, d)
+        calls.backward()
 
 
 def discount_of(a, branch):
@@ -139,6 +149,7 @@ def optimizer_step(a, run, step, looks):
     """Clip the gradient, check that it and what `finite` looked at are finite, step. Returns the norm before clipping.
     Raises NotFinite."""
     parameters = layouts.trainable(run.net.transformer)
+    layouts.finish_gradients(run.net.transformer)
     norm = tensors.full(torch.nn.utils.clip_grad_norm_(parameters, a.clip))
     norm = finite.stop_before_the_step(looks, norm, step, run)
     if norm == 0:
@@ -154,7 +165,7 @@ def optimizer_step(a, run, step, looks):
 def train(a, run, state):
     """Updates until --steps, or until the watched pictures have landed (--land), with checkpoints. `state` is what a
     checkpoint holds beside the weights: the last finished update. Raises Stopped if the run is asked to stop."""
-    flop = plan.update_flop(run.job, run.world.size)  # of this process
+    flop = work.update_flop(run.job, run.world.size)  # of this process
     bar = tqdm(range(state["step"] + 1, a.steps + 1), initial=state["step"], total=a.steps, desc="train",
                disable=not run.world.main)
     for step in bar:
@@ -162,7 +173,7 @@ def train(a, run, state):
             break
         line = update(a, run, step)
         seconds = line["seconds_rollout"] + line["seconds_update"]
-        line |= plan.achieved(flop, seconds, run.net.device)
+        line |= work.achieved(flop, seconds, run.net.device) | run.curriculum.says(step)
         state |= {"step": step, "unlogged": line}
         run.stopping.words = f"stopped after step {step}, saved; --resume continues"
         run.watched.log(run.folder, state)
@@ -212,11 +223,13 @@ def show_plan(a, model):
     for note in model.notes(vars(a)):
         print(note)
     recipe.share_of(a, a.world_size)
+    prepare.settle_evaluation(a, model, print)
     a.memory, why = cards.settle_for(prepare.job(a, model), a.world_size, a.card)
     if why:
         print(printable(why))
     job = prepare.job(a, model)
-    plan.show(job, a.world_size, a.card, a.share)
+    shown.show(job, a.world_size, a.card, a.share)
+    whole_run.show(job, a, model, torch.bfloat16)
     cards.show_cards(job, a.share)
 
 
@@ -225,6 +238,7 @@ def explain_an_update(a, model, out):
     picture = may_explain(out)
     a.steps = 1
     a.global_batch = 2
+    a.eval = 0
     world = parallel.World(mesh=modes.needs_mesh(a.memory))
     prepare.settle(a, model, world)
     explanation = Explanation(a, prepare.set_up(a, model, world))
@@ -245,6 +259,8 @@ def main(argv=None, read=None):
         world = parallel.World(a.replicas, mesh=modes.needs_mesh(a.memory))
         recipe.share_of(a, world.size)
         prepare.settle(a, model, world)
+        if a.push_to_hub:
+            world.decide(hub.may_push, a.push_to_hub)
         folder = world.decide(RunFolder, out, vars(a))
         if folder.checkpoints:
             newest = folder.checkpoints[-1].name
@@ -258,7 +274,7 @@ def main(argv=None, read=None):
         except Stopped:
             save(a, run, state)
             if state["step"]:
-                lora.export(run.net.transformer, out / "weights", world, run.net.dtype)
+                lora.export(run.net.transformer, out / "weights", world, run.net.dtype, run.watched.about)
             if world.main:
                 run.watched.report(folder, state, "stopped")
             raise
@@ -266,12 +282,16 @@ def main(argv=None, read=None):
             if world.main:
                 run.watched.report(folder, state, "failed")
             raise
-        lora.export(run.net.transformer, out / "weights", world, run.net.dtype)
+        lora.export(run.net.transformer, out / "weights", world, run.net.dtype, run.watched.about)
         if a.save_as:
-            lora.save_as(run.net.transformer, out / "weights" / f"{a.save_as}.safetensors", world, a.save_as)
+            lora.save_as(run.net.transformer, out / "weights" / f"{a.save_as}.safetensors", world, a.save_as,
+                         run.watched.about)
         stopping.words = f"stopped after the last update; its weights are in {out}/weights"
         run.watched.finish(folder, state)
         world.close()
+        if a.push_to_hub and world.main:
+            stopping.words = f"stopped before {a.push_to_hub} was complete; everything is in {out}"
+            hub.push(a.push_to_hub, out / "weights", card.files(out / "weights"))
 
 
 if __name__ == "__main__":

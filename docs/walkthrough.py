@@ -18,7 +18,7 @@ import matplotlib.pyplot as plt
 import torch
 
 import direct_align as da
-import flux
+import flow
 import prepare
 import recipe
 import srpo_reward as sr
@@ -48,10 +48,10 @@ def show(rows, titles=None, size=1.5):
 
 torch.set_num_threads(1)
 a, model = recipe.read(["--model", "miniature"])
-net = flux.load(model)
+net = flow.load(model)
 reward = load_rewards(a.reward)
 prompts = read_prompts(a.eval_prompts)[:4]
-c = flux.encode_prompts(model, prompts).condition(slice(None), net.grid(a.size, a.size), "cpu")
+c = flow.encode_prompts(model, prompts).condition(slice(None), net.grid(a.size, a.size), "cpu")
 print(*prompts, sep="\n")
 
 # %% [markdown]
@@ -61,8 +61,8 @@ print(*prompts, sep="\n")
 # velocity, v = eps - x0, and a step from sigma to sigma' adds (sigma' - sigma) v.
 
 # %%
-start = flux.noise(net, c.grid, range(len(prompts)))
-sigmas = da.sigma_steps(a.eval_steps, net.shift(start.shape[1]))
+start = flow.noise(net, c.grid, range(len(prompts)))
+sigmas = da.sigma_steps(a.eval_steps, net.shift(start.shape[1], a.eval_steps))
 x0 = net.rollout(start, c, sigmas, a.guidance)
 clean = net.decode(x0, c.grid)
 show({"x0, decoded": clean}, prompts)
@@ -75,7 +75,7 @@ show({"x0, decoded": clean}, prompts)
 # For a rectified flow, alpha = 1 - sigma. The noise `eps` is drawn once and known from now on.
 
 # %%
-eps = flux.noise(net, c.grid, range(100, 100 + len(prompts)))
+eps = flow.noise(net, c.grid, range(100, 100 + len(prompts)))
 levels = (0.25, 0.5, 0.75, 0.95)
 noisy = {sigma: da.inject(x0, eps, sigma) for sigma in levels}
 show({"x_t of the first prompt": torch.cat([net.decode(x_t[:1], c.grid) for x_t in noisy.values()])},
@@ -225,7 +225,7 @@ print(f"cosine of the two gradients of the same reward in v_theta: {cosine:+.3f}
 # %%
 figure, axes = plt.subplots(2, len(prompts), figsize=(7, 3.6), layout="constrained")
 for line, (branch, gradient) in zip(axes, gradients.items(), strict=True):
-    latents = flux.unpack(gradient, c.grid).mean(1)  # [B, h, w]
+    latents = flow.unpack(gradient, c.grid).mean(1)  # [B, h, w]
     line[0].set_ylabel(branch)
     for axis, picture in zip(line, latents, strict=True):
         limit = picture.abs().max()
@@ -269,7 +269,7 @@ plt.show()
 # %% [markdown]
 # ## One update
 #
-# `train.srpo` puts all of it together in 40 lines, and `train.update` steps the optimizer.
+# `train.srpo` puts all of it together, and `train.update` steps the optimizer.
 
 # %%
 a, model = recipe.read(["--model", "miniature"])

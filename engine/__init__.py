@@ -1,0 +1,3 @@
+from engine.loading import until_module_loaded
+
+until_module_loaded(__name__)

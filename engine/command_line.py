@@ -20,10 +20,20 @@ WEIGHTS = ("the transformer's weights instead of the model's own: a run's folder
            "with config.json and safetensors, or a pipeline's; one .safetensors with the names of diffusers, "
            "black-forest-labs or ComfyUI, also in scaled float8; a LoRA of diffusers, kohya, ComfyUI, OneTrainer, "
            "XLabs or peft; or a hub id of any of these, OWNER/NAME or OWNER/NAME/FILE")
+MODEL = "folder in the layout of FLUX.1-dev or FLUX.2-klein, or hub id"
+CFG = ("classifier-free guidance of a model that is not distilled, g of flow.guided, two calls a step; off: one call "
+       "[FLUX.2-klein-base: 4]")
 SAVE_AS = ("diffusers", "comfyui", "comfyui-fp8", "kohya")
 SAVE_AS_HELP = ("write the weights as one file in bf16 too: diffusers: with diffusers' names; comfyui: with "
                 "black-forest-labs' names, which ComfyUI reads; comfyui-fp8: the same, with the blocks' matrices in "
                 "float8, each with its scale; kohya: a LoRA with kohya's names")
+
+
+def check_names(name, family):
+    """Raise UserError if the names of a --save-as, one of SAVE_AS or None, are not known for a `family.Family`."""
+    if name not in (None, "diffusers") and not family.has_released_names:
+        raise UserError(f"--save-as {name}: its names are known here for FLUX.1 alone, and this is {family.name}; "
+                        "leave it out: what is written has diffusers' names")
 
 
 def check_save_as(name, is_lora):
@@ -94,6 +104,21 @@ def real(low=-LARGEST, high=LARGEST, open_low=False, open_high=False):
             raise argparse.ArgumentTypeError(f"{text}: must be a finite number{wanted}")
         return value
     return read
+
+
+def extent(text):
+    """A type for argparse: pixels of a picture. "64" and "64x64" are 64, of each side; "96x64" is [96, 64], width and
+    height."""
+    try:
+        width, height = (whole(1)(part) for part in (text.lower().split("x") if "x" in text.lower() else [text, text]))
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of pixels, or WIDTHxHEIGHT") from error
+    return width if width == height else [width, height]
+
+
+def sides(size):
+    """(height, width) of what `extent` read."""
+    return (size, size) if isinstance(size, int) else tuple(reversed(size))
 
 
 def or_off(read):
@@ -253,8 +278,12 @@ def given(parser, argv):
     """{name: value} of the flags that a command line gives; flags that it does not give are left out. Raises
     UserError."""
     actions = [action for action in parser._actions if action.dest != argparse.SUPPRESS and action.dest != "help"]
-    space = argparse.Namespace(**{action.dest: NOT_GIVEN for action in actions})
+    several = [action for action in actions if isinstance(action, argparse._AppendAction)]  # they begin with a list
+    space = argparse.Namespace(**{action.dest: NOT_GIVEN for action in actions if action not in several})
     parser.parse_args(argv, space)
+    for action in several:
+        if vars(space)[action.dest] == action.default:
+            delattr(space, action.dest)
     return {name: value for name, value in vars(space).items() if value is not NOT_GIVEN}
 
 

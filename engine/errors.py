@@ -8,6 +8,8 @@ import sys
 from contextlib import contextmanager
 from datetime import timedelta
 
+from engine.loading import loaded
+
 
 class UserError(ValueError):
     """A mistake that the user can correct; the message is one line."""
@@ -205,9 +207,11 @@ def frame(script):
     SIGTERM; 0 under torchrun. What was written before stays. Of several processes, rank 0 prints the line. Any other
     error is raised as it is.
     """
+    loaded()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a file's name may be no text, or not in the terminal's code
+            # A file's name may be no text, or not in the terminal's code. A log file shows each line at once.
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     rank = 0
     try:
         rank = rank_here()

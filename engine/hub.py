@@ -7,6 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import validate_repo_id
 
 from engine.errors import UserError
 
@@ -44,6 +45,38 @@ def fetched(where, files):
         return folder
     except Exception as error:
         raise not_fetched(where, error) from error
+
+
+def may_push(name):
+    """Make the repository of a hub id, unless it exists. Raises UserError if this user may not: before a run, so that
+    nothing is trained in vain."""
+    login = f"--push-to-hub {name}"
+    try:
+        validate_repo_id(name)
+        _, _ = name.split("/")
+    except ValueError as error:
+        raise UserError(f"{login}: is no name on the hub; give OWNER/NAME") from error
+    try:
+        HfApi().whoami()
+    except Exception as error:
+        raise UserError(f"{login}: the hub does not know you ({type(error).__name__}); hf auth login, or set "
+                        "HF_TOKEN") from error
+    try:
+        HfApi().create_repo(name, exist_ok=True)
+    except Exception as error:
+        raise UserError(f"{login}: the hub does not let you write there ({type(error).__name__}); give a name of your "
+                        "own, and a token that may write") from error
+
+
+def push(name, folder, files):
+    """Upload some files of a folder to a hub id. Raises UserError, which says how to do it again."""
+    try:
+        done = HfApi().upload_folder(repo_id=name, folder_path=folder, allow_patterns=files,
+                                     commit_message="SRPO (arXiv 2509.06942)")
+    except Exception as error:
+        raise UserError(f"--push-to-hub {name}: not uploaded ({type(error).__name__}); everything is in {folder}; "
+                        f"hf upload {name} {folder}") from error
+    print(f"uploaded: {getattr(done, 'commit_url', None) or name}")
 
 
 def not_fetched(what, error):

@@ -1,5 +1,5 @@
 """Write --weights as a folder of full weights: a LoRA is merged into its base; a single file gets diffusers' names.
---weights accepts the folder, and FluxTransformer2DModel.from_pretrained loads it. With --save-as, write one file.
+--weights accepts the folder, and from_pretrained of the transformer's class loads it. With --save-as, write one file.
 
     python -m engine.merge --model miniature --weights runs/lora/weights --out runs/merged
     python -m engine.merge --model miniature --weights runs/lora/weights --save-as comfyui --out flux.safetensors
@@ -10,14 +10,14 @@ from pathlib import Path
 
 import torch
 
-from engine.command_line import SAVE_AS, SAVE_AS_HELP, WEIGHTS, Parser, check_save_as, some_path
+from engine.command_line import SAVE_AS, SAVE_AS_HELP, WEIGHTS, Parser, check_names, check_save_as, some_path
 from engine.errors import UserError, frame, printable
 from engine.hub import quiet
 from engine.memory import parallel
 from engine.model import export, lora, lora_files, trained
 from engine.model.folder import Model
 from engine.model.single_file import SUFFIXES
-from engine.model.tensor_files import meta_network
+from engine.model.tensor_files import kind_of, meta_network
 from engine.model.tensors import are_finite
 
 
@@ -26,7 +26,7 @@ def main(argv=None):
     quiet()
     parser = Parser(__doc__, prog="python -m engine.merge")
     add = parser.add_argument
-    add("--model", required=True, help="folder in FLUX.1-dev's layout, or hub id: the base")
+    add("--model", required=True, help="folder of a base, or hub id")
     add("--weights", required=True, help=WEIGHTS)
     add("--save-as", choices=SAVE_AS, help=SAVE_AS_HELP + ", which is not merged then")
     add("--out", required=True, type=some_path, help="folder that does not exist yet, or is empty; with --save-as a "
@@ -34,6 +34,7 @@ def main(argv=None):
     with frame("merge"):
         a = parser.parse_args(argv)
         model = Model(a.model)
+        check_names(a.save_as, model.family)
         trained.check(a.weights, model)
         check_out(a)
         for note in trained.notes(a.weights):
@@ -57,7 +58,7 @@ def write(a, model):
     if a.save_as == "kohya":
         check_save_as(a.save_as, is_lora)
         config = model.configs.transformer
-        pairs = lora.fitting(meta_network(trained.kind(), config), trained.place_of(a.weights))
+        pairs = lora.fitting(meta_network(kind_of(config), config), trained.place_of(a.weights))
         lora.write_lora(a.out, lora_files.in_kohyas_names(pairs, config), world)
         return f"a LoRA with kohya's names in {a.out}"
     if is_lora:
@@ -65,7 +66,7 @@ def write(a, model):
     source = trained.source(a.weights, model)
     in_bf16 = all(tensor.get_dtype() in ("BF16", "F8_E4M3", "F8_E5M2") for tensor in source.tensors.values())
     dtype = torch.bfloat16 if in_bf16 else torch.float32  # either way it holds every number exactly
-    network = parallel.load_sharded(trained.kind(), source, "cpu", dtype)
+    network = parallel.load_sharded(kind_of(model.configs.transformer), source, "cpu", dtype)
     if is_lora:
         lora.merge_into(network, trained.place_of(a.weights))
     if not are_finite(network.parameters()):

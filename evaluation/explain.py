@@ -12,7 +12,6 @@ import torch
 from matplotlib.figure import Figure
 
 import direct_align as da
-import flux
 import srpo_reward as sr
 from engine.files import PNG_MARK, write_whole
 
@@ -85,18 +84,18 @@ class Explanation:
         a = self.a
         if not self.rolled_out:
             if self.batch.x0 is None:
-                tell(flux.Flux.rollout, start=self.batch.start, guidance=a.rollout_guidance, x0=term.x0)
+                tell(type(self.net).rollout, start=self.batch.start, guidance=a.rollout_guidance, x0=term.x0)
             else:
-                tell(flux.Flux.encode, x0=term.x0)
+                tell(type(self.net).encode, x0=term.x0)
             tell(da.training_grid, sigma_max=a.sigma_range[0], sigma_min=a.sigma_range[1], cells=a.cells)
             self.rolled_out = True
         print(f"\n{'-' * 30} the branch: {term.branch} {'-' * 30}")
         tell(da.place, sigma=term.sigma, sigma_to=term.sigma_to)
         tell(da.inject, x0=term.x0, eps=self.batch.eps, x_t=term.x_t)
-        tell(flux.Flux.velocity, guidance=a.guidance, v_theta=term.v_theta)
+        tell(type(self.net).velocity, guidance=a.guidance, v_theta=term.v_theta)
         tell(da.recover if a.recover == "velocity" else da.recover_epsilon, x0_hat=term.x0_hat)
         self.tell_sign(term)
-        tell(flux.Flux.decode, image=term.image)
+        tell(type(self.net).decode, image=term.image)
         tell(sr.Rewards.of, **self.scores_of(term))
         tell(da.discount, d=term.d)
         tell(sr.branch_reward, form=a.form, branch=term.branch, r=term.reward)

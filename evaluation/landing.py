@@ -27,7 +27,7 @@ def references(a, model, world):
 def level(a, model, shown, net, rewards, world):
     """The SGP gap at which a run ends; None without --land.
 
-    a: the flags; model: a `Model`; shown: the `Photograph`s; net: a `flux.Flux`; rewards: `srpo_reward.Rewards`.
+    a: the flags; model: a `Model`; shown: the `Photograph`s; net: a `flow.Flow`; rewards: `srpo_reward.Rewards`.
     Photographs go through the VAE first, as the model's own pictures do. The processes share the work."""
     if not shown:
         return a.land

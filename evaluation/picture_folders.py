@@ -11,7 +11,7 @@ import json
 import os
 import re
 import unicodedata
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,9 +34,9 @@ from engine.files import (
     write_json,
     write_whole,
 )
+from engine.memory import sampling
 from engine.model import trained
 from engine.paths import named_path
-from rewards.pictures import fitted, pixels
 from srpo_reward import with_words
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -45,7 +45,7 @@ OWN = ("geneval", "diversity")  # metrics with their own pictures, in subfolders
 PREFIXED = "base with the words"
 # The names that evaluate.py itself writes in --out.
 TAKEN = ["base", "base_with_the_words", "scores", "made.json", "results.json", "pictures.jsonl", "table.md",
-         "sheet.png"]
+         "table.csv", "table.tex", "sheet.png"]
 BY = "evaluate.py"
 
 
@@ -182,11 +182,12 @@ def is_whole(path):
 
 
 # ------------------------------------------------------------------------------------------ rows of the table
-def named(flag, items):
+def named(flag, items, taken=TAKEN):
     """["NAME=PATH" or "PATH"] -> {name: path}. A path without a name is its own name. Raises UserError for names that
-    cannot be separate folders in --out."""
+    cannot be separate folders in --out, or are `taken`, by what the script itself writes there."""
     found = {}
-    taken = set() if flag == "--images" else set(TAKEN)
+    own = ", ".join(taken)
+    taken = set() if flag == "--images" else set(taken)
     for item in items:
         name, path = named_path(item)
         name = printable(path if name is None else name)
@@ -195,8 +196,8 @@ def named(flag, items):
         if not 0 < len(folder) <= 200:
             raise UserError(f'{flag} "{item}": not a name for a folder; give NAME=PATH')
         if on_disk in taken:
-            raise UserError(f"{flag} {item}: a name is used twice, or taken ({', '.join(TAKEN)} are "
-                            f"evaluate.py's own); give NAME=PATH")
+            raise UserError(f"{flag} {item}: a name is used twice, or taken ({own} are the "
+                            f"script's own); give NAME=PATH")
         taken.add(on_disk)
         found[name] = path
     return found
@@ -248,7 +249,9 @@ def planned(args, prompts):
         method.made = {"by": BY, "model": args.model, "size": args.size, "eval_steps": args.eval_steps,
                        "guidance": args.guidance, "seed": args.seed,
                        "weights": stamp(method.weights) if method.weights else [], "prompts": digest,
-                       "words": method.words}
+                       "words": method.words, **sampling.made(args.memory)}
+        if args.cfg is not None:
+            method.made["cfg"] = args.cfg
         check_made(method.folder, method.made, args.out)
     return methods
 
@@ -270,7 +273,7 @@ def check_made(folder, made, out):
             raise UserError(f"{stored}: not {made['by']}'s; give another --out")
         for key, now in made.items():
             if then.get(key) != now:
-                what = "" if key in ("weights", "prompts") else f" {then.get(key)}, now {now}"
+                what = "" if key in ("weights", "prompts", "lines") else f" {then.get(key)}, now {now}"
                 raise UserError(f"--out {out}: the pictures in {folder} were made with other {key}{what}; "
                                 f"delete that folder, or give another --out")
     files = [file for place in (folder, *(folder / name for name in OWN)) for file in picture_files(place)]
@@ -347,23 +350,13 @@ def save_grid(images, path, columns=8, mark=b""):
     save_picture(images.repeat_interleave(scale, 2).repeat_interleave(scale, 3), path, columns, mark)
 
 
-def contact_sheet(methods, pictures, path, rows=24):
-    """Write a PNG with the pictures of all methods side by side, prompt by prompt: `rows` prompts in all, divided
-    equally among the categories, the first picture of each."""
-    groups = defaultdict(list)  # {category: the pictures that all methods have}
-    first = {}
-    for picture in pictures:
-        first.setdefault(picture.prompt, picture)
-    for picture in first.values():
-        if all(method.path(picture).exists() for method in methods):
-            groups[picture.category].append(picture)
-    images = []
-    for group in groups.values():
-        for picture in group[:-(-rows // len(groups))]:
-            try:
-                row = [read_picture(method.path(picture)) for method in methods]
-            except UserError:
-                continue  # the error was reported when the picture was scored
-            images += [pixels(fitted(image, 256, "letterbox")) for image in row]
-    if images:
-        save_grid(torch.stack(images), path, columns=len(methods) * max(1, 8 // len(methods)))
+def places(picture, side, number):
+    """[(x, y, width, height)] in pixels of the pictures in a grid of square ones that `save_grid` wrote, a PIL picture.
+    side: of each, before it was enlarged; number: how many there are, at most."""
+    side *= max(1, 128 // side)
+    if min(picture.size) < side + 4:  # a grid of one picture has no frame
+        return [(0, 0, *picture.size)]
+    columns = (picture.width - 2) // (side + 2)
+    rows = (picture.height - 2) // (side + 2)
+    return [(2 + i % columns * (side + 2), 2 + i // columns * (side + 2), side, side)
+            for i in range(min(number, columns * rows))]

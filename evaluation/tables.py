@@ -1,12 +1,10 @@
-"""From scores to tables: means with standard errors, paired differences, and the rows of the paper's Table 1."""
+"""From scores to tables: means with standard errors, paired differences, and the rows of the paper's Table 1. How they
+are written: table_formats.py."""
 
 import json
 import math
-import re
 
 import torch
-
-from engine.errors import printable
 
 # Table 1 of the paper: HPDv2 benchmark, FLUX.1-dev, columns in the paper's order. sgp_hps_shown is SGP-HPS as the
 # authors display it. real, aesth and overall come from their human study: the percentage of excellent pictures.
@@ -131,64 +129,3 @@ def per_picture(pictures, scores):
                 lines.append(json.dumps({"row": row, "picture": picture.name, "prompt": picture.prompt,
                                          "category": picture.category, **values}) + "\n")
     return "".join(lines)
-
-
-# ------------------------------------------------------------------------------------------------ as Markdown
-def cell(column, value, difference=False):
-    """One cell as text: mean ± se in the format of a `Column`, with a percent sign last; "-" for None."""
-    if value is None:
-        return "-"
-    unsigned = column.format.lstrip("+")
-    signed = "+" + unsigned if difference else column.format
-    se = "-" if value["se"] is None else format(value["se"], unsigned)
-    shown = f"{format(value['mean'], signed)} ± {se}"
-    return shown.replace("%", "") + " %" if "%" in shown else shown
-
-
-def safe(name):
-    """A row's name, escaped: it cannot end a cell of the table, and it cannot control the terminal."""
-    return printable(name).replace("|", r"\|")
-
-
-def table(rows, columns, differences=None, paper=True):
-    """A Markdown table: a line, mean ± standard error, for each of rows {name: summary} and then of differences.
-
-    columns: {column: Column}, those to show, in this order. paper: whether the paper's rows come first, if one of
-    these columns is in its Table 1.
-    """
-    lines = [["", *(column.title for column in columns.values())],
-             ["---"] * (len(columns) + 1)]
-    if paper and any(column in ORDER for column in columns):
-        for name, row in PAPER.items():
-            lines.append([f"{name} [paper]", *(f"{row[k]:.3f}" if k in row else "-" for k in columns)])
-    for name, row in rows.items():
-        lines.append([safe(name), *(cell(column, row.get(k)) for k, column in columns.items())])
-    for name, row in (differences or {}).items():
-        lines.append([safe(name), *(cell(column, row.get(k), True) for k, column in columns.items())])
-    width = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
-    text = []
-    for line in lines:
-        padded = [word.ljust(w, "-" if word == "---" else " ") for word, w in zip(line, width, strict=True)]
-        text.append("| " + " | ".join(padded) + " |")
-    return "\n".join(text)
-
-
-def report(found, columns):
-    """`results` as Markdown: the overall table, with the paper's rows and the paired differences, then a table for each
-    category. columns: {column: Column}, those to show."""
-    first, *others = found
-    rows = {name: row["overall"] for name, row in found.items()}
-    seeds_of_one_run = len({re.sub(r"seed\d+", "", name) for name in others}) == 1
-    if len(others) > 1 and seeds_of_one_run:
-        rows[f"mean of {len(others)}, ± spread"] = spread([rows[name] for name in others])
-    differences = {f"{name} - {first}": found[name]["difference"] for name in others}
-    parts = ["Mean ± standard error over pictures; differences are paired, picture by picture.",
-             table(rows, columns, differences)]
-    categories = found[first]["categories"]
-    if len(categories) > 1:
-        for category in categories:
-            rows = {name: row["categories"][category] for name, row in found.items()}
-            shown = {k: column for k, column in columns.items() if any(row.get(k) for row in rows.values())}
-            if shown:
-                parts += [f"{printable(category)}:", table(rows, shown, paper=False)]
-    return "\n\n".join(parts) + "\n"

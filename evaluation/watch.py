@@ -9,21 +9,22 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torchvision.io import encode_png, read_image
 from tqdm import tqdm
 
-import flux
+import flow
 import srpo_reward as sr
+from engine.data.pictures import read_picture
 from engine.errors import NotFinite, UserError
-from engine.files import write_json, write_whole
+from engine.files import write_json
 from engine.model import lora
-from evaluation import tables
-from evaluation.metrics import frechet, judge, reward, statistics
+from engine.run.folder import PHOTOGRAPHS
+from evaluation import card, sheets, table_formats, tables
+from evaluation.metrics import frechet, judge
 from evaluation.metrics.statistics import STATISTICS
-from evaluation.picture_folders import save_grid
+from evaluation.picture_folders import places, save_grid
+from evaluation.report import curves
 from evaluation.report import page as report
-from rewards.base import Column
-from rewards.pictures import pixel_statistics
+from rewards.pictures import fitted, pixel_statistics
 
 BEFORE = "before training"  # the end of the titles of the looks at what the run starts from
 
@@ -58,12 +59,6 @@ def measure(images, prompts, rewards, judging, control, neg, batch=64):
     return {name: torch.cat([part[name].float().cpu() for part in parts]) for name in parts[0]}
 
 
-def columns_of(scores):
-    """{name: `Column`} for what `Watch.evaluate` returns. A reward among several has its own column."""
-    known = reward.COLUMNS | statistics.COLUMNS | judge.COLUMNS | frechet.SET_COLUMNS
-    return {name: known.get(name, Column(name, "+.3f")) for name in scores}
-
-
 class Drift(NamedTuple):
     """How the watched pictures have changed: {statistic: change of the mean}, and the drift warnings as texts."""
     changes: dict
@@ -95,7 +90,7 @@ def hacking(now, before, band):
 class Prompts(NamedTuple):
     """P prompts: their texts, and their embeddings for the network."""
     texts: list
-    embeddings: flux.Embeddings
+    embeddings: flow.Embeddings
 
 
 class Watch:
@@ -113,7 +108,10 @@ class Watch:
         self.watched = watched
         self.evaluated = evaluated
         self.stopping = stopping
+        self.photographs = []  # [3, H, W] each: held out; their captions are the first watched prompts
         self.level = None  # the SGP gap at which the run ends (--land); None: it ends after --steps
+        self.model = model
+        self.about = card.about(a, model)  # the metadata of the weights' files
         self.flags = ""  # the run's flags as one line for its report; train.py sets it
         self.grid = net.grid(a.size, a.size)
 
@@ -125,8 +123,8 @@ class Watch:
         rows = [min(i, n - 1) for i in range(each * self.world.size)][self.world.rows(each)]
         helps = "" if title.endswith(BEFORE) else "; try a smaller --lr, or another --seed"
         try:
-            images = flux.sample(self.net, prompts.embeddings.txt[rows], prompts.embeddings.pooled[rows],
-                                 flux.noise(self.net, self.grid, rows), self.grid, self.a.eval_steps,
+            images = flow.sample(self.net, prompts.embeddings.txt[rows], prompts.embeddings.pooled[rows],
+                                 flow.noise(self.net, self.grid, rows), self.grid, self.a.eval_steps,
                                  self.a.guidance, self.a.batch, partial(self.batches, title))
         except NotFinite as error:
             raise NotFinite(f"{title}: {error}{helps}") from error
@@ -171,6 +169,11 @@ class Watch:
             evaluated = self.evaluate(f"evaluate {BEFORE}")
         if self.world.main:
             save_grid(images, folder.out / "samples" / "step_00000.png")
+            if self.photographs:
+                beside = [fitted(photograph, self.a.size, "letterbox") for photograph in self.photographs]
+                save_grid(torch.stack(beside), folder.out / "samples" / PHOTOGRAPHS)
+            folder.show(0, {"watch": {name: values.nanmean().item() for name, values in scores.items()}},
+                        watched_pictures=folder.out / "samples" / "step_00000.png")
         gap = scores["sgp"].mean().item()
         if self.level is not None and gap >= self.level:
             raise UserError(f"--land {self.a.land}: before training the watched pictures' SGP gap is {gap:+.3f}, and "
@@ -213,37 +216,53 @@ class Watch:
         if self.landed(state):
             self.world.say(f"step {step}: landed: the watched SGP gap is {sgp:+.3f}, and --land's {self.level:+.3f}")
         if not drift.warnings and (state["best"] is None or sgp > state["best"]):
-            lora.export(self.net.transformer, folder.out / "weights_best", self.world, self.net.dtype)
+            lora.export(self.net.transformer, folder.out / "weights_best", self.world, self.net.dtype, self.about)
             state |= {"best": sgp, "best_step": step}
         if self.world.main:
             save_grid(images, folder.out / "samples" / f"step_{step:05d}.png")
+            folder.show(step, {}, watched_pictures=folder.out / "samples" / f"step_{step:05d}.png")
         means = {name: value and value["mean"]
                  for name, value in self.summary(images, now, self.watched).items()}
         found = {"drift": drift.changes, "watch": means, "hacking": drift.warnings}
         return found if self.level is None else found | {"land": self.level}
+
+    def before_and_after(self, out, step):
+        """Write before_after.png: the first watched pictures above those after an update, with their prompts."""
+        lines = []
+        for number in (0, step):
+            path = out / "samples" / f"step_{number:05d}.png"
+            if not path.is_file():
+                return
+            grid = read_picture(path)
+            boxes = places(grid, self.a.size, len(self.watched.texts))
+            lines.append([grid.crop((x, y, x + w, y + h)) for x, y, w, h in boxes])
+        columns = [sheets.Column(sheets.label_of(prompt, seed), pictures)
+                   for seed, (prompt, *pictures) in enumerate(zip(self.watched.texts, *lines, strict=False))]
+        sheets.save(["before", f"update {step}"], columns, out / "before_after.png")
 
     def landed(self, state):
         """Whether the last look's SGP gap has reached that of --land."""
         return self.level is not None and state["gap"] >= self.level
 
     def finish(self, folder, state):
-        """Evaluate after training. Write before_after.png (first watched pictures above the last), summary.json and the
-        report, and print the table."""
+        """Evaluate after training. Write before_after.png (first watched pictures above the last), summary.json, the
+        report and the tables, and print the tables."""
         after = self.evaluate("evaluate after training")
         if not self.world.main:
             return
         out = folder.out
-        samples = [out / "samples" / f"step_{step:05d}.png" for step in (0, state["step"])]
-        if all(path.is_file() for path in samples):
-            pictures = [read_image(str(path)) for path in samples]
-            write_whole(out / "before_after.png", bytes(encode_png(torch.cat(pictures, 1)).numpy()))
+        self.before_and_after(out, state["step"])
         if self.level is not None and not self.landed(state):
             self.world.say(f"not landed: after {state['step']} updates the watched SGP gap is {state['gap']:+.3f}, and "
                            f"--land's is {self.level:+.3f}; give more --steps and --resume")
         write_json(out / "summary.json", {"steps": state["step"], "best_sgp": state["best"],
                                           "before": state["evaluated"], "after": after})
         self.report(folder, state, "finished")
-        if after is not None:
-            print(tables.table({"before": state["evaluated"], "after": after}, columns_of(after)))
+        made = curves.numbers([report.run_of(out, vars(self.a), self.flags, "finished", state)])
+        table_formats.write(out, made)
+        print(table_formats.for_the_terminal(made) + "\n")
+        for name, step in (("weights", state["step"]), ("weights_best", state["best_step"])):
+            if step is not None:
+                card.write(out / name, self.a, self.model, self.flags, made, step)
         print(f"weights in {out}/weights (best by SGP gap inside the drift band: weights_best), "
               f"pictures in {out}/before_after.png")

@@ -10,11 +10,10 @@ same work as the released code's loop does it. It adds that loop's habits one af
 import sys
 from statistics import median
 
-import diffusers
 import open_clip
 import torch
 
-import flux
+import flow
 import prepare
 import recipe
 import srpo_reward as sr
@@ -22,9 +21,10 @@ import train
 from engine.command_line import Parser, whole
 from engine.data import draws
 from engine.errors import UserError, frame
-from engine.memory import layouts, modes, parallel, plan
-from engine.model import tensors, trained
-from engine.model.tensor_files import meta_network
+from engine.files import write_json
+from engine.memory import counts, layouts, modes, parallel, plan, work
+from engine.model import float8, tensors
+from engine.model.tensor_files import kind_of, meta_network
 from rewards import clip_model
 
 PHASES = ["rollout", "branches", "optimizer"]
@@ -38,6 +38,7 @@ def flags(argv):
     parser.add_argument("--random-init", action="store_true",
                         help="random weights: --model gives the size, and the reward is a ViT-H/14")
     parser.add_argument("--released", action="store_true", help="compare with the released loop's habits")
+    parser.add_argument("--json", help="file that the numbers are written to")
     parser.add_argument("--repeats", type=whole(1), default=5, help="timed updates, after one untimed update")
     own, others = parser.parse_known_args(argv)
     a, model = recipe.read(others)
@@ -48,22 +49,33 @@ def flags(argv):
 
 
 # --------------------------------------------------------------------------------------------- random weights
-def random_flux(model, world, layout):
-    """A `flux.Flux` with a model's size and random weights. As in loading, the transformer is sharded before it takes
-    any memory."""
-    transformer = meta_network(trained.kind(), model.configs.transformer)
-    transformer.to_empty(device=layout.prepare(transformer, world))
+def random_flow(model, world, own, layout):
+    """A `flow.Flow` with a model's size and random weights. As in loading, the transformer is sharded over the mesh of
+    a world (`own`) by a `layouts.Layout` before it takes any memory; None and None: whole, in the dtype that it
+    computes in."""
+    transformer = meta_network(kind_of(model.configs.transformer), model.configs.transformer)
+    if layout is None:
+        transformer.to(world.dtype).to_empty(device=world.device)
+    else:
+        transformer.to_empty(device=layout.prepare(transformer, own))
+    fill_at_random(transformer)
+    if layout is not None:
+        layout.start(transformer)
+    with world.device:
+        vae = counts.create(model.configs.vae, world.dtype).eval().requires_grad_(False)
+    scheduler = {"use_dynamic_shifting": False, "shift": 3.0}
+    return flow.family_of(model)(transformer, vae, scheduler, world.device, world.dtype)
+
+
+def fill_at_random(transformer):
+    """Numbers of a standard deviation of 0.02, and gains of 1."""
+    scales = float8.scales_of(transformer)
     for name, parameter in tensors.own_parameters(transformer).items():
         if "norm_" in name and parameter.ndim == 1:  # the gains of RMSNorm
             tensors.fill(parameter, torch.ones(parameter.shape))
         else:
-            local = tensors.local_part(parameter).data
-            local.copy_(0.02 * torch.randn(local.shape, device=local.device))
-    layout.start(transformer)
-    with world.device:
-        vae = plan.create(diffusers.AutoencoderKL, model.configs.vae, world.dtype).eval().requires_grad_(False)
-    scheduler = {"use_dynamic_shifting": False, "shift": 3.0}
-    return flux.Flux(transformer, vae, scheduler, world.device, world.dtype)
+            local = tensors.local_part(parameter)
+            tensors.put(parameter, 0.02 * torch.randn(local.shape, device=local.device), scales.get(name))
 
 
 def random_reward(world):
@@ -78,20 +90,21 @@ def random_embeddings(net, prompts, text_tokens):
     """Random `Embeddings` of P prompts: txt [P, L, D], pooled [P, D']. text_tokens: L."""
     config = net.transformer.config
     txt = torch.randn(len(prompts), text_tokens, config.joint_attention_dim)
-    pooled = torch.randn(len(prompts), config.pooled_projection_dim)
-    return flux.Embeddings(txt, pooled, truncated=0)
+    pooled = torch.randn(len(prompts), config.get("pooled_projection_dim", 0))
+    return flow.Embeddings(txt, pooled, truncated=0)
 
 
 def random_run(a, model, world):
     """The `prepare.Run` of prepare.set_up, but with random weights and without watched pictures."""
-    flux.needs_gpu(model)
+    flow.needs_gpu(model)
     torch.manual_seed(0)
     share = recipe.share_of(a, world.size)
     prompts = [f"prompt {i}" for i in range(a.global_batch)]
     group = recipe.METHODS[a.method].group(a)
     curriculum = draws.Curriculum(prompts, a.steps, a.global_batch, world.rows(share.images), a.seed, group)
-    net = random_flux(model, world, layouts.Layout(a.lora, a.memory, a.seed))
+    net = random_flow(model, world, world, layouts.Layout(a.lora, a.memory, a.seed))
     embeddings = random_embeddings(net, curriculum.prompts, model.configs.text_tokens)
+    net.guide(a.cfg, (embeddings.txt[0], embeddings.pooled[0]), a.cfg_gradient, a.cfg_keep_norm)
     reward = random_reward(world)
     optimizer = prepare.make_ready(a, net, reward, curriculum, [])
     return prepare.Run(world, model, net, reward, recipe.METHODS[a.method].load(), share, prepare.job(a, model),
@@ -103,7 +116,7 @@ def one_by_one(batch):
     """Yields a `prepare.Batch` of B images as B batches of one image."""
     for row in range(len(batch.prompts)):
         own = slice(row, row + 1)
-        c = flux.Condition(batch.c.txt[own], batch.c.pooled[own], batch.c.grid)
+        c = flow.Condition(batch.c.txt[own], batch.c.pooled[own], batch.c.grid)
         yield batch._replace(
             prompts=batch.prompts[own], c=c, start=batch.start[own], eps=batch.eps[own],
             texts=sr.Texts(*(side[own] for side in batch.texts)), middles=[m[own] for m in batch.middles])
@@ -153,8 +166,24 @@ def report(a, run, rungs, measured):
         for phase in PHASES:
             line += f"{median(update[phase] for update in updates):>9.3f} "
         print(line + f"{totals[-1]:>8.3f} {totals[-1] / totals[0]:>6.2f}")
-    reached = plan.achieved(plan.update_flop(run.job, run.world.size), totals[0], device)
+    reached = work.achieved(work.update_flop(run.job, run.world.size), totals[0], device)
     print("\n" + ", ".join(f"{name} {value}" for name, value in reached.items()))
+
+
+def numbers(run, first, updates):
+    """What is measured, beside what the plan says of it. first, updates: {phase: seconds} of the untimed update, and of
+    the timed ones."""
+    device = run.world.device
+    phases = {phase: median(update[phase] for update in updates) for phase in PHASES}
+    seconds = sum(phases.values())
+    planned = plan.predict(run.job, run.world.size, torch.bfloat16)
+    told = {"phases": phases, "seconds": seconds, "first": sum(first.values()), "images": run.job.images,
+            "planned": max(planned.peak_in_update, planned.peak_in_rollout) / plan.GIB}
+    told |= work.achieved(work.update_flop(run.job, run.world.size), seconds, device)
+    if device.type == "cuda":
+        told |= {"allocated": torch.cuda.max_memory_allocated() / plan.GIB,
+                 "reserved": torch.cuda.max_memory_reserved() / plan.GIB}
+    return told
 
 
 def main():
@@ -174,8 +203,12 @@ def main():
                 seconds = one_update(a, run, habits)
                 if repeat > 0:
                     updates.append(seconds)
+                elif not habits:
+                    first = seconds
         if world.main:
             report(a, run, rungs, measured)
+            if own.json:
+                write_json(own.json, numbers(run, first, measured[0]))
         world.close()
 
 

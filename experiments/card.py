@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 
-import flux
+import flow
 from engine.command_line import Parser
 from engine.data.prompt_files import read_prompts
 from engine.errors import frame
@@ -39,7 +39,7 @@ PER_PROMPT = 4  # pictures of a prompt for the diversity, as in table1
 @torch.no_grad()
 def textures(model):
     """(the mean texture of rendered photos, the same after encoding and decoding by the VAE)."""
-    vae = flux.load(Model(model)).vae
+    vae = flow.load(Model(model)).vae
     photos, _ = world.draw(world.sample_style, N, 8, PHOTO, True)
     again = []
     for part in photos.split(64):

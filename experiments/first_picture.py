@@ -11,7 +11,7 @@ import matplotlib
 import torch
 from matplotlib import pyplot
 
-import flux
+import flow
 import recipe
 from engine.command_line import Parser, some_path
 from engine.data.prompt_files import read_prompts
@@ -27,10 +27,11 @@ SEED = 70_000_000  # of the true photos
 
 def sampled(net, model, prompts, a):
     """A network's pictures of P prompts, at noise seeds 0, 1, ...: [P, 3, H, W] in [0, 1]."""
-    embeddings = flux.encode_prompts(Model(model), prompts)
+    embeddings = flow.encode_prompts(Model(model), prompts)
+    net.guide(a.cfg, embeddings.empty)
     grid = net.grid(a.size, a.size)
-    start = flux.noise(net, grid, range(len(prompts)))
-    return flux.sample(net, embeddings.txt, embeddings.pooled, start, grid, a.eval_steps, a.guidance)
+    start = flow.noise(net, grid, range(len(prompts)))
+    return flow.sample(net, embeddings.txt, embeddings.pooled, start, grid, a.eval_steps, a.guidance)
 
 
 def true_photos(prompts):
@@ -69,8 +70,8 @@ def main(argv=None):
         a = recipe.flags(["--model", own.model])
         prompts = read_prompts(a.eval_prompts)[:COLUMNS]
         words = [f"realistic photo. {prompt}" for prompt in prompts]
-        base = flux.load(Model(own.model))
-        aligned = flux.load(Model(own.model), own.weights)
+        base = flow.load(Model(own.model))
+        aligned = flow.load(Model(own.model), own.weights)
         draw({"base": sampled(base, own.model, prompts, a),
               'base, prompt\nprefixed with\n"realistic\nphoto"': sampled(base, own.model, words, a),
               "SRPO": sampled(aligned, own.model, prompts, a),

@@ -25,7 +25,8 @@ LEVELS = (0.0, 0.1, 0.24)  # of the hinge; true photos score 0.24
 AIM = {"realism": 0.9, "alignment": -0.03, "broken": 0.01, "above": 1.5}
 COLUMNS = {"updates": ("updates", ".1f"), "realism": ("realism", ".1%"), "realism_2": ("realism, second judge", ".1%"),
            "alignment": ("alignment", ".1%"), "broken": ("broken", ".1%"), "frechet": ("Frechet", ".1f"),
-           "above": ("above the best look", ".1f"), "sgp": ("SGP", "+.3f"), "redness": ("redness", "+.3f")}
+           "above": ("above the best look", ".1f"), "warned": ("drift warning", ".0%"), "sgp": ("SGP", "+.3f"),
+           "redness": ("redness", "+.3f")}
 
 
 def settings(folder):
@@ -52,7 +53,8 @@ def ends(log):
     """{column: number} of where a run ended, from its log."""
     distances = [line["watch"]["frechet"] for line in log if "watch" in line]
     known = [distance for distance in distances if distance is not None]
-    return {"updates": log[-1]["step"], "above": known[-1] - min(known) if known else None}
+    return {"updates": log[-1]["step"], "above": known[-1] - min(known) if known else None,
+            "warned": float(runs.first_warning(log) is not None)}
 
 
 def reaches(row, base):
@@ -89,10 +91,11 @@ def main(argv=None):
                   f"{'; '.join(missed) or 'none'}. At most {broken:.1%} are broken in a kind of run that lands. "
                   f"With a hinge instead, {MOST} updates reach it in {len(whole)} of {len(hinged)}.")
         told = (f"A run ends at the SGP gap of {REFERENCES} photographs. {pages.counted(found)} {pages.ERROR} Above "
-                "the best look: the Frechet distance of the last look minus the smallest of the run. The aim: a "
-                "realism of 90 %, alignment at most 3 points below the base, at most 1 % broken, and at most 1.5 above "
-                f"the best look. The second table: {MOST} updates without --land, with a hinge relu(threshold - r) on "
-                "each picture's reward. Its learning rate is 4e-05 unless a row says otherwise.")
+                "the best look: the Frechet distance of the last look minus the smallest of the run. Drift warning: "
+                "the share of the runs in which it fired. The aim: a realism of 90 %, alignment at most 3 points below "
+                "the base, at most 1 % broken, and at most 1.5 above the best look. The second table: "
+                f"{MOST} updates without --land, with a hinge relu(threshold - r) on each picture's reward. Its "
+                "learning rate is 4e-05 unless a row says otherwise.")
         claim = "Users: SRPO is very easy to collapse. Does a run end whole if it ends where photographs score?"
         page = pages.Page("Runs that end at the SGP gap of photographs", claim, result, told,
                           [(found, COLUMNS), (hinges, COLUMNS)])

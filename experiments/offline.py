@@ -28,7 +28,7 @@ from engine.command_line import whole
 from engine.data import prompt_files
 from engine.errors import UserError, frame
 from engine.files import read_json, write_json
-from engine.memory import parallel, plan
+from engine.memory import parallel, work
 from experiments import pages, runs
 from experiments.pages import shown
 from miniature import world as drawn
@@ -63,7 +63,7 @@ def draw(folder, number, held_out):
 def flow_matching(a, net, reward, batch):
     """A method with one loss term, |v_theta - (eps - x0)|^2. Batches and noise are the same as SRPO's."""
     u = torch.rand(len(batch.prompts), generator=torch.Generator().manual_seed(batch.step))
-    sigma = da.shift(u, a.shift or net.shift(batch.x0.shape[1])).to(batch.x0.device)  # [B]
+    sigma = da.shift(u, a.shift or net.shift(batch.x0.shape[1], a.rollout_steps)).to(batch.x0.device)  # [B]
     x_t = da.inject(batch.x0, batch.eps, sigma)
     v_theta = net.velocity(x_t, sigma, batch.c, a.guidance)
     loss = (v_theta - (batch.eps - batch.x0)).square().mean()
@@ -107,7 +107,7 @@ def evaluated(arm, own, shared, seed, world):
 
 def trained(argv, world):
     """Train with the flags of an arm. Returns {"before", "after"} as `evaluated` does."""
-    a, model = recipe.read(argv)
+    a, model = recipe.read([*argv, *runs.watch_prompts(argv)])
     prepare.settle(a, model, world)
     run = prepare.set_up(a, model, world)
     if run.watched.judge is None:
@@ -126,7 +126,7 @@ def means(row):
 
 def flop_of(arm, shared):
     """The transformer's FLOP in one update of an arm."""
-    return plan.update_flop(prepare.job(*recipe.read([*shared, *arm.flags])))
+    return work.update_flop(prepare.job(*recipe.read([*shared, *arm.flags])))
 
 
 def main(argv=None):

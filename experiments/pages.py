@@ -27,6 +27,7 @@ COLOURS = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#C
 DRAWN = {"realism": ("realism, %", 100), "alignment": ("alignment, %", 100), "broken": ("broken, %", 100),
          "painting": ("paintings, %", 100), "redness": ("redness, R - (G + B)/2", 1),
          "saturation": ("saturation (HSV)", 1), "brightness": ("brightness (mean luma)", 1),
+         "seconds": ("seconds", 1), "reserved": ("reserved, GiB", 1), "planned": ("planned, GiB", 1),
          "texture": ("texture (luma - its 3 x 3 mean)", 1), "frechet": ("Frechet distance to true photos", 1)}
 ERROR = "± is the standard error over seeds and prompts (experiments/pages.py)."
 ERROR_OF_SEEDS = "± is the standard error over the seeds."
@@ -195,11 +196,14 @@ def write(own, name, page, figure, **more):
 
 def command(own, name):
     """The command line that makes a page, with every flag that is not the default."""
-    words = ["python", "-m", f"experiments.{name}", "--seeds", str(own.seeds)]
+    words = ["python", "-m", f"experiments.{name}"]
+    if "seeds" in own.defaults:
+        words += ["--seeds", str(own.seeds)]
     for flag, default in own.defaults.items():
         value = getattr(own, flag)
         if value != default and flag not in ("seeds", "home", "publish"):
-            words += [f"--{flag}"] + ([] if value is True else [str(value)])
+            values = value if isinstance(value, list) else [value]
+            words += [f"--{flag}"] + ([] if value is True else [str(each) for each in values])
     return shlex.join(words)
 
 

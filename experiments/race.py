@@ -14,7 +14,7 @@ import prepare
 import recipe
 from engine.command_line import Parser, real, whole
 from engine.errors import UserError, frame
-from engine.memory import parallel, plan
+from engine.memory import parallel, work
 from experiments import bench
 
 LIMIT = 60  # most updates of a recipe
@@ -56,7 +56,7 @@ def race(name, others, own, world):
     else:
         raise UserError(f"--recipe {name}: {LIMIT} updates did not reach a realism of {own.goal:.0%}; "
                         "give a lower --goal")
-    return Lap(len(seconds), median(seconds), sum(seconds), plan.update_flop(run.job))
+    return Lap(len(seconds), median(seconds), sum(seconds), work.update_flop(run.job))
 
 
 def with_habits(others, world, repeats=3):

@@ -9,7 +9,7 @@ import torch
 from matplotlib import pyplot
 
 import direct_align as da
-import flux
+import flow
 import recipe
 from engine.data.prompt_files import read_prompts
 from engine.errors import frame
@@ -44,13 +44,14 @@ def main(argv=None):
         own = runs.parse(runs.parser(__doc__, seeds=1), argv)
         a = recipe.flags(["--model", own.model])
         prompts = read_prompts(a.eval_prompts)[:min(own.pictures, 64)]
-        net = flux.load(Model(own.model))
+        net = flow.load(Model(own.model))
         grid = net.grid(a.size, a.size)
-        embeddings = flux.encode_prompts(Model(own.model), prompts)
+        embeddings = flow.encode_prompts(Model(own.model), prompts)
+        net.guide(a.cfg, embeddings.empty)
         c = embeddings.condition(slice(None), grid, "cpu")
-        start = flux.noise(net, grid, range(len(prompts)))
-        x0 = net.rollout(start, c, da.sigma_steps(a.eval_steps, net.shift(start.shape[1])), a.guidance)
-        eps = flux.noise(net, grid, range(10**6, 10**6 + len(prompts)))
+        start = flow.noise(net, grid, range(len(prompts)))
+        x0 = net.rollout(start, c, da.sigma_steps(a.eval_steps, net.shift(start.shape[1], a.eval_steps)), a.guidance)
+        eps = flow.noise(net, grid, range(10**6, 10**6 + len(prompts)))
         with torch.no_grad():
             truth = net.decode(x0, grid)
         pictures = recovered(net, x0, eps, c, a.guidance)

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import evaluate
+import recipe
 import train
 from engine.command_line import Parser, whole
 from engine.errors import UserError
-from engine.files import read_json
+from engine.files import must_be_writable, read_json
 from evaluation.report.curves import read_log
 from experiments import pages
 
@@ -73,6 +74,7 @@ def parse(common, argv):
     own = common.parse_args(argv)
     own.defaults = {flag: common.get_default(flag) for flag in vars(own)}
     pages.must_be_publishable(own)
+    must_be_writable(own.home, "--home")
     return own
 
 
@@ -104,10 +106,18 @@ def trained(own, flags, seed, looks=SELDOM):
     out = Path(own.home) / f"{name}_{digest}"
     if not (out / "summary.json").exists():
         print(f"train.py {shlex.join(argv)} --out {out}", flush=True)
-        train.main([*argv, "--eval", "0", "--out", str(out), "--resume"])
+        train.main([*argv, *watch_prompts(argv), "--eval", "0", "--out", str(out), "--resume"])
         if not (out / "summary.json").exists():
             raise UserError(f"{out}: stopped; start the same command again to go on")
     return out
+
+
+def watch_prompts(argv):
+    """For a run that learns from photographs, the flag that watches the model's own prompts, not some of theirs."""
+    own = recipe.flags(argv)
+    if own.watch_prompts != recipe.OWN:
+        return []
+    return ["--watch-prompts", recipe.flags(["--model", own.model]).watch_prompts]
 
 
 def watched(own, flags, seed, pictures=WATCHED, every=2):

@@ -11,7 +11,7 @@ from matplotlib import pyplot
 import prepare
 import recipe
 from engine.errors import frame
-from engine.memory import plan
+from engine.memory import work
 from evaluation.metrics import diversity
 from experiments import pages, runs
 from experiments.pages import shown
@@ -40,7 +40,7 @@ def cost(own, flags):
     """{column: number}: what a run costs, in TFLOP of the transformer and in optimizer steps."""
     a, model = recipe.read(["--model", own.model, *flags.split(), *own.flags.split()])
     each = recipe.METHODS[a.method].optimizer_steps
-    return {"tflop": a.steps * plan.update_flop(prepare.job(a, model)) / plan.TERA,
+    return {"tflop": a.steps * work.update_flop(prepare.job(a, model)) / work.TERA,
             "optimizer_steps": a.steps * each}
 
 

@@ -22,7 +22,8 @@ from transformers import (
 )
 
 from direct_align import inject
-from flux import Condition, Flux, pack
+from flow import Condition, pack
+from flux import Flux
 from miniature import world
 from miniature.fitting import SEED
 
@@ -267,8 +268,8 @@ def latents(shop, vae):
 class Learnt(NamedTuple):
     """The flow's training data: N latents and their captions."""
     z: torch.Tensor      # [N, 16, 64]
-    ids: torch.Tensor    # [3, N, 2, TOKENS]: of the captions, in lower case, and capitalized
-    empty: torch.Tensor  # [2, TOKENS]: of the empty caption, for classifier-free guidance
+    ids: torch.Tensor    # [3, N, ..., TOKENS]: of the captions, in lower case, and capitalized
+    empty: torch.Tensor  # [..., TOKENS]: of the empty caption, for classifier-free guidance
 
 
 def learnt(shop, vae, words):
@@ -297,7 +298,8 @@ def draw_batch(data, n):
     case = torch.randint(3, (n,))
     x0 = data.z[pick].float()
     unconditional = torch.rand(n) < 0.1
-    ids = torch.where(unconditional[:, None, None], data.empty, data.ids[case, pick])
+    ids = data.ids[case, pick]
+    ids[unconditional] = data.empty
     sigma = torch.sigmoid(0.3 + 1.2 * torch.randn(n))
     eps = torch.randn_like(x0)
     return Batch(x0, eps, sigma, inject(x0, eps, sigma), ids)

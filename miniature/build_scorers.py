@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from flux import pack
+from flow import pack
 from miniature import world
 from miniature.build_flow import (
     GRID,

@@ -5,6 +5,7 @@ import shutil
 import zlib
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import tokenizers
 import torch
@@ -16,6 +17,7 @@ import prepare
 import srpo_reward as sr
 import train
 from evaluation.metrics import geneval
+from miniature import build_klein
 from rewards import hpsv3, imagereward
 
 
@@ -380,3 +382,27 @@ def backward(a, net, reward, batch, times=1):
         (loss / times).backward()
         terms.append(term)
     return terms
+
+
+def make_klein(folder, distilled=False):
+    """Fill a folder: a FLUX.2-klein with random weights, in its layout: 24 text tokens, and latents of 8 channels whose
+    tokens have statistics of their own."""
+    torch.manual_seed(0)
+    words = build_klein.tokenizer()
+    words.model_max_length = 24
+    text = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(
+        vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=64, tie_word_embeddings=True, initializer_range=0.5,
+        pad_token_id=words.pad_token_id, bos_token_id=None, eos_token_id=words.pad_token_id))
+    vae = diffusers.AutoencoderKLFlux2(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[8, 8, 8, 8], layers_per_block=1, latent_channels=8, norm_num_groups=4, sample_size=64)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    transformer = diffusers.Flux2Transformer2DModel(
+        in_channels=32, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=96, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    diffusers.Flux2KleinPipeline(scheduler, vae, text, words, transformer, is_distilled=distilled).save_pretrained(
+        folder)
+    return folder

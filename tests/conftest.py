@@ -10,7 +10,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the claims are about a CPU; CUDA is r
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-import flux  # noqa: E402
+import flow  # noqa: E402
 import recipe
 from engine.model.folder import Model
 
@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="session")
 def miniature():
     """The miniature, loaded as train.py loads any model."""
-    return flux.load(Model("miniature"))
+    return flow.load(Model("miniature"))
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 
+import flow
 import flux
 from engine.memory import adamw, layouts, modes, parallel
 from engine.model import tensors, trained
@@ -49,11 +50,12 @@ class Small:
         pooled = torch.randn(4, 64, generator=generator)
         start = torch.randn(4, 16, 64, generator=generator)
         mine = self.world.rows(4 // self.world.size)
-        c = flux.Condition(txt[mine], pooled[mine], (4, 4))
+        c = flow.Condition(txt[mine], pooled[mine], (4, 4))
         x0 = self.net.rollout(start[mine], c, torch.tensor([1.0, 0.6, 0.0]), 3.5)
         v = self.net.velocity(0.5 * (x0 + start[mine]), 0.5, c, 3.5)
         loss = (v * start[mine]).mean()
         loss.backward()
+        layouts.finish_gradients(self.net.transformer)
         return loss.item()
 
     def update(self, step):

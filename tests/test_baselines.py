@@ -9,7 +9,7 @@ from torch import nn
 
 import baselines
 import direct_align as da
-import flux
+import flow
 import srpo_reward as sr
 from engine.data.draws import Chance
 
@@ -34,7 +34,7 @@ class Small:
         return 1.0
 
     @torch.no_grad()
-    def rollout(self, start, c, sigmas, guidance, step=flux.euler):
+    def rollout(self, start, c, sigmas, guidance, step=flow.euler):
         x = start
         for s, s_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
             x = step(x, self.velocity(x, s, c, guidance), s, s_next)
@@ -65,7 +65,7 @@ def a_batch(seed=0):
     def normal(*shape):
         return torch.randn(*shape, generator=generator)
 
-    c = flux.Condition(normal(B, 3, C), normal(B, 2), (2, 2))
+    c = flow.Condition(normal(B, 3, C), normal(B, 2), (2, 2))
     prompts = [f"prompt {i}" for i in range(B)]
     return SimpleNamespace(prompts=prompts, c=c, start=normal(B, N, C), C0=normal(B, D), C1=normal(B, D),
                            C2=normal(B, D), texts=sr.texts_of(prompts, "a", "b"),

@@ -1,17 +1,19 @@
-"""Claims about engine/cache.py, and about the embeddings that flux.encode_prompts keeps in it."""
+"""Claims about engine/cache.py, and about the embeddings that flow.encode_prompts keeps in it."""
 
 import multiprocessing
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import flow
 import flux
+import prepare
 from engine.data import cache, digests
 from engine.data.cache import Cache
-from engine.model import text
 from engine.model.folder import Model
 
 PROMPTS = ["a red circle", "a blue square above a white circle", "a red circle"]
@@ -140,26 +142,43 @@ def equal(a, b):
 
 def test_embeddings_are_the_same_from_the_cache_which_spares_the_encoders(kept, monkeypatch):
     long = "a red circle " * 20
-    plain = flux.encode_prompts(Model("miniature"), [*PROMPTS, long])
+    plain = flow.encode_prompts(Model("miniature"), [*PROMPTS, long])
     assert plain.truncated == 1
-    first = flux.encode_prompts(Model("miniature"), [*PROMPTS, long], cache=kept)
+    first = flow.encode_prompts(Model("miniature"), [*PROMPTS, long], cache=kept)
     assert len(of_prompts(kept.folder)) == 3  # a text is there once
-    monkeypatch.setattr(text, "load", lambda folder, dtype: 1 / 0)
-    again = flux.encode_prompts(Model("miniature"), [*PROMPTS, long], cache=kept)
+    monkeypatch.setattr(flux.Flux, "text_encoders", lambda *arguments: 1 / 0)
+    again = flow.encode_prompts(Model("miniature"), [*PROMPTS, long], cache=kept)
     assert equal(first, plain) and equal(again, plain)
 
 
+def test_one_process_of_a_machine_loads_the_text_encoders(kept, monkeypatch):
+    """For the prompts of all; the others read them. Without a cache each process loads its own."""
+    loaded = []
+    load = flux.Flux.text_encoders
+    monkeypatch.setattr(flux.Flux, "text_encoders", lambda *arguments: loaded.append(arguments) or load(*arguments))
+
+    def process(prompts, first_here, cache):
+        world = SimpleNamespace(neighbours=2, first_here=first_here, device="cpu", dtype=torch.float32,
+                                gather=lambda value: [PROMPTS[:1], PROMPTS[1:]])
+        return prepare.embeddings_of(Model("miniature"), prompts, world, cache)
+
+    both = process(PROMPTS[:1], True, kept), process(PROMPTS[1:], False, kept)
+    assert len(loaded) == 1
+    off = process(PROMPTS[:1], True, Cache()), process(PROMPTS[1:], False, Cache())
+    assert len(loaded) == 3 and all(equal(a, b) for a, b in zip(both, off, strict=True))
+
+
 def test_only_what_is_missing_is_encoded(kept, monkeypatch):
-    flux.encode_prompts(Model("miniature"), PROMPTS[:1], cache=kept)
+    flow.encode_prompts(Model("miniature"), PROMPTS[:1], cache=kept)
     encoded = []
-    encode = text.encode
+    encode = flux.Flux.encode_text
 
     def noted(pipe, prompt, most):
         encoded.append(prompt)
         return encode(pipe, prompt, most)
 
-    monkeypatch.setattr(text, "encode", noted)
-    flux.encode_prompts(Model("miniature"), PROMPTS, cache=kept)
+    monkeypatch.setattr(flux.Flux, "encode_text", noted)
+    flow.encode_prompts(Model("miniature"), PROMPTS, cache=kept)
     assert set(encoded) == {PROMPTS[1]}
 
 
@@ -167,14 +186,14 @@ def test_only_what_is_missing_is_encoded(kept, monkeypatch):
 def test_another_encoder_has_other_embeddings(kept, tmp_path, part):
     model = tmp_path / "model"
     shutil.copytree("miniature", model, ignore=shutil.ignore_patterns("*.py", "reward*", "judge", ".build"))
-    flux.encode_prompts(Model(model), PROMPTS, cache=kept)
+    flow.encode_prompts(Model(model), PROMPTS, cache=kept)
     dtype = torch.bfloat16 if part == "dtype" else torch.float32
     if part != "dtype":
         (model / part / "note").write_text("other")
-    flux.encode_prompts(Model(model), PROMPTS, dtype=dtype, cache=kept)
+    flow.encode_prompts(Model(model), PROMPTS, dtype=dtype, cache=kept)
     assert len(of_prompts(kept.folder)) == 4
     (model / "vae" / "note").write_text("other")  # what makes no embedding does not matter
-    flux.encode_prompts(Model(model), PROMPTS, dtype=dtype, cache=kept)
+    flow.encode_prompts(Model(model), PROMPTS, dtype=dtype, cache=kept)
     assert len(of_prompts(kept.folder)) == 4
 
 
@@ -184,4 +203,4 @@ def test_the_home_is_used_for_full_size_models_alone(monkeypatch, tmp_path):
     assert cache.folder_of("auto", is_full_size=False) is None
     assert cache.folder_of(None, is_full_size=True) is None
     assert cache.folder_of(str(tmp_path / "new"), is_full_size=False) == str(tmp_path / "new")
-    assert not list(tmp_path.iterdir()) and not flux.is_full_size(Model("miniature"))
+    assert not list(tmp_path.iterdir()) and not flow.is_full_size(Model("miniature"))

@@ -1,8 +1,8 @@
-"""Claims about engine/data/: the files that prompts come in."""
+"""Claims about engine/data/: the files that prompts come in, and which are held out."""
 
 import pytest
 
-from engine.data import prompt_files
+from engine.data import draws, prompt_files
 
 FOX, DOG = "a fox, asleep", 'a "dog"'
 FILES = {
@@ -51,3 +51,13 @@ LINES = {  # of a text file, although they begin with the name of a column or ho
 def test_lines_of_prose_stay_lines(tmp_path, lines):
     (tmp_path / "p.txt").write_text("\n".join(lines))
     assert prompt_files.read_prompts(tmp_path / "p.txt") == lines
+
+
+@pytest.mark.parametrize("items, n, held, left", [
+    (range(100), 4, [0, 25, 50, 75], 96),       # evenly spread
+    (range(30), 4, [0, 10, 20], 27),            # a tenth at most
+    (range(9), 4, [], 9),                       # of a few, none
+    ([*range(20), 0, 0, 10], 2, [0, 10], 18)])  # nor any that is equal to one of them
+def test_what_is_held_out_is_not_trained_on(items, n, held, left):
+    held_out, others = draws.hold_out(list(items), n)
+    assert held_out == held and len(others) == left and not set(held) & set(others)

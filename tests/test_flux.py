@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+import flow
 import flux
 from engine.model.folder import Model
 
@@ -14,7 +15,7 @@ PROMPTS = ["a red circle left of a blue square", "realistic photo. a white trian
 
 @pytest.fixture(scope="module")
 def pipe():
-    flux.quiet()
+    flow.quiet()
     pipe = FluxPipeline.from_pretrained("miniature")
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -23,9 +24,9 @@ def pipe():
 def test_our_samples_are_fluxpipelines(miniature, pipe):
     """Same prompts, noise, steps and guidance: the same pictures to 1e-3, half a grey level of 256."""
     grid = miniature.grid(64, 64)
-    txt, pooled, *_ = flux.encode_prompts(Model("miniature"), PROMPTS)
-    eps = flux.noise(miniature, grid, [3, 4])
-    ours = flux.sample(miniature, txt, pooled, eps, grid, steps=4, guidance=3.5)
+    txt, pooled, *_ = flow.encode_prompts(Model("miniature"), PROMPTS)
+    eps = flow.noise(miniature, grid, [3, 4])
+    ours = flow.sample(miniature, txt, pooled, eps, grid, steps=4, guidance=3.5)
     theirs = pipe(PROMPTS, height=64, width=64, num_inference_steps=4, guidance_scale=3.5, latents=eps,
                   output_type="pt", max_sequence_length=16).images
     assert (ours - theirs).abs().max() < 1e-3
@@ -33,15 +34,15 @@ def test_our_samples_are_fluxpipelines(miniature, pipe):
 
 def test_pack_and_unpack_are_inverse_and_fluxpipelines(pipe):
     z = torch.randn(2, 16, 8, 12)
-    packed = flux.pack(z)
-    assert packed.shape == (2, 24, 64) and torch.equal(flux.unpack(packed, (4, 6)), z)
+    packed = flow.pack(z)
+    assert packed.shape == (2, 24, 64) and torch.equal(flow.unpack(packed, (4, 6)), z)
     assert torch.equal(packed, pipe._pack_latents(z, 2, 16, 8, 12))
 
 
 def test_pictures_need_not_be_square(miniature):
     grid = miniature.grid(32, 96)
-    txt, pooled, *_ = flux.encode_prompts(Model("miniature"), PROMPTS[:1])
-    images = flux.sample(miniature, txt, pooled, flux.noise(miniature, grid, [0]), grid,
+    txt, pooled, *_ = flow.encode_prompts(Model("miniature"), PROMPTS[:1])
+    images = flow.sample(miniature, txt, pooled, flow.noise(miniature, grid, [0]), grid,
                          steps=1, guidance=1.0)
     assert images.shape == (1, 3, 32, 96)
 
@@ -55,7 +56,7 @@ def test_bf16_does_not_round_the_timestep(miniature):
         lambda module, args: seen.append(args[0].tolist()))
     x, txt, pooled = (torch.zeros(1, *shape, dtype=torch.bfloat16) for shape in ((16, 64), (16, 64), (64,)))
     net = flux.Flux(transformer, None, {}, torch.device("cpu"), torch.bfloat16)
-    net.velocity(x, 0.83129555, flux.Condition(txt, pooled, (4, 4)), 3.5)
+    net.velocity(x, 0.83129555, flow.Condition(txt, pooled, (4, 4)), 3.5)
     assert seen == [[pytest.approx(831.29555, abs=1e-3)], [3500.0]]
     flat = dict(txt_ids=torch.zeros(16, 3), img_ids=torch.zeros(16, 3), timestep=torch.tensor([0.83129555]),
                 guidance=torch.tensor([3.5]), encoder_hidden_states=txt, pooled_projections=pooled)
@@ -64,7 +65,7 @@ def test_bf16_does_not_round_the_timestep(miniature):
 
 
 def test_noise_does_not_depend_on_the_batch_it_is_made_in(miniature):
-    assert torch.equal(flux.noise(miniature, (4, 4), [5, 6])[1], flux.noise(miniature, (4, 4), [6])[0])
+    assert torch.equal(flow.noise(miniature, (4, 4), [5, 6])[1], flow.noise(miniature, (4, 4), [6])[0])
 
 
 def test_the_constants_are_the_models_own(miniature):

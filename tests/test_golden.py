@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors.torch import load_file
 
 import direct_align as da
+import flow
 import flux
 import srpo_reward as sr
 from rewards.pictures import differentiable
@@ -57,8 +58,8 @@ def image_features(images):
     return F.normalize(F.linear(y, w["img_out.weight"], w["img_out.bias"]), dim=-1)
 
 
-CONDITION = flux.Condition(INPUTS["text.0.tokens"], INPUTS["text.0.pooled"], GRID)
-EPS = flux.pack(INPUTS["noise.64x64.0"])
+CONDITION = flow.Condition(INPUTS["text.0.tokens"], INPUTS["text.0.pooled"], GRID)
+EPS = flow.pack(INPUTS["noise.64x64.0"])
 
 
 def test_the_schedules_are_the_released_ones():

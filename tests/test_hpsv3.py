@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 import rewards
 import srpo_reward as sr
 from engine.errors import UserError
-from engine.memory import plan
+from engine.memory import counts
 from evaluation import metrics
 from rewards import hpsv3
 
@@ -122,6 +122,6 @@ def test_its_memory_and_work():
     """7.7 billion parameters without the part that predicts words, 15.5 GB in bf16; 14 TFLOP a text."""
     with FakeTensorMode():
         network, call, times, texts = hpsv3.image_network()
-        assert plan.bytes_of(network) == pytest.approx(15.5e9, rel=0.01) and (times, texts) == (1, True)
-        assert plan.flop_of(call) == pytest.approx(14.3e12, rel=0.02)
-        assert plan.saved_by(network.parameters(), call, grad=True) < 2 * plan.GIB
+        assert counts.bytes_of(network) == pytest.approx(15.5e9, rel=0.01) and (times, texts) == (1, True)
+        assert counts.flop_of(call) == pytest.approx(14.3e12, rel=0.02)
+        assert counts.saved_by(network.parameters(), call, grad=True) < 2 * 2**30

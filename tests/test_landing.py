@@ -7,13 +7,14 @@ import pytest
 import torch
 from builders import make_photographs
 
-import flux
+import flow
 import rewards
 import srpo_reward as sr
 import train
 from engine.memory import parallel
 from engine.model.folder import Model
 from evaluation import landing
+from evaluation.report.curves import read_log
 from evaluation.report.page import read_run
 
 SMALL = ["--model", "miniature", "--recipe", "fast", "--global-batch", "8", "--lr", "1e-4", "--eval-steps", "4",
@@ -25,7 +26,7 @@ def run(out, *argv):
 
 
 def log_of(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return read_log(out / "log.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_it_goes_on_only_to_a_higher_level(landed, capsys):
 def test_the_level_of_a_folder_is_the_mean_gap_of_its_photographs_through_the_vae(tmp_path):
     folder = make_photographs(tmp_path / "six")
     model = Model("miniature")
-    net = flux.load(model)
+    net = flow.load(model)
     reward = rewards.load_rewards("miniature/reward")
     a = SimpleNamespace(land=str(folder), size=64, control=["realistic photo"], neg=["CG render"])
     shown = landing.references(a, model, parallel.World())
@@ -85,7 +86,7 @@ def test_one_photograph_is_enough(tmp_path, capsys):
     world = parallel.World()
     a = SimpleNamespace(land=str(folder), size=64, control=["realistic photo"], neg=["CG render"])
     first = landing.references(a, model, world)[:1]
-    landing.level(a, model, first, flux.load(model), rewards.load_rewards("miniature/reward"), world)
+    landing.level(a, model, first, flow.load(model), rewards.load_rewards("miniature/reward"), world)
     assert "standard deviation of 0.000" in capsys.readouterr().out
 
 

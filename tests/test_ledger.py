@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from builders import a_batch, backward, fixed
 
 import direct_align as da
+import flow
 import flux
 import recipe
 import srpo_reward as sr
@@ -47,7 +48,7 @@ class Toy:
         """The gradient of w."""
         self.calls = []
         self.w.grad = None
-        c = flux.Condition(None, None, (4, 4))
+        c = flow.Condition(None, None, (4, 4))
         reward = fixed(self.image_features, *self.C)
         backward(a, self, reward, a_batch(["a prompt"] * len(self.x0), c, self.x0, self.eps, middles))
         return self.w.grad.clone()
@@ -134,9 +135,9 @@ def test_d7_the_threshold_stops_a_reward_above_it(flags):
 
 
 def test_d8_guidance_1_and_3_5_are_different_networks(miniature):
-    txt, pooled, *_ = flux.encode_prompts(Model("miniature"), ["a red circle left of a blue square"])
-    x = flux.noise(miniature, (4, 4), [0])
-    c = flux.Condition(txt, pooled, (4, 4))
+    txt, pooled, *_ = flow.encode_prompts(Model("miniature"), ["a red circle left of a blue square"])
+    x = flow.noise(miniature, (4, 4), [0])
+    c = flow.Condition(txt, pooled, (4, 4))
     v1, v35 = (miniature.velocity(x, 0.9, c, g) for g in (1.0, 3.5))
     assert ((v35 - v1).norm() / v1.norm()).item() > 0.01
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-import flux
+import flow
 from engine.data.prompt_files import read_prompts
 from engine.errors import UserError
 from engine.model.folder import Model
@@ -198,9 +198,9 @@ def test_the_words_of_the_axes_point_at_right_angles(name):
 
 def sampled(miniature, prompts, judge):
     """The judge's shares of the base's pictures of 256 prompts."""
-    txt, pooled, *_ = flux.encode_prompts(Model("miniature"), prompts)
-    start = flux.noise(miniature, (4, 4), range(256))
-    images = flux.sample(miniature, txt, pooled, start, (4, 4), 12, 3.5)
+    txt, pooled, *_ = flow.encode_prompts(Model("miniature"), prompts)
+    start = flow.noise(miniature, (4, 4), range(256))
+    images = flow.sample(miniature, txt, pooled, start, (4, 4), 12, 3.5)
     return {name: answers.mean().item() for name, answers in judge.verdicts(images, prompts).items()}
 
 
@@ -259,8 +259,8 @@ def test_a_stage_builds_what_it_is_built_on(stage, short_build):
 def test_a_build_exports_a_model_that_loads(short_build):
     """All but the weights is the shipped model's: its parts, their sizes, the vocabularies, the prompts."""
     model = short_build("export")
-    net = flux.load(Model(model))
-    c = flux.encode_prompts(Model(model), ["a red circle"]).condition([0], (4, 4), "cpu")
+    net = flow.load(Model(model))
+    c = flow.encode_prompts(Model(model), ["a red circle"]).condition([0], (4, 4), "cpu")
     assert net.velocity(torch.zeros(1, 16, 64), 0.5, c, 3.5).isfinite().all()
     assert load_judge(model) and load_rewards(f"{model}/reward") and load_rewards(f"{model}/reward_unbiased")
     assert load_rewards(f"imagereward={model}/reward_cross")

@@ -22,7 +22,7 @@ from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 
 import evaluate
-import flux
+import flow
 import prepare
 import recipe
 import rewards
@@ -89,7 +89,7 @@ def test_krea_is_planned_as_dev(name):
     job = prepare.job(a, model)
     assert job.transformer["guidance_embeds"] and job.text_tokens == 512
     assert (a.rollout_steps, a.eval_steps, a.shift, a.size) == (25, 50, 3.0, 720)
-    assert recipe.notes(a, model) == [] and flux.is_full_size(model)
+    assert recipe.notes(a, model) == [] and flow.is_full_size(model)
 
 
 def hub_of(monkeypatch, folder):
@@ -126,9 +126,9 @@ def test_a_hub_id_that_is_flux_1_is_planned_by_its_own_configs(monkeypatch):
     asked = hub_of(monkeypatch, Path("miniature"))
     a, model = recipe.read(["--model", "someone/flux", "--size", "64"])
     assert not any(pattern.endswith(("/*", "safetensors")) for pattern in asked)
-    assert prepare.job(a, model).transformer["num_layers"] == 2 and not flux.is_full_size(model)
+    assert prepare.job(a, model).transformer["num_layers"] == 2 and not flow.is_full_size(model)
     model.fetch()
-    assert "transformer/*" in asked and flux.load(model).transformer.config.num_layers == 2
+    assert "transformer/*" in asked and flow.load(model).transformer.config.num_layers == 2
 
 
 def test_a_schnell_samples_as_fluxpipeline(tmp_path):
@@ -136,13 +136,13 @@ def test_a_schnell_samples_as_fluxpipeline(tmp_path):
     model = make_schnell(tmp_path / "schnell")
     pipe = FluxPipeline.from_pretrained(model)
     pipe.set_progress_bar_config(disable=True)
-    net = flux.load(Model(model))
+    net = flow.load(Model(model))
     grid = net.grid(32, 32)
     assert net.shift(16) == 1.0
-    embeddings = flux.encode_prompts(Model(model), ["a red circle"])
+    embeddings = flow.encode_prompts(Model(model), ["a red circle"])
     assert embeddings.txt.shape[1] == 256
-    eps = flux.noise(net, grid, [3])
-    ours = flux.sample(net, embeddings.txt, embeddings.pooled, eps, grid, steps=4, guidance=3.5)
+    eps = flow.noise(net, grid, [3])
+    ours = flow.sample(net, embeddings.txt, embeddings.pooled, eps, grid, steps=4, guidance=3.5)
     theirs = pipe("a red circle", height=32, width=32, num_inference_steps=4, guidance_scale=0.0,
                   latents=eps, output_type="pt", max_sequence_length=256).images
     assert (ours - theirs).abs().max() < 1e-3
@@ -197,7 +197,7 @@ def test_one_file_is_the_same_network_as_the_folder(layout, tmp_path, miniature)
     if "all" in layout:
         state["vae.decoder.conv_in.weight"] = torch.zeros(3)
     save_file(state, tmp_path / "one.safetensors")
-    found = flux.load(Model("miniature"), str(tmp_path / "one.safetensors")).transformer.state_dict()
+    found = flow.load(Model("miniature"), str(tmp_path / "one.safetensors")).transformer.state_dict()
     for name, tensor in miniature.transformer.state_dict().items():
         assert torch.equal(found[name], tensor), name
 
@@ -209,7 +209,7 @@ def test_with_full_weights_the_hubs_transformer_is_not_fetched(tmp_path, monkeyp
     model = Model("someone/flux")
     model.fetch(trained.check(str(tmp_path / "one.safetensors"), model))
     assert "transformer/*" not in asked and "vae/*" in asked
-    flux.load(model, str(tmp_path / "one.safetensors"))
+    flow.load(model, str(tmp_path / "one.safetensors"))
     model.fetch(trained.check(None, model))
     assert "transformer/*" in asked
 
@@ -305,13 +305,13 @@ def test_a_lora_goes_on_or_is_merged(tmp_path, run):
     assert run(train, *SMALL, "--steps", "1", "--lr", "1e-9", "--out", merged, "--weights",
                one / "weights")[0] == 0
     ours = load_file(merged / "weights" / "diffusion_pytorch_model.safetensors")
-    theirs = flux.load(Model("miniature"), str(tmp_path / "my.safetensors")).transformer.state_dict()
+    theirs = flow.load(Model("miniature"), str(tmp_path / "my.safetensors")).transformer.state_dict()
     for name, tensor in theirs.items():
         assert (ours[name] - tensor).abs().max() < 1e-6, name
 
 
 def test_a_lora_is_merged_into_full_weights_that_diffusers_loads(tmp_path, capsys):
-    """python -m engine.merge: the network that flux.load makes of the LoRA, to the bit; a single file too."""
+    """python -m engine.merge: the network that flow.load makes of the LoRA, to the bit; a single file too."""
     layer = "single_transformer_blocks.1.attn.to_q"
     pair = {f"transformer.{layer}.lora_A.weight": torch.randn(2, 128),
             f"transformer.{layer}.lora_B.weight": torch.randn(128, 2)}
@@ -322,7 +322,7 @@ def test_a_lora_is_merged_into_full_weights_that_diffusers_loads(tmp_path, capsy
                  f"{tmp_path}/{name}"]
         merge.main(flags)
         theirs = FluxTransformer2DModel.from_pretrained(tmp_path / name).state_dict()
-        ours = flux.load(Model("miniature"), f"{tmp_path}/{name}.safetensors").transformer.state_dict()
+        ours = flow.load(Model("miniature"), f"{tmp_path}/{name}.safetensors").transformer.state_dict()
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
         with pytest.raises(SystemExit):
             merge.main(flags)
@@ -337,15 +337,16 @@ def test_a_run_saves_for_another_tool_too(tmp_path, run):
     assert is_refused(run, "python -m engine.merge --save-as comfyui", *SMALL, "--lora", "2", "--save-as", "comfyui",
                       "--out", out)
     assert run(train, *flags, "--save-as", "comfyui")[0] == 0
-    own = flux.load(Model("miniature"), str(out)).transformer.state_dict()
-    found = flux.load(Model("miniature"), str(out / "weights" / "comfyui.safetensors")).transformer.state_dict()
+    own = flow.load(Model("miniature"), str(out)).transformer.state_dict()
+    found = flow.load(Model("miniature"), str(out / "weights" / "comfyui.safetensors")).transformer.state_dict()
     assert all(torch.equal(found[name], tensor.bfloat16().float()) for name, tensor in own.items())
     assert is_refused(run, "the weights would be deleted", *SMALL, "--weights", out, "--overwrite", "--out", out)
     assert run(train, *flags, "--lora", "2", "--save-as", "kohya", "--overwrite")[0] == 0
-    assert {path.name for path in (out / "weights").iterdir()} == {lora.FILE, "kohya.safetensors"}
-    own = flux.load(Model("miniature"), str(out)).transformer.state_dict()
-    found = flux.load(Model("miniature"), str(out / "weights" / "kohya.safetensors")).transformer.state_dict()
-    base = flux.load(Model("miniature")).transformer.state_dict()
+    assert {path.name for path in (out / "weights").iterdir()} == {
+        lora.FILE, "kohya.safetensors", "README.md", "before_after.png"}
+    own = flow.load(Model("miniature"), str(out)).transformer.state_dict()
+    found = flow.load(Model("miniature"), str(out / "weights" / "kohya.safetensors")).transformer.state_dict()
+    base = flow.load(Model("miniature")).transformer.state_dict()
     assert max((own[name] - base[name]).abs().max() for name in base) > 1e-6
     assert max((own[name] - found[name]).abs().max() for name in base) < 1e-6
 
@@ -390,13 +391,13 @@ def test_what_a_foreign_folder_leaves_out_is_the_libraries_own(tmp_path, miniatu
     """A VAE without a shift has none; a tokenizer without a limit has its encoder's: CLIP's positions, T5's
     512."""
     model = make_foreign_flux(tmp_path / "theirs")
-    embeddings = flux.encode_prompts(Model(model), ["a red circle left of a blue square"])
+    embeddings = flow.encode_prompts(Model(model), ["a red circle left of a blue square"])
     assert embeddings.txt.shape[1] == Model(model).configs.text_tokens == 512
-    ours = flux.encode_prompts(Model("miniature"), ["a red circle left of a blue square"])
+    ours = flow.encode_prompts(Model("miniature"), ["a red circle left of a blue square"])
     assert torch.allclose(embeddings.pooled, ours.pooled, atol=1e-5)
-    net = flux.load(Model(model))
+    net = flow.load(Model(model))
     x = torch.randn(1, 4, 64)
-    z = flux.unpack(x, (2, 2)) / net.vae.config.scaling_factor
+    z = flow.unpack(x, (2, 2)) / net.vae.config.scaling_factor
     with torch.no_grad():
         wanted = (net.vae.decode(z).sample / 2 + 0.5).clamp(0, 1)
         assert torch.equal(net.decode(x, (2, 2)), wanted)

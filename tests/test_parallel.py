@@ -16,12 +16,13 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file
 from scripts import call, start
 
-import flux
+import flow
 from engine.memory import parallel
 from engine.model import export, single_file
 from engine.model.folder import Model
 from engine.run import checkpoint
 from engine.run import folder as run_folder
+from evaluation.report.curves import read_log
 
 SMALL = ["train.py", "--model", "miniature", "--rollout-steps", "3", "--eval-steps", "2",
          "--watch", "2", "--watch-every", "1", "--eval", "0"]
@@ -130,7 +131,7 @@ def test_two_ranks_train_as_one_process_and_resume_on_one_and_three(tmp_path, ra
     difference = max((reference[k] - w).abs().max().item() for k, w in weights(two).items())
     # an update moves a weight by 4e-5: Adam turns 1e-8 of a small gradient into more
     assert difference < 2e-6
-    logs = [[json.loads(line) for line in (o / "log.jsonl").read_text().splitlines()] for o in (one, two)]
+    logs = [read_log(o / "log.jsonl") for o in (one, two)]
     for a, b in zip(*logs, strict=True):
         assert b["reward_denoise"] == pytest.approx(a["reward_denoise"], abs=1e-5)
         assert b["watch"]["sgp"] == pytest.approx(a["watch"]["sgp"], abs=1e-5)
@@ -216,7 +217,7 @@ def test_the_export_is_one_file_in_diffusers_layout(tmp_path, miniature, dtype):
     again = FluxTransformer2DModel.from_pretrained(tmp_path / "w")
     assert all(torch.equal(x, y.to(dtype).float())
                for x, y in zip(again.parameters(), miniature.transformer.parameters(), strict=True))
-    ours = flux.load(Model("miniature"), tmp_path / "w").transformer
+    ours = flow.load(Model("miniature"), tmp_path / "w").transformer
     assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), again.parameters(), strict=True))
 
 
@@ -245,7 +246,7 @@ def test_the_export_has_the_keys_that_comfyui_converts(tmp_path, miniature):
 def test_a_transformer_in_several_files_loads_too(tmp_path, miniature):
     miniature.transformer.save_pretrained(tmp_path, max_shard_size="3MB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
-    ours = flux.load(Model("miniature"), tmp_path).transformer
+    ours = flow.load(Model("miniature"), tmp_path).transformer
     assert all(torch.equal(x, y) for x, y in zip(ours.parameters(), miniature.transformer.parameters(),
                                               strict=True))
 

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from scripts import call
 
 import direct_align as da
-import flux
+import flow
 import prepare
 import recipe
 import train
 from engine.data import photographs, pictures
 from engine.data.cache import Cache
 from engine.errors import UserError
-from engine.memory import parallel, plan
+from engine.memory import counts, parallel, plan, work
 from engine.model.folder import Model
 
 SMALL = ["train.py", "--model", "miniature", "--eval-steps", "2", "--watch", "2", "--eval", "0"]
@@ -192,8 +192,8 @@ def test_a_picture_stands_as_its_camera_was_held_and_any_mode_becomes_rgb(tmp_pa
 def test_encode_is_the_inverse_of_decode(miniature):
     """On pictures of the model's own: decoded, encoded and decoded again they are near, and so are the
     latents."""
-    c = flux.encode_prompts(Model("miniature"), ["a red circle", "a blue square"]).condition([0, 1], (4, 4), "cpu")
-    x0 = miniature.rollout(flux.noise(miniature, (4, 4), [0, 1]), c, da.sigma_steps(8, 3.0), 3.5)
+    c = flow.encode_prompts(Model("miniature"), ["a red circle", "a blue square"]).condition([0, 1], (4, 4), "cpu")
+    x0 = miniature.rollout(flow.noise(miniature, (4, 4), [0, 1]), c, da.sigma_steps(8, 3.0), 3.5)
     image = miniature.decode(x0, (4, 4))
     again = miniature.encode(image)
     assert again.shape == x0.shape and again.dtype == torch.float32
@@ -206,7 +206,7 @@ def test_encode_is_scaled_as_the_transformer_knows_it(miniature):
     image = torch.rand(2, 3, 48, 80, generator=torch.Generator().manual_seed(0))
     config = miniature.vae.config
     mean = miniature.vae.encode(2 * image - 1).latent_dist.mean
-    z = flux.unpack(miniature.encode(image), (3, 5))
+    z = flow.unpack(miniature.encode(image), (3, 5))
     assert (z / config.scaling_factor + config.shift_factor - mean).abs().max() < 1e-5
 
 
@@ -277,11 +277,26 @@ def run_of(folder, *argv):
     return a, prepare.set_up(a, Model(a.model), parallel.World())
 
 
+def test_some_photographs_are_held_out_and_their_captions_watched(tmp_path, capsys):
+    """A tenth at most; with a file of prompts to watch, none. They are shown beside the pictures of their captions."""
+    folder = make_photographs(tmp_path / "many")
+    for i in range(20):
+        shutil.copy(folder / "0.png", folder / f"more{i}.png")
+        (folder / f"more{i}.txt").write_text(f"fox {i}")
+    a, run = run_of(folder, "--watch", "3")
+    assert "--watch-prompts own: 2 of --images are watched and not trained on, a tenth" in capsys.readouterr().out
+    assert len(run.watched.watched.texts) == 3 and len(run.watched.photographs) == 2
+    assert "0.png" not in {file.name for file in run.curriculum.places["--images"]}
+    assert len(run.curriculum.texts["the captions of --images"]) == 24
+    a, run = run_of(folder, "--watch-prompts", "miniature/prompts_select.txt")
+    assert len(run.curriculum.texts["the captions of --images"]) == 26 and run.watched.photographs == []
+
+
 def test_an_update_is_srpo_with_x0_given_and_fresh_noise_two_calls_an_image(folder, monkeypatch):
     a, run = run_of(folder, "--noise", "shared")
     calls = []
-    velocity = flux.Flux.velocity
-    monkeypatch.setattr(flux.Flux, "velocity", lambda *args: calls.append(1) or velocity(*args))
+    velocity = flow.Flow.velocity
+    monkeypatch.setattr(flow.Flow, "velocity", lambda *args: calls.append(1) or velocity(*args))
     batch = run.batch(a, 1, 0)
     terms = backward(a, run.net, run.reward, batch)
     assert len(calls) == 2 and all(torch.equal(term.x0, batch.x0) for term in terms)
@@ -296,12 +311,12 @@ def test_an_update_is_srpo_with_x0_given_and_fresh_noise_two_calls_an_image(fold
 def test_the_plan_counts_no_rollout(folder):
     plain = prepare.job(*recipe.read(["--model", "miniature"]))
     offline = prepare.job(*recipe.read(["--model", "miniature", "--images", str(folder)]))
-    counts = plan.count(plain, torch.bfloat16)
-    both, without = (plan.divide(job, counts, 2, torch.bfloat16) for job in (plain, offline))
+    counted = counts.count(plain, torch.bfloat16)
+    both, without = (plan.divide(job, counted, 2, torch.bfloat16) for job in (plain, offline))
     assert without.rollout == 0 < both.rollout
     assert (without.update, without.decode, without.reward) == (both.update, both.decode, both.reward)
     assert without.received < both.received
-    assert plan.update_flop(offline, 2) == without.update
+    assert work.update_flop(offline, 2) == without.update
 
 
 @pytest.fixture
@@ -353,4 +368,4 @@ def test_explain_tells_where_the_latents_come_from(folder, monkeypatch, tmp_path
     monkeypatch.setattr("sys.argv", [*SMALL, "--images", str(folder), "--explain", "--out", str(tmp_path)])
     train.main()
     told = capsys.readouterr().out
-    assert "flux.Flux.encode(" in told and "flux.Flux.rollout(" not in told
+    assert "flux.Flux.encode(" in told and "flow.Flow.rollout(" not in told

@@ -22,7 +22,7 @@ import train
 from baselines import Term
 from engine.command_line import fields_of
 from engine.errors import UserError
-from engine.memory import plan
+from engine.memory import work
 from experiments import bench
 
 SMALL = ["--model", "miniature", "--rollout-steps", "2", "--eval-steps", "1", "--watch", "2", "--watch-every", "1",
@@ -88,6 +88,26 @@ def test_the_plan_shares_as_the_run_does():
 
 
 # ------------------------------------------------------------------------------------------------------ one place
+@pytest.mark.parametrize("argv, watched", [
+    ("", None), ("--prompts hpdv2", None), ("--prompts mine.txt", "own"), ("--images photos", "own"),
+    ("--prompts mine.txt --watch-prompts theirs.txt", "theirs.txt"),
+    ("--model miniature", "miniature/prompts_select.txt"), ("--model miniature --images photos", "own")])
+def test_ones_own_prompts_are_watched(argv, watched):
+    assert recipe.flags(argv.split()).watch_prompts == watched
+
+
+@pytest.mark.parametrize("argv, pictures, percent", [
+    ("", 16, 8), ("--recipe fast --lora 32", 0, 38), ("--steps 200", 128, 6), ("--eval 7", 7, None),
+    ("--model miniature", 256, None)])
+def test_a_run_ends_with_a_table_where_that_costs_little(argv, pictures, percent):
+    """Before and after: at most a tenth of the work of the updates, unless --eval or the model says how many."""
+    a, model = recipe.read(argv.split())
+    said = []
+    prepare.settle_evaluation(a, model, said.append)
+    assert a.eval == pictures and len(said) == (percent is not None)
+    assert all(f"{percent}% of the updates' work" in line for line in said)
+
+
 def test_every_flag_is_read_by_something():
     """Of the flags a, somewhere a.name is read."""
     read = set()
@@ -184,12 +204,12 @@ def test_the_benchmark_times_the_method_and_divides_its_own_work(monkeypatch, mi
     monkeypatch.setattr(type(miniature), "velocity", counted)
     argv = [*SMALL, "--method", method, "--global-batch", "4"]
     divided = []
-    monkeypatch.setattr(plan, "achieved", lambda flop, *others: divided.append(flop) or {})
+    monkeypatch.setattr(work, "achieved", lambda flop, *others: divided.append(flop) or {})
     monkeypatch.setattr(sys, "argv", ["bench", *argv, "--repeats", "1"])
     bench.main()
     assert sum(seen) == 2 * calls  # one update is timed, and one is not
     job = prepare.job(*recipe.read(argv))
-    assert divided == [plan.update_flop(job)] and 4 * job.calls == calls
+    assert divided == [work.update_flop(job)] and 4 * job.calls == calls
 
 
 # ------------------------------------------------------------------------------------------------- without torch

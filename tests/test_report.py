@@ -2,7 +2,9 @@
 holds stays text; no trouble with it ends a run; several runs lie side by side; and it works in a real
 browser."""
 
+import csv
 import errno
+import io
 import json
 import os
 import re
@@ -18,10 +20,11 @@ from test_study_browser import Browser, programs
 import recipe
 from engine.command_line import as_line
 from engine.run.folder import LOCK, lock
-from evaluation import film
+from evaluation import film, table_formats
 from evaluation.metrics.statistics import STATISTICS
 from evaluation.picture_folders import PNG_END, save_grid
 from evaluation.report import page as report
+from rewards.base import Column
 
 CONTROL = "\x00\x1b[2J\u202e\u2028"
 PROMPTS = [NASTY[1], NASTY[3], f"control {CONTROL}", "a red circle"]
@@ -129,6 +132,16 @@ def test_pictures_are_told_apart_in_the_grid(tmp_path):
     assert uri.startswith("data:image/jpeg;base64,") and len(uri) < 600_000
 
 
+def test_photographs_are_beside_the_pictures_of_their_prompts(tmp_path):
+    folder, args = made(tmp_path / "run", [line(1)])
+    assert data_of(written(folder, args))["runs"][0]["beside"] == []
+    save_grid(torch.rand(2, 3, 64, 64), folder / "samples" / "photographs.png")
+    text = written(folder, args)
+    run = data_of(text)["runs"][0]
+    assert len(run["beside"]) == 2 and len(run["tiles"]) == 4
+    assert f'id="{run["photographs"]}">data:image/png;base64,' in text
+
+
 def test_every_curve_of_the_log_is_on_the_page(tmp_path):
     held_out = line(2)
     held_out["watch"] |= {"reward pickscore": 22.0, "sgp pickscore": 0.1}
@@ -224,8 +237,8 @@ def test_several_runs_lie_side_by_side(tmp_path, capsys):
         lock(held, b)
         report.main([str(a), f"new|one={b}", "--out", str(tmp_path / "both.html")])
     said = capsys.readouterr().out
-    assert "| a: last, watched (step 2) | +0.800 | +0.020 |" in said
-    assert r"| new\|one: last, watched (step 1) | +0.800 | +0.010 |" in said
+    assert r"|            | a       | new\|one | n   |" in said and "Watched while training:" in said
+    assert "| sgp        | +0.020  | +0.010   | 4   |" in said
     page = data_of((tmp_path / "both.html").read_text())
     assert [run["status"] for run in page["runs"]] == ["finished", "running"]
     assert page["runs"][0]["prompts"] and page["runs"][0]["flags"]       # from its own page
@@ -240,7 +253,39 @@ def test_the_evaluation_is_the_number_that_a_run_ends_with(tmp_path, capsys):
     after = {"sgp": {"mean": 0.25, "se": 0.01, "n": 8}, "realism": {"mean": 0.5, "se": None, "n": 1}}
     (folder / "summary.json").write_text(json.dumps({"steps": 2, "before": None, "after": after}))
     report.main([str(folder), str(folder), "--out", str(tmp_path / "page.html")])
-    assert "| a: after, evaluated | +0.250 ± 0.010 | 50.0% |" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Evaluated after training:" in said and "| sgp     | +0.250 ± 0.010 | 8   |" in said
+    assert "| realism | 50.0 %         | 1   |" in said
+    page = data_of((tmp_path / "page.html").read_text())["numbers"]
+    assert [made["title"] for made in page] == ["Evaluated after training", "Watched while training"]
+    assert page[0]["rows"][1] == ["sgp", "+0.250 ± 0.010", "8"]
+
+
+WIDE = table_formats.table(
+    {f"model {i}": {"sgp": {"mean": i / 8, "se": 0.5, "n": 4}, "realism": {"mean": -i / 4, "se": None, "n": 5}}
+     for i in range(3)}, {"sgp": Column("SGP_gap", "+.2f"), "realism": Column("real", ".1%")}, title="All & more")
+
+
+@pytest.mark.parametrize("widest, parts", [(None, 1), (80, 1), (50, 2), (10, 3)])
+def test_a_table_that_is_too_wide_is_cut_into_several(widest, parts):
+    """Each has all metrics, in the same order; no number is lost."""
+    text = table_formats.markdown(WIDE, widest)
+    lines = text.splitlines()
+    assert text.count("| SGP_gap |") == parts and text.count("| real    |") == parts
+    assert sum(line.count("±") for line in lines) == 3 and all(text.count(f"model {i}") == 1 for i in range(3))
+    if parts < 3:
+        assert max(map(len, lines)) <= (widest or 80)
+
+
+def test_a_table_is_a_csv_and_latex():
+    rows = list(csv.reader(io.StringIO(table_formats.as_csv([WIDE]))))
+    assert rows[0] == ["table", "metric", "n", *(f"model {i}{se}" for i in range(3) for se in ("", " se"))]
+    assert rows[1] == ["All & more", "SGP_gap", "4", "0.0", "0.5", "0.125", "0.5", "0.25", "0.5"]
+    assert rows[2] == ["All & more", "real", "5", "0.0", "", "-0.25", "", "-0.5", ""]
+    latex = table_formats.as_latex([WIDE])
+    assert r"SGP\_gap & $+0.00 \pm 0.50$ & $+0.12 \pm 0.50$ & $+0.25 \pm 0.50$ & 4 \\" in latex
+    assert r"real & $0.0$\,\% & $-25.0$\,\% & $-50.0$\,\% & 5 \\" in latex
+    assert latex.count(r"\begin{tabular}{lrrrr}") == latex.count(r"\end{tabular}") == 1 and "% All & more" in latex
 
 
 MISTAKES = {
@@ -390,6 +435,17 @@ def test_in_a_browser_the_slider_moves_by_keys_and_the_divider_by_dragging(brows
     assert browser.js(GREY) == [0, 0]
     assert "weights_best/ holds the weights of step 10" in browser.js("return document.body.innerText")
     assert browser.js("return document.querySelectorAll('svg .mark').length > 5")
+    assert nothing_went_wrong(browser)
+
+
+def test_in_a_browser_a_photograph_is_beside_its_picture(browser, tmp_path):
+    folder, args = made(tmp_path / "run", [line(10)], "--steps", "10")
+    save_grid(torch.ones(2, 3, 64, 64) * 0.2, folder / "samples" / "photographs.png")
+    opened(browser, folder, args, status="finished")
+    grey = """const canvas = document.querySelectorAll(".pair canvas")[3];
+              return canvas ? canvas.getContext("2d").getImageData(9, 9, 1, 1).data[0] : null;"""
+    wait_for(browser, grey, (51).__eq__)
+    assert browser.js("return document.querySelectorAll('.pair').length") == 2
     assert nothing_went_wrong(browser)
 
 

@@ -30,9 +30,10 @@ import srpo_reward as sr
 import train
 from engine.data.pictures import read_picture
 from engine.errors import UserError
-from engine.memory import parallel, plan
+from engine.memory import counts, parallel
 from engine.model.folder import Model
-from evaluation import metrics, tables
+from evaluation import metrics, table_formats, tables
+from evaluation.report.curves import read_log
 from rewards import pictures
 from rewards.base import Column
 
@@ -604,7 +605,7 @@ def test_the_readmes_reward_of_another_kind_is_one(drop_in, tmp_path):
     assert list(metric.load(metric.fetch(folder), args, "cpu")([photo(64, 64)], ["w5"])) == ["blip_itm"]
     with FakeTensorMode():
         network, = rewards.image_networks(f"blip_itm={folder}", texts=2)
-        assert network.times == 2 and plan.flop_of(network.call) > 1e9
+        assert network.times == 2 and counts.flop_of(network.call) > 1e9
 
 
 def test_every_reward_offers_what_the_registry_says():
@@ -650,16 +651,16 @@ def test_a_weighted_sum_of_rewards_obeys_every_equation():
 
 
 def test_a_held_out_reward_is_watched_and_never_trained_on(monkeypatch, tmp_path):
-    """The same weights, byte for byte, with and without it; its scores in every line of the log."""
+    """The same weights, bit for bit, with and without it; its scores in every line of the log."""
     small = ["--model", "miniature", "--steps", "2", "--global-batch", "1", "--rollout-steps", "2",
              "--eval-steps", "1", "--watch", "2", "--watch-every", "1", "--eval", "0"]
     for name, spec in (("a", "miniature/reward"), ("b", "miniature/reward,miniature/reward_unbiased:0")):
         monkeypatch.setattr("sys.argv", ["train.py", *small, "--reward", spec, "--out", str(tmp_path / name)])
         train.main()
-    a, b = ((tmp_path / n / "weights" / "diffusion_pytorch_model.safetensors").read_bytes() for n in "ab")
-    assert a == b
-    for line in (tmp_path / "b" / "log.jsonl").read_text().splitlines():
-        watched = json.loads(line)["watch"]
+    a, b = (load_file(tmp_path / n / "weights" / "diffusion_pytorch_model.safetensors") for n in "ab")
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    for line in read_log(tmp_path / "b" / "log.jsonl"):
+        watched = line["watch"]
         assert {"reward miniature/reward_unbiased", "sgp miniature/reward_unbiased"} < set(watched)
         assert watched["reward"] == watched["reward miniature/reward"]
 
@@ -683,7 +684,7 @@ def test_the_plan_counts_every_reward():
     """ViT-H/14 is 986 M parameters, SigLIP's vision side 428 M, both float32; a held-out one is only held."""
     def of(spec):
         a = recipe.flags(["--model", "miniature", "--size", "64", "--memory", "masters", "--reward", spec])
-        return plan.count(prepare.job(a, Model(a.model)), torch.bfloat16)
+        return counts.count(prepare.job(a, Model(a.model)), torch.bfloat16)
 
     one, two, held, aesthetic, own = map(of, ("hpsv2.1", "hpsv2.1,pickscore:0.3", "hpsv2.1,pickscore:0",
                                               "aesthetic", "miniature/reward"))
@@ -709,13 +710,14 @@ def test_table_1_is_in_the_papers_order_and_absent_scores_are_dashes():
     columns = {name: column for name, column in of_all.items() if name in tables.ORDER}
     assert list(columns) == ["aesthetic", "pickscore", "imagereward", "hps", "sgp_hps_shown", "geneval",
                              "deqa"]
+    paper = table_formats.of_the_paper(columns)
+    cells = {name: [line.cells[i] for line in paper.lines] for i, name in enumerate(paper.columns)}
+    assert cells["FLUX"] == ["5.867", "22.671", "1.115", "0.289", "0.463", "0.678", "4.292"]
+    assert cells["SRPO"] == ["6.194", "23.040", "1.118", "0.289", "0.505", "0.665", "4.275"]
     rows = {"base": {"hps": {"mean": 0.29, "se": 0.001, "n": 4}}}
-    lines = []
-    for line in tables.table(rows, columns).splitlines():
-        lines.append([cell.strip() for cell in line.strip("|").split("|")])
-    assert lines[2] == ["FLUX [paper]", "5.867", "22.671", "1.115", "0.289", "0.463", "0.678", "4.292"]
-    assert lines[7] == ["SRPO [paper]", "6.194", "23.040", "1.118", "0.289", "0.505", "0.665", "4.275"]
-    assert lines[8] == ["base", "-", "-", "-", "0.2900 ± 0.0010", "-", "-", "-"]
+    ours = table_formats.table(rows, columns)
+    assert [line.cells for line in ours.lines] == [["-"], ["-"], ["-"], ["0.2900 ± 0.0010"], ["-"], ["-"], ["-"]]
+    assert [line.n for line in ours.lines] == ["", "", "", "4", "", "", ""]
 
 
 def test_the_mean_over_groups_and_its_error():
@@ -725,4 +727,4 @@ def test_the_mean_over_groups_and_its_error():
     assert told["se"] == pytest.approx(((0.5 / 2 + (1 / 3) / 3) / 4) ** 0.5)
     assert tables.mean(torch.tensor([float("nan"), float("inf")])) is None
     assert tables.mean(torch.tensor([1.0, 5]), ["a", "b"])["se"] is None  # one picture tells no spread
-    assert tables.cell(Column("reward", "+.3f"), tables.mean(torch.tensor([1.0]))) == "+1.000 ± -"
+    assert table_formats.cell(Column("reward", "+.3f"), tables.mean(torch.tensor([1.0]))) == "+1.000"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from scripts import call
 from test_train import SMALL, log_of
 
-import flux
+import flow
 import prepare
 import train
 from engine.errors import Stopped, UserError
@@ -447,7 +447,7 @@ DAMAGES = {"one bit": flipped, "cut in half": lambda content: content[:len(conte
 @pytest.fixture(scope="module")
 def network():
     """A transformer and its optimizer, to load checkpoints into."""
-    transformer = flux.load(Model("miniature")).transformer
+    transformer = flow.load(Model("miniature")).transformer
     return transformer, torch.optim.AdamW(transformer.parameters(), 1e-5)
 
 
@@ -544,13 +544,13 @@ class Phase(NamedTuple):
 
 
 PHASES = [
-    Phase(flux, "encode_prompts", 1, "before the first update: there is nothing to save"),
-    Phase(flux, "load", 1, "before the first update: there is nothing to save"),
-    Phase(flux, "sample", 1, "before the first update: there is nothing to save"),
+    Phase(flow, "encode_prompts", 1, "before the first update: there is nothing to save"),
+    Phase(flow, "load", 1, "before the first update: there is nothing to save"),
+    Phase(flow, "sample", 1, "before the first update: there is nothing to save"),
     Phase(watch.Watch, "evaluate", 1, "before the first update: there is nothing to save"),
     # Asked in the first update, so that the watch of step 1 is cut short.
     Phase(prepare.Run, "batch", 1, "after step 1, saved; --resume continues"),
-    Phase(flux, "encode_prompts", 1, "before another update; step_00001 is there, and --resume continues"),
+    Phase(flow, "encode_prompts", 1, "before another update; step_00001 is there, and --resume continues"),
     Phase(watch.Watch, "look", 1, "before another update; step_00001 is there, and --resume continues"),
     Phase(watch.Watch, "look", 2, "after step 2, saved; --resume continues"),
     Phase(lora, "export_full", 1, "before another update; step_00002 is there, and --resume continues"),
@@ -636,12 +636,26 @@ def test_asked_twice_is_at_once(seconds, status):
 def test_a_signal_while_the_libraries_are_imported_is_one_line(script, argv):
     """Nothing that takes time is imported before `until_loaded`."""
     code = (f"import os, runpy, signal, sys; sys.argv = {[script, *argv]!r}\n"
-            "from engine.run import stopping\nlistens = stopping.until_loaded\n"
+            "from engine import loading\nlistens = loading.until_loaded\n"
             "def asked(name):\n    listens(name)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
-            f"stopping.until_loaded = asked\nrunpy.run_path({script!r}, run_name='__main__')")
+            f"loading.until_loaded = asked\nrunpy.run_path({script!r}, run_name='__main__')")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 128 + signal.SIGTERM and done.stderr == ""
     assert done.stdout.strip() == f"{script}: stopped before the start: there is nothing to save"
+
+
+@pytest.mark.parametrize("module, number, said", [
+    ("experiments.landing", signal.SIGINT, "experiments: stopped before the start: there is nothing to save"),
+    ("engine.merge", signal.SIGTERM, "engine: stopped before the start: there is nothing to save"),
+    ("evaluation.report", None, "evaluation: loading torch, diffusers and transformers")])
+def test_a_module_says_what_it_loads_and_stops_in_one_line(module, number, said, tmp_path):
+    """A numpy of the test's own, which all of them import, takes long or is a signal."""
+    act = "time.sleep(4)" if number is None else f"os.kill(os.getpid(), {int(number)})"
+    (tmp_path / "numpy.py").write_text(f"import os, time\n{act}\nraise SystemExit\n")
+    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (0 if number is None else 128 + number, "")
+    assert done.stdout.splitlines()[-1] == said
 
 
 def test_a_reader_that_has_seen_enough_ends_a_script_without_a_word():

@@ -13,13 +13,14 @@ from builders import a_batch, backward
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 import direct_align as da
-import flux
+import flow
 import recipe
 import rewards
 import train
 from engine.data import draws
 from engine.data.pictures import read_picture
 from engine.model.folder import Model
+from engine.run import log
 from evaluation import explain
 from evaluation.watch import hacking
 from rewards.clip_model import ClipReward
@@ -36,19 +37,22 @@ def run(monkeypatch, *argv):
 def log_of(out):
     """The log without its readings of clock and memory: all the rest must repeat byte for byte."""
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    clocks = ("seconds_", "images_per_", "tflop_", "share_", "peak_")
+    clocks = ("timestamp", "seconds_", "images_per_", "tflop_", "share_", "peak_")
     return [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in lines]
 
 
 def test_a_run_leaves_what_the_readme_says(monkeypatch, tmp_path):
     out = tmp_path / "run"
     run(monkeypatch, "--steps", 2, "--eval", 4, "--out", out)
-    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in log] == [1, 2]
-    for line in log:
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    for line in lines:
         assert {"reward_denoise", "reward_invert", "sgp", "grad_norm",
                 "seconds_rollout", "seconds_update"} <= line.keys()
-        assert set(line["drift"]) == {"saturation", "redness", "brightness", "texture"}
+        assert {name for name in line if name.startswith("drift.")} == {
+            "drift.saturation", "drift.redness", "drift.brightness", "drift.texture"}
+        assert not [value for value in line.values() if isinstance(value, dict | list)]  # pandas reads it in one call
+        assert line["timestamp"] > 1e9 and line["images_per_second"] > 0
     assert json.loads((out / "args.json").read_text())["steps"] == 2
     assert sorted(p.name for p in (out / "samples").iterdir()) == [f"step_0000{i}.png" for i in range(3)]
     summary = json.loads((out / "summary.json").read_text())
@@ -95,8 +99,8 @@ def reward():
 def gradient_of(miniature, reward):
     """gradient_of(a, batches of rows, middles): the gradient of an update of these rows of PROMPTS, the
     batches' accumulated."""
-    embeddings = flux.encode_prompts(Model("miniature"), PROMPTS)
-    eps = flux.noise(miniature, (4, 4), range(len(PROMPTS)))
+    embeddings = flow.encode_prompts(Model("miniature"), PROMPTS)
+    eps = flow.noise(miniature, (4, 4), range(len(PROMPTS)))
     everyone = embeddings.condition(slice(None), (4, 4), "cpu")
     x0 = miniature.rollout(eps, everyone, da.sigma_steps(4, 3.0), 3.5)
 
@@ -179,8 +183,8 @@ def test_explain_tells_one_step_in_the_order_of_the_code(monkeypatch, capsys, tm
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
     run(monkeypatch, "--explain", "--out", tmp_path)  # a folder with a run is no obstacle
     told = capsys.readouterr().out
-    order = ["srpo_reward.texts_of(", "flux.Flux.rollout(", "direct_align.place(", "Eq. 3:",
-             "flux.Flux.velocity(", "Eq. 5 for a", "factor     [2]", "flux.Flux.decode(", "Rewards.of(",
+    order = ["srpo_reward.texts_of(", "flow.Flow.rollout(", "direct_align.place(", "Eq. 3:",
+             "flow.Flow.velocity(", "Eq. 5 for a", "factor     [2]", "flux.Flux.decode(", "Rewards.of(",
              "direct_align.discount(", "branch_reward(", "Eq. 6:", "gradient norm"]
     places = [told.index(word) for word in order]
     assert places == sorted(places)
@@ -214,11 +218,11 @@ def test_prompts_that_the_judge_does_not_know_are_a_dash(monkeypatch, capsys, tm
     run(monkeypatch, "--steps", 1, "--eval", 2, "--eval-prompts", tmp_path / "p.txt",
         "--watch-prompts", tmp_path / "p.txt", "--out", tmp_path / "run")
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    head = next(line for line in lines if "alignment" in " ".join(line))
-    after = next(line for line in lines if line[1].strip() == "after")
-    cells = {name.strip(): cell.strip() for name, cell in zip(head, after, strict=True)}
-    assert cells["alignment"] == "-" == cells["Frechet"] and cells["realism"] != "-"
-    assert json.loads((tmp_path / "run" / "log.jsonl").read_text())["watch"]["alignment"] is None
+    after = {}
+    for line in lines:
+        after.setdefault(line[1].strip(), line[3].strip())  # the table of the evaluation comes first
+    assert "alignment" not in after and "Frechet" not in after and after["realism"] != "-"
+    assert json.loads((tmp_path / "run" / "log.jsonl").read_text())["watch.alignment"] is None
 
 
 def test_a_threshold_that_stops_every_gradient_is_said(monkeypatch, capsys, tmp_path):
@@ -274,9 +278,44 @@ def test_a_question_is_answered_without_loading_the_model_libraries():
     assert [name for name in told if name.startswith(heavy)] == []
 
 
-def test_tensorboard_gets_the_logs_numbers(monkeypatch, tmp_path):
+SHOWN = {"training/sgp", "training/grad_norm", "training/reward_denoise", "speed/images_per_second",
+         "watched pictures/sgp", "watched pictures/realism", "watched pictures/drift warnings",
+         "drift of watched pictures/redness"}
+
+
+def test_wandb_gets_the_logs_numbers_and_the_pictures(monkeypatch, tmp_path, capsys):
+    """A stand-in for the optional package. Not installed, or not logged in, it is one line before the run."""
+    shown = {}
+    flags = ["--steps", 1, "--wandb", "--out", tmp_path / "run"]
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    module = types.ModuleType("wandb")
+    module.api = types.SimpleNamespace(api_key=None)
+    module.Image = str
+    begun = []
+
+    def init(**options):
+        begun.append(options)
+        return types.SimpleNamespace(log=lambda what, step: shown.setdefault(step, {}).update(what))
+
+    module.init = init
+    for there, words in ((None, "not installed; pip install wandb"), (module, "not logged in; wandb login")):
+        monkeypatch.setitem(sys.modules, "wandb", there)
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *flags)
+        assert words in capsys.readouterr().err and not begun
+    module.api.api_key = "a key"
+    run(monkeypatch, *flags)
+    assert begun[0]["config"]["steps"] == 1
+    assert begun[0]["id"] == json.loads((tmp_path / "run" / "run.json").read_text())["run"]
+    assert shown.keys() == {0, 1} and shown[1].keys() > SHOWN and "watched pictures/sgp" in shown[0]
+    assert [shown[step]["watched pictures"] for step in (0, 1)] == [
+        str(tmp_path / "run" / "samples" / f"step_0000{step}.png") for step in (0, 1)]
+
+
+def test_tensorboard_gets_the_logs_numbers_and_the_pictures(monkeypatch, tmp_path):
     """A stand-in for the optional package; without it the flag is refused (test_bad_input.py)."""
     seen = []
+    pictures = []
 
     class Writer:
         def __init__(self, folder):
@@ -285,9 +324,27 @@ def test_tensorboard_gets_the_logs_numbers(monkeypatch, tmp_path):
         def add_scalar(self, name, value, step):
             seen.append((name, value, step))
 
+        def add_image(self, name, picture, step, dataformats):
+            pictures.append((name, picture.shape, step, dataformats))
+
     board = types.ModuleType("torch.utils.tensorboard")
     board.SummaryWriter = Writer
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", board)
     run(monkeypatch, "--steps", 1, "--tensorboard", "--out", tmp_path / "run")
     line = json.loads((tmp_path / "run" / "log.jsonl").read_text())
-    assert ("sgp", line["sgp"], 1) in seen and ("redness", line["drift"]["redness"], 1) in seen
+    assert ("training/sgp", line["sgp"], 1) in seen
+    assert ("drift of watched pictures/redness", line["drift.redness"], 1) in seen
+    assert {name for name, _, step in seen if step == 1} > SHOWN
+    assert pictures == [("watched pictures", (132, 262, 3), step, "HWC") for step in (0, 1)]
+
+
+def test_a_log_is_flat_in_the_file_and_nested_in_memory():
+    """A line that an earlier version wrote is read as well."""
+    line = {"step": 4, "sgp": 0.5, "watch": {"sgp a.b": 0.25, "alignment": None}, "drift": {"redness": -1.0},
+            "hacking": ["redness drifted", "the reward rises"]}
+    flat = log.flat(line)
+    assert flat.pop("timestamp") > 1e9 and flat == {
+        "step": 4, "sgp": 0.5, "watch.sgp a.b": 0.25, "watch.alignment": None, "drift.redness": -1.0,
+        "hacking": "redness drifted; the reward rises"}
+    assert log.nested(flat) == line == log.nested(line)
+    assert log.nested({"step": 1, "hacking": ""}) == {"step": 1, "hacking": []}

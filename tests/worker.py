@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import direct_align as da
-import flux
+import flow
 import recipe
 import rewards
 from engine.memory import parallel
@@ -39,7 +39,7 @@ a = recipe.parser().parse_args(["--threshold", "off"])
 if sys.argv[6:] == ["bf16"]:
     parallel.device_and_dtype = as_on_a_gpu
 world = parallel.World(replicas)
-net = flux.load(Model("miniature"), None, world.device, world.dtype, world)
+net = flow.load(Model("miniature"), None, world.device, world.dtype, world)
 if sys.argv[6:] == ["bf16"]:
     net.transformer.enable_gradient_checkpointing()  # recomputed activations
     assert net.vae.dtype == torch.bfloat16 and next(net.transformer.parameters()).dtype == torch.float32
@@ -50,8 +50,8 @@ batches = [slice(i, i + size) for i in range(0, images, size)]
 # One process takes all, one after the other.
 mine = batches if world.size == 1 else batches[world.rank::ranks]
 for rows in mine:
-    c = flux.encode_prompts(Model("miniature"), prompts[rows]).condition(slice(None), (4, 4), "cpu")
-    eps = flux.noise(net, (4, 4), range(images))[rows]
+    c = flow.encode_prompts(Model("miniature"), prompts[rows]).condition(slice(None), (4, 4), "cpu")
+    eps = flow.noise(net, (4, 4), range(images))[rows]
     with CountGathers() as count:
         x0 = net.rollout(eps, c, da.sigma_steps(5, 3.0), 3.5)
     backward(a, net, reward, a_batch(prompts[rows], c, x0, eps, [levels[rows]]), times=len(mine))

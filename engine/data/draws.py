@@ -8,6 +8,7 @@ import torch
 from engine.errors import UserError
 
 MOST_IMAGES = 10**7      # the most images of a run; their order is drawn before it begins
+MOST_HELD_OUT = 10       # one of so many items is held out, at most
 
 
 # ------------------------------------------------------------------------------------------- order and chance
@@ -18,6 +19,16 @@ def prompt_order(n, count, seed):
     while len(order) < count:
         order += torch.randperm(n, generator=generator).tolist()
     return order[:count]
+
+
+def hold_out(items, n):
+    """(held out, the others) of a list: n items, evenly spread, but at most one of MOST_HELD_OUT. An item that is equal
+    to one that is held out is not among the others."""
+    each = list(dict.fromkeys(items))
+    n = min(n, len(each) // MOST_HELD_OUT)
+    held_out = [each[i * len(each) // n] for i in range(n)]
+    without = set(held_out)
+    return held_out, [item for item in items if item not in without]
 
 
 def check_count(steps, images):
@@ -55,6 +66,10 @@ class Curriculum:
     def grid(self, step):
         """(rows, columns) of tokens of an update's pictures; None: as --size says."""
         return None
+
+    def says(self, step):
+        """What the log is told about an update's pictures: {name: text or number}."""
+        return {}
 
     def latents(self, rows):
         """Clean latents x0 [B, N, C] of some rows; None: the model makes them by a rollout."""

@@ -4,6 +4,7 @@ the same area, and encoded once. Their order is the same on any number of proces
 import hashlib
 import math
 import os
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -191,6 +192,18 @@ def shapes_of(tokens):
     return list(dict.fromkeys(shapes))
 
 
+def in_pixels(grid, unit):
+    """(rows, columns) of tokens as "WIDTHxHEIGHT" pixels."""
+    rows, columns = grid
+    return f"{columns * unit}x{rows * unit}"
+
+
+def by_shape(photographs, unit):
+    """How many photographs each shape has, in words: "20 of 64x64, 8 of 80x48"."""
+    counts = Counter(in_pixels(photograph.grid, unit) for photograph in photographs)
+    return ", ".join(f"{number} of {shape}" for shape, number in counts.most_common())
+
+
 def nearest(ratio, shapes):
     """The shape whose ratio is nearest, on a log scale, to a ratio of width to height."""
     def distance(shape):
@@ -264,6 +277,9 @@ class Album(draws.Curriculum):
 
     def grid(self, step):
         return self.grids[step]
+
+    def says(self, step):
+        return {"shape": in_pixels(self.grids[step], self.unit)}
 
     def latents(self, rows):
         return torch.stack([self.encoded[row] for row in rows])

@@ -23,6 +23,9 @@ def join(high, low):
     return ((high.view(torch.int16).to(torch.int32) << 16) + low).view(torch.float32)
 
 
+SMALL = 2**20  # numbers of a parameter: below this it is updated together with others
+
+
 class SplitAdamW(torch.optim.Optimizer):
     """AdamW on bf16 parameters, as exact as on float32 ones except for its bf16 moments. It takes 10 bytes a parameter
     instead of 16, gradient included.
@@ -40,30 +43,58 @@ class SplitAdamW(torch.optim.Optimizer):
     def step(self, closure=None):
         """Update every parameter that has a gradient. `closure` is there for torch's interface, and is not called."""
         for group in self.param_groups:
+            small = []
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self.update(parameter, self.state[parameter], group)
+                if parameter.grad is None:
+                    continue
+                tensors = self.tensors_of(parameter)
+                if tensors[0].numel() < SMALL:
+                    small.append(tensors)
+                else:
+                    update(*tensors, group)
+            if small:
+                update_at_once(small, group)
 
-    def update(self, parameter, state, group):
-        """Update one parameter with torch's own AdamW, on float32 copies that are freed on return."""
+    def tensors_of(self, parameter):
+        """[weight, gradient, lower half, moments m and v, step] of a parameter, this process's parts. Makes the
+        state."""
+        state = self.state[parameter]
         if not state:
-            state["step"] = torch.tensor(0.0)
             # Loading a checkpoint casts state to the parameter's dtype, so these 16 bits are stored as a bf16 tensor.
             state["low"] = torch.zeros_like(parameter)
             state["exp_avg"] = torch.zeros_like(parameter, dtype=self.moments)
             state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=self.moments)
-        names = ("low", "exp_avg", "exp_avg_sq")
-        weight, gradient, low, m, v = map(local_part, (parameter, parameter.grad, *map(state.get, names)))
-        master = join(weight, low.view(torch.int16))
-        m_32, v_32 = m.float(), v.float()
-        adamw([master], [gradient.float()], [m_32], [v_32], [], [state["step"]], foreach=False, amsgrad=False,
-              beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-              weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
-        high, rest = split(master)
-        weight.copy_(high)
-        low.copy_(rest.view(torch.bfloat16))
-        m.copy_(m_32)
-        v.copy_(v_32)
+            state["step"] = torch.zeros((), device=parameter.device)
+        names = ("low", "exp_avg", "exp_avg_sq", "step")
+        return [local_part(tensor) for tensor in (parameter, parameter.grad, *map(state.get, names))]
+
+
+def update(weight, gradient, low, m, v, step, group):
+    """Update one tensor with torch's own AdamW, on float32 copies that are freed on return."""
+    master = join(weight, low.view(torch.int16))
+    m_32, v_32 = m.float(), v.float()
+    adamw([master], [gradient.float()], [m_32], [v_32], [], [step], foreach=False, fused=weight.is_cuda, amsgrad=False,
+          beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
+          weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+    high, rest = split(master)
+    weight.copy_(high)
+    low.copy_(rest.view(torch.bfloat16))
+    m.copy_(m_32)
+    v.copy_(v_32)
+
+
+def update_at_once(small, group):
+    """Update small parameters as one tensor, since each would take as many launches as a large one. small: for each its
+    tensors, as `SplitAdamW.tensors_of` returns them; all have made the same number of steps."""
+    weights, gradients, lows, ms, vs, steps = zip(*small, strict=True)
+    joined = [torch.cat([tensor.flatten() for tensor in each]) for each in (weights, gradients, lows, ms, vs)]
+    update(*joined, steps[0], group)
+    if len(steps) > 1:
+        torch._foreach_add_(list(steps[1:]), 1)
+    sizes = [weight.numel() for weight in weights]
+    for each, flat in zip((weights, lows, ms, vs), (joined[0], *joined[2:]), strict=True):
+        parts = [part.view_as(tensor) for part, tensor in zip(flat.split(sizes), each, strict=True)]
+        torch._foreach_copy_(list(each), parts)
 
 
 def optimizer_of(parameters, lr, weight_decay, name, device):

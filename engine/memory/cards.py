@@ -9,12 +9,14 @@ import torch
 
 from engine.errors import UserError
 from engine.memory import gpus, modes
-from engine.memory.plan import GIB, GIGA, MOST_PROCESSES, TERA, count, divide, in_time
+from engine.memory.counts import count
+from engine.memory.plan import GIB, divide
+from engine.memory.shown import in_time
+from engine.memory.work import BUS, seconds
 
 CONTEXT = 1.25 * GIB    # of a card, taken by CUDA itself and by the libraries' workspaces
-BUS = 25                # GB/s between host and card: what copies from pinned memory reach on PCIe 4.0 x16
-UNPINNED = 6            # the same for memory that is not pinned, with what is added there; a guess
 USUAL_RANK = 32         # the rank of a LoRA that a message recommends
+MOST_PROCESSES = 64     # the largest number of GPUs that a message recommends
 
 
 class Machine(NamedTuple):
@@ -33,6 +35,10 @@ class Machine(NamedTuple):
         if self.host is not None and prediction.host > self.host:
             return "host"
         return None
+
+    def host_gib(self):
+        """The host's GiB, as text."""
+        return "?" if self.host is None else f"{self.host / GIB:.0f}"
 
 
 def this_machine(world):
@@ -66,7 +72,7 @@ def host_bytes(meminfo="/proc/meminfo", group="/sys/fs/cgroup"):
 
 # --------------------------------------------------------------------------------------------- what fits them
 def predictions(job, counts, world_size):
-    """{--memory: its `plan.Prediction`} for a `plan.Job`, in order of preference."""
+    """{--memory: its `plan.Prediction`} for a `counts.Job`, in order of preference."""
     found = {}
     for name in modes.choices(job.lora):
         found[name] = divide(replace(job, memory=name), counts, world_size, torch.bfloat16)
@@ -196,19 +202,12 @@ def settle_for(job, world_size, card):
 
 
 # -------------------------------------------------------------------------------------------------- the table
-def seconds(prediction, peak, share):
-    """Seconds of an update of one process: the sum of computing and copying, for FSDP2 copies a block on the stream on
-    which it computes. peak: of the card, TFLOP/s; share: of it that is reached, 0 to 1."""
-    copying = prediction.bus / BUS + prediction.unpinned / UNPINNED
-    return prediction.flop / TERA / (peak * share) + copying / GIGA
-
-
 def show_cards(job, share):
     """Print, for one card of every size, the first --memory that fits: for a full fine-tune, and for a LoRA. share: of
     the card's peak that is reached, 0 to 1."""
     counts = count(job, torch.bfloat16)
     print(f"\nwhat fits one card, predicted (with {CONTEXT / GIB:.2f} GiB for CUDA itself; an update of "
-          f"{job.images} images at {share:.0%} of the card's peak,\nand {BUS} GB/s over the bus, {UNPINNED} unpinned; "
+          f"{job.images} images at {share:.0%} of the card's peak,\nand {BUS} GB/s over the bus; "
           "without the optimizer's step on the host)")
     print(f"    {'card':20}{'flags':34}{'GiB':>8}{'host GiB':>10}{'an update':>11}{f'{job.updates} updates':>12}")
     for card in gpus.CARDS:
@@ -218,7 +217,7 @@ def show_cards(job, share):
 
 
 def row(job, counts, card, share):
-    """A line of the table, without the card's name. job: a `plan.Job`, whose lora says what is trained."""
+    """A line of the table, without the card's name. job: a `counts.Job`, whose lora says what is trained."""
     for name, prediction in predictions(job, counts, 1).items():
         if Machine(card.gib * GIB).has_room(prediction):
             flags = flags_of(job.lora, name)

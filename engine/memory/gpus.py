@@ -7,6 +7,8 @@ from engine.errors import UserError
 # Dense bf16 TFLOP/s. H200 comes before H20, since "H20" is found in its name too.
 PEAK = {"H200": 989, "H100": 989, "A100": 312, "H20": 148, "L40S": 362, "RTX 4090": 165}
 
+WITHOUT_FLOAT8 = ("A100",)  # of these: products in float8 begin with Ada and Hopper
+
 
 class Card(NamedTuple):
     """A common GPU."""

@@ -6,8 +6,9 @@ from typing import NamedTuple
 import torch
 
 from engine.memory import parallel
-from engine.memory.modes import HELD_ON_THE_GPU, ON_THE_HOST, needs_mesh, stored_in_fp8
-from engine.model import lora
+from engine.memory.downloads import Downloads
+from engine.memory.modes import HELD_ON_THE_GPU, ON_THE_HOST, needs_mesh
+from engine.model import float8, lora
 
 
 class Layout(NamedTuple):
@@ -16,31 +17,37 @@ class Layout(NamedTuple):
     lora: int | None
     name: str
     seed: int
+    trains: bool = True  # False: the weights are frozen, for a transformer that only samples
 
     def prepare(self, transformer, world):
         """Add the adapters, give every parameter its dtype, and shard. The transformer is on the meta device, and not
         loaded yet. Returns the device for the parameters."""
+        if not self.trains:
+            transformer.requires_grad_(False)
         if self.lora:
             lora.add_adapters(transformer, self.lora)
-        for name, parameter in transformer.named_parameters():
-            parameter.data = parameter.data.to(self.dtype_of(name, parameter, world))
+        if self.name.startswith("fp8"):
+            float8.store(transformer)
+        for parameter in transformer.parameters():
+            parameter.data = parameter.data.to(self.dtype_of(parameter, world))
         if world.mesh is not None:
             # A frozen base in bf16 is small enough to be replicated on every GPU. Then it needs no all-gather, and the
-            # processes exchange only the adapters and their gradients.
-            replicated = [p for p in transformer.parameters() if self.name == "bf16" and not p.requires_grad]
+            # processes exchange only the adapters and their gradients. One process has all of a base in float8, and
+            # FSDP2 would copy each block once more.
+            whole = self.name == "bf16" or self.name == "fp8" and world.size == 1
+            replicated = [p for p in transformer.parameters() if whole and not p.requires_grad]
             parallel.shard(transformer, world, self.name in ON_THE_HOST, replicated, self.hold())
         elif needs_mesh(self.name):
             raise RuntimeError(f"--memory {self.name} needs parallel.World(mesh=True)")
         return torch.device("cpu") if self.name in ON_THE_HOST else world.device
 
-    def dtype_of(self, name, parameter, world):
-        """The dtype in which a parameter is stored. FSDP2 computes with a copy in world.dtype."""
+    def dtype_of(self, parameter, world):
+        """The dtype in which a parameter is stored. FSDP2 computes with a copy in world.dtype; the bytes of float8 stay
+        as they are."""
+        if not parameter.is_floating_point():
+            return parameter.dtype
         if parameter.requires_grad:
-            if self.name == "split":
-                return torch.bfloat16
-            return torch.float32
-        if self.name.startswith("fp8") and stored_in_fp8(name, parameter):
-            return torch.float8_e4m3fn
+            return torch.bfloat16 if self.name == "split" else torch.float32
         return world.dtype
 
     def hold(self):
@@ -52,9 +59,18 @@ class Layout(NamedTuple):
         return None
 
     def start(self, transformer):
-        """Give the adapters their first values, after loading."""
+        """After loading: give the adapters their first values, and let `Downloads` take what comes to the host."""
         if self.lora:
             lora.start(transformer, self.seed)
+        if self.name in ON_THE_HOST:
+            transformer.downloads = Downloads(trainable(transformer))
+
+
+def finish_gradients(transformer):
+    """Before a gradient is read: every parameter has the sum of what was copied to the host, if it was."""
+    downloads = getattr(transformer, "downloads", None)
+    if downloads is not None:
+        downloads.finish()
 
 
 def trainable(transformer):

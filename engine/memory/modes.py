@@ -12,7 +12,8 @@ frozen, and thin matrices beside them learn (engine/model/lora.py).
            offload      as masters, but in the host's memory; a bf16 copy stays on the GPU over a rollout
            stream       as offload, but every block is copied to the GPU each time before it computes
     LoRA   bf16         frozen weights in bf16, whole on every GPU
-           fp8          the large ones in float8, divided among the GPUs; a block is cast before it computes
+           fp8          the large ones in float8, each row with a scale, divided among the GPUs; a matrix is cast
+                        when it computes
            fp8-offload  as fp8, but in the host's memory
 
 The adapters themselves are float32 masters. On a CPU all compute in float32.
@@ -56,8 +57,3 @@ def is_lean(name):
     """Whether a --memory is for a card so small that decoding and the rewards must save memory too. Then the VAE's
     decoder is recomputed in the backward, and only the image side of a reward is on the GPU, in bf16."""
     return name not in HELD_ON_THE_GPU
-
-
-def stored_in_fp8(name, parameter):
-    """Whether --memory fp8 stores a frozen parameter in float8: the matrices of the blocks."""
-    return parameter.ndim == 2 and "transformer_blocks." in name

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from copy import copy
 from datetime import timedelta
 from statistics import fmean
 from threading import Thread
@@ -25,6 +26,7 @@ from torch.distributed.fsdp import (
 from tqdm import tqdm
 
 from engine.errors import UserError, printable
+from engine.model.float8 import scales_of
 from engine.model.tensors import fill, own_parameters
 
 OLDEST = (8, 0)  # the compute capability of Ampere, the first with bf16 in hardware
@@ -47,11 +49,17 @@ def device_and_dtype(local_rank=0):
     return device, torch.bfloat16
 
 
-def one_thread_on_a_cpu():
-    """Use one thread if there is no GPU: on the miniature a second one saves a sixth of the time, but on a busy machine
-    it takes ten times as long."""
+def choose_threads(neighbours=1):
+    """Choose how many threads compute on the host.
+
+    Without a GPU, one: on the miniature a second one saves a sixth of the time, but on a busy machine it takes ten
+    times as long. With a GPU, the cores are divided among the processes of this machine, since --memory offload has its
+    optimizer there; torchrun would leave one core to each. OMP_NUM_THREADS of 2 or more is left as it is.
+    """
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
+    elif int(os.environ.get("OMP_NUM_THREADS") or 1) == 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
 
 
 def meet_the_others(backend, patience):
@@ -89,13 +97,14 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.local = local = int(os.environ.get("LOCAL_RANK", 0))
         self.neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
+        self.first_here = local == 0  # of them
         if gpu and self.neighbours > torch.cuda.device_count():
             raise UserError(f"--nproc_per_node {self.neighbours}: there are {torch.cuda.device_count()} GPUs")
         if self.size % replicas:
             raise UserError(f"--replicas {replicas}: does not divide the {self.size} processes")
         self.device, self.dtype = device_and_dtype(local)
         self.mesh = None
-        one_thread_on_a_cpu()
+        choose_threads(self.neighbours)
         if gpu:
             torch.cuda.set_device(self.device)
         # Gradient clipping and the exchange of Python objects use gloo on the CPU; everything else uses NCCL.
@@ -170,6 +179,13 @@ class World:
             sys.exit(2)
         return found if self.main else theirs
 
+    def alone(self):
+        """This process as a `World` of its own, with a mesh of itself; collective."""
+        own = copy(self)
+        own.size, own.rank = 1, 0
+        own.mesh = init_device_mesh(self.device.type, (self.size, 1), mesh_dim_names=("processes", "own"))["own"]
+        return own
+
     def close(self):
         """End the process group, after waiting for all processes: one that ended early could break another's last
         exchange."""
@@ -193,7 +209,7 @@ def shard(transformer, world, offload=False, replicated=(), hold=None):
     replicated: parameters that are not sharded; every process keeps them, in their own dtype. hold: whether `gathered`
     keeps the gathered copies for a whole rollout; None: only with more than one process.
 
-    cast_forward_inputs is off, since it would also cast timesteps, ids and RoPE tables: `Flux.velocity` casts its
+    cast_forward_inputs is off, since it would also cast timesteps, ids and RoPE tables: a family's `predict` casts its
     inputs itself.
     """
     policy = MixedPrecisionPolicy(param_dtype=world.dtype, reduce_dtype=torch.float32,
@@ -225,8 +241,9 @@ def load_sharded(kind, source, device, dtype, world=None, layout=None):
         if sharded:
             shard(network, world)
     network.to_empty(device=device)
+    scales = scales_of(network)
     for name, parameter in own_parameters(network).items():
-        fill(parameter, source.tensors[name])
+        fill(parameter, source.tensors[name], scales.get(name))
     if layout is not None:
         layout.start(network)
     return network

@@ -11,12 +11,12 @@ import torch
 from engine.errors import NotFinite
 from engine.files import write_json, write_whole
 from engine.model import released
+from engine.model.float8 import quantised
 from engine.model.single_file import MARKER
 from engine.model.tensor_files import INDEX, ONE_FILE
 from engine.model.tensors import full
 
 CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float8_e4m3fn: "F8_E4M3"}
-LARGEST_FLOAT8 = torch.finfo(torch.float8_e4m3fn).max  # 448
 
 
 class Entry(NamedTuple):
@@ -78,16 +78,17 @@ def joined(name, parts, rows, dtype):
 
 
 def scaled(make):
-    """[a tensor in float8, its scale]: the tensor is the product."""
-    tensor = make()[0].float()
-    scale = (tensor.abs().max() / LARGEST_FLOAT8).clamp(min=1e-12)
-    return [(tensor / scale).to(torch.float8_e4m3fn), scale]
+    """[a tensor in float8, its scale]: the tensor is the product. ComfyUI has one scale for all rows."""
+    tensor, = make()
+    numbers, scale = quantised(tensor.flatten())
+    return [numbers.view(tensor.shape), scale]
 
 
 # --------------------------------------------------------------------------------------------------- the files
-def header_of(entries):
-    """The header of a safetensors file, bytes: its length in 8 bytes, then JSON, padded to a multiple of 8."""
-    header = {"__metadata__": {"format": "pt"}}
+def header_of(entries, about=None):
+    """The header of a safetensors file, bytes: its length in 8 bytes, then JSON, padded to a multiple of 8. about:
+    {key: text} of further metadata."""
+    header = {"__metadata__": {"format": "pt"} | (about or {})}
     end = 0
     for entry in entries:
         for name, shape, dtype in entry.heads:
@@ -98,19 +99,20 @@ def header_of(entries):
     return len(text).to_bytes(8, "little") + text
 
 
-def bytes_of(entries):
+def bytes_of(entries, about=None):
     """Yields the content of a safetensors file in pieces: the header, then each full tensor. An all-gather needs every
     rank, so every rank must consume all pieces. Raises NotFinite."""
-    yield header_of(entries)
+    yield header_of(entries, about)
     for entry in entries:
         for tensor in entry.make():
             yield tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def write(path, entries, world):
-    """Write a safetensors file. No process holds a full copy. The file is renamed when complete: if the disk is full,
-    or a tensor is not finite, an existing file stays as it was. Raises OSError and NotFinite."""
-    pieces = bytes_of(entries)
+def write(path, entries, world, about=None):
+    """Write a safetensors file, with {key: text} in its metadata. No process holds a full copy. The file is renamed
+    when complete: if the disk is full, or a tensor is not finite, an existing file stays as it was. Raises OSError and
+    NotFinite."""
+    pieces = bytes_of(entries, about)
     if not world.main:
         for _ in pieces:  # only to take part in each all-gather
             pass
@@ -119,11 +121,11 @@ def write(path, entries, world):
     write_whole(path, pieces)
 
 
-def export(transformer, folder, world, dtype=torch.float32):
+def export(transformer, folder, world, dtype=torch.float32, about=None):
     """Write config.json and one diffusion_pytorch_model.safetensors in diffusers' layout, which FluxPipeline and
-    ComfyUI load. Raises as `write`."""
+    ComfyUI load. about: {key: text} of its metadata. Raises as `write`."""
     folder = Path(folder)
-    write(folder / ONE_FILE, in_diffusers_names(transformer, dtype), world)
+    write(folder / ONE_FILE, in_diffusers_names(transformer, dtype), world, about)
     if not world.main:
         return
     config = json.loads(transformer.to_json_string())
@@ -132,10 +134,10 @@ def export(transformer, folder, world, dtype=torch.float32):
     (folder / INDEX).unlink(missing_ok=True)
 
 
-def export_as(transformer, path, world, name):
+def export_as(transformer, path, world, name, about=None):
     """Write full weights as one file in bf16. name: of `command_line.SAVE_AS`, except kohya. Raises as `write`."""
     if name == "diffusers":
         entries = in_diffusers_names(transformer, torch.bfloat16)
     else:
         entries = in_released_names(transformer, torch.bfloat16, float8=name == "comfyui-fp8")
-    write(path, entries, world)
+    write(path, entries, world, about)

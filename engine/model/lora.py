@@ -11,16 +11,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from engine.errors import UserError
-from engine.files import write_whole
 from engine.model import lora_files
 from engine.model.export import export as export_full
-from engine.model.export import export_as, finite
+from engine.model.export import export_as, finite, plain, write
+from engine.model.float8 import scales_of
 from engine.model.lora_files import FILE, PREFIX
-from engine.model.tensors import fill, full, local_part, my_rows, own_parameters
+from engine.model.tensors import fill, full, my_rows, own_parameters, put, values
 
 
 # ----------------------------------------------------------------------------------------------- the adapters
@@ -99,33 +98,33 @@ def exported(transformer, dtype):
             for name, parameter in adapters(transformer).items()}
 
 
-def write_lora(path, tensors, world):
-    """Write the tensors of a LoRA as a safetensors file, by rank 0. Raises OSError."""
-    if world.main:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, save(tensors, {"format": "pt"}))
+def write_lora(path, tensors, world, about=None):
+    """Write the tensors of a LoRA as a safetensors file, with {key: text} in its metadata, by rank 0. Raises OSError
+    and NotFinite."""
+    write(path, [plain(name, tensor, tensor.dtype) for name, tensor in tensors.items()], world, about)
 
 
-def export(transformer, folder, world, dtype=torch.float32):
+def export(transformer, folder, world, dtype=torch.float32, about=None):
     """Write what was trained: the adapters, if there are any, as pytorch_lora_weights.safetensors, which
-    FluxPipeline.load_lora_weights and ComfyUI load; otherwise all weights. Raises OSError and NotFinite."""
+    FluxPipeline.load_lora_weights and ComfyUI load; otherwise all weights. about: {key: text} of the file's metadata.
+    Raises OSError and NotFinite."""
     if adapters(transformer):
-        write_lora(Path(folder) / FILE, exported(transformer, dtype), world)
+        write_lora(Path(folder) / FILE, exported(transformer, dtype), world, about)
     else:
-        export_full(transformer, folder, world, dtype)
+        export_full(transformer, folder, world, dtype, about)
 
 
-def save_as(transformer, path, world, name):
+def save_as(transformer, path, world, name, about=None):
     """Write what was trained as one file in bf16. name: of `command_line.SAVE_AS`. Raises OSError and NotFinite."""
     if name != "kohya":
-        export_as(transformer, path, world, name)
+        export_as(transformer, path, world, name, about)
         return
     tensors = exported(transformer, torch.bfloat16)
     pairs = {}
     for key in tensors:
         if ".lora_A." in key:
             pairs[lora_files.layer_of(key)] = lora_files.Pair(tensors[key], tensors[key.replace("lora_A", "lora_B")])
-    write_lora(path, lora_files.in_kohyas_names(pairs, transformer.config), world)
+    write_lora(path, lora_files.in_kohyas_names(pairs, transformer.config), world, about)
 
 
 def fitting(transformer, place, rank=None):
@@ -144,32 +143,33 @@ def fitting(transformer, place, rank=None):
     return pairs
 
 
-def load_into(transformer, place):
-    """Read a LoRA into the adapters of a transformer. A layer that is not in the file keeps its values.
+def load_into(transformer, place, strength=1.0):
+    """Read a LoRA into the adapters of a transformer, as strength B A. A layer that is not in the file stays as it is.
 
     Raises UserError, before anything is changed, if the LoRA has another architecture or rank.
     """
     parameters = adapters(transformer)
     rank = next(len(parameter) for name, parameter in parameters.items() if ".lora_A." in name)
     for layer, pair in fitting(transformer, place, rank).items():
-        for side, tensor in (("A", pair.A), ("B", pair.B)):
+        for side, tensor in (("A", pair.A), ("B", strength * pair.B)):
             fill(parameters[f"{PREFIX}{layer}.lora_{side}.weight"], tensor)
 
 
 @torch.no_grad()
-def merge_into(transformer, place):
-    """Add the LoRA in a folder or file to the weights of a transformer without adapters: W + B A. The weights may be
-    sharded.
+def merge_into(transformer, place, strength=1.0):
+    """Add the LoRA in a folder or file to the weights of a transformer without adapters: W + strength B A. The weights
+    may be sharded.
 
     Raises UserError, before anything is changed, if the LoRA has another architecture.
     """
     pairs = fitting(transformer, place)
     parameters = own_parameters(transformer)
+    scales = scales_of(transformer)
     for layer, (A, B, bias) in pairs.items():
         for kind, change in (("weight", B), ("bias", bias)):
             if change is not None:
                 parameter = parameters[f"{layer}.{kind}"]
                 first, last = my_rows(parameter)
-                local = local_part(parameter)
+                scale = scales.get(f"{layer}.{kind}")
                 change = B[first:last] @ A if kind == "weight" else change[first:last]
-                local.copy_(local.float() + change.to(local.device))
+                put(parameter, values(parameter, scale) + strength * change.to(parameter.device), scale)

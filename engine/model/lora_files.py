@@ -18,7 +18,7 @@ from engine.files import read_json
 from engine.hub import quiet
 from engine.model import released
 from engine.model.single_file import is_single_file, slices_of
-from engine.model.tensor_files import meta_network
+from engine.model.tensor_files import kind_of, meta_network
 from engine.paths import not_a_path
 
 FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
@@ -99,7 +99,7 @@ def read(place, config):
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
     must_be_read(path, tensors)
     settings = settings_of(path, tensors, noted)
-    network = meta_network(diffusers.FluxTransformer2DModel, config)
+    network = meta_network(kind_of(config), config)
     try:
         if any(XLABS in name for name in tensors):
             tensors = diffusers.FluxPipeline.lora_state_dict(tensors)
@@ -109,7 +109,7 @@ def read(place, config):
         raise
     except Exception as error:
         what = one_line(" ".join(str(error).split()))  # torch's first line does not name the layer
-        raise UserError(f"{path}: cannot be read as a LoRA of FLUX.1: {what}") from error
+        raise UserError(f"{path}: cannot be read as a LoRA of this model: {what}") from error
     for layer, pair in found.items():
         if not all(part.isfinite().all() for part in pair if part is not None):
             raise UserError(f"{path}: {layer} holds numbers that are not finite")

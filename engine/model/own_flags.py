@@ -9,6 +9,7 @@ from engine.files import read_json
 from engine.model import configs as con
 from engine.paths import named_path, not_a_path
 
+OWN = Path(__file__).resolve().parents[2] / "miniature"  # this project's own; the second miniature has links to it
 OTHERS = {"lora_lr": con.NUMBER, "metrics": con.TEXT}  # the --lr that goes with --lora; evaluate.py's --metrics
 
 
@@ -86,7 +87,7 @@ def inside(path, flag, where, must_exist=False):
         raise UserError(f"{path}: {flag} {where[:80]!r} must be a path, and it {why}")
     folder = path.parent
     place = folder / where
-    if not place.resolve().is_relative_to(folder.resolve()):
+    if not any(place.resolve().is_relative_to(root) for root in (folder.resolve(), OWN)):
         raise UserError(f"{path}: {flag} {where!r} leads out of the model's folder")
     if place.exists():
         return str(place)

@@ -82,7 +82,9 @@ def names_of(config):
 
 def parts_of(config):
     """{black-forest-labs' name: {diffusers' name: its `Piece`s}} of all tensors of a transformer with this config. The
-    parts are in the order of their rows."""
+    parts are in the order of their rows. {} for another family than FLUX.1: of its names none is known here."""
+    if "pooled_projection_dim" not in config:
+        return {}
     return parts(config["num_layers"], config["num_single_layers"], config["guidance_embeds"])
 
 

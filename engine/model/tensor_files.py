@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import diffusers
 import torch
 from safetensors import safe_open
 
@@ -44,6 +45,11 @@ class Source(NamedTuple):
         network = meta_network(kind, self.config)
         must_be_whole(network, self.tensors, self.where)
         return network
+
+
+def kind_of(config):
+    """The class of diffusers that a checked config names. diffusers imports it only when it is first used."""
+    return getattr(diffusers, config["_class_name"])
 
 
 def meta_network(kind, config):

@@ -6,6 +6,8 @@ from itertools import islice
 import torch
 from torch.distributed.tensor import DTensor, Shard
 
+from engine.model.float8 import FLOAT8, quantised
+
 
 def local_part(tensor):
     """This process's shard of a tensor; the tensor itself if it is not sharded."""
@@ -27,21 +29,41 @@ def my_rows(parameter):
 
 
 def own_parameters(network):
-    """{name: parameter} of a network without its adapters, under the names that it has without them. peft renames a
-    layer with an adapter to base_layer, and puts the adapter's lora_A and lora_B beside it."""
+    """{name: parameter} of a network without its adapters and scales, under the names that it has without them. peft
+    renames a layer with an adapter to base_layer, and puts the adapter's lora_A and lora_B beside it."""
     found = {}
     for name, parameter in network.named_parameters():
-        if ".lora_A." not in name and ".lora_B." not in name:
+        if ".lora_A." not in name and ".lora_B." not in name and not name.endswith(".row_scale"):
             found[name.replace(".base_layer.", ".")] = parameter
     return found
 
 
 @torch.no_grad()
-def fill(parameter, tensor):
-    """Copy this rank's rows into a parameter. tensor: a full tensor, or a slice of a file."""
+def fill(parameter, tensor, scale=None):
+    """Copy this rank's rows into a parameter. tensor: a full tensor, or a slice of a file. scale: the parameter of the
+    rows' scales, if the rows are to be in float8."""
     first, last = my_rows(parameter)
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    local.copy_(tensor[first:last].to(local.dtype))
+    put(parameter, tensor[first:last], scale)
+
+
+@torch.no_grad()
+def put(parameter, rows, scale=None):
+    """Copy rows, which are all that this rank holds, into a parameter, as `fill`."""
+    local = local_part(parameter)
+    if scale is None:
+        local.copy_(rows.to(local.dtype))
+        return
+    numbers, scales = quantised(rows.to(local.device))
+    local.copy_(numbers.view(local.dtype))
+    local_part(scale).copy_(scales)
+
+
+def values(parameter, scale=None):
+    """The rows that this rank holds, float32."""
+    local = local_part(parameter)
+    if scale is None:
+        return local.float()
+    return local.view(FLOAT8).float() * local_part(scale).float()[:, None]
 
 
 def full(tensor):
@@ -57,17 +79,13 @@ def are_finite(tensors):
 
 def alike(tensors):
     """Yields this process's parts of a list of tensors in lists of one dtype and device, without empty ones. Whole
-    numbers are left out, since all are finite; float8 comes as bf16, one tensor at a time, for torch computes no
-    more with it than to cast it."""
+    numbers are left out, since all are finite: so are the bytes of float8, whose scales tell what is not."""
     groups = {}
     for tensor in tensors:
         local = local_part(tensor.detach())
         if local.numel() == 0 or not local.is_floating_point():
             continue
-        if local.dtype.itemsize == 1:
-            yield [local.to(torch.bfloat16)]
-        else:
-            groups.setdefault((local.dtype, local.device), []).append(local)
+        groups.setdefault((local.dtype, local.device), []).append(local)
     yield from groups.values()
 
 

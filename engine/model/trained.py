@@ -4,22 +4,15 @@ is, and whether it fits the model, is decided from names and shapes, before memo
 from functools import lru_cache
 from pathlib import Path
 
-import diffusers
-
 from engine.errors import UserError, one_line
 from engine.hub import some_files
 from engine.model import lora, lora_files, single_file
-from engine.model.folder import PARTS, TRANSFORMER, check_transformer
-from engine.model.tensor_files import INDEX, ONE_FILE, Source, meta_network, tensors_in
+from engine.model.family import check_transformer
+from engine.model.tensor_files import INDEX, ONE_FILE, Source, kind_of, meta_network, tensors_in
 from engine.paths import not_a_path
 
 WHAT = ("a run's folder, a folder with config.json and safetensors, a pipeline's folder, one .safetensors, a LoRA, or "
         "a hub id of one of these")
-
-
-def kind():
-    """The class of the transformer. diffusers imports it only when it is first used."""
-    return diffusers.FluxTransformer2DModel
 
 
 # ------------------------------------------------------------------------------------------------- where it is
@@ -123,7 +116,7 @@ def source(weights, model):
     place = place_of(weights)
     if single_file.is_single_file(place):
         return Source(model.configs.transformer, single_file.tensors_of(place), place)
-    return Source(check_transformer(place), tensors_in(place), place)
+    return Source(check_transformer(place, model.family), tensors_in(place), place)
 
 
 def check(weights, model, rank=None):
@@ -133,28 +126,40 @@ def check(weights, model, rank=None):
     are a LoRA that adapters of that rank cannot start from.
     """
     if weights is None:
-        return list(PARTS)
+        return list(model.family.parts)
+    ours = model.configs.transformer
     if not is_full(weights):
-        lora.fitting(meta_network(kind(), model.configs.transformer), place_of(weights), rank)
-        return list(PARTS)
+        lora.fitting(meta_network(kind_of(ours), ours), place_of(weights), rank)
+        return list(model.family.parts)
     try:
         found = source(weights, model)
     except UserError:
         raise
     except Exception as error:
-        raise cannot_load(weights, error) from error
-    ours = model.configs.transformer
-    for key in TRANSFORMER:
+        raise cannot_load(weights, model, error) from error
+    for key in ("_class_name", *model.family.keys):
         if found.config[key] != ours[key]:
             raise UserError(f"--weights {weights}: another architecture: {key} {found.config[key]}, and "
                             f"--model has {ours[key]}")
     try:
-        found.on_meta(kind())
+        found.on_meta(kind_of(ours))
     except Exception as error:
-        raise cannot_load(weights, error) from error
-    return [part for part in PARTS if part != "transformer"]
+        raise cannot_load(weights, model, error) from error
+    return [part for part in model.family.parts if part != "transformer"]
 
 
-def cannot_load(weights, error):
+def rank_of(weights, model):
+    """The rank of the adapters that a LoRA can be read into. None for full weights, and for a LoRA that can only be
+    merged: one of several ranks, with biases, or with layers that get no adapter. Raises UserError."""
+    if weights is None or is_full(weights):
+        return None
+    pairs = lora.fitting(meta_network(kind_of(model.configs.transformer), model.configs.transformer), place_of(weights))
+    ranks = {len(pair.A) for pair in pairs.values()}
+    if len(ranks) > 1 or any(pair.bias is not None or not lora.has_adapter(layer) for layer, pair in pairs.items()):
+        return None
+    return ranks.pop()
+
+
+def cannot_load(weights, model, error):
     """The UserError for --weights that cannot be read."""
-    return UserError(f"--weights {weights}: cannot be loaded as FLUX.1: {one_line(error)}")
+    return UserError(f"--weights {weights}: cannot be loaded as {model.family.name}: {one_line(error)}")

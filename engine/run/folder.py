@@ -2,16 +2,17 @@
 
     run.json            marks the folder as a run's: the run's id, and the commit, libraries and devices that made it
     args.json           every flag
-    log.jsonl           a line an update
-    samples/            the watched pictures, step_NNNNN.png
+    log.jsonl           a line an update, flat: pandas.read_json(path, lines=True) reads it
+    samples/            the watched pictures, step_NNNNN.png; photographs.png: those of --images that are held out
     checkpoints/        what --resume needs
     report.html         the run on one page
-    weights/            the weights after the last update: full, or a LoRA
+    weights/            the weights after the last update: full, or a LoRA; README.md is their model card
     weights_best/       the weights with the largest SGP gap among those without a drift warning
     summary.json        written at the end: the number of updates, and the results
+    table.csv, .tex     the results of the run as tables
     before_after.png    the watched pictures before and after training
     explain.png         --explain's picture of one update
-    tensorboard/        TensorBoard's files, with --tensorboard
+    tensorboard/        TensorBoard's files, with --tensorboard; wandb/ likewise, which stays with --overwrite
 """
 
 import errno
@@ -35,7 +36,7 @@ from engine.files import (
     write_json,
     write_whole,
 )
-from engine.run import checkpoint
+from engine.run import boards, checkpoint, log
 
 try:
     import fcntl
@@ -43,15 +44,18 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 # All files that a run makes besides its checkpoints. --overwrite removes these and the checkpoints, and no other file.
-WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors",
-           *[f"{name}.safetensors" for name in SAVE_AS])
+CARD = "README.md"
+CARD_MARK = b"<!-- written by train.py; it is written again unless this line is removed -->"
+WEIGHTS = (CARD, "before_after.png", "config.json", "diffusion_pytorch_model.safetensors",
+           "pytorch_lora_weights.safetensors", *[f"{name}.safetensors" for name in SAVE_AS])
 MARK = "run.json"
 LOCK = ".lock"
 EXPLAINED = "explain.png"
-MADE = ("args.json", "log.jsonl", "summary.json", "before_after.png", EXPLAINED, "report.html",
-        *[f"weights/{name}" for name in WEIGHTS], *[f"weights_best/{name}" for name in WEIGHTS],
-        "samples/step_*.png", "tensorboard/events.out.tfevents.*")
-SAMPLE = re.compile(r"step_\d{5,}\.png")
+PHOTOGRAPHS = "photographs.png"
+MADE = ("args.json", "log.jsonl", "summary.json", "table.csv", "table.tex", "before_after.png", EXPLAINED,
+        "report.html", *[f"weights/{name}" for name in WEIGHTS], *[f"weights_best/{name}" for name in WEIGHTS],
+        "samples/step_*.png", f"samples/{PHOTOGRAPHS}", "tensorboard/events.out.tfevents.*")
+SAMPLE = re.compile(rf"step_\d{{5,}}\.png|{PHOTOGRAPHS}")
 FOLDERS = ("samples", "weights", "weights_best", "checkpoints", "tensorboard")
 
 
@@ -115,15 +119,6 @@ def may_explain(out):
     return picture
 
 
-def tensorboard():
-    """TensorBoard's SummaryWriter class. Raises UserError if the optional package is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError("--tensorboard: the package is not installed; pip install tensorboard") from error
-    return SummaryWriter
-
-
 class RunFolder:
     """The folder `out` of a run with the flags `args`, a dict. Raises UserError if the run may not use the folder.
     Before `open` nothing is written or removed, except the folder and the lock file that `take` makes.
@@ -134,9 +129,7 @@ class RunFolder:
     def __init__(self, out, args):
         self.out = Path(out)
         self.args = json.loads(json.dumps(args))  # as they would be read from args.json
-        self.board = None
-        if args.get("tensorboard"):
-            tensorboard()
+        self.boards = boards.asked(args)
         with as_mistakes(out):
             self.look()
 
@@ -227,8 +220,8 @@ class RunFolder:
             write_json(self.out / MARK, {"run": self.id, "made_by": [*before, made_by]})
             write_json(self.out / "args.json", self.args)
             (self.out / "samples").mkdir(exist_ok=True)
-            if self.args.get("tensorboard"):
-                self.board = tensorboard()(self.out / "tensorboard")
+            for board in self.boards:
+                board.begin(self.out, self.id, self.args)
 
     def must_be_as_seen(self):
         """Raise UserError if another process has changed the run or its checkpoints since `look`."""
@@ -248,6 +241,7 @@ class RunFolder:
         for pattern in MADE:
             for path in self.out.glob(pattern):
                 theirs = (path.name == EXPLAINED and not is_ours(path, PNG_MARK)
+                          or path.name == CARD and not is_ours(path, CARD_MARK)
                           or path.parent.name == "samples" and not SAMPLE.fullmatch(path.name))
                 if path.is_file() and not theirs and inside in path.resolve().parents:
                     path.unlink()
@@ -285,9 +279,13 @@ class RunFolder:
         write_whole(path, b"".join(kept.values()))
 
     def log(self, line):
-        """Append a line, a dict, to log.jsonl; and its numbers to TensorBoard's files, with --tensorboard."""
-        append(self.out / "log.jsonl", json.dumps(line) + "\n")
-        if self.board is not None:
-            for name, value in {**line, **line.get("drift", {})}.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(name, value, line["step"])
+        """Append a line, a dict, to log.jsonl; and its numbers to the boards."""
+        append(self.out / "log.jsonl", json.dumps(log.flat(line)) + "\n")
+        self.show(line["step"], line)
+
+    def show(self, step, line, **pictures):
+        """Show numbers, as a line of the log, and {name: file} of pictures on --tensorboard and --wandb."""
+        for board in self.boards:
+            board.numbers(step, line)
+            for name, path in pictures.items():
+                board.picture(step, name.replace("_", " "), path)

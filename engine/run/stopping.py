@@ -3,27 +3,12 @@ number, which `engine.errors.frame` tells."""
 
 import os
 import signal
-import sys
 import time
 
-from engine.errors import Stopped, say_last
+from engine.errors import Stopped
+from engine.loading import ASKS
 
-# Windows has no SIGHUP.
-ASKS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 ONE_REQUEST = 0.2  # seconds; stopping a whole group of processes may signal some of them twice within this time
-
-
-def until_loaded(script):
-    """Until a `Stopping` takes over, answer the same signals with one line: importing the libraries takes seconds, and
-    nothing has been done yet."""
-    def ask(number, frame):
-        if os.environ.get("RANK", "0") == "0":
-            say_last(f"\n{script}: stopped before the start: there is nothing to save", sys.stdout)
-        os._exit(0 if "RANK" in os.environ else 128 + number)
-
-    for number in ASKS:
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, ask)
 
 
 class Stopping:

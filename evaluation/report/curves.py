@@ -11,8 +11,10 @@ from statistics import mean, median
 from typing import NamedTuple
 
 from engine.errors import printable
+from engine.run import log
 from evaluation.metrics import frechet, judge, reward, statistics
 from evaluation.metrics.statistics import STATISTICS
+from evaluation.table_formats import table
 from rewards.base import Column
 
 POINTS = 1000         # largest number of points in a curve; more cannot be seen
@@ -30,6 +32,7 @@ class Run(NamedTuple):
     lines: list      # the lines of log.jsonl
     samples: dict    # {step: file of the watched pictures}
     summary: dict    # the content of summary.json; empty before the run is finished
+    photographs: Path = None  # the file of the photographs whose captions are the first watched prompts
 
     @property
     def step(self):
@@ -38,14 +41,14 @@ class Run(NamedTuple):
 
 
 def read_log(path):
-    """The lines of a log.jsonl: a list of dicts with "step", sorted by step. Damaged lines are left out; a killed run
-    may leave one. Raises OSError."""
+    """The lines of a log.jsonl: a list of dicts with "step", sorted by step; "watch" is a dict of means. Damaged lines
+    are left out; a killed run may leave one. Raises OSError."""
     by_step = {}
     for text in Path(path).read_bytes().splitlines():
         try:
             line = json.loads(text)
             if type(line["step"]) is int and line["step"] > 0:
-                by_step[line["step"]] = line
+                by_step[line["step"]] = log.nested(line)
         except (ValueError, TypeError, LookupError, RecursionError):
             pass
     return [by_step[step] for step in sorted(by_step)]
@@ -179,52 +182,69 @@ def pace(run):
 
 
 # ---------------------------------------------------------------------------------------------------- tables
-def rows_of(run):
-    """{label: {name: (mean, standard error or None)}} of a run.
+def evaluated(run):
+    """{"before", "after": {metric: `tables.mean`}} of a run that is finished and had --eval; otherwise {}."""
+    return {when: run.summary[when] for when in ("before", "after") if run.summary.get(when)}
 
-    The rows are the evaluation before and after, if the run is finished and had --eval; then the watched pictures
-    before training, at the best step, and at the last step."""
-    found = {}
-    for when in ("before", "after"):
-        row = run.summary.get(when)
-        if row:
-            found[f"{when}, evaluated"] = {name: (value["mean"], value["se"])
-                                           for name, value in row.items() if value}
+
+def watched(run):
+    """{"before", "best, step N", "last, step N": {metric: its mean}} of the watched pictures, as `tables.mean`s."""
     seen = looks(run)
-    for word, step in {"before": 0, "best": best_step(run), "last": max(seen, default=None)}.items():
-        if step in seen:
-            means = {name: (value, None) for name, value in seen[step].items()}
-            found[f"{word}, watched (step {step})"] = means
+    best = best_step(run)
+    last = max(seen, default=None)
+    steps = {"before": 0, "best": best, "last": last}
+    if best == last:
+        steps = {"before": 0, "best and last": best}
+    found = {}
+    for word, step in steps.items():
+        if step in seen and (step or word == "before"):
+            name = f"{word}, step {step}" if step else word
+            found[name] = {metric: as_mean(value, run.args["watch"]) for metric, value in seen[step].items()}
     return found
+
+
+def as_mean(value, n):
+    """A value of a log as a `tables.mean`; None if it is not finite."""
+    return None if number(value) is None else {"mean": value, "se": None, "n": n}
+
+
+def finite(row):
+    """{metric: `tables.mean`} of a file without what is not finite."""
+    return {metric: value for metric, value in row.items() if value and number(value["mean"]) is not None}
 
 
 def numbers(runs):
-    """[[cell]], the head first: all rows of `rows_of` for one run; for several runs, the last row of each."""
-    rows = {}
-    for run in runs:
-        mine = rows_of(run)
-        if len(runs) == 1:
-            rows = mine
-        elif mine:
-            label = "after, evaluated" if "after, evaluated" in mine else list(mine)[-1]
-            rows[f"{printable(run.name)}: {label}"] = mine[label]
+    """[`Table`]: the evaluated pictures, then the watched ones. Of one run, the columns are before, best and last;
+    of several, they are the runs."""
+    if len(runs) == 1:
+        of_all = evaluated(runs[0])
+        of_watched = watched(runs[0])
+    else:
+        of_all = {printable(run.name): evaluated(run)["after"] for run in runs if "after" in evaluated(run)}
+        of_watched = {printable(run.name): list(watched(run).values())[-1] for run in runs if watched(run)}
+    words = "after training" if len(runs) > 1 else ""
+    made = []
+    for title, rows in ((f"Evaluated {words}".strip(), of_all), ("Watched while training", of_watched)):
+        rows = {name: finite(row) for name, row in rows.items()}
+        metrics = {metric: None for row in rows.values() for metric in row}
+        if metrics:
+            made.append(table(rows, columns_of(metrics), title=title, settings=settings(runs)))
+    return made
+
+
+def columns_of(metrics):
+    """{metric: `Column`}. A reward among several has its own column."""
     known = reward.COLUMNS | statistics.COLUMNS | judge.COLUMNS | frechet.SET_COLUMNS
-    names = {name: None for row in rows.values() for name in row}
-    columns = {name: known.get(name, Column(printable(name), "+.3f")) for name in names}
-    found = [["", *(column.title for column in columns.values())]]
-    for label, row in rows.items():
-        cells = [cell(column, *row.get(name, (None, None))) for name, column in columns.items()]
-        found.append([label, *cells])
-    return found
+    return {metric: known.get(metric, Column(printable(metric), "+.3f")) for metric in metrics}
 
 
-def cell(column, value, error):
-    """A number in the format of its `Column`, with its standard error if it has one; "-" if it is not finite."""
-    if number(value) is None:
-        return "-"
-    if number(error) is None:
-        return format(value, column.format)
-    return f"{format(value, column.format)} ± {format(error, column.format.lstrip('+'))}"
+def settings(runs):
+    """How the pictures of the runs are sampled, as a line."""
+    said = []
+    for a in (run.args for run in runs):
+        guidance = f"guidance {a['guidance']:g}" if a.get("cfg") is None else f"CFG {a['cfg']:g}"
+        said.append(f"{a['size']} pixels, {a['eval_steps']} steps, {guidance}, noise seeds from 0.")
+    return " ".join(dict.fromkeys(said))
 
 
 def flags_that_differ(runs):

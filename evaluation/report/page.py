@@ -24,8 +24,8 @@ from engine.files import check_outputs, fits, read_json, write_whole
 from engine.paths import named_path
 from engine.run import checkpoint, resume
 from engine.run import folder as run_folder
-from evaluation import tables
-from evaluation.picture_folders import is_whole
+from evaluation import table_formats
+from evaluation.picture_folders import is_whole, places
 from evaluation.report import curves
 from evaluation.report.curves import Run
 
@@ -91,6 +91,12 @@ def samples_of(folder, last):
     return {step: found[step] for step in sorted({*steps[::stride], *steps[-1:]})}
 
 
+def photographs_of(folder):
+    """The file of the photographs that are shown beside a run's watched pictures; None if there is none."""
+    path = folder / "samples" / run_folder.PHOTOGRAPHS
+    return path if is_whole(path) and can_be_opened(path) else None
+
+
 def can_be_opened(path):
     """Whether a picture's file can be opened; one that is too large cannot, and a line says so."""
     try:
@@ -118,23 +124,15 @@ def data_uri(path, written):
     return f"data:image/jpeg;base64,{base64.b64encode(jpeg.getvalue()).decode()}"
 
 
-def tiles(run):
-    """[x, y, width, height] of each picture in the grid that `save_grid` wrote, as fractions of the grid."""
-    if not run.samples:
+def tiles(run, file):
+    """[x, y, width, height] of each picture in a grid that `save_grid` wrote, as fractions of the grid; [] without a
+    file."""
+    if file is None:
         return []
-    with opened(next(iter(run.samples.values()))) as picture:
+    with opened(file) as picture:
         width, height = picture.size
-    side = run.args["size"] * max(1, 128 // run.args["size"])
-    if min(width, height) < side + 4:  # a grid of one picture has no frame
-        return [[0, 0, 1, 1]]
-    columns = (width - 2) // (side + 2)
-    rows = (height - 2) // (side + 2)
-    found = []
-    for i in range(min(len(run.prompts) or run.args["watch"], columns * rows)):
-        x = 2 + i % columns * (side + 2)
-        y = 2 + i // columns * (side + 2)
-        found.append([x / width, y / height, side / width, side / height])
-    return found
+        found = places(picture, run.args["size"], len(run.prompts) or run.args["watch"])
+    return [[x / width, y / height, w / width, h / height] for x, y, w, h in found]
 
 
 # ------------------------------------------------------------------------------------------------------ page
@@ -149,10 +147,17 @@ def told(run, i):
             "images": run.state.get("images"), "seconds": curves.seconds_of(run), "best": best,
             "left": pace * (run.args["steps"] - run.step) if running else None,
             "flags": run.flags, "prompts": [printable(text) for text in run.prompts],
-            "tiles": tiles(run), "pictures": {step: f"picture-{i}-{step}" for step in run.samples},
+            "tiles": tiles(run, next(iter(run.samples.values()), None)), "beside": tiles(run, run.photographs),
+            "photographs": f"photographs-{i}", "pictures": {step: f"picture-{i}-{step}" for step in run.samples},
             "warnings": warned, "looked": max(curves.looks(run), default=0),
             "advice": advice(warned.get(last), {"step": run.step, "best_step": best}, run.args,
                              run.status == "running")}
+
+
+def as_page(made):
+    """The page's data of a `Table`: a dict for JSON."""
+    rows = [["", *made.columns, "n"], *([printable(line.title), *line.cells, line.n] for line in made.lines)]
+    return {"title": made.title, "settings": made.settings, "rows": rows}
 
 
 def page(runs):
@@ -161,14 +166,17 @@ def page(runs):
     head, tail = template.split("<!-- the report -->")
     between_looks = runs[0].args["watch_every"] * (curves.pace(runs[0]) or 0)
     report = {"runs": [told(run, i) for i, run in enumerate(runs)], "charts": curves.charts(runs),
-              "numbers": curves.numbers(runs), "written": time.time(), "between": between_looks,
-              "differ": curves.flags_that_differ(runs) if len(runs) > 1 else []}
+              "numbers": [as_page(made) for made in curves.numbers(runs)], "written": time.time(),
+              "between": between_looks, "differ": curves.flags_that_differ(runs) if len(runs) > 1 else []}
     text = json.dumps(report, allow_nan=False).replace("<", "\\u003c")  # so a prompt cannot close the <script>
     yield f"{head}{DATA}{text}</script>\n"
     for i, run in enumerate(runs):
         for step, path in run.samples.items():
             uri = data_uri(path, path.stat().st_mtime_ns)
             yield f'<script type="text/plain" id="picture-{i}-{step}">{uri}</script>\n'
+        if run.photographs:
+            uri = data_uri(run.photographs, run.photographs.stat().st_mtime_ns)
+            yield f'<script type="text/plain" id="photographs-{i}">{uri}</script>\n'
     yield tail
 
 
@@ -191,15 +199,20 @@ def write(folder, args, line_of_flags, status, state=None, prompts=()):
     """
     folder = Path(folder)
     try:
-        log = folder / "log.jsonl"
-        lines = curves.read_log(log) if log.exists() else []
-        summary = summary_of(folder) if status == "finished" else {}
-        run = Run(folder.resolve().name, args, line_of_flags, status, state or {}, list(prompts), lines,
-                  samples_of(folder, lines[-1]["step"] if lines else 0), summary)
-        write_whole(folder / PAGE, page([run]))
+        write_whole(folder / PAGE, page([run_of(folder, args, line_of_flags, status, state, prompts)]))
     except Exception as error:
         why = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         say_once(f"{printable(folder / PAGE)}: cannot be written: {printable(why)}; training goes on")
+
+
+def run_of(folder, args, line_of_flags, status, state=None, prompts=()):
+    """The `Run` in a folder whose flags and state are known. The arguments are those of `write`. Raises UserError and
+    OSError."""
+    log = folder / "log.jsonl"
+    lines = curves.read_log(log) if log.exists() else []
+    summary = summary_of(folder) if status == "finished" else {}
+    return Run(folder.resolve().name, args, line_of_flags, status, state or {}, list(prompts), lines,
+               samples_of(folder, lines[-1]["step"] if lines else 0), summary, photographs_of(folder))
 
 
 # -------------------------------------------------------------------------------------------- side by side
@@ -253,14 +266,7 @@ def read_run(name, folder):
     summary = summary_of(folder) if status == "finished" else {}
     flags, prompts = earlier(folder / PAGE)
     return Run(name or folder.resolve().name, args, flags, status, state, prompts, lines,
-               samples_of(folder, lines[-1]["step"]), summary)
-
-
-def markdown(rows):
-    """[[cell]] as a Markdown table, the head first."""
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(map(tables.safe, line)) + " |" for line in lines)
+               samples_of(folder, lines[-1]["step"]), summary, photographs_of(folder))
 
 
 def main(argv=None):
@@ -273,7 +279,7 @@ def main(argv=None):
         check_outputs([(args.out, MARK, "a report")], [], overwrite=True)
         runs = [read_run(*named_path(item)) for item in args.runs]
         write_whole(args.out, page(runs))
-        print(markdown(curves.numbers(runs)))
+        print(table_formats.for_the_terminal(curves.numbers(runs)) + "\n")
         print(f"{printable(args.out)}: {len(runs)} run{'s' * (len(runs) > 1)}, "
               f"{Path(args.out).stat().st_size / 1e6:.1f} MB")
 

@@ -1,21 +1,32 @@
-"""Two updates at FLUX.1-dev's size with the stub preloaded: `python full.py REPORT PROCESSES FLAG ...`, with the flags
-of train.py, as the first of so many processes. REPORT becomes {"allocated", "reserved": bytes at their peak, "planned":
-the plan's, "optimizer": what the stub counted in the optimizer's step}. For what keeps everything on the GPU."""
+"""Two updates, or a sampled picture, at FLUX.1-dev's size with the stub preloaded: `python full.py REPORT PROCESSES
+LINE ...`, as the first of so many processes. A LINE has the flags of train.py, or "sample" and those of sample.py.
+REPORT becomes {LINE: {"allocated", "reserved": bytes at their peak, "planned": the plan's}}.
 
+Nothing large is written on the host: its memory is address space, with no page behind it.
+"""
+
+import gc
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from run import counts, since, stand_in
+from run import stand_in
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import flow
 import recipe
+import sample
 import train
-from engine.memory import modes, parallel, plan
+from engine.command_line import sides
+from engine.memory import layouts, modes, parallel, plan, sampling
 from experiments import bench
+
+LARGE = 10**5  # numbers of a tensor of the host that is not written
 
 
 def alone(size):
@@ -26,29 +37,91 @@ def alone(size):
     parallel.World.gather = lambda self, value: [value] * self.size
 
 
-def main():
-    report, size, *argv = sys.argv[1:]
-    if int(size) > 1:
-        alone(int(size))
-    kept = stand_in()
-    a, model = recipe.read(argv)
+# ---------------------------------------------------------------------------------------------------- on the host
+def random_weights_of_the_card(transformer):
+    """In place of bench.fill_at_random: the values do not matter."""
+
+
+def pinned(tensor):
+    """In place of Tensor.pin_memory: pinned memory of the same size, into which nothing is copied."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+
+
+class NothingOnTheHost(TorchDispatchMode):
+    """Leaves out what adds to large tensors of the host: the gradients of --memory offload."""
+
+    def __torch_dispatch__(self, op, types, arguments=(), named=None):
+        if op is torch.ops.aten.add_.Tensor and arguments[0].device.type == "cpu" and arguments[0].numel() > LARGE:
+            return arguments[0]
+        return op(*arguments, **(named or {}))
+
+
+def forget(a, run, step, looks):
+    """In place of train.optimizer_step, where the optimizer is on the host: only the gradients are freed."""
+    for parameter in layouts.trainable(run.net.transformer):
+        parameter.grad = None
+    return torch.zeros(())
+
+
+# ---------------------------------------------------------------------------------------------------------- a line
+def updates(argv, size):
+    """Two updates. Returns what the plan says of their peak, bytes; of the text encoders nothing is rehearsed."""
+    a, model = recipe.read(["--rollout-steps", "2", "--global-batch", str(size), *argv])
     a.steps = 1
     world = parallel.World(a.replicas, mesh=modes.needs_mesh(a.memory))
     run = bench.random_run(a, model, world)
+    if a.memory not in modes.ON_THE_HOST:
+        for _ in range(2):
+            train.update(a, run, 1)
+    else:
+        step, train.optimizer_step = train.optimizer_step, forget
+        with NothingOnTheHost():
+            for _ in range(2):
+                train.update(a, run, 1)
+        train.optimizer_step = step
+    planned = plan.predict(run.job, size, torch.bfloat16)
+    return max(planned.peak_in_update, planned.peak_in_rollout)
+
+
+def picture(argv):
+    """A picture in two steps. Returns the same of it."""
+    args, model = recipe.of_script(sample.flags(), argv)
+    world = parallel.World()
+    net = bench.random_flow(model, world, *sampling.how(args.memory, args.weights, model, world))
+    grid = net.grid(*sides(args.size))
+    prompt = bench.random_embeddings(net, ["a prompt"], model.configs.text_tokens)
+    flow.sample(net, prompt.txt, prompt.pooled, flow.noise(net, grid, [0]), grid, 2, args.guidance)
+    return sampling.predictions(sampling.job(model, args.size, 1))[args.memory].peak_in_pictures
+
+
+def by_stream():
+    """GiB that the allocator reserves for each stream."""
+    taken = Counter()
+    for segment in torch.cuda.memory_snapshot():
+        taken[segment["stream"]] += segment["total_size"]
+    return [round(size / 2**30, 2) for size in taken.values()]
+
+
+def main():
+    report, size, *lines = sys.argv[1:]
+    size = int(size)
+    if size > 1:
+        alone(size)
+    kept = stand_in()
+    bench.fill_at_random = random_weights_of_the_card
+    torch.Tensor.pin_memory = pinned
     told = {}
-    step = run.optimizer.step
-
-    def counted():
-        before = counts()
-        step()
-        told["optimizer"] = since(before)
-
-    run.optimizer.step = counted
-    for _ in range(2):
+    parallel.device_and_dtype()  # sets how the allocator works, before it is first used
+    for line in lines:
         torch.cuda.reset_peak_memory_stats()
-        train.update(a, run, 1)
-    told |= {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(),
-             "planned": plan.predict(run.job, int(size), torch.bfloat16).peak}
+        first, *rest = line.split()
+        planned = picture(rest) if first == "sample" else updates([first, *rest], size)
+        told[line] = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(),
+                      "planned": planned}
+        print(line, {name: round(value / 2**30, 2) for name, value in told[line].items()}, by_stream(), flush=True)
+        dist.destroy_process_group()
+        gc.collect()
+        torch.cuda.empty_cache()
     Path(report).write_text(json.dumps(told))
     del kept
 

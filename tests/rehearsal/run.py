@@ -1,5 +1,6 @@
 """Runs scripts of the project with the stub preloaded: `python run.py REPORT LINE ...`, each LINE a script and its
-flags. REPORT becomes {LINE: {"said": None or what went wrong, "update": the `COUNTS` of the last update}}."""
+flags. REPORT becomes {LINE: {"said": None or what went wrong, "update": the `COUNTS` of the last update, "graphs",
+"breaks": what torch.compile has made, and where it had to stop}}."""
 
 import ctypes
 import importlib
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from build import COUNTS
+from torch._dynamo.utils import counters as compiled
 
 
 def counts():
@@ -87,6 +89,7 @@ def run(line):
     script, *argv = shlex.split(line)
     train = importlib.import_module("train")
     told = {"said": None, "update": None}
+    compiled.clear()
     real = train.update
 
     def update(*arguments, **options):
@@ -107,7 +110,7 @@ def run(line):
     train.update = real
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    return told
+    return told | {"graphs": compiled["stats"]["unique_graphs"], "breaks": sum(compiled["graph_break"].values())}
 
 
 def main():

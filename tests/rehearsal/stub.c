@@ -149,8 +149,8 @@ static void copy(void *to, const void *from, size_t bytes) {
     int blocking = !is_pinned(to);
     add(DOWN, 1); add(DOWN_BYTES, bytes);
     if (blocking) {add(DOWN_BLOCKING, 1); add(DOWN_BLOCKING_BYTES, bytes);}
-    // Large pinned memory is new, and 0 until it is touched, which would make it take real memory.
-    if (blocking || bytes < PAGE) memset(to, bytes == 1, bytes);
+    // Large memory of the host is new, and 0 until it is touched, which would make it take real memory.
+    if (bytes < PAGE) memset(to, bytes == 1, bytes);
   } else if (!up) memmove(to, from, bytes);
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, enum cudaMemcpyKind kind, cudaStream_t s) {

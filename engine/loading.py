@@ -1,0 +1,56 @@
+"""From a script's start until its libraries are loaded, which takes seconds: a signal ends it with one line, and a long
+silence is explained."""
+
+import os
+import signal
+import sys
+import threading
+
+# Windows has no SIGHUP.
+ASKS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+SILENCE = 3  # seconds
+
+waiting = []  # the timer of the line that explains the silence
+before = {}   # the handlers that `loaded` puts back
+
+
+def say(line):
+    """Write a line to stdout, of rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            os.write(1, line.encode() + b"\n")
+        except OSError:
+            pass  # a closed terminal
+
+
+def stop(script, number):
+    """End the process, which a signal has asked for."""
+    say(f"\n{script}: stopped before the start: there is nothing to save")
+    os._exit(0 if "RANK" in os.environ else 128 + number)
+
+
+def until_loaded(script):
+    """From now on, and until `loaded`, SIGTERM, Ctrl-C and SIGHUP end the process with one line. After SILENCE seconds
+    a line says what takes so long. script: the name in these lines."""
+    loaded()
+    for number in ASKS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            before[number] = signal.signal(number, lambda number, frame: stop(script, number))
+    timer = threading.Timer(SILENCE, say, [f"{script}: loading torch, diffusers and transformers"])
+    timer.daemon = True
+    timer.start()
+    waiting.append(timer)
+
+
+def until_module_loaded(package):
+    """`until_loaded` if this process is `python -m PACKAGE.NAME`, otherwise nothing. PACKAGE/__init__.py calls it."""
+    if sys.argv[0] == "-m":
+        until_loaded(package)
+
+
+def loaded():
+    """The libraries are loaded: nothing more is said, and the signals do what they did before."""
+    while waiting:
+        waiting.pop().cancel()
+    while before:
+        signal.signal(*before.popitem())
