@@ -34,7 +34,7 @@ class Small:
         return 1.0
 
     @torch.no_grad()
-    def rollout(self, start, c, sigmas, guidance, step=flow.euler):
+    def rollout(self, start, c, sigmas, guidance, step=flow.euler, dtype="same"):
         x = start
         for s, s_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
             x = step(x, self.velocity(x, s, c, guidance), s, s_next)
@@ -81,7 +81,8 @@ def first_of(batch, n):
 
 def flags(**changes):
     options = dict(rollout_steps=LEVELS, shift=3.0, rollout_guidance=1.0, guidance=3.5, threshold=None,
-                   refl_steps=4, group=3, form="plain", cfg_k=1.5, discount_denoise=[0.1, 0.25])
+                   refl_steps=4, group=3, form="plain", cfg_k=1.5, discount_denoise=[0.1, 0.25],
+                   rollout_dtype="same")
     return SimpleNamespace(**options | changes)
 
 
