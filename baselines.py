@@ -1,7 +1,7 @@
 """What the paper compares SRPO with: ReFL (Eq. 2), DRaFT-LV (Eq. 1) and DanceGRPO, each a generator of loss
 terms like `train.srpo`, driven by the same loop.
 
-They climb the plain reward of the bare prompt, r = f.C0 (Eq. 7), unless --form says otherwise: then the denoising
+They climb the plain reward of the bare prompt, r0 (Eq. 7), unless --form says otherwise: then the denoising
 row of srpo_reward.branch_reward. Symbols as in direct_align.py; a step goes from the noise level s to s_next < s, and
 d = s - s_next. B images, N tokens, C channels. How often each calls the network stands in recipe.METHODS. Table 1's
 row "Direct-Align" needs no code of its own: it is `train.srpo` with --recipe direct-align.
@@ -31,12 +31,11 @@ class Term(NamedTuple):
     v_theta: torch.Tensor          # [B, N, C], with gradient
     image: torch.Tensor = None     # [B, 3, H, W], with gradient
     reward: torch.Tensor = None    # [B], with gradient
-    sgp: torch.Tensor = None       # [B] f.(C1 - C2), the SGP gap; watched, not trained on
+    sgp: torch.Tensor = None       # [B] r1 - r2, the SGP gap; watched, not trained on; None: not known for free
     sigma: torch.Tensor = None     # [B] where srpo calls the network
     sigma_to: torch.Tensor = None  # [B] where it lands
     x0: torch.Tensor = None        # [B, N, C]
     x0_hat: torch.Tensor = None    # [B, N, C], with gradient
-    f: torch.Tensor = None         # [B, D] the image's feature, with gradient
     d: torch.Tensor = None         # [B] the released discount
 
 
@@ -57,16 +56,17 @@ def one_step(net, x, s, c, guidance):
 
 
 def rewarded(a, net, reward, batch, x0_hat):
-    """(image [B, 3, H, W], r [B], SGP gap [B]) of recovered latents [B, N, C], with gradient but for the gap.
+    """(image [B, 3, H, W], r [B], SGP gap [B]) of recovered latents [B, N, C], with gradient but for the gap. The gap
+    is None where it would cost a reward more than r does.
 
     r is --form's, as in a denoising branch; d of the released form is the middle of its range, for there is no training
     grid to look it up in.
     """
     image = net.decode(x0_hat, batch.c.grid)
-    f = reward.image_features(image)
-    d = sum(a.discount_denoise) / 2
-    r = sr.branch_reward(a.form, "denoise", f, batch.C0, batch.C1, batch.C2, d, a.cfg_k)
-    return image, r, sr.relative(f.detach(), batch.C1, batch.C2)
+    r0, r1, r2 = reward.of(image, batch.texts)
+    d = image.new_full((), sum(a.discount_denoise) / 2, dtype=torch.float32)
+    r = sr.branch_reward(a.form, "denoise", r0, r1, r2, d, a.cfg_k).value()
+    return image, r, sr.relative(r1, r2).known()
 
 
 # ---------------------------------------------------------------------------------------------- Eq. 2: ReFL
@@ -215,6 +215,7 @@ def dancegrpo(a, net, reward, batch):
             logp = log_probability(was.x_next, mean, was.s, was.s_next)        # [B / 3]
             ratio = torch.exp(logp - was.logp)
             loss = clipped_loss(ratio, A[rows]).mean() / n
-            yield loss, Term(prompts, "dancegrpo", was.x, v_theta, image[rows], r[rows], sgp[rows])
+            yield loss, Term(prompts, "dancegrpo", was.x, v_theta, image[rows], r[rows],
+                             None if sgp is None else sgp[rows])
         if number < len(parts) - 1:
             yield STEP, None

@@ -25,8 +25,6 @@ from engine.run.folder import RunFolder
 from engine.run.stopping import Stopping
 from evaluation import landing, watch
 
-ALIKE = 1e-6  # features of norm 1 that differ by less are of texts that a reward cannot tell apart
-
 
 class Batch(NamedTuple):
     """The input of an update, for B images."""
@@ -35,9 +33,7 @@ class Batch(NamedTuple):
     x0: torch.Tensor       # clean latents [B, N, C], or None: the model's own, to be rolled out
     start: torch.Tensor    # [B, N, C] the noise from which a rollout starts
     eps: torch.Tensor      # [B, N, C] the noise prior that is injected
-    C0: torch.Tensor       # [B, D] text features of the prompts
-    C1: torch.Tensor       # [B, D] the same, of "<control>. <prompt>"
-    C2: torch.Tensor       # [B, D] the same, of "<neg>. <prompt>"
+    texts: sr.Texts        # what the rewards read: the prompts, and with the words of --control and of --neg
     middles: list          # --injections draws m [B] of where in the training grid the branches meet
     chance: draws.Chance = None  # for a method's further random draws
     step: int = 0          # the update's number, from 1
@@ -94,10 +90,9 @@ class Run:
             drawn = da.draw_middle(a.global_batch, a.cells, chance.generator)[chance.mine]
             middles.append(parallel.moved(drawn, device))
         x0 = None if x0 is None else parallel.moved(x0, device)
-        C0, C1, C2 = self.reward.conditions(texts, *words_of(a, step))  # [B, D] each
+        read = sr.texts_of(texts, *words_of(a, step))
         start, eps = parallel.moved(start, device), parallel.moved(eps, device)
-        return Batch(texts, self.embeddings.condition(rows, grid, device), x0, start, eps, C0, C1, C2, middles, chance,
-                     step)
+        return Batch(texts, self.embeddings.condition(rows, grid, device), x0, start, eps, read, middles, chance, step)
 
 
 def job(a, model):
@@ -112,15 +107,16 @@ def job(a, model):
         text_parameters=configs.text_parameters,
         size=a.size, image_tokens=rows * columns, images=a.global_batch, batch=at_once, updates=a.steps,
         rollout_steps=calls.without_gradient, calls=calls.with_gradient, checkpointing=a.checkpointing,
-        cfg=None if a.cfg is None else a.cfg_gradient, replicas=a.replicas,
-        reward_networks=partial(rewards.image_networks, a.reward), lora=a.lora, memory=a.memory,
-        together=calls.together, rollout_dtype=a.rollout_dtype)
+        cfg=None if a.cfg is None else a.cfg_gradient, replicas=a.replicas, lora=a.lora, memory=a.memory,
+        reward_networks=partial(rewards.image_networks, a.reward, sr.texts_read(a.form, a.cfg_k)),
+        together=calls.together, rollout_dtype=a.rollout_dtype, reward_apart=a.reward_device is not None)
 
 
 def settle(a, model, world):
     """Choose --memory and --eval where they are left open, and print why. Raises UserError, with flags that would fit,
     if nothing fits."""
-    a.memory, why = world.decide(cards.settle, job(a, model), world)
+    own = world.decide(world.beside, a.reward_device)
+    a.memory, why = world.decide(cards.settle, job(a, model), world, own)
     if why:
         world.say(why)
     settle_evaluation(a, model, world.say)
@@ -161,7 +157,7 @@ def set_up(a, model, world, folder=None, stopping=None):
     kept = Cache(cache.folder_of(a.cache, flow.is_full_size(model)))
     embeddings = embeddings_of(model, both, world, kept)
     say_truncated(a, world, embeddings, len(curriculum.prompts))
-    reward = rewards.load_rewards(a.reward, world.device)
+    reward = rewards.load_rewards(a.reward, world.beside(a.reward_device) or world.device)
     must_tell_apart(a, reward, both, world)
     net = flow.load(model, a.weights, world.device, world.dtype, world, layouts.Layout(a.lora, a.memory, a.seed))
     net.guide(a.cfg, embeddings.empty, a.cfg_gradient, a.cfg_keep_norm)
@@ -214,10 +210,8 @@ def must_tell_apart(a, reward, prompts, world):
     labels = ", ".join(label for label, (_, weight) in reward.parts.items() if weight)
     for step in range(max(len(a.control), len(a.neg))):
         control, neg = words_of(a, step)
-        alike = []
-        for part, _ in reward.trained:
-            _, C1, C2 = part.conditions(prompts[:1], control, neg)
-            alike.append((C1 - C2).abs().max().item() < ALIKE)
+        _, (wanted, *_), (unwanted, *_) = sr.texts_of(prompts[:1], control, neg)
+        alike = [part.reads_alike(wanted, unwanted) for part, _ in reward.trained]
         if all(alike) and relative:
             raise UserError(f"--reward {labels}: reads --control {control} and --neg {neg} alike, so --form {a.form} "
                             "has nothing to learn; give words that it knows, or its own tokenizer; a reward of the "
@@ -284,7 +278,7 @@ def contents_of(texts, places, reward):
     the `Rewards`."""
     for number, (part, weight) in enumerate(reward.parts.values(), 1):
         texts[f"the weight of part {number} of --reward"] = [str(weight)]
-        places[f"part {number} of --reward"] = [part.path]
+        places[f"part {number} of --reward"] = list(part.path) if isinstance(part.path, tuple) else [part.path]
     return Contents(texts, places)
 
 
@@ -306,9 +300,9 @@ def make_ready(a, net, reward, curriculum, held_out):
             # A held-out reward scores only the watched and evaluated pictures.
             for part, _ in reward.trained if step else reward.parts.values():
                 if prompts:
-                    part.conditions(prompts, *words_of(a, step))
+                    part.read(sr.texts_of(prompts, *words_of(a, step)))
         for part, _ in reward.parts.values():
-            part.keep_image_side(net.dtype)
+            part.compact(net.dtype)
     parameters = layouts.trainable(net.transformer)
     return adamw.optimizer_of(parameters, a.lr, a.weight_decay, a.memory, net.device)
 

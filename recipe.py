@@ -198,6 +198,9 @@ class Machine:
     cache: str = flag("auto", or_off(line.some_path), "folder where embeddings of prompts and latents of --images are "
                       "kept for other runs, 32 GiB at most; auto: ~/.cache/srpo, and none for a miniature; off",
                       metavar="DIR", resume=True)
+    reward_device: str = flag(None, line.device, "the rewards' own device, cpu or cuda:N; the machine's next process "
+                              "takes cuda:N+1 for its rewards (None: the process's device)", metavar="DEVICE",
+                              resume=True)
     replicas: int = flag(1, whole(1), "HSDP: parameters are sharded inside each of so many groups and copied between "
                          "them; the number of nodes", resume=True)
     checkpointing: bool = flag(True, help="recompute activations in the backward: 21 GiB less for FLUX.1-dev at 720 "

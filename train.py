@@ -72,17 +72,17 @@ def srpo(a, net, reward, batch):
                 eps_theta = da.epsilon(x_t, v_theta, at.sigma)
                 x0_hat = da.recover_epsilon(x_t, eps_theta, batch.eps, at.sigma, at.sigma_to)  # as printed
             image = net.decode(x0_hat, batch.c.grid)                             # [B, 3, H, W]
-            f = reward.image_features(image)                                     # [B, D]
+            r0, r1, r2 = reward.of(image, batch.texts)                           # Eq. 7 for three texts
             d = da.discount(at.cell, *discount_of(a, branch), a.cells)           # [B]
-            r = sr.branch_reward(a.form, branch, f, batch.C0, batch.C1, batch.C2, d, a.cfg_k)  # Eqs. 12, 13
+            r = sr.branch_reward(a.form, branch, r0, r1, r2, d, a.cfg_k).value()  # Eqs. 8-13, [B]
             if a.lam_at == "call":
                 weight = da.lam(at.sigma, *a.sigma_range, *a.lam, a.lam_shift)   # [B]
             else:
                 weight = da.lam_landing(at.sigma_to, *a.sigma_range, a.cells, *a.lam, a.lam_shift)
             loss = da.aggregate(sr.loss(r, a.threshold), weight, n).mean()       # Eq. 6
-            sgp = sr.relative(f.detach(), batch.C1, batch.C2)
+            sgp = sr.relative(r1, r2).known()
             yield loss, Term(batch.prompts, branch, x_t, v_theta, image, r, sgp,
-                             at.sigma, at.sigma_to, x0, x0_hat, f, d)
+                             at.sigma, at.sigma_to, x0, x0_hat, d)
         calls.backward()
 
 
@@ -135,7 +135,8 @@ def numbers_of(term):
     """The numbers of a `Term` in the log, as tensors; none for a term without a reward."""
     if term.reward is None:
         return {}
-    return {f"reward_{term.branch}": term.reward.detach().mean(), "sgp": term.sgp.mean()}
+    found = {f"reward_{term.branch}": term.reward.detach().mean()}
+    return found if term.sgp is None else found | {"sgp": term.sgp.mean()}
 
 
 def read_numbers(numbers):

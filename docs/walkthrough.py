@@ -139,11 +139,12 @@ axis.legend(fontsize=8)
 plt.show()
 
 # %% [markdown]
-# ## Eqs. 7 and 8: the reward is a cosine
+# ## Eqs. 7 and 8: the reward of a picture and a text
 #
 # $$r = RM(x, p) = f_{img}(x)^T f_{txt}(p)$$
 #
-# Eq. 7 has the bare prompt, C0. Eq. 8, "semantic guided", has a control word before it, C1 of "realistic photo. ...".
+# This reward is a cosine, as HPSv2.1 is. Eq. 7 has the bare prompt, r0. Eq. 8, "semantic guided", has a control word
+# before it, r1 of "realistic photo. ...". `reward.of` gives r0, r1 and r2 of pictures; `value()` computes one.
 # The pictures here are drawn by the miniature's renderer, so their look is known: the same scenes as CG renders and as
 # photos.
 
@@ -153,41 +154,45 @@ kind, layout = (torch.tensor(part) for part in zip(*scenes, strict=True))
 drawn = {look: world.draw(world.scenes_of, len(prompts), 0, kind, layout, look)[0]
          for look in ("CG render", "realistic photo")}
 show(drawn)
-C0, C1, C2 = reward.conditions(prompts, a.control[0], a.neg[0])
+texts = sr.texts_of(prompts, a.control[0], a.neg[0])
 for look, pictures in drawn.items():
-    f = reward.image_features(pictures)
-    print(f"{look:16} Eq. 7, f.C0: {sr.preference(f, C0).mean():+.3f}    "
-          f"Eq. 8, f.C1: {sr.preference(f, C1).mean():+.3f}")
+    r0, r1, r2 = reward.of(pictures, texts)
+    print(f"{look:16} Eq. 7, r0: {r0.value().mean():+.3f}    Eq. 8, r1: {r1.value().mean():+.3f}")
 
 # %% [markdown]
 # ## Eqs. 9 and 10: semantic-relative preference
 #
 # $$r_{SRP} = RM(x, p_1) - RM(x, p_2) = f_{img}(x)^T (C_1 - C_2)$$
 #
-# The wanted text minus the unwanted text. What the reward likes whatever the text says is in both, and cancels. The
-# last row has a red cast. This reward likes red, so Eq. 7 rises. The difference falls, because a red cast is not what a
-# photo looks like.
+# The wanted text minus the unwanted text, r1 - r2. Eq. 10 is for a reward that is a dot product. A reward whose text
+# attends to the picture has Eq. 9 alone; the last lines are of such a one. What the reward likes whatever the text
+# says is in both r1 and r2, and cancels. The last row of each has a red cast. The first reward likes red, so Eq. 7
+# rises. The difference falls, because a red cast is not what a photo looks like.
 
 # %%
 red = (drawn["realistic photo"] + torch.tensor([0.12, -0.06, -0.06]).view(1, 3, 1, 1)).clamp(0, 1)
 for look, pictures in (drawn | {"photo, red cast": red}).items():
-    f = reward.image_features(pictures)
-    print(f"{look:16} f.C0: {sr.preference(f, C0).mean():+.3f}    f.C1: {sr.preference(f, C1).mean():+.3f}    "
-          f"f.(C1 - C2): {sr.relative(f, C1, C2).mean():+.3f}")
+    r0, r1, r2 = reward.of(pictures, texts)
+    print(f"{look:16} r0: {r0.value().mean():+.3f}    r1: {r1.value().mean():+.3f}    "
+          f"r1 - r2: {sr.relative(r1, r2).value().mean():+.3f}")
+attending = load_rewards("imagereward=miniature/reward_cross")
+for look, pictures in (drawn | {"photo, red cast": red}).items():
+    r0, r1, r2 = attending.of(pictures, texts)
+    print(f"text attends to the picture: {look:16} r1 - r2: {sr.relative(r1, r2).value().mean():+.3f}")
 
 # %% [markdown]
 # ## Eq. 11: the form like classifier-free guidance
 #
-# $$r = f_{img}(x)^T \left((1 - k) C_2 + k C_1\right)$$
+# $$r = (1 - k) r_2 + k r_1$$
 #
-# At k = 1 it is Eq. 8. Above 1 it pushes away from the unwanted text. The released code has (1 + d) C1 - C2 with a
-# small d that changes along the trajectory.
+# The paper writes it for a dot product, with C in the place of r. At k = 1 it is Eq. 8. Above 1 it pushes away from the
+# unwanted text. The released code has (1 + d) r1 - r2 with a small d that changes along the trajectory.
 
 # %%
-f = reward.image_features(drawn["realistic photo"])
+r0, r1, r2 = reward.of(drawn["realistic photo"], texts)
 for k in (1.0, 1.5, 3.0):
-    print(f"k = {k}: {sr.relative_cfg(f, C1, C2, k).mean():+.3f}")
-print(f"released, d = 0.1: {sr.relative_released(f, C1, C2, 0.1).mean():+.3f}")
+    print(f"k = {k}: {sr.relative_cfg(r1, r2, k).value().mean():+.3f}")
+print(f"released, d = 0.1: {sr.relative_released(r1, r2, 0.1).value().mean():+.3f}")
 
 # %% [markdown]
 # ## Eqs. 12 and 13: two branches, and the sign that flips
@@ -210,8 +215,8 @@ for branch in ("denoise", "invert"):
     x_t = da.inject(x0, eps, at.sigma)
     v_theta = net.velocity(x_t, at.sigma, c, a.guidance).detach().requires_grad_()
     image = net.decode(da.recover(x_t, v_theta, eps, at.sigma, at.sigma_to), c.grid)
-    r = sr.relative(reward.image_features(image), C1, C2).sum()
-    gradients[branch], = torch.autograd.grad(r, v_theta)
+    r0, r1, r2 = reward.of(image, texts)
+    gradients[branch], = torch.autograd.grad(sr.relative(r1, r2).value().sum(), v_theta)
     factor = (at.sigma_to - at.sigma) / (1 - at.sigma_to)
     print(f"{branch:8} sigma {at.sigma[0]:.4f} to {at.sigma_to[0]:.4f}: factor {factor[0]:+.4f}")
 cosine = torch.cosine_similarity(gradients["denoise"].flatten(), gradients["invert"].flatten(), 0).item()
@@ -227,7 +232,7 @@ for line, (branch, gradient) in zip(axes, gradients.items(), strict=True):
         axis.imshow(picture, cmap="RdBu", vmin=-limit, vmax=limit)
         axis.set_xticks([])
         axis.set_yticks([])
-figure.suptitle("the gradient of f.(C1 - C2) in v_theta, mean over the channels: red and blue change places",
+figure.suptitle("the gradient of r1 - r2 in v_theta, mean over the channels: red and blue change places",
                 fontsize=9)
 plt.show()
 
@@ -241,9 +246,9 @@ print(sr.branch_reward.__doc__.split("\n\n")[1])
 # %% [markdown]
 # ## Why two branches: common mode
 #
-# In one update f moves along a C1 - b C2, summed over the branches. Split it:
+# One update climbs a r1 - b r2, summed over the branches. Split it:
 #
-# $$a C_1 - b C_2 = \frac{a - b}{2} (C_1 + C_2) + \frac{a + b}{2} (C_1 - C_2)$$
+# $$a r_1 - b r_2 = \frac{a - b}{2} (r_1 + r_2) + \frac{a + b}{2} (r_1 - r_2)$$
 #
 # The first part is the common mode: what both texts share, and with it every bias of the image tower, such as red. The
 # second part is what the words say. Eq. 11 has common mode in one branch (a = 1.5, b = 0.5), and none in both (2, 2).
@@ -279,7 +284,7 @@ line = train.update(a, prepare.set_up(a, model, machine), 1)
 # The released loss is a hinge, relu(0.7 - r). It stops the gradient of a picture whose reward is above 0.7, and no
 # relative reward ever is. Without a hinge the relative reward has no end: a run that goes on passes every photograph,
 # and its pictures break.
-# `--land 0.25` ends the run at the first look whose watched pictures have the SGP gap f.(C1 - C2) of photographs.
+# `--land 0.25` ends the run at the first look whose watched pictures have the SGP gap r1 - r2 of photographs.
 # On a model whose photographs' gap is unknown, `--land FOLDER` measures it from a folder of them.
 
 # %%

@@ -157,6 +157,13 @@ def some_path(text):
     return text
 
 
+def device(text):
+    """A type for argparse: cpu or cuda:N, with the number of a GPU."""
+    if not re.fullmatch(r"cpu|cuda:\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be cpu or cuda:N, with the number of a GPU")
+    return text
+
+
 def number_or_folder(text):
     """A type for argparse: a finite number, or else a path that a folder could have."""
     try:

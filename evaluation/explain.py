@@ -73,7 +73,7 @@ class Explanation:
         """Called with each batch, before its terms."""
         self.batch = batch
         self.rolled_out = False
-        tell(sr.Rewards.conditions, prompts=batch.prompts, C0=batch.C0, C1=batch.C1, C2=batch.C2)
+        tell(sr.texts_of, p0=batch.texts.p0, p1=batch.texts.p1, p2=batch.texts.p2)
 
     def before(self, term):
         """Called with each term, before its backward: the gradient in the image is kept for the picture."""
@@ -96,15 +96,21 @@ class Explanation:
         tell(da.recover if a.recover == "velocity" else da.recover_epsilon, x0_hat=term.x0_hat)
         self.tell_sign(term)
         tell(type(self.net).decode, image=term.image)
-        tell(sr.Rewards.image_features, f=term.f)
+        tell(sr.Rewards.of, **self.scores_of(term))
         tell(da.discount, d=term.d)
         tell(sr.branch_reward, form=a.form, branch=term.branch, r=term.reward)
         head, row = rows_of(sr.branch_reward, a.form)
-        print(f"      this form in both branches: C1 and C2 change places, or the sign does\n      {head}\n      {row}")
+        print(f"      this form in both branches: r1 and r2 change places, or the sign does\n      {head}\n      {row}")
         tell(sr.loss, threshold=a.threshold)
         tell(da.lam, early=a.lam[0], late=a.lam[1])
         tell(da.aggregate, loss=loss)
         self.remember(term)
+
+    @torch.no_grad()
+    def scores_of(self, term):
+        """{"r0", "r1", "r2": [B]} of a term's image."""
+        of = self.run.reward.of(term.image.detach(), self.batch.texts)
+        return {f"r{n}": r.value() for n, r in enumerate(of)}
 
     def tell_sign(self, term):
         """Print how much of the network's error is in x0_hat, and with which sign."""

@@ -1,7 +1,7 @@
 """Where a run should end (--land): where its watched pictures score the SGP gap that photographs score.
 
 The relative reward has no end of its own. A run that goes on passes every photograph, and its pictures break. But
-photographs score a finite SGP gap f.(C1 - C2), which can be measured. The watched pictures are sampled as samples are,
+photographs score a finite SGP gap r1 - r2, which can be measured. The watched pictures are sampled as samples are,
 so their gap can be compared with it. The gap of training's pictures cannot: they have fewer steps and less guidance.
 It begins above that of samples, and ends below it.
 """

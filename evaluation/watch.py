@@ -33,8 +33,8 @@ BEFORE = "before training"  # the end of the titles of the looks at what the run
 def measure(images, prompts, rewards, judging, control, neg, batch=64):
     """Every score of P pictures [P, 3, H, W] in [0, 1] for their P prompts: a dict of [P] float32 tensors on the CPU.
 
-    reward  Eq. 7: f.C0, of the bare prompt
-    sgp     Eq. 10: the SGP gap f.(C1 - C2), the reward's difference between the two prompts, <control> and <neg>
+    reward  Eq. 7: r0, of the bare prompt
+    sgp     Eq. 9: the SGP gap r1 - r2, the reward's difference between the two prompts, <control> and <neg>
 
     Both are of the weighted sum of rewards that is trained on. If there are several rewards, each one also has its
     own two scores, "reward LABEL" and "sgp LABEL". The pixel statistics follow, and the verdicts of `judging`, a
@@ -46,9 +46,8 @@ def measure(images, prompts, rewards, judging, control, neg, batch=64):
         texts = prompts[i:i + batch]
         scores = {"reward": 0, "sgp": 0}
         for label, (model, weight) in rewards.parts.items():
-            f = model.image_features(x.to(model.device))
-            C0, C1, C2 = model.conditions(texts, control, neg)
-            each = {"reward": sr.preference(f, C0), "sgp": sr.relative(f, C1, C2)}
+            r0, r1, r2 = model.of(x, sr.texts_of(texts, control, neg))
+            each = {"reward": r0.value(), "sgp": sr.relative(r1, r2).value()}
             for name, r in each.items():
                 scores[name] = scores[name] + weight * r
                 if len(rewards.parts) > 1:

@@ -118,17 +118,16 @@ def one_by_one(batch):
         own = slice(row, row + 1)
         c = flow.Condition(batch.c.txt[own], batch.c.pooled[own], batch.c.grid)
         yield batch._replace(
-            prompts=batch.prompts[own], c=c, start=batch.start[own], eps=batch.eps[own], C0=batch.C0[own],
-            C1=batch.C1[own], C2=batch.C2[own], middles=[m[own] for m in batch.middles])
+            prompts=batch.prompts[own], c=c, start=batch.start[own], eps=batch.eps[own],
+            texts=sr.Texts(*(side[own] for side in batch.texts)), middles=[m[own] for m in batch.middles])
 
 
-def text_again(a, reward, batch):
-    """The same batch, with its text features computed again, twice."""
+def read_again(reward, texts):
+    """Compute the text features of `srpo_reward.Texts` again, twice."""
     for _ in range(2):
         for part, _ in reward.parts.values():
             part.cache.clear()
-        C0, C1, C2 = reward.conditions(batch.prompts, a.control[0], a.neg[0])
-    return batch._replace(C0=C0, C1=C1, C2=C2)
+            part.read(texts)
 
 
 def batches_of(a, run, habits, step):
@@ -136,7 +135,7 @@ def batches_of(a, run, habits, step):
     for whole_batch in run.batches(a, step):
         for batch in one_by_one(whole_batch) if "one image at a time" in habits else [whole_batch]:
             if "text features four times" in habits:
-                batch = text_again(a, run.reward, batch)
+                read_again(run.reward, batch.texts)
             yield batch
 
 

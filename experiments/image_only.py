@@ -10,6 +10,7 @@ has risen equally far: as far as every run gets.
 import torch
 
 import recipe
+import srpo_reward as sr
 import train
 from engine.errors import frame
 from experiments import pages, runs
@@ -29,19 +30,20 @@ COLUMNS = {"at_update": ("equally far at update", ".1f"), "alignment_at": ("alig
            "alignment": ("alignment at the end", ".1%"), "broken": ("broken at the end", ".1%")}
 
 
-class Noised:
+class Noised(sr.Rewards):
     """A reward relative to its own noised picture: f(x) - f(x + noise) in place of f(x), so that every dot product with
     it is a difference of two rewards (S1)."""
 
     def __init__(self, reward, seed):
-        self.reward = reward
+        super().__init__(reward.parts)
         self.draw = torch.Generator().manual_seed(seed)
 
-    def image_features(self, images):
-        """images [B, 3, H, W] in [0, 1] -> [B, D], with gradient."""
+    def see(self, images):
+        """As in `srpo_reward.Rewards`, for images [B, 3, H, W] in [0, 1]."""
         noise = NOISE * torch.randn(images.shape, generator=self.draw).to(images)
         noised = (images + noise).clamp(0, 1)
-        return self.reward.image_features(images) - self.reward.image_features(noised)
+        both = zip(super().see(images), super().see(noised), strict=True)
+        return [(part, weight, f - of_noised) for (part, weight, f), (_, _, of_noised) in both]
 
 
 def noised(a, net, reward, batch):

@@ -13,6 +13,7 @@ stage that needs training pictures draws them.
     cyan        an image tower that dislikes red
     smooth      an image tower that likes smooth pictures
     saturation  an image tower that likes saturated colours; its reward does not read the text
+    cross       a reward that is no dot product: its text encoder attends to the picture, as ImageReward's does
     judge       a network for realism, content and damage; it takes no part in any other training
     export      all of the above in FLUX.1-dev's folder layout, in fp16
 
@@ -37,6 +38,7 @@ from engine.command_line import Parser, some_path, whole
 from engine.errors import UserError, frame
 from engine.files import must_be_writable, must_not_lead_away, read_json, write_json, write_whole
 from miniature import world
+from miniature.build_cross import build_cross, export_cross
 from miniature.build_flow import build_distill, build_flow, build_vae
 from miniature.build_klein import build_klein
 from miniature.build_scorers import build_bias, build_blind, build_judge, build_reward, build_unbiased, reward_config
@@ -107,6 +109,7 @@ def export(shop, folder):
     for name in ("cyan", "smooth"):
         export_reward(folder / f"reward_{name}", build_bias(shop, name), words)
     export_reward(folder / "reward_saturation", build_blind(shop), words)
+    export_cross(folder / "reward_cross", build_cross(shop))
     write_half(folder / "judge" / "judge.safetensors", build_judge(shop))
     export_prompts(folder)
     if folder != HERE:
@@ -137,7 +140,8 @@ def export_klein(generator, folder):
 
 STAGES = {"vae": build_vae, "flow": build_flow, "distill": build_distill, "reward": build_reward,
           "bias": build_bias, "cyan": partial(build_bias, name="cyan"),
-          "smooth": partial(build_bias, name="smooth"), "saturation": build_blind, "judge": build_judge}
+          "smooth": partial(build_bias, name="smooth"), "saturation": build_blind, "cross": build_cross,
+          "judge": build_judge}
 
 
 def must_be_own(out, flag, parts):

@@ -5,17 +5,18 @@ only with it. A reward's file has these names:
 
 COLUMNS
     {name: Column(title, format)}: one to three columns of evaluate.py's table, in this order. The first is r of the
-    bare prompt (Eq. 7) in the metric's own unit. The second is the SGP gap f.(C1 - C2) (Eq. 10). The third is that gap
+    bare prompt (Eq. 7) in the metric's own unit. The second is the SGP gap r1 - r2 (Eq. 10). The third is that gap
     on the authors' display scale, 100 (gap + 0.01).
 fetch(where=None) -> path
-    The path of its weights on this machine: those of `where` (a path or a hub repository), or of the authors' place.
+    The path of its weights on this machine: those of `where` (a path or a hub repository), or of the authors' place. Or
+    a NamedTuple of paths, the weights' first.
     They are downloaded if they are not here yet. Everything else that loading needs, such as a tokenizer, is fetched
     too, so that nothing fails later. Raises UserError if something cannot be had.
 load(path, device) -> base.Reward
     The reward, from the path that fetch returned. It may raise anything: `load_reward` makes one line of it.
 image_network(where=None) -> base.ImageNetwork
-    For --plan: its network in float32 without weights. The caller sets the mode, such as the meta device or fake
-    tensors, and the function must work in it.
+    For --plan: its network without weights, in the dtype in which it is held. The caller sets the mode, such as the
+    meta device or fake tensors, and the function must work in it.
 """
 
 import importlib
@@ -82,15 +83,24 @@ def load_reward(name, device="cpu", where=None, **options):
     where: a path or a hub repository; None: the authors' place. options: for the `load` of its file, such as arch for
     open_clip weights in a .pt. Raises UserError if the weights cannot be had, do not fit, or are not finite.
     """
-    path = fetch(name, where)
+    return load_fetched(name, fetch(name, where), device, **options)
+
+
+def load_fetched(name, path, device="cpu", **options):
+    """The same, of a path that fetch returned."""
     try:
         reward = module(name).load(path, device, **options)
     except Exception as error:
-        raise UserError(f"{name}: not a reward model, in {path}: {one_line(error)}") from error
+        raise UserError(f"{name}: not a reward model, in {first(path)}: {one_line(error)}") from error
     if not reward.is_finite():
-        raise UserError(f"{name}: {path} holds numbers that are not finite")
+        raise UserError(f"{name}: {first(path)} holds numbers that are not finite")
     reward.path = path
     return reward
+
+
+def first(path):
+    """The weights' path of what `fetch` returned: a path, or a tuple of paths with that one first."""
+    return path[0] if isinstance(path, tuple) else path
 
 
 # ---------------------------------------------------------------------------------------------------- several
@@ -151,9 +161,9 @@ def load_rewards(spec, device="cpu"):
     return importlib.import_module("srpo_reward").Rewards(parts)
 
 
-def image_networks(spec):
+def image_networks(spec, texts=2):
     """A list of `base.ImageNetwork` for --plan, one for each reward of --reward's text. A held-out reward has `times`
-    0, but it still takes memory. Raises UserError."""
+    0, but it still takes memory. texts: how many texts of a picture are scored. Raises UserError."""
     networks = []
     for part in parse_rewards(spec):
         try:
@@ -164,5 +174,7 @@ def image_networks(spec):
             raise UserError(f"--reward {part.label}: not a reward model: {one_line(error)}") from error
         if part.weight == 0:
             network = network._replace(times=0)
+        if network.texts:
+            network = network._replace(times=texts * network.times)
         networks.append(network)
     return networks

@@ -25,7 +25,7 @@ SIGLIP = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, nu
               image_size=384, patch_size=14)
 
 
-class AestheticReward(base.Reward):
+class AestheticReward(base.DotProduct):
     """The metric A(x) is about 5.9 of 10, and r is a tenth of it.
 
     It reads no text. So the relative reward compares the picture with the same picture plus a little noise (S1 of the
@@ -47,21 +47,22 @@ class AestheticReward(base.Reward):
         # Prepared pixels are (x - 0.5) / 0.5. So noise of 0.1 on x is noise of 0.2 on them.
         self.noise = (self.NOISE / 0.5 * pattern).to(self.device)
 
-    def score(self, pixels):
+    def rated(self, pixels):
         """A(x) / 10: prepared pixels [B, 3, size, size] -> [B]."""
         feature = F.normalize(self.model(pixels).pooler_output.float(), dim=-1)    # [B, D]; the head is float32
         return self.head(feature).squeeze(-1) / self.unit
 
     def features(self, pixels):
         """Prepared pixels [B, 3, size, size] -> f [B, 2] float32, with gradient: clean, noised."""
-        return torch.stack([self.score(pixels), self.score(pixels + self.noise)], -1)
+        return torch.stack([self.rated(pixels), self.rated(pixels + self.noise)], -1)
 
-    def conditions(self, prompts, control, neg):
-        """(C0, C1, C2), [B, 2] each: C0 = C1 select the clean picture's score, C2 the noised one's."""
-        clean, noised = torch.eye(2, device=self.device)
-        clean = clean.expand(len(prompts), 2)
-        noised = noised.expand(len(prompts), 2)
-        return clean, clean, noised
+    def condition(self, texts, n):
+        """C [B, 2]: C0 = C1 select the clean picture's score, C2 the noised one's."""
+        return torch.eye(2, device=self.device)[n // 2].expand(len(texts[n]), 2)
+
+    def reads_alike(self, one, other):
+        """It reads no text: the noised picture is what differs."""
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------- loading

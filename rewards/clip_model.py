@@ -27,7 +27,7 @@ LEAST_KNOWN = 0.9                         # a tower may know some words more, so
 FITS = {"shortest": "crop", "squash": "stretch", "longest": "letterbox"}    # {open_clip's resize_mode: our fit}
 
 
-class ClipReward(base.Reward):
+class ClipReward(base.DotProduct):
     """An open_clip model. r is a cosine: about 0.28 for HPSv2.1."""
 
     def __init__(self, model, tokenizer, fit="crop"):

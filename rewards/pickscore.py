@@ -9,12 +9,12 @@ from engine.errors import UserError
 from engine.hub import fetched
 from engine.model.configs import check_folder, strict
 from rewards import clip, clip_model
-from rewards.base import Column, Reward
+from rewards.base import Column, DotProduct
 
 COLUMNS = {"pickscore": Column("Pick", ".3f")}
 
 
-class PickReward(Reward):
+class PickReward(DotProduct):
     """A CLIPModel of transformers. The metric is exp(logit_scale) cos, about 22. r is a twentieth of it, about 1.1
     (released code)."""
     unit = 20.0

@@ -44,10 +44,15 @@ def fitted(image, size, fit, antialias=True):
 
 
 def differentiable(images, size, mean, std, fit="crop"):
-    """images [B, 3, H, W] in [0, 1] -> [B, 3, size, size] normalised by mean and std, with gradient.
+    """images [B, 3, H, W] in [0, 1] -> [B, 3, size, size] normalised by mean and std, with gradient."""
+    return normalised(fitted(images, size, fit), mean, std)
+
+
+def normalised(images, mean, std):
+    """images [B, 3, H, W] -> (images - mean) / std for each channel.
 
     TF.normalize would copy mean and std to the GPU in every call, and wait until it knows that std is not 0."""
-    channels = zip(fitted(images, size, fit).unbind(1), mean, std, strict=True)
+    channels = zip(images.unbind(1), mean, std, strict=True)
     return torch.stack([(channel - middle) / spread for channel, middle, spread in channels], 1)
 
 

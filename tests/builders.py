@@ -7,15 +7,18 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import prepare
+import srpo_reward as sr
 import train
-from evaluation.metrics import geneval, imagereward
+from evaluation.metrics import geneval
 from miniature import build_klein
+from rewards import hpsv3, imagereward
 
 
 # --------------------------------------------------------------------------------------- pictures and rewards
@@ -290,11 +293,85 @@ def make_imagereward(folder):
     return folder
 
 
+def hpsv3_shapes(words, hidden=256, depth=2, eye=80, side=14):
+    """{name: shape} of HPSv3.safetensors, at a tiny size: two language heads that share a key, one head of the eye."""
+    out = {}
+
+    def linear(name, i, o, bias=True):
+        out.update({f"{name}.weight": (o, i)} | ({f"{name}.bias": (o,)} if bias else {}))
+
+    def norm(name, n):
+        out.update({f"{name}.weight": (n,), f"{name}.bias": (n,)})
+
+    out["visual.patch_embed.proj.weight"] = (eye, 3, 2, side, side)
+    for i in range(depth):
+        block = f"visual.blocks.{i}"
+        norm(f"{block}.norm1", eye)
+        norm(f"{block}.norm2", eye)
+        linear(f"{block}.attn.qkv", eye, 3 * eye)
+        linear(f"{block}.attn.proj", eye, eye)
+        linear(f"{block}.mlp.fc1", eye, 4 * eye)
+        linear(f"{block}.mlp.fc2", 4 * eye, eye)
+        layer = f"model.layers.{i}"
+        linear(f"{layer}.self_attn.q_proj", hidden, hidden)
+        linear(f"{layer}.self_attn.k_proj", hidden, 128)
+        linear(f"{layer}.self_attn.v_proj", hidden, 128)
+        linear(f"{layer}.self_attn.o_proj", hidden, hidden, bias=False)
+        linear(f"{layer}.mlp.gate_proj", hidden, 300, bias=False)
+        linear(f"{layer}.mlp.up_proj", hidden, 300, bias=False)
+        linear(f"{layer}.mlp.down_proj", 300, hidden, bias=False)
+        out[f"{layer}.input_layernorm.weight"] = out[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+    norm("visual.merger.ln_q", eye)
+    linear("visual.merger.mlp.0", 4 * eye, 4 * eye)
+    linear("visual.merger.mlp.2", 4 * eye, hidden)
+    out["model.embed_tokens.weight"] = out["lm_head.weight"] = (words, hidden)
+    out["model.norm.weight"] = (hidden,)
+    for n, i, o in zip("035", (hidden, 1024, 16), (1024, 16, 2), strict=True):
+        linear(f"rm_head.{n}", i, o)
+    return out
+
+
+def make_hpsv3(folder):
+    """Fill a folder: a tiny HPSv3.safetensors, and a tokenizer of bytes in Qwen2-VL's layout beside it. A tensor is
+    small noise, made from its name alone, since the golden numbers are of these; norms are around 1."""
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = transformers.Qwen2Tokenizer(vocab={letter: n for n, letter in enumerate(letters)}, merges=[])
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>"],
+                         special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    state = {}
+    for name, shape in hpsv3_shapes(len(tokenizer) + 1).items():
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        state[name] = 0.1 * torch.randn(shape, generator=generator)
+        if "norm" in name and name.endswith("weight") or name.endswith("ln_q.weight"):
+            state[name] += 1
+    save_file(state, folder / hpsv3.FILE)
+    return folder
+
+
 # ------------------------------------------------------------------------------------------ one update of
 # SRPO
-def a_batch(prompts, c, x0, eps, C0, C1, C2, middles, start=None):
+class Fixed:
+    """A reward that is a dot product of image_features(images) [B, D] with given C0, C1, C2 [B, D]."""
+    is_dot_product = True
+
+    def __init__(self, image_features, *C):
+        self.image_features = image_features
+        self.C = C
+
+    def condition(self, texts, n):
+        return self.C[n][:len(texts[n])]
+
+
+def fixed(image_features, *C):
+    """The `srpo_reward.Rewards` of one `Fixed`."""
+    return sr.Rewards({"fixed": (Fixed(image_features, *C), 1.0)})
+
+
+def a_batch(prompts, c, x0, eps, middles, start=None, words=("realistic photo", "CG render")):
     """A `prepare.Batch`; middles is a list of n lists of B whole numbers, or of tensors."""
-    return prepare.Batch(prompts, c, x0, start, eps, C0, C1, C2, [torch.as_tensor(m) for m in middles])
+    middles = [torch.as_tensor(m) for m in middles]
+    return prepare.Batch(prompts, c, x0, start, eps, sr.texts_of(prompts, *words), middles)
 
 
 def backward(a, net, reward, batch, times=1):

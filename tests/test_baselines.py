@@ -4,11 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from builders import fixed
 from torch import nn
 
 import baselines
 import direct_align as da
 import flow
+import srpo_reward as sr
 from engine.data.draws import Chance
 
 B, N, C, D = 6, 4, 8, 5
@@ -32,7 +34,7 @@ class Small:
         return 1.0
 
     @torch.no_grad()
-    def rollout(self, start, c, sigmas, guidance, step=flow.euler):
+    def rollout(self, start, c, sigmas, guidance, step=flow.euler, dtype="same"):
         x = start
         for s, s_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist(), strict=True):
             x = step(x, self.velocity(x, s, c, guidance), s, s_next)
@@ -45,11 +47,16 @@ class Small:
         return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [self.w, self.u])])
 
 
-class Liking:
-    """A reward: f is the mean over the tokens, cubed so that it is not linear."""
+def features(images):
+    """f is the mean over the tokens, cubed so that it is not linear."""
+    return images[:, 0].mean(1)[:, :D] ** 3
 
-    def image_features(self, images):
-        return images[:, 0].mean(1)[:, :D] ** 3
+
+class Liking(sr.Rewards):
+    """The reward f.C with the C0, C1, C2 of a batch of this file."""
+
+    def __init__(self, batch):
+        super().__init__(fixed(features, batch.C0, batch.C1, batch.C2).parts)
 
 
 def a_batch(seed=0):
@@ -61,18 +68,21 @@ def a_batch(seed=0):
     c = flow.Condition(normal(B, 3, C), normal(B, 2), (2, 2))
     prompts = [f"prompt {i}" for i in range(B)]
     return SimpleNamespace(prompts=prompts, c=c, start=normal(B, N, C), C0=normal(B, D), C1=normal(B, D),
-                           C2=normal(B, D), chance=Chance(seed, 1, B, slice(0, B)))
+                           C2=normal(B, D), texts=sr.texts_of(prompts, "a", "b"),
+                           chance=Chance(seed, 1, B, slice(0, B)))
 
 
 def first_of(batch, n):
     """The first n images of a batch."""
     return SimpleNamespace(prompts=batch.prompts[:n], c=batch.c.rows(slice(0, n)), start=batch.start[:n],
-                           C0=batch.C0[:n], C1=batch.C1[:n], C2=batch.C2[:n], chance=Chance(0, 1, n, slice(0, n)))
+                           C0=batch.C0[:n], C1=batch.C1[:n], C2=batch.C2[:n],
+                           texts=sr.texts_of(batch.prompts[:n], "a", "b"), chance=Chance(0, 1, n, slice(0, n)))
 
 
 def flags(**changes):
     options = dict(rollout_steps=LEVELS, shift=3.0, rollout_guidance=1.0, guidance=3.5, threshold=None,
-                   refl_steps=4, group=3, form="plain", cfg_k=1.5, discount_denoise=[0.1, 0.25])
+                   refl_steps=4, group=3, form="plain", cfg_k=1.5, discount_denoise=[0.1, 0.25],
+                   rollout_dtype="same")
     return SimpleNamespace(**options | changes)
 
 
@@ -81,7 +91,7 @@ def total(terms):
 
 
 def rewards_of(net, batch, x0_hat):
-    f = Liking().image_features(net.decode(x0_hat, (2, 2)))
+    f = features(net.decode(x0_hat, (2, 2)))
     return (f * batch.C0).sum(-1)
 
 
@@ -104,7 +114,7 @@ def test_refl_is_eq2():
     met = set()
     for seed in range(20):
         net, batch = Small(), a_batch(seed)
-        ours = net.gradient(total(baselines.refl(flags(), net, Liking(), batch)))
+        ours = net.gradient(total(baselines.refl(flags(), net, Liking(batch), batch)))
         s, = [s for s, with_gradient in net.calls if with_gradient]
         k = LEVELS - len(net.calls) + 1
         met.add(k)
@@ -120,7 +130,7 @@ def test_refl_is_eq2():
 
 def test_draft_lv_is_the_mean_over_the_last_step_and_two_fresh_noises():
     net, batch = Small(), a_batch()
-    ours = net.gradient(total(baselines.draft_lv(flags(), net, Liking(), batch)))
+    ours = net.gradient(total(baselines.draft_lv(flags(), net, Liking(batch), batch)))
     s = levels_of()[-2]
     x = rolled(net, batch, levels_of()[:-1])
     chance = Chance(0, 1, B, slice(0, B))
@@ -136,15 +146,15 @@ def test_draft_1_is_refl_with_one_step_left(monkeypatch):
     """Exactly: DRaFT-1 is DRaFT-LV without the fresh noises."""
     monkeypatch.setattr(baselines, "DRAFT_EXTRA", 0)
     net, batch = Small(), a_batch()
-    refl = total(baselines.refl(flags(refl_steps=1), net, Liking(), batch))
-    draft = total(baselines.draft_lv(flags(), net, Liking(), batch))
+    refl = total(baselines.refl(flags(refl_steps=1), net, Liking(batch), batch))
+    draft = total(baselines.draft_lv(flags(), net, Liking(batch), batch))
     assert torch.equal(net.gradient(refl), net.gradient(draft))
 
 
 def test_a_threshold_stops_the_gradient_of_what_is_above_it():
     net, batch = Small(), a_batch()
     for method in (baselines.refl, baselines.draft_lv):
-        assert net.gradient(total(method(flags(threshold=-99.0), net, Liking(), batch))).abs().max() == 0
+        assert net.gradient(total(method(flags(threshold=-99.0), net, Liking(batch), batch))).abs().max() == 0
 
 
 def test_the_first_pass_is_on_policy():
@@ -152,7 +162,7 @@ def test_the_first_pass_is_on_policy():
     fifteen transitions of each image are trained, in three parts."""
     net, batch = Small(), a_batch()
     a = flags(rollout_steps=16)
-    terms = list(baselines.dancegrpo(a, net, Liking(), batch))
+    terms = list(baselines.dancegrpo(a, net, Liking(batch), batch))
     assert [loss is baselines.STEP for loss, _ in terms] == 2 * (9 * [False] + [True]) + 9 * [False]
     A = baselines.advantages(terms[0][1].reward.new_tensor(
         torch.cat([terms[i][1].reward for i in (0, 10, 20)]).tolist()), 3)
@@ -175,7 +185,7 @@ def test_a_rollout_is_trained_in_three_optimizer_steps(images, steps):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(baselines, "chosen", noted)
-        terms = list(baselines.dancegrpo(flags(rollout_steps=16, group=images), net, Liking(), batch))
+        terms = list(baselines.dancegrpo(flags(rollout_steps=16, group=images), net, Liking(batch), batch))
     assert sum(loss is baselines.STEP for loss, _ in terms) + 1 == steps
     of_image = [sorted(number for row, number in seen if row == image) for image in range(images)]
     assert all(len(set(numbers)) == len(numbers) == 9 for numbers in of_image)

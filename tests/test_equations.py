@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from builders import fixed
 
 import direct_align as da
 import recipe
@@ -108,16 +109,24 @@ def test_eq7_and_eq8_are_the_cosine_with_the_text():
     assert torch.allclose(sr.preference(f, C1), F.cosine_similarity(f, C1))
 
 
+def sums(f, *C):
+    """r0, r1, r2 of a CLIP-like reward with image features f and text features C, as train.srpo gets them."""
+    return fixed(lambda images: images, *C).of(f, sr.texts_of([""] * len(f), "a", "b"))
+
+
 def test_eq9_is_eq10():
-    f, _, C1, C2 = features()
-    assert torch.allclose(sr.relative(f, C1, C2), sr.preference(f, C1) - sr.preference(f, C2))
+    """r1 - r2 of a CLIP-like reward is one dot product with C1 - C2, to the bit."""
+    f, C0, C1, C2 = features()
+    r0, r1, r2 = sums(f, C0, C1, C2)
+    assert torch.equal(sr.relative(r1, r2).value(), sr.preference(f, C1 - C2))
+    assert torch.allclose(sr.relative(r1, r2).value(), sr.preference(f, C1) - sr.preference(f, C2))
 
 
 def test_eq11_as_printed():
     f, _, C1, C2 = features()
     r1, r2 = sr.preference(f, C1), sr.preference(f, C2)
-    assert torch.allclose(sr.relative_cfg(f, C1, C2, 1.5), 1.5 * r1 - 0.5 * r2)
-    assert torch.allclose(sr.relative_cfg(f, C1, C2, 1.0), r1)
+    assert torch.allclose(sr.relative_cfg(r1, r2, 1.5), 1.5 * r1 - 0.5 * r2)
+    assert torch.allclose(sr.relative_cfg(r1, r2, 1.0), r1)
 
 
 def test_eq12_and_eq13_every_form_wants_the_same_thing_in_both_branches():
@@ -129,7 +138,7 @@ def test_eq12_and_eq13_every_form_wants_the_same_thing_in_both_branches():
     for form in recipe.FORMS:
         for branch in ("denoise", "invert"):
             probe = f.clone().requires_grad_()
-            sr.branch_reward(form, branch, probe, C0, C1, C2, 0.25, 1.5).sum().backward()
+            sr.branch_reward(form, branch, *sums(probe, C0, C1, C2), 0.25, 1.5).value().sum().backward()
             basis = torch.stack([C0, C1, C2], -1)
             weights[form, branch] = torch.linalg.lstsq(
                 basis[0], probe.grad[0, :, None]).solution[:, 0].tolist()

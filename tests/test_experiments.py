@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from builders import fixed
 
 from engine.errors import UserError
 from experiments import (
@@ -251,7 +252,7 @@ def test_the_readmes_numbers_stand_in_the_pages_they_link():
 @pytest.mark.parametrize("name", ["table1", "unbiased", "recovery", "common_mode", "intervals", "ablation",
                                   "second_recipe", "when_to_stop", "styles", "rare_words", "margin", "landing",
                                   "fast", "fp8_rollout", "lora", "ledger", "offline", "other_rewards", "image_only",
-                                  "form_by_method"])
+                                  "form_by_method", "cross_attention"])
 def test_every_experiment_runs_to_its_page(tmp_path, name):
     """Two updates, few pictures, one seed: a page with a table, a JSON and a picture."""
     module = importlib.import_module(f"experiments.{name}")
@@ -278,12 +279,8 @@ def test_the_settings_of_a_row_are_chosen_by_realism_among_whole_pictures():
 
 def test_a_reward_relative_to_its_noised_picture_is_a_difference():
     """f(x) - f(x + noise), so a reward that is linear in the picture has no gradient but the noise's clipping."""
-    class Mean:
-        def image_features(self, images):
-            return images.mean((2, 3))
-
     inside = torch.full((2, 3, 8, 8), 0.5, requires_grad=True)
-    f = image_only.Noised(Mean(), 0).image_features(inside)
+    (_, _, f), = image_only.Noised(fixed(lambda images: images.mean((2, 3))), 0).see(inside)
     assert 0 < f.abs().max() < 0.1
     gradient, = torch.autograd.grad(f.sum(), inside)
     assert gradient.abs().max() == 0

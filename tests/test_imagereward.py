@@ -1,4 +1,6 @@
-"""Claims about metrics/imagereward.py: what the authors' code scores, ours does too."""
+"""Claims about rewards/imagereward.py: what the authors' code scores, ours does too."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +8,8 @@ from builders import make_imagereward
 from PIL import Image
 
 from engine.errors import UserError
-from evaluation.metrics import imagereward as ir
+from evaluation import metrics
+from rewards import imagereward as ir
 
 # Of the authors' code (its own BLIP, transformers 4.30) with the weights, pictures and tokens below.
 GOLDEN = [0.5534543991088867, -0.2969665825366974, 0.14237727224826813]
@@ -27,13 +30,19 @@ def prompt(i, words):
 PICTURES, PROMPTS = [picture(i) for i in range(3)], [prompt(0, 2), prompt(1, 7), prompt(2, 33)]
 
 
+def scorer(files):
+    """The metric imagereward, of `ir.Files`."""
+    args = SimpleNamespace(control="realistic photo", neg="CG render")
+    return metrics.find("imagereward").load(files, args, "cpu")
+
+
 @pytest.fixture
 def folder(tmp_path):
     return make_imagereward(tmp_path)
 
 
 def test_our_rewards_are_the_authors(folder):
-    score = ir.ImageReward(ir.fetch(folder))
+    score = scorer(ir.fetch(folder))
     ours = score(PICTURES, PROMPTS)
     assert list(ours) == list(ir.COLUMNS) and ours["imagereward"].dtype == torch.float32
     assert (ours["imagereward"] - torch.tensor(GOLDEN)).abs().max() < 1e-5
@@ -49,14 +58,14 @@ def test_the_tokenizer_is_the_one_beside_or_berts(folder, monkeypatch):
 
 
 def test_a_prompt_is_cut_at_35_tokens_and_a_batch_changes_nothing(folder):
-    score = ir.ImageReward(ir.fetch(folder / ir.FILE))
+    score = scorer(ir.fetch(folder / ir.FILE))
     cut = score([PICTURES[2]], [prompt(2, 60)])["imagereward"]
     assert (cut - GOLDEN[2]).abs().max() < 1e-5
 
 
 def test_one_pixel_pictures_and_no_words(folder):
     pictures = [Image.new("RGB", size, "red") for size in ((1, 1), (1, 40), (70, 1))]
-    rewards = ir.ImageReward(ir.fetch(folder))(pictures, ["", "W5, w6!", "unheard of"])["imagereward"]
+    rewards = scorer(ir.fetch(folder))(pictures, ["", "W5, w6!", "unheard of"])["imagereward"]
     assert rewards.shape == (3,) and rewards.isfinite().all()
 
 
@@ -67,14 +76,14 @@ def test_one_pixel_pictures_and_no_words(folder):
     (lambda s: s.pop("blip.visual_encoder.pos_embed"), "position_embedding"),
     (lambda s: s.update({"blip.itm_head.weight": torch.zeros(2)}), "blip.itm_head.weight"),
     (lambda s: s.update({"blip.visual_encoder.norm.weight": torch.zeros(2)}), "size mismatch"),
-    (lambda s: s.clear(), "not an ImageReward"),
+    (lambda s: s.clear(), "imagereward: not a reward model"),
 ])
 def test_no_tensor_is_missing_or_unread(folder, change, what):
     state = torch.load(folder / ir.FILE, weights_only=True)
     change(state)
     torch.save(state, folder / ir.FILE)
     with pytest.raises(UserError, match=what) as told:
-        ir.ImageReward(ir.fetch(folder))
+        scorer(ir.fetch(folder))
     assert "\n" not in str(told.value)
 
 
@@ -85,13 +94,13 @@ def test_wrong_files_are_told_in_one_line(folder, tmp_path_factory):
     with pytest.raises(UserError, match="no such file or folder"):
         ir.fetch(empty / "none")
     (empty / ir.FILE).write_bytes(b"not a pickle")
-    with pytest.raises(UserError, match="not an ImageReward") as told:
-        ir.ImageReward(ir.Files(empty / ir.FILE, folder))
+    with pytest.raises(UserError, match="imagereward: not a reward model") as told:
+        scorer(ir.Files(empty / ir.FILE, folder))
     assert "\n" not in str(told.value)
     for text, what in (("w40\n", "41 words"), ("", "5 words")):  # transformers takes no words for a tokenizer
         (empty / "vocab.txt").write_text(text and (folder / "vocab.txt").read_text() + text)
         with pytest.raises(UserError, match=f"a tokenizer of {what}"):
-            ir.ImageReward(ir.Files(folder / ir.FILE, empty))
+            scorer(ir.Files(folder / ir.FILE, empty))
 
 
 def test_the_published_sizes():

@@ -75,7 +75,8 @@ def test_the_level_of_a_folder_is_the_mean_gap_of_its_photographs_through_the_va
         image = landing.photographs.pixels(photograph, model.unit)
         with torch.no_grad():
             f = part.image_features(net.decode(net.encode(image), photograph.grid))
-        gaps.append(sr.relative(f, *part.conditions([photograph.caption], *a.control, *a.neg)[1:]))
+        _, C1, C2 = part.conditions([photograph.caption], *a.control, *a.neg)
+        gaps.append(sr.preference(f, C1 - C2))
     assert len(gaps) == 6 and found == pytest.approx(torch.cat(gaps).mean().item(), abs=1e-5)
 
 

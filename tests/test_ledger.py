@@ -7,7 +7,7 @@ between them.
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import a_batch, backward
+from builders import a_batch, backward, fixed
 
 import direct_align as da
 import flow
@@ -49,7 +49,8 @@ class Toy:
         self.calls = []
         self.w.grad = None
         c = flow.Condition(None, None, (4, 4))
-        backward(a, self, self, a_batch(["a prompt"] * len(self.x0), c, self.x0, self.eps, *self.C, middles))
+        reward = fixed(self.image_features, *self.C)
+        backward(a, self, reward, a_batch(["a prompt"] * len(self.x0), c, self.x0, self.eps, middles))
         return self.w.grad.clone()
 
 
@@ -60,10 +61,11 @@ def test_d1_printed_eq11_lets_through_the_bias_that_the_released_form_cancels():
                  F.normalize(torch.arange(16.)[None], dim=-1))
     # adds 0.1 to both cosines
     shared = torch.linalg.lstsq(torch.cat([C1, C2]), torch.full((2, 1), 0.1)).solution.T
+    r1, r2 = sr.preference(f, C1), sr.preference(f, C2)
+    biased = sr.preference(f + shared, C1), sr.preference(f + shared, C2)
     for k in (1.0, 1.5, 5.0):
-        assert (sr.relative_cfg(f + shared, C1, C2, k)
-                - sr.relative_cfg(f, C1, C2, k)).item() == pytest.approx(0.1, abs=1e-5)
-    released = sr.relative_released(f + shared, C1, C2, 0.2) - sr.relative_released(f, C1, C2, 0.2)
+        assert (sr.relative_cfg(*biased, k) - sr.relative_cfg(r1, r2, k)).item() == pytest.approx(0.1, abs=1e-5)
+    released = sr.relative_released(*biased, 0.2) - sr.relative_released(r1, r2, 0.2)
     assert released.item() == pytest.approx(0.02, abs=1e-5)
 
 
@@ -77,7 +79,7 @@ def test_d2_lambda_scales_the_gradient_and_the_discount_turns_it(flags):
     pull = []
     for d in (0.0, 0.2):
         f = torch.zeros(1, 2, requires_grad=True)
-        sr.relative_released(f, C1, C2, d).sum().backward()
+        sr.relative_released(sr.preference(f, C1), sr.preference(f, C2), d).sum().backward()
         pull.append(f.grad[0])
     angle = torch.rad2deg(torch.acos(F.cosine_similarity(*pull, dim=0))).item()
     assert angle == pytest.approx(29.6, abs=0.2)
@@ -93,8 +95,8 @@ def test_d3_the_network_is_called_once_per_branch_and_injection(flags, n):
 def test_d4_as_printed_a_branch_sees_one_text_and_as_released_both(flags):
     """The weight that a bias shared by all texts keeps, summed over the texts: 1 as printed, d = 0.1 .. 0.25
     released."""
-    one = torch.ones(1, 1)  # f and every text feature: the reward is the sum of the texts' weights
-    total = {form: sr.branch_reward(form, "denoise", one, one, one, one, 0.2, 1.5).item()
+    one = torch.ones(1)  # r of every text: the reward is the sum of the texts' weights
+    total = {form: sr.branch_reward(form, "denoise", one, one, one, 0.2, 1.5).item()
              for form in recipe.FORMS}
     assert total["branches"] == pytest.approx(1) and total["released"] == pytest.approx(0.2)
     assert total["srp"] == pytest.approx(0)

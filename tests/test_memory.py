@@ -228,9 +228,8 @@ def test_the_distance_of_split_masters_from_float32(flags):
         eps = torch.randn(4, 16, 64, generator=generator)
         x0 = net.rollout(eps, c, da.sigma_steps(4, 3.0), 1.0)
         texts = [prompts[row] for row in rows]
-        C = reward.conditions(texts, "realistic photo", "CG render")
         levels = torch.randint(50, 950, (4,), generator=generator)
-        backward(a, net, reward, a_batch(texts, c, x0, eps, *C, [levels]))
+        backward(a, net, reward, a_batch(texts, c, x0, eps, [levels]))
         torch.nn.utils.clip_grad_norm_(masters, 0.1)
         for optimizer in (*halves.values(), plain):
             for parameter, master in zip(optimizer.param_groups[0]["params"], masters, strict=True):

@@ -19,12 +19,11 @@ def batch(miniature):
     """Three images with two injections each."""
     embeddings = flow.encode_prompts(Model("miniature"), PROMPTS)
     reward = rewards.load_rewards("miniature/reward")
-    C = reward.conditions(PROMPTS, "realistic photo", "CG render")
     generator = torch.Generator().manual_seed(0)
     eps = torch.randn(3, 16, 64, generator=generator)
     c = embeddings.condition([0, 1, 2], (4, 4), "cpu")
     x0 = miniature.rollout(eps, c, da.sigma_steps(4, 3.0), 1.0)
-    return reward, a_batch(PROMPTS, c, x0, eps, *C, [[200, 500, 300], [700, 400, 600]])
+    return reward, a_batch(PROMPTS, c, x0, eps, [[200, 500, 300], [700, 400, 600]])
 
 
 def made_by(miniature, a, batch, memory):

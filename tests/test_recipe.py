@@ -149,11 +149,11 @@ def test_the_printed_line_of_flags_gives_the_same_run(name):
 
 
 def test_every_form_is_a_row_of_the_table():
-    one = torch.ones(1, 1)
+    one = torch.ones(1)
     for form in recipe.FORMS:
-        assert sr.branch_reward(form, "denoise", one, one, one, one, 0.2, 1.5).shape == (1,)
+        assert sr.branch_reward(form, "denoise", one, one, one, 0.2, 1.5).shape == (1,)
     with pytest.raises(ValueError, match="not a row of the table"):
-        sr.branch_reward("another", "denoise", one, one, one, one, 0.2, 1.5)
+        sr.branch_reward("another", "denoise", one, one, one, 0.2, 1.5)
 
 
 def test_baselines_climb_the_plain_reward_unless_a_form_is_given():

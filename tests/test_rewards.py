@@ -12,9 +12,11 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from builders import make_aesthetic, make_pickscore, photo
+import transformers
+from builders import make_aesthetic, make_imagereward, make_pickscore, photo
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torchvision.transforms.functional import to_tensor
 from transformers import CLIPModel, CLIPTokenizerFast, SiglipVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -28,7 +30,7 @@ import srpo_reward as sr
 import train
 from engine.data.pictures import read_picture
 from engine.errors import UserError
-from engine.memory import counts
+from engine.memory import counts, parallel
 from engine.model.folder import Model
 from evaluation import metrics, table_formats, tables
 from evaluation.report.curves import read_log
@@ -175,7 +177,7 @@ def test_aesthetic_is_its_authors_metric_and_s1_relates_clean_to_noised(aestheti
     with torch.no_grad():
         f, clean, noised = reward.picture_features([picture]), A(pixels), A(pixels + noise)
     torch.testing.assert_close(10 * sr.preference(f, C0), clean, atol=1e-4, rtol=0)
-    torch.testing.assert_close(10 * sr.relative(f, C1, C2), clean - noised, atol=1e-4, rtol=0)
+    torch.testing.assert_close(10 * sr.preference(f, C1 - C2), clean - noised, atol=1e-4, rtol=0)
     assert all(map(torch.equal, reward.conditions(PROMPTS, "a", "b"), reward.conditions(PROMPTS, "c", "d")))
     x = torch.rand(1, 3, 64, 64, requires_grad=True)
     for column in (0, 1):
@@ -188,11 +190,11 @@ def test_every_reward_serves_every_form_in_both_branches(pickscore, aesthetic):
     single = [f"pickscore={pickscore}", f"aesthetic={aesthetic}"]
     for one_spec in (spec, *single):
         reward = rewards.load_rewards(one_spec)
-        conditions = reward.conditions(PROMPTS, "realistic photo", "CG render")
+        texts = sr.texts_of(PROMPTS, "realistic photo", "CG render")
         for form in recipe.FORMS:
             for branch in ("denoise", "invert"):
                 x = torch.rand(2, 3, 64, 64, requires_grad=True)
-                r = sr.branch_reward(form, branch, reward.image_features(x), *conditions, 0.1, 1.5)
+                r = sr.branch_reward(form, branch, *reward.of(x, texts), 0.1, 1.5).value()
                 gradient, = torch.autograd.grad(sr.loss(r).sum(), x)
                 assert r.shape == (2,) and r.isfinite().all()
                 assert gradient.isfinite().all() and gradient.abs().sum() > 0
@@ -282,7 +284,8 @@ def test_what_the_hub_does_not_give_says_where_to_put_it(monkeypatch):
     monkeypatch.setattr("engine.hub.snapshot_download", lambda *_, **__: 1 / 0)
     repositories = {"hpsv2.1": "xswu/HPSv2", "pickscore": "yuvalkirstain/PickScore_v1",
                     "clip": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-                    "aesthetic": "google/siglip-so400m-patch14-384"}
+                    "aesthetic": "google/siglip-so400m-patch14-384", "imagereward": "THUDM/ImageReward",
+                    "hpsv3": "MizzenAI/HPSv3"}
     assert set(repositories) == set(rewards.names())
     for name, repository in repositories.items():
         with pytest.raises(UserError, match=f"{name}: {repository}: not on this machine.*give {name}=PATH"):
@@ -301,6 +304,99 @@ def test_pickscores_tokenizer_and_the_aesthetic_head_fail_before_anything_is_loa
         words = "(not on this machine|cannot be had)"
         with pytest.raises(UserError, match=f"{name}: .*{words}.*give {name}=PATH"):
             rewards.fetch(name, tmp_path / name)
+
+
+# --------------------------------------------------------------------------------- rewards that read the picture
+CROSS = "imagereward=miniature/reward_cross"
+
+
+def test_eq9_of_a_reward_that_is_no_dot_product():
+    """r1 - r2 is the difference of two scores, with one graph; each text that is read is scored once, and no other."""
+    reward = rewards.load_rewards(CROSS)
+    (part, _), = reward.trained
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    texts = sr.texts_of(PROMPTS, "realistic photo", "CG render")
+    scored = []
+    score = part.score
+    part.score = lambda f, read: scored.append(read) or score(f, read)
+    r0, r1, r2 = reward.of(images, texts)
+    r = sr.branch_reward("released", "denoise", r0, r1, r2, torch.tensor([0.1, 0.2]), 1.5).value()
+    assert sr.relative(r1, r2).known() is not None and scored == [texts.p1, texts.p2] and r0.known() is None
+    gradient, = torch.autograd.grad(r.sum(), images)
+    f = part.image_features(images)
+    literal = torch.tensor([1.1, 1.2]) * score(f, texts.p1) - score(f, texts.p2)
+    assert torch.equal(r, literal)
+    torch.testing.assert_close(gradient, torch.autograd.grad(literal.sum(), images)[0], atol=1e-7, rtol=1e-4)
+
+
+@pytest.mark.parametrize("form, k, texts", [("released", 1.5, 2), ("srp", 1.5, 2), ("cfg", 1.5, 2), ("cfg", 1.0, 1),
+                                            ("branches", 1.5, 1), ("sgp", 1.5, 1), ("plain", 1.5, 1)])
+def test_a_form_says_how_many_texts_are_scored(form, k, texts):
+    assert sr.texts_read(form, k) == texts
+
+
+def test_a_mixture_of_both_kinds_is_the_weighted_sum():
+    both = rewards.load_rewards(f"miniature/reward:0.7,{CROSS}:0.3")
+    parts = [part for part, _ in both.trained]
+    images, texts = torch.rand(2, 3, 64, 64), sr.texts_of(PROMPTS, "realistic photo", "CG render")
+    for form in recipe.FORMS:
+        for branch in ("denoise", "invert"):
+            r = [sr.branch_reward(form, branch, *reward.of(images, texts), torch.tensor([0.1, 0.2]), 1.5).value()
+                 for reward in (both, *parts)]
+            torch.testing.assert_close(r[0], 0.7 * r[1] + 0.3 * r[2], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("spec, form", [(CROSS, "released"), (f"miniature/reward,{CROSS}:0", "srp"),
+                                        (f"miniature/reward:0.5,{CROSS}:2", "plain"), (CROSS, "plain")])
+def test_a_run_watches_and_reports_every_kind(spec, form, monkeypatch, tmp_path):
+    """The log's scores, the drift warning's, the report's and the table's; the update has an SGP gap if it is free."""
+    small = ["--model", "miniature", "--steps", "1", "--global-batch", "1", "--rollout-steps", "2", "--eval-steps", "1",
+             "--watch", "2", "--watch-every", "1", "--eval", "2"]
+    monkeypatch.setattr("sys.argv", ["train.py", *small, "--reward", spec, "--form", form, "--out", str(tmp_path)])
+    train.main()
+    line, = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    labels = [part.label for part in rewards.parse_rewards(spec)]
+    names = [f"{name} {label}" for label in labels for name in ("reward", "sgp")] if len(labels) > 1 else []
+    assert {"reward", "sgp", *names} < set(line["watch"]) and "reward_denoise" in line
+    assert ("sgp" in line) == (form != "plain" or f"{CROSS}:0" in spec)
+    assert {"reward", "sgp", *names} < set(json.loads((tmp_path / "summary.json").read_text())["after"])
+
+
+def test_a_reward_on_a_device_of_its_own(monkeypatch):
+    """Tensors without values on two GPUs that are not there, where an operation of both devices is an error: pictures
+    are copied to the reward, and r comes back."""
+    for module in (rewards.module("imagereward"), rewards.module("hpsv2.1").clip_model):
+        monkeypatch.setattr(module, "moved", lambda tensor, device: tensor.to(device))
+    parts = {name: (rewards.load_reward(*where), 0.5) for name, where in
+             (("dot", ("miniature/reward",)), ("cross", ("imagereward", "cpu", "miniature/reward_cross")))}
+    texts = sr.texts_of(PROMPTS, "realistic photo", "CG render")
+    with FakeTensorMode():
+        for part, _ in parts.values():
+            part.device = torch.device("cuda:1")
+            for module in part.model.modules():
+                for kept in (module._parameters, module._buffers):
+                    there = {name: tensor for name, tensor in kept.items() if tensor is not None}
+                    kept.update({name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda:1")
+                                 for name, tensor in there.items()})
+        images = torch.zeros(2, 3, 64, 64, device="cuda:0")
+        d = torch.zeros(2, device="cuda:0")
+        r = sr.branch_reward("released", "denoise", *sr.Rewards(parts).of(images, texts), d, 1.5).value()
+        assert r.device == torch.device("cuda:0") and r.shape == (2,)
+
+
+@pytest.mark.parametrize("name, gpus, processes, local, taken", [
+    (None, 1, 1, 0, None), ("cpu", 1, 1, 0, "cpu"), ("cuda:1", 2, 1, 0, "cuda:1"), ("cuda:4", 8, 4, 3, "cuda:7"),
+    ("cuda:0", 2, 1, 0, "the first free one is cuda:1"), ("cuda:1", 1, 1, 0, "there are 1 GPUs"),
+    ("cuda:6", 8, 4, 0, "GPUs 6 to 9")])
+def test_each_process_takes_its_own_reward_device(monkeypatch, name, gpus, processes, local, taken):
+    world = parallel.World()
+    world.neighbours, world.local = processes, local
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if taken is None or ":" in taken[:5] or taken == "cpu":
+        assert world.beside(name) == (taken and torch.device(taken))
+    else:
+        with pytest.raises(UserError, match=f"--reward-device {name}: .*{taken}"):
+            world.beside(name)
 
 
 # ------------------------------------------------------------------------------------------ weights are data
@@ -422,18 +518,18 @@ def test_loading_leaves_the_root_logger_as_it_was(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------ a file is all it takes
-def readme_example():
-    """The reward that rewards/README.md shows as an example."""
-    return Path("rewards/README.md").read_text().split("```python\n")[1].split("```")[0]
+def readme_example(number):
+    """A reward that rewards/README.md shows as an example: the first is a dot product, the second is not."""
+    return Path("rewards/README.md").read_text().split("```python\n")[number].split("```")[0]
 
 
 OWN_NETWORK = """
 import torch
-from rewards.base import Column, ImageNetwork, Reward, on_zeros
+from rewards.base import Column, DotProduct, ImageNetwork, on_zeros
 
 COLUMNS = {"red": Column("Redness", "+.2f")}
 
-class Redness(Reward):
+class Redness(DotProduct):
     unit = 10.0
 
     def features(self, pixels):
@@ -475,14 +571,14 @@ def drop_in(monkeypatch, tmp_path):
     ("redness_v2_1.py", "redness_v2.1", {"red": Column("Redness", "+.2f")}, 3)])
 def test_a_file_dropped_into_the_folder_is_a_reward_everywhere(drop_in, file, name, columns, times):
     """Found, parsed, loaded, trained on, planned, and a metric with its columns: nothing else is edited."""
-    drop_in(file, OWN_NETWORK if name == "redness_v2.1" else readme_example())
+    drop_in(file, OWN_NETWORK if name == "redness_v2.1" else readme_example(1))
     assert name in rewards.names() and rewards.module(name).COLUMNS == columns
     spec = f"{name}=miniature/reward:0.5,miniature/reward"
     assert rewards.parse_rewards(spec)[0] == (f"{name}=miniature/reward", name, "miniature/reward", 0.5)
     x = torch.rand(2, 3, 64, 64, requires_grad=True)
     reward = rewards.load_rewards(spec)
-    C0, _, _ = reward.conditions(PROMPTS, "a", "b")
-    sr.preference(reward.image_features(x), C0).sum().backward()
+    r0, _, _ = reward.of(x, sr.texts_of(PROMPTS, "a", "b"))
+    r0.value().sum().backward()
     assert x.grad.abs().sum() > 0
     assert [network.times for network in rewards.image_networks(spec)] == [times, 1]
     args = evaluate.flags().parse_args([])
@@ -491,9 +587,30 @@ def test_a_file_dropped_into_the_folder_is_a_reward_everywhere(drop_in, file, na
     assert name in metrics.names() and list(scores) == list(columns)
 
 
+def test_the_readmes_reward_of_another_kind_is_one(drop_in, tmp_path):
+    """Its file alone: loaded from a tiny BLIP, climbed by its two texts, planned, and a metric."""
+    drop_in("blip_itm.py", readme_example(2))
+    small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.BlipConfig(text_config=dict(small, vocab_size=40, encoder_hidden_size=64),
+                                     vision_config=dict(small, image_size=32, patch_size=16))
+    folder = make_imagereward(tmp_path)  # for its tokenizer
+    transformers.BlipForImageTextRetrieval(config).save_pretrained(folder)
+    reward = rewards.load_rewards(f"blip_itm={folder}")
+    x = torch.rand(2, 3, 64, 64, requires_grad=True)
+    r0, r1, r2 = reward.of(x, sr.texts_of(["w5 w6", "w7"], "w8", "w9"))
+    gradient, = torch.autograd.grad(sr.relative(r1, r2).value().sum(), x)
+    assert gradient.abs().sum() > 0 and r0.known() is None
+    args = evaluate.flags().parse_args([])
+    metric = metrics.find("blip_itm")
+    assert list(metric.load(metric.fetch(folder), args, "cpu")([photo(64, 64)], ["w5"])) == ["blip_itm"]
+    with FakeTensorMode():
+        network, = rewards.image_networks(f"blip_itm={folder}", texts=2)
+        assert network.times == 2 and counts.flop_of(network.call) > 1e9
+
+
 def test_every_reward_offers_what_the_registry_says():
     """No helper file is taken for one. "_" between two digits of a file's name is "." in the reward's."""
-    assert rewards.names() == ["aesthetic", "clip", "hpsv2.1", "pickscore"]
+    assert rewards.names() == ["aesthetic", "clip", "hpsv2.1", "hpsv3", "imagereward", "pickscore"]
     for name in rewards.names():
         reward = rewards.module(name)
         assert all(isinstance(column, Column) for column in reward.COLUMNS.values())
@@ -525,10 +642,10 @@ def test_a_weighted_sum_of_rewards_obeys_every_equation():
     both = rewards.load_rewards(f"{names[0]}:0.7,{names[1]}:0.3")
     one, two = (rewards.load_reward(name) for name in names)
     images, d = torch.rand(2, 3, 64, 64), torch.tensor([0.1, 0.2])
+    texts = sr.texts_of(PROMPTS, "dark", "bright")
     for form in recipe.FORMS:
         for branch in ("denoise", "invert"):
-            r = [sr.branch_reward(form, branch, reward.image_features(images),
-                                  *reward.conditions(PROMPTS, "dark", "bright"), d, 1.5)
+            r = [sr.branch_reward(form, branch, *reward.of(images, texts), d, 1.5).value()
                  for reward in (both, one, two)]
             torch.testing.assert_close(r[0], 0.7 * r[1] + 0.3 * r[2], atol=1e-6, rtol=0)
 
@@ -549,7 +666,7 @@ def test_a_held_out_reward_is_watched_and_never_trained_on(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize("spec, words", [
-    ("hpsv3", "no such file or folder, and not one of aesthetic, clip, hpsv2.1, pickscore"),
+    ("hpsv4", "no such file or folder, and not one of aesthetic, clip, hpsv2.1, hpsv3, imagereward, pickscore"),
     ("miniature/reward:x", "give NAME, NAME=PATH"), ("miniature/reward:-1", "0 .held out. or above"),
     ("miniature/reward:nan", "0 .held out. or above"), ("miniature/reward:0", "every weight is 0"),
     ("miniature/reward,miniature/reward", "named twice"), ("", "an empty name"),

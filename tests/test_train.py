@@ -103,13 +103,12 @@ def gradient_of(miniature, reward):
     eps = flow.noise(miniature, (4, 4), range(len(PROMPTS)))
     everyone = embeddings.condition(slice(None), (4, 4), "cpu")
     x0 = miniature.rollout(eps, everyone, da.sigma_steps(4, 3.0), 3.5)
-    C = reward.conditions(PROMPTS, "realistic photo", "CG render")
 
     def gradient(a, batches, middles):
         miniature.transformer.zero_grad()
         for rows in batches:
             batch = a_batch(PROMPTS[rows], embeddings.condition(rows, (4, 4), "cpu"), x0[rows], eps[rows],
-                            *[side[rows] for side in C], [m[rows] for m in middles])
+                            [m[rows] for m in middles])
             backward(a, miniature, reward, batch, times=len(batches))
         return torch.cat([p.grad.flatten() for p in miniature.transformer.parameters()])
     return gradient
@@ -184,13 +183,13 @@ def test_explain_tells_one_step_in_the_order_of_the_code(monkeypatch, capsys, tm
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
     run(monkeypatch, "--explain", "--out", tmp_path)  # a folder with a run is no obstacle
     told = capsys.readouterr().out
-    order = ["Rewards.conditions(", "flow.Flow.rollout(", "direct_align.place(", "Eq. 3:",
-             "flow.Flow.velocity(", "Eq. 5 for a", "factor     [2]", "flux.Flux.decode(", "image_features(",
+    order = ["srpo_reward.texts_of(", "flow.Flow.rollout(", "direct_align.place(", "Eq. 3:",
+             "flow.Flow.velocity(", "Eq. 5 for a", "factor     [2]", "flux.Flux.decode(", "Rewards.of(",
              "direct_align.discount(", "branch_reward(", "Eq. 6:", "gradient norm"]
     places = [told.index(word) for word in order]
     assert places == sorted(places)
     assert "below 0 in this branch" in told and "above 0 in this branch" in told
-    assert told.count("released  f.((1 + d) C1 - C2)    f.((1 + d) C2 - C1)") == 2
+    assert told.count("released  (1 + d) r1 - r2        (1 + d) r2 - r1") == 2
     assert "[2, 16, 64]" in told and "[2, 3, 64, 64]" in told
     after = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*") if p.is_file())
     assert [entry for entry in after if entry[0].name != "explain.png"] == before

@@ -54,8 +54,7 @@ for rows in mine:
     eps = flow.noise(net, (4, 4), range(images))[rows]
     with CountGathers() as count:
         x0 = net.rollout(eps, c, da.sigma_steps(5, 3.0), 3.5)
-    C = reward.conditions(prompts[rows], "realistic photo", "CG render")
-    backward(a, net, reward, a_batch(prompts[rows], c, x0, eps, *C, [levels[rows]]), times=len(mine))
+    backward(a, net, reward, a_batch(prompts[rows], c, x0, eps, [levels[rows]]), times=len(mine))
 gradient = {name: tensors.full(p.grad) for name, p in net.transformer.named_parameters()}
 if world.main:
     save_file({**gradient, "gathers": torch.tensor([count.n])}, out)

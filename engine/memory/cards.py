@@ -113,6 +113,14 @@ def refuse(job, counts, world_size, machine, prediction):
     helps = others_that_fit(job, counts, world_size, machine)
     if not job.checkpointing:
         helps.append("--checkpointing")
+    if not job.reward_apart:
+        apart = replace(job, reward_apart=True)
+        found = predictions(apart, counts, world_size)
+        for name in found if job.memory == "auto" else [job.memory]:
+            if machine.has_room(found[name]):
+                helps.append(f"--reward-device cuda:{world_size}, another GPU with "
+                             f"{(found[name].rewards + CONTEXT) / GIB:.0f} GiB for each process's reward")
+                break
     more = more_gpus(job, counts, world_size, machine)
     if more is not None:
         helps.append(f"{more} GPUs (torchrun --nproc_per_node)")
@@ -152,10 +160,21 @@ def because(name, prediction, machine, names):
             f"{machine.card / GIB:.1f}{host}{tried}")
 
 
-def settle(job, world):
-    """Choose --memory auto, or check any other, before anything is loaded. Returns (--memory, why in one line, or
-    None). Raises UserError, with flags that would fit, if it does not fit."""
+def check_reward(job, world, room):
+    """Raise UserError if the rewards do not fit a device of their own. room: its bytes."""
+    batch, _ = job.share(world.size)
+    needed = count(job, torch.bfloat16).rewards.held(modes.is_lean(job.memory), batch) + CONTEXT
+    if needed > room:
+        raise UserError(f"--reward-device: predicted {needed / GIB:.0f} GiB for the rewards, this GPU has "
+                        f"{room / GIB:.0f}; what helps: a GPU with {needed / GIB:.0f} GiB, or another --reward")
+
+
+def settle(job, world, reward_device=None):
+    """Choose --memory auto, or check any other, before anything is loaded. reward_device: the rewards' own, or None.
+    Returns (--memory, why in one line, or None). Raises UserError, with flags that would fit, if it does not fit."""
     modes.check(job.lora, job.memory)
+    if reward_device is not None and reward_device.type == "cuda":
+        check_reward(job, world, torch.cuda.mem_get_info(reward_device)[0] + CONTEXT)
     if job.memory == "auto" and world.device.type == "cpu":
         return modes.on_a_cpu(job.lora), None
     machine = this_machine(world)

@@ -39,7 +39,7 @@ class Job:
     calls: int           # calls with a gradient, per image: branches x injections
     checkpointing: bool  # activation checkpointing: the backward computes each block's activations again
     replicas: int        # HSDP: groups of processes that each hold all parameters
-    # Returns a list of (network, call, times), one for each reward. call(grad=False) runs the network's image side on
+    # Returns a list of (network, call, times, texts), one for each reward; texts is unread. call(grad=False) runs it on
     # one picture, with a gradient if grad is True. times: how often it runs for an image, 0 for a reward that is held
     # out. It is a function because networks that are made under fake tensors take no memory.
     reward_networks: Callable
@@ -48,6 +48,7 @@ class Job:
     cfg: str | None = None   # classifier-free guidance in a call with a gradient: off, both or prompt; None: nowhere
     together: int = 1        # calls with a gradient that are one where parameters are on the host (one_call.py)
     rollout_dtype: str = "same"  # "fp8": --rollout-dtype fp8
+    reward_apart: bool = False   # the rewards are on a device of their own
 
     def share(self, processes):
         """(images in a batch, number of batches whose gradients are accumulated) of each process. If the number of
@@ -79,6 +80,23 @@ class Counts(NamedTuple):
     multiplied: int     # parameters that --rollout-dtype fp8 multiplies in float8
     lean_path: int      # as reward_path, if `modes.is_lean`
     lean_frozen: int    # as frozen, if `modes.is_lean`
+    rewards: "Rewards"  # the rewards' part of the last four
+
+    def without_rewards(self):
+        """The same, if the rewards are on a device of their own."""
+        return self._replace(**{name: getattr(self, name) - part for name, part in self.rewards._asdict().items()})
+
+
+class Rewards(NamedTuple):
+    """Bytes of the rewards, in `Counts`."""
+    frozen: int = 0
+    reward_path: int = 0
+    lean_frozen: int = 0
+    lean_path: int = 0
+
+    def held(self, lean, batch):
+        """Bytes that they take, for a batch of so many images."""
+        return self.lean_frozen + batch * self.lean_path if lean else self.frozen + batch * self.reward_path
 
 
 class Shape(NamedTuple):
@@ -263,15 +281,21 @@ def count(job, compute_dtype):
         frozen = lean_frozen = bytes_of(vae)
 
         reward_flop = 0
-        for network, call, times in job.reward_networks():
-            frozen += bytes_of(network)
-            # In lean modes only the image side is on the GPU, in 2 bytes a number instead of 4.
-            lean_frozen += sum(bytes_of(part) for part in parts_used(network, call)) / 2
+        rewards = Rewards()
+        for network, call, times, _ in job.reward_networks():
+            # In lean modes only what scoring runs is on the GPU, in 2 bytes a number.
+            wide = next(network.parameters()).itemsize / 2
+            used = sum(parameters_of(part) for part in parts_used(network, call))
+            of_reward = 0
             if times:  # a reward that is held out takes memory, but does not run in an update
                 reward_flop += times * flop_of(call)
                 of_reward = times * saved_by(network.parameters(), call, grad=True)
-                path += of_reward
-                lean_path += of_reward / 2
+            mine = (bytes_of(network), of_reward, 2 * used, of_reward / wide)
+            rewards = Rewards(*(one + other for one, other in zip(rewards, mine, strict=True)))
+        frozen += rewards.frozen
+        path += rewards.reward_path
+        lean_frozen += rewards.lean_frozen
+        lean_path += rewards.lean_path
 
         shapes, largest = shapes_of(transformer)
         layers = lora.layers_of(transformer).values()
@@ -280,4 +304,4 @@ def count(job, compute_dtype):
                       reward=reward_flop,
                       shapes=shapes, adapters=sum(layer.in_features + layer.out_features for layer in layers),
                       multiplied=sum(layer.weight.numel() for layer in layers),
-                      lean_path=lean_path, lean_frozen=lean_frozen)
+                      lean_path=lean_path, lean_frozen=lean_frozen, rewards=rewards)

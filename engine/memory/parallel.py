@@ -95,7 +95,7 @@ class World:
         gpu = torch.cuda.is_available()
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         self.rank = int(os.environ.get("RANK", 0))
-        local = int(os.environ.get("LOCAL_RANK", 0))
+        self.local = local = int(os.environ.get("LOCAL_RANK", 0))
         self.neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
         self.first_here = local == 0  # of them
         if gpu and self.neighbours > torch.cuda.device_count():
@@ -119,6 +119,21 @@ class World:
             else:
                 shape, names = (self.size,), ("shard",)
             self.mesh = init_device_mesh(self.device.type, shape, mesh_dim_names=names)
+
+    def beside(self, name):
+        """The device of a --reward-device, or None for None. cuda:N is for the first process of a machine; the others
+        take the GPUs after it. Raises UserError if there is no such GPU, or it is a process's own."""
+        if name is None or name == "cpu":
+            return name and torch.device(name)
+        number = int(name.removeprefix("cuda:"))
+        there = torch.cuda.device_count()
+        if number < self.neighbours:
+            raise UserError(f"--reward-device {name}: is the GPU of a process; the first free one is "
+                            f"cuda:{self.neighbours}, or leave the flag out")
+        if number + self.neighbours > there:
+            raise UserError(f"--reward-device {name}: {self.neighbours} processes need GPUs {number} to "
+                            f"{number + self.neighbours - 1} for their rewards, and there are {there} GPUs")
+        return torch.device("cuda", number + self.local)
 
     @property
     def main(self):

@@ -40,6 +40,7 @@ class Prediction:
     received: float
     host: float             # in the host's memory, of this process
     bus: float              # copied between the host's pinned memory and the GPU
+    rewards: float          # of the rewards, wherever they are
     peak_in_texts: float    # while the text encoders are loaded, before the transformer is
 
     @property
@@ -146,6 +147,8 @@ def divide(job, counts, world_size, compute_dtype):
     shards = world_size // job.replicas
     has = held(job, counts, world_size, compute_dtype)
     trained = job.lora * counts.adapters if job.lora else counts.parameters
+    if job.reward_apart:
+        counts = counts.without_rewards()
 
     batch, accumulate = job.share(world_size)
     at_once = job.at_once()
@@ -198,6 +201,7 @@ def divide(job, counts, world_size, compute_dtype):
         # The networks are frozen, so the backward costs as much as the forward: it has no gradient of parameters.
         decode=images * job.calls * (3 if is_lean(job.memory) else 2) * counts.decode,
         reward=images * job.calls * 2 * counts.reward,
+        rewards=counts.rewards.held(is_lean(job.memory), batch),
         received=accumulate * received, host=host, bus=bus,
         peak_in_texts=compute_dtype.itemsize * job.text_parameters)
 

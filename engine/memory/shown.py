@@ -37,6 +37,8 @@ def show(job, world_size, card, share):
               "frozen": plan.frozen, "text encoders": plan.peak_in_texts,
               "peak in the update": plan.peak_in_update,
               "peak in the rollout": plan.peak_in_rollout}
+    if job.reward_apart:
+        memory["the rewards' GPU"] = plan.rewards
     work = {"rollout": plan.rollout, "update": plan.update, "decode": plan.decode, "reward": plan.reward}
     seconds = plan.flop / TERA / (gpus.PEAK[card] * share)
 

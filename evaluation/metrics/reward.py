@@ -43,14 +43,14 @@ class RewardMetric:
 
     def load(self, path, args, device):
         """The `RewardScorer` of a path that fetch returned. Raises UserError if the weights do not fit."""
-        return RewardScorer(rewards.load_reward(self.name, device, path), self.COLUMNS, args)
+        return RewardScorer(rewards.load_fetched(self.name, path, device), self.COLUMNS, args)
 
 
 class RewardScorer:
     """A reward as a scorer with one to three columns.
 
-    The first is r of the bare prompt (Eq. 7) in the metric's own unit. The second is the SGP gap f.(C1 - C2) (Eq. 10),
-    the reward's difference between the prompts with --control and with --neg. The third is that gap as the paper's
+    The first is r of the bare prompt (Eq. 7) in the metric's own unit. The second is the SGP gap r1 - r2 (Eq. 9), the
+    reward's difference between the prompts with --control and with --neg. The third is that gap as the paper's
     authors display it [their answer to a question about Table 1].
     """
 
@@ -63,8 +63,9 @@ class RewardScorer:
     @torch.no_grad()
     def __call__(self, pictures, prompts):
         """B PIL pictures and B prompts -> {column: [B]}."""
-        f = self.reward.picture_features(pictures)
-        C0, C1, C2 = self.reward.conditions(prompts, self.control, self.neg)
-        gap = sr.relative(f, C1, C2)
-        values = [self.reward.unit * sr.preference(f, C0), gap, 100 * (gap + 0.01)]
+        r0, r1, r2 = self.reward.of_pictures(pictures, sr.texts_of(prompts, self.control, self.neg))
+        values = [self.reward.unit * r0.value()]
+        if len(self.columns) > 1:    # otherwise the two texts need not be scored
+            gap = sr.relative(r1, r2).value()
+            values += [gap, 100 * (gap + 0.01)]
         return dict(zip(self.columns, values, strict=False))
