@@ -202,7 +202,8 @@ class Machine:
                          "them; the number of nodes", resume=True)
     checkpointing: bool = flag(True, help="recompute activations in the backward: 21 GiB less for FLUX.1-dev at 720 "
                                "pixels, a quarter more work in the update [released code]", resume=True)
-    compile: bool = flag(False, help="torch.compile every transformer block", resume=True)
+    compile: bool = flag(False, help="torch.compile every transformer block; off, for with a LoRA a block can reach "
+                         "torch's limit of 8 variants, and then runs uncompiled", resume=True)
 
 
 @dataclass

@@ -43,8 +43,8 @@ def about(a, model):
     """{key: text}: the metadata of a weights' file. It depends only on what the weights depend on, so that the same run
     writes the same file."""
     architecture = "flux-1-schnell" if model.configs.few_steps else "flux-1-dev"
-    if model.family is KLEIN:
-        architecture = "flux-2-klein"
+    if model.family.name != "FLUX.1":
+        architecture = model.family.name.lower().replace(".", "-")
     elif not flow.is_full_size(model):
         architecture = "flux-1-small"
     says = {group: vars(a)[group] for group in ("control", "neg")}
@@ -84,14 +84,14 @@ def front_matter(a, model):
 def use(a, model, name):
     """Python that makes a picture with the weights. name: of their folder, or their hub id."""
     base = json.dumps(base_of(model))
-    pipeline, transformer = model.family.pipeline, model.family.transformer
+    pipeline, network = model.family.pipeline, model.family.transformer
     lines = ["import torch", f"from diffusers import {pipeline}", ""]
     if a.lora:
         lines += [f"pipe = {pipeline}.from_pretrained({base}, torch_dtype=torch.bfloat16).to(\"cuda\")",
                   f"pipe.load_lora_weights({json.dumps(name)})"]
     else:
-        lines[1] = f"from diffusers import {pipeline}, {transformer}"
-        lines += [f"transformer = {transformer}.from_pretrained({json.dumps(name)}, "
+        lines[1] = f"from diffusers import {pipeline}, {network}"
+        lines += [f"transformer = {network}.from_pretrained({json.dumps(name)}, "
                   "torch_dtype=torch.bfloat16)",
                   f"pipe = {pipeline}.from_pretrained({base}, transformer=transformer, "
                   "torch_dtype=torch.bfloat16).to(\"cuda\")"]

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 import flow
+import flux
 import prepare
 from engine.data import cache, digests
 from engine.data.cache import Cache
-from engine.model import text
 from engine.model.folder import Model
 
 PROMPTS = ["a red circle", "a blue square above a white circle", "a red circle"]
@@ -146,7 +146,7 @@ def test_embeddings_are_the_same_from_the_cache_which_spares_the_encoders(kept, 
     assert plain.truncated == 1
     first = flow.encode_prompts(Model("miniature"), [*PROMPTS, long], cache=kept)
     assert len(of_prompts(kept.folder)) == 3  # a text is there once
-    monkeypatch.setattr(text, "load", lambda folder, dtype: 1 / 0)
+    monkeypatch.setattr(flux.Flux, "text_encoders", lambda *arguments: 1 / 0)
     again = flow.encode_prompts(Model("miniature"), [*PROMPTS, long], cache=kept)
     assert equal(first, plain) and equal(again, plain)
 
@@ -154,8 +154,8 @@ def test_embeddings_are_the_same_from_the_cache_which_spares_the_encoders(kept, 
 def test_one_process_of_a_machine_loads_the_text_encoders(kept, monkeypatch):
     """For the prompts of all; the others read them. Without a cache each process loads its own."""
     loaded = []
-    load = text.load
-    monkeypatch.setattr(text, "load", lambda *arguments: loaded.append(arguments) or load(*arguments))
+    load = flux.Flux.text_encoders
+    monkeypatch.setattr(flux.Flux, "text_encoders", lambda *arguments: loaded.append(arguments) or load(*arguments))
 
     def process(prompts, first_here, cache):
         world = SimpleNamespace(neighbours=2, first_here=first_here, device="cpu", dtype=torch.float32,
@@ -171,13 +171,13 @@ def test_one_process_of_a_machine_loads_the_text_encoders(kept, monkeypatch):
 def test_only_what_is_missing_is_encoded(kept, monkeypatch):
     flow.encode_prompts(Model("miniature"), PROMPTS[:1], cache=kept)
     encoded = []
-    encode = text.encode
+    encode = flux.Flux.encode_text
 
     def noted(pipe, prompt, most):
         encoded.append(prompt)
         return encode(pipe, prompt, most)
 
-    monkeypatch.setattr(text, "encode", noted)
+    monkeypatch.setattr(flux.Flux, "encode_text", noted)
     flow.encode_prompts(Model("miniature"), PROMPTS, cache=kept)
     assert set(encoded) == {PROMPTS[1]}
 

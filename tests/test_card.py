@@ -91,14 +91,18 @@ def test_an_upload_that_fails_loses_nothing(client, tmp_path):
     ("--lora 32", {"base_model": "black-forest-labs/FLUX.1-dev", "base_model_relation": "adapter", "license": "other",
                    "license_name": card.OWN_LICENCE}),
     ("--model black-forest-labs/FLUX.1-schnell", {"base_model": "black-forest-labs/FLUX.1-schnell",
-                                                  "base_model_relation": "finetune", "license": "apache-2.0"})])
+                                                  "base_model_relation": "finetune", "license": "apache-2.0"}),
+    ("--model black-forest-labs/FLUX.2-klein-base-4B", {"license": "apache-2.0"})])
 def test_a_card_names_its_base_and_its_licence(argv, head):
     a, model = recipe.read(argv.split())
     written = card.text(a, model, "me/mine", "", [], 19, False)
     data = ModelCard(written).data.to_dict()
     assert head.items() <= data.items() and "max_sequence_length" not in written
     assert card.about(a, model)["modelspec.license"] in (data.get("license_link"), data["license"])
-    assert re.search(r"^pipe\(.a prompt., guidance_scale=3.5", written, re.MULTILINE)
+    assert re.search(r"^pipe\(.a prompt., guidance_scale=", written, re.MULTILINE)
+    for part in (model.family.pipeline, "load_lora_weights" if a.lora else model.family.transformer):
+        assert part in written
+    assert ("klein" in model.name) == ("klein" in card.about(a, model)["modelspec.architecture"])
 
 
 def test_a_card_that_train_py_did_not_write_stays(tmp_path, capsys):

@@ -72,9 +72,11 @@ class WeightsAndBiases:
         self.run.log({name: self.wandb.Image(str(path))}, step=step)
 
 
-BOARDS = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
-
-
 def asked(args):
     """The boards that the flags, a dict, ask for. Nothing is written before `begin`. Raises UserError."""
-    return [board() for flag, board in BOARDS.items() if args.get(flag)]
+    boards = []
+    if args.get("tensorboard"):
+        boards.append(TensorBoard())
+    if args.get("wandb"):
+        boards.append(WeightsAndBiases())
+    return boards
