@@ -12,5 +12,7 @@ import train
 
 USED = (diffusers.AutoencoderKL, diffusers.FluxPipeline, diffusers.FluxTransformer2DModel,
         diffusers.FlowMatchEulerDiscreteScheduler, transformers.CLIPTextModel, transformers.CLIPTokenizerFast,
-        transformers.T5EncoderModel, transformers.T5TokenizerFast, open_clip, peft, evaluate, train,
+        transformers.T5EncoderModel, transformers.T5TokenizerFast, diffusers.Flux2KleinPipeline,
+        diffusers.Flux2Transformer2DModel, diffusers.AutoencoderKLFlux2, transformers.Qwen3ForCausalLM, open_clip,
+        peft, evaluate, train,
         rewards.clip_model)
