@@ -384,7 +384,7 @@ def backward(a, net, reward, batch, times=1):
     return terms
 
 
-def make_klein(folder, distilled=False):
+def make_klein(folder):
     """Fill a folder: a FLUX.2-klein with random weights, in its layout: 24 text tokens, and latents of 8 channels whose
     tokens have statistics of their own."""
     torch.manual_seed(0)
@@ -403,6 +403,5 @@ def make_klein(folder, distilled=False):
         in_channels=32, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
         joint_attention_dim=96, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
-    diffusers.Flux2KleinPipeline(scheduler, vae, text, words, transformer, is_distilled=distilled).save_pretrained(
-        folder)
+    diffusers.Flux2KleinPipeline(scheduler, vae, text, words, transformer).save_pretrained(folder)
     return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from builders import make_klein, make_photographs
+from builders import edit_json, make_klein, make_photographs
 from diffusers import Flux2KleinPipeline
 from scripts import call
 
@@ -174,6 +174,14 @@ def test_klein_is_planned_by_its_name(size, billions, tflop):
     assert work.forward_flop(job) / 1e12 == pytest.approx(tflop, rel=5e-3)
     a, model = recipe.read(["--model", f"black-forest-labs/FLUX.2-klein-{size}"])
     assert (a.cfg, a.rollout_steps, a.shift) == (None, 4, None) and prepare.job(a, model).cfg is None
+
+
+def test_a_distilled_folder_has_four_steps_and_no_guidance(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    edit_json(copy / "model_index.json", is_distilled=True)
+    a, model = recipe.read(["--model", str(copy)])
+    assert (a.cfg, a.rollout_steps, a.eval_steps, a.shift) == (None, 4, 4, None)
+    assert flow.encode_prompts(model, PROMPTS).empty is None
 
 
 @pytest.mark.parametrize("gradient, forwards", [("off", 4), ("both", 8), ("prompt", 5)])
