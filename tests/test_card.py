@@ -99,7 +99,8 @@ def test_a_card_names_its_base_and_its_licence(argv, head):
     data = ModelCard(written).data.to_dict()
     assert head.items() <= data.items() and "max_sequence_length" not in written
     assert card.about(a, model)["modelspec.license"] in (data.get("license_link"), data["license"])
-    assert re.search(r"^pipe\(.a prompt., guidance_scale=", written, re.MULTILINE)
+    assert re.search(r"^pipe\((prompt=)?.a prompt., guidance_scale=", written, re.MULTILINE)
+    assert ("prompt=" in written) == ("klein" in model.name)  # the first argument of its pipeline is a picture
     for part in (model.family.pipeline, "load_lora_weights" if a.lora else model.family.transformer):
         assert part in written
     assert ("klein" in model.name) == ("klein" in card.about(a, model)["modelspec.architecture"])
