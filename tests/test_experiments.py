@@ -252,7 +252,7 @@ def test_the_readmes_numbers_stand_in_the_pages_they_link():
 @pytest.mark.parametrize("name", ["table1", "unbiased", "recovery", "common_mode", "intervals", "ablation",
                                   "second_recipe", "when_to_stop", "styles", "rare_words", "margin", "landing",
                                   "fast", "fp8_rollout", "lora", "ledger", "offline", "other_rewards", "image_only",
-                                  "form_by_method", "cross_attention"])
+                                  "form_by_method", "cross_attention", "second_base"])
 def test_every_experiment_runs_to_its_page(tmp_path, name):
     """Two updates, few pictures, one seed: a page with a table, a JSON and a picture."""
     module = importlib.import_module(f"experiments.{name}")

@@ -119,7 +119,7 @@ SMALLEST = {
     "miniature.build": ["-h"]}
 for name in ("table1", "unbiased", "recovery", "common_mode", "intervals", "ablation", "second_recipe",
              "when_to_stop", "styles", "rare_words", "margin", "fast", "lora", "ledger", "offline", "landing",
-             "fp8_rollout", "form_by_method", "other_rewards", "image_only", "cross_attention"):
+             "fp8_rollout", "form_by_method", "other_rewards", "image_only", "cross_attention", "second_base"):
     SMALLEST[f"experiments.{name}"] = [
         "--seeds", "1", "--pictures", "8", "--flags",
         "--steps 1 --watch 4 --watch-every 1 --rollout-steps 2 --eval-steps 1 --batch 8"]
