@@ -109,9 +109,9 @@ def pair(scenes, axis, share, rng):
 
 
 def words_loss(apart, u):
-    """Cross-entropy of what the scores of two words differ by, logits [B], with an axis's values u [B]: the share of the
-    way from the low word's pictures to the high word's is the probability of the high word. So the difference goes on
-    growing between the two, where training a model has to pass."""
+    """Cross-entropy of what the scores of two words differ by, logits [B], with an axis's values u [B]. The share of
+    the way from the low word's pictures to the high word's is the probability of the high word. So the difference goes
+    on growing between the two, where training a model has to pass."""
     low, high = world.RANGES[world.LOW][1], world.RANGES[world.HIGH][0]
     return F.binary_cross_entropy_with_logits(apart, ((u - low) / (high - low)).clamp(0, 1))
 
