@@ -131,12 +131,14 @@ def run(argv, stopping):
     if embeddings.truncated:
         print(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
               f"they are truncated")
-    if len(lines) > 1:
-        begin(Path(args.out), made, [(prompt, "") for prompt in prompts])
     for number, line in enumerate(lines):
-        clean(line.folder)
-        begin(line.folder, line.made, [(prompt, "") for prompt in prompts])
-        sample(args, model, line, embeddings, world, stopping, number * len(prompts), len(lines))
+        net = flow.load(model, line.weights, world.device, world.dtype,
+                        *sampling.how(args.memory, line.weights, model, world), strength=args.strength)
+        for folder, of_folder in {Path(args.out): made, line.folder: line.made}.items():
+            clean(folder)
+            begin(folder, of_folder, [(prompt, "") for prompt in prompts])
+        sample(args, net, line, embeddings, stopping, number * len(prompts), len(lines))
+        del net  # before the next one is loaded
 
     columns = [sheets.Column(sheets.label_of(prompt, args.seed + i), [read_picture(line.file(i)) for line in lines])
                for i, prompt in enumerate(prompts)]
@@ -146,12 +148,10 @@ def run(argv, stopping):
                     f"{Path(args.out) / 'grid.png'}"))
 
 
-def sample(args, model, line, embeddings, world, stopping, done, lines):
-    """Sample the pictures of a `Line` that are not there yet. done: how many pictures the lines before have; lines: how
+def sample(args, net, line, embeddings, stopping, done, lines):
+    """Sample the pictures of a `Line` that are not there yet, with its `flow.Flow`. done: how many pictures the lines before have; lines: how
     many there are. Raises Stopped."""
     prompts = len(embeddings.txt)
-    net = flow.load(model, line.weights, world.device, world.dtype,
-                    *sampling.how(args.memory, line.weights, model, world), strength=args.strength)
     net.guide(args.cfg, embeddings.empty)
     grid = net.grid(*sides(args.size))
     for first in tqdm(range(0, prompts, args.batch), f"sample {line.name}"):

@@ -112,7 +112,7 @@ def extent(text):
     try:
         width, height = (whole(1)(part) for part in (text.lower().split("x") if "x" in text.lower() else [text, text]))
     except (ValueError, argparse.ArgumentTypeError) as error:
-        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of pixels, or WIDTHxHEIGHT") from error
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number, at least 1, or WIDTHxHEIGHT") from error
     return width if width == height else [width, height]
 
 

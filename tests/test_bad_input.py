@@ -222,7 +222,7 @@ PHOTOGRAPHS = {  # {file: content} of a folder, None a picture of 64 x 64 pixels
 
 WEIGHTS = {  # what --weights may be; what is said
     "no": "no transformer there: no such file or folder; give ", "": "a path or a hub id, and it is empty",
-    "x" * 300: "and it is too long", "pipe": "no transformer there: a file without an ending",
+    "x" * 300: "is too long", "pipe": "no transformer there: a file without an ending",
     "miniature/vae/config.json": "no transformer there: a file that ends in .json",
     "miniature/tokenizer": "no transformer there: a folder with ",
     "cut": "cannot be loaded as FLUX.1", "less": "--weights less: another architecture: num_layers 1, and",

@@ -48,7 +48,7 @@ def test_a_size_is_a_side_or_width_and_height(text, size, both):
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--size", "64x"], "64x: must be a whole number of pixels, or WIDTHxHEIGHT"),
+    (["--size", "64x"], "64x: must be a whole number, at least 1, or WIDTHxHEIGHT"),
     (["--size", "1x2x3"], "WIDTHxHEIGHT"),
     (["--size", "72x64"], "--size 72 x 64: both sides must be multiples of 16"),
     (["--strength", "0.5"], "none of --weights is one"),
