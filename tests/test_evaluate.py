@@ -532,7 +532,7 @@ def test_diversity_is_the_distance_of_a_prompts_pictures(monkeypatch):
         def picture_features(self, images):
             return torch.tensor(images)
 
-    score = diversity.Scorer(Network())
+    score = diversity.Scorer([(Network(), 1)])
     pictures = [[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [1.0, 0.0], [5.0, 0.0], [1.0, 1.0]]
     told = score(pictures, ["a", "a", "a", "b", "b", "c"])["diversity"]
     half = 1 - 0.5**0.5

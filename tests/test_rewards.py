@@ -354,7 +354,7 @@ def test_a_run_watches_and_reports_every_kind(spec, form, monkeypatch, tmp_path)
              "--watch", "2", "--watch-every", "1", "--eval", "2"]
     monkeypatch.setattr("sys.argv", ["train.py", *small, "--reward", spec, "--form", form, "--out", str(tmp_path)])
     train.main()
-    line, = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    line, = read_log(tmp_path / "log.jsonl")
     labels = [part.label for part in rewards.parse_rewards(spec)]
     names = [f"{name} {label}" for label in labels for name in ("reward", "sgp")] if len(labels) > 1 else []
     assert {"reward", "sgp", *names} < set(line["watch"]) and "reward_denoise" in line

@@ -41,21 +41,28 @@ def check(args):
 
 
 def load(files, args, device):
-    return Scorer(rewards.load_rewards(files.spec, device))
+    """Raises UserError for a reward without features of a picture alone."""
+    parts = rewards.load_rewards(files.spec, device).trained
+    if not all(reward.is_dot_product for reward, _ in parts):
+        raise UserError(f"--metrics diversity={files.spec}: it compares image features, and a text is needed for these; "
+                        "give a reward such as hpsv2.1")
+    return Scorer(parts)
 
 
 class Scorer:
     """Scores a picture by the mean of 1 - cosine between its image features and those of its prompt's other ones."""
 
-    def __init__(self, network):
-        self.network = network
+    def __init__(self, parts):
+        """parts: a list of (reward, weight)."""
+        self.parts = parts
 
     @torch.no_grad()
     def __call__(self, images, prompts):
         """B PIL pictures and their B prompts -> {column: [B]}. All pictures of a prompt must be in one call. NaN for a
         picture without another one of its prompt."""
-        f = F.normalize(self.network.picture_features(images), dim=-1)  # [B, D]
-        apart = 1 - f @ f.T                                             # [B, B]
+        f = torch.cat([weight * reward.picture_features(images) for reward, weight in self.parts], -1)  # [B, D]
+        f = F.normalize(f, dim=-1)
+        apart = 1 - f @ f.T  # [B, B]
         same = torch.tensor([[a == b for b in prompts] for a in prompts]).to(apart.device)
         others = same & ~torch.eye(len(f), dtype=torch.bool, device=apart.device)
         return {"diversity": (apart * others).sum(1) / others.sum(1)}
