@@ -149,8 +149,8 @@ def run(argv, stopping):
 
 
 def sample(args, net, line, embeddings, stopping, done, lines):
-    """Sample the pictures of a `Line` that are not there yet, with its `flow.Flow`. done: how many pictures the lines before have; lines: how
-    many there are. Raises Stopped."""
+    """Sample the pictures of a `Line` that are not there yet, with its `flow.Flow`. done: how many pictures the lines
+    before have; lines: how many there are. Raises Stopped."""
     prompts = len(embeddings.txt)
     net.guide(args.cfg, embeddings.empty)
     grid = net.grid(*sides(args.size))
