@@ -25,7 +25,7 @@ from engine.errors import UserError, frame, printable
 from engine.files import must_be_writable, stamp
 from engine.memory import modes, parallel, sampling
 from engine.model import trained
-from engine.paths import named_path
+from engine.paths import leads_somewhere, named_path
 from engine.run.stopping import Stopping
 from evaluation import sheets
 from evaluation.picture_folders import begin, check_made, clean, folder_name, is_whole, mark_of, named, save_picture
@@ -101,6 +101,10 @@ def run(argv, stopping):
     flow.needs_gpu(model)
     model.grid(*sides(args.size))
     recipe.check_cfg(args, model)
+    for prompt in args.prompt:
+        if leads_somewhere(prompt):
+            raise UserError(f'"{printable(prompt)}": a path where a prompt is expected; --weights stands before each of '
+                            "several weights")
     if args.prompt:
         prompt_files.check_prompts(args.prompt, "prompt")
     prompts = args.prompt or prompt_files.read_prompts(args.eval_prompts)[:args.first]

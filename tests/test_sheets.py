@@ -54,10 +54,11 @@ def test_a_size_is_a_side_or_width_and_height(text, size, both):
     (["--strength", "0.5"], "none of --weights is one"),
     (["--strength", "0.5", "--weights", "miniature/transformer"], "none of --weights is one"),
     (["--weights", "grid.png=base", "--weights", "base"], "a name is used twice, or taken"),
+    (["--weights", "base", "srpo=miniature/transformer", "a red circle"], "a path where a prompt is expected"),
     (["--weights", "base", "--weights", "base"], "a name is used twice")])
 def test_what_cannot_be_sampled_is_one_line(monkeypatch, tmp_path, capsys, argv, words):
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "a red circle", *argv, "--out", tmp_path / "out")
+        run(monkeypatch, *argv, "--out", tmp_path / "out", *([] if argv[-1] == "a red circle" else ["a red circle"]))
     said = capsys.readouterr().err.strip()
     assert stop.value.code == 2 and words in said and "\n" not in said and not (tmp_path / "out").exists()
 

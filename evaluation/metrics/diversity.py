@@ -44,8 +44,8 @@ def load(files, args, device):
     """Raises UserError for a reward without features of a picture alone."""
     parts = rewards.load_rewards(files.spec, device).trained
     if not all(reward.is_dot_product for reward, _ in parts):
-        raise UserError(f"--metrics diversity={files.spec}: it compares image features, and these need a text here; give "
-                        "a reward such as hpsv2.1")
+        raise UserError(f"--metrics diversity={files.spec}: it compares image features, and here they need a text; "
+                        "give a reward such as hpsv2.1")
     return Scorer(parts)
 
 
