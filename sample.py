@@ -103,8 +103,8 @@ def run(argv, stopping):
     recipe.check_cfg(args, model)
     for prompt in args.prompt:
         if leads_somewhere(prompt):
-            raise UserError(f'"{printable(prompt)}": a path where a prompt is expected; each of several weights has its '
-                            "own --weights")
+            raise UserError(f'"{printable(prompt)}": a path where a prompt is expected; each of several weights has '
+                            "its own --weights")
     if args.prompt:
         prompt_files.check_prompts(args.prompt, "prompt")
     prompts = args.prompt or prompt_files.read_prompts(args.eval_prompts)[:args.first]
