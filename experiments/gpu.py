@@ -6,6 +6,7 @@ miniature. Nothing is downloaded. The most important comes first; --minutes ends
 kill the same command goes on.
 """
 
+import re
 import shlex
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from experiments.bench import PHASES
 
 UPDATE, OTHER = "bench", "on_a_card"
 ERROR_LINES = ("OutOfMemoryError", "Error", ":")  # what the line that tells the error holds, the first that is found
+WARNING = re.compile(r"(\[rank\d+\]:)?\[?[IW]\d{4} |.*Warning:")  # the start of a line of torch's log that is no error
 
 
 class Part(NamedTuple):
@@ -80,7 +82,8 @@ def in_a_process(words, seconds):
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=seconds)
     if done.returncode == 0:
         return None
-    told = [line.strip() for line in (done.stderr or done.stdout).splitlines() if line.strip()]
+    told = [line.strip() for line in (done.stderr or done.stdout).splitlines()]
+    told = [line for line in told if line and not WARNING.match(line)]
     for mark in ERROR_LINES:
         for line in reversed(told):
             if mark in line:
