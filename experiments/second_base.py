@@ -14,6 +14,8 @@ from experiments import landing, offline, pages, runs, table1
 from experiments.pages import shown
 from experiments.runs import Setting
 
+COLUMNS = {"updates": ("updates", ".1f")} | {
+    name: column for name, column in table1.COLUMNS.items() if name not in ("diversity", "optimizer_steps")}
 PLAIN = "plain reward"
 GRADIENTS = [Setting("SRPO, both with a gradient", "--cfg-gradient both"),
              Setting("SRPO, the prompt's with a gradient", "--cfg-gradient prompt"),
@@ -59,14 +61,12 @@ def main(argv=None):
                     for seed in setting.seeds(own)]
             found[setting.name] |= pages.over_seeds([landing.ends(log) for log in logs])
             found[setting.name] |= pages.over_seeds([table1.cost(own, setting.flags)])
-        columns = {"updates": ("updates", ".1f")} | {
-            name: column for name, column in table1.COLUMNS.items() if name not in ("diversity", "optimizer_steps")}
         told = (f"{pages.counted(found)} {pages.ERROR} Rollouts and samples are guided with weight 4. TFLOP are the "
                 "transformer's, with guidance. Of the row that lands they are those of all its updates, though it "
                 "stops before.")
         claim = "SRPO fine-tunes rectified flows, whatever their network. Does it hold on FLUX.2-klein's, guided?"
         page = pages.Page("A second base: FLUX.2-klein's layout, with classifier-free guidance", claim, verdict(found),
-                          told, [(found, columns)])
+                          told, [(found, COLUMNS)])
         pages.write(own, "second_base", page, pages.bar_figure(found, ("realism", "alignment", "broken", "redness")))
 
 

@@ -239,7 +239,8 @@ def test_the_number_of_pictures_on_a_page_is_that_of_its_scores(name):
 def test_the_readmes_numbers_stand_in_the_pages_they_link():
     """Every number with a deviation, in a line or an entry that links results/NAME.md, is a cell of one of its
     pages."""
-    for readme in (Path("README.md"), Path("experiments/README.md"), Path("miniature/README.md"), Path("docs/LOG.md")):
+    for readme in map(Path, ("README.md", "experiments/README.md", "miniature/README.md", "miniature2/README.md",
+                             "docs/LOG.md")):
         text = readme.read_text()
         for line in re.split(r"\n(?=- )", text) if readme.name == "LOG.md" else text.splitlines():
             names = re.findall(r"results/(\w+)\.md\)", line)

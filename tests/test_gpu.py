@@ -131,5 +131,7 @@ def test_it_is_rehearsed_on_cuda(stub, tmp_path):  # noqa: F811
     found = json.loads((tmp_path / "pages" / "gpu.json").read_text())["found"]
     assert list(found) == gpu.NAMES
     measured = {name for name, each in found.items() if "failed" not in each}
-    assert measured >= {"LoRA, float8 base", "picture, float8", "LoRA, float8 base on the host", "numerics"}
-    assert "predicted peak" in found["all weights, split"]["failed"]
+    assert measured >= {"LoRA, float8 base", "picture, float8"} and "all weights, split" not in measured
+    for name, each in found.items():  # the stub computes no numbers, so its reward reads all words alike
+        why = "reads --control" if name in ("numerics", "determinism") else "predicted peak"
+        assert name in measured or why in each["failed"], name
