@@ -133,5 +133,5 @@ def test_it_is_rehearsed_on_cuda(stub, tmp_path):  # noqa: F811
     measured = {name for name, each in found.items() if "failed" not in each}
     assert measured >= {"LoRA, float8 base", "picture, float8"} and "all weights, split" not in measured
     for name, each in found.items():  # the stub computes no numbers, so its reward reads all words alike
-        why = "reads --control" if name in ("numerics", "determinism") else "predicted peak"
+        why = "reads --control" if name in ("numerics", "determinism") else "predicted "
         assert name in measured or why in each["failed"], name
