@@ -129,7 +129,10 @@ def one(value):
 def rows_of(found):
     """Three tables {row: {column: `pages.Spread`}}: updates, pictures, and what compares gradients; and {row: why it
     has no numbers}."""
-    updates, pictures, gradients, failed = {}, {}, {}, {}
+    updates = {}
+    pictures = {}
+    gradients = {}
+    failed = {}
     for part in PARTS:
         told = found.get(part.name)
         if told is None:

@@ -31,7 +31,9 @@ def settings(photographs):
 
 def verdict(found):
     """What the page says of its claim."""
-    ours, base, plain = found["SRPO"], found["base"], found[PLAIN]
+    ours = found["SRPO"]
+    base = found["base"]
+    plain = found[PLAIN]
     gradients = "; ".join(f"{setting.name.removeprefix('SRPO, ')}: {shown(found[setting.name]['realism'], '.1%')} and "
                           f"{shown(found[setting.name]['alignment'], '.1%')}" for setting in GRADIENTS)
     holds = (ours["realism"].mean > base["realism"].mean + 0.5 and ours["broken"].mean <= runs.BROKEN
