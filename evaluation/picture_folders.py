@@ -328,19 +328,25 @@ def existing(args):
 
 
 # ---------------------------------------------------------------------------------------------------- writing
-def save_picture(images, path, columns=8, mark=b""):
-    """Write a picture [3, H, W] or a grid of pictures [P, 3, H, W], in [0, 1], as a PNG. It carries PNG_MARK, and a
-    further `mark`. An interrupted write leaves no partial file."""
-    grid = make_grid(images, columns).mul(255).add(0.5).clamp(0, 255).permute(1, 2, 0).to("cpu", torch.uint8)
+def write_png(picture, path, mark=b""):
+    """Write a PIL picture as a PNG that carries PNG_MARK, and a further `mark`. An interrupted write leaves no partial
+    file."""
     texts = PngInfo()
     keyword, ours = PNG_MARK.decode().split("\0")
     texts.add_text(keyword, ours)
     if mark:
         texts.add_text("made", mark.decode())
     png = io.BytesIO()
-    Image.fromarray(grid.numpy()).save(png, "PNG", pnginfo=texts)
-    path.parent.mkdir(exist_ok=True)
+    picture.save(png, "PNG", pnginfo=texts)
     write_whole(path, png.getvalue())
+
+
+def save_picture(images, path, columns=8, mark=b""):
+    """Write a picture [3, H, W] or a grid of pictures [P, 3, H, W], in [0, 1], as a PNG, by
+    `write_png`."""
+    grid = make_grid(images, columns).mul(255).add(0.5).clamp(0, 255).permute(1, 2, 0).to("cpu", torch.uint8)
+    path.parent.mkdir(exist_ok=True)
+    write_png(Image.fromarray(grid.numpy()), path, mark)
 
 
 def save_grid(images, path, columns=8, mark=b""):

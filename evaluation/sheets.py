@@ -1,15 +1,13 @@
 """Sheets: pictures side by side with their labels. A line of pictures for each model, a column for each prompt."""
 
-import io
 from collections import defaultdict
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
-from PIL.PngImagePlugin import PngInfo
 
 from engine.data.pictures import read_picture
 from engine.errors import UserError, printable
-from engine.files import PNG_MARK, write_whole
+from evaluation.picture_folders import write_png
 
 COLUMNS = 8      # pictures of a line, at most
 SHOWN = 24       # prompts of a contact sheet
@@ -94,14 +92,7 @@ def drawn(names, columns):
 
 def save(names, columns, path, mark=b""):
     """Write a sheet as a PNG, with PNG_MARK and a further `mark`. names, columns: as `drawn`."""
-    texts = PngInfo()
-    keyword, ours = PNG_MARK.decode().split("\0")
-    texts.add_text(keyword, ours)
-    if mark:
-        texts.add_text("made", mark.decode())
-    png = io.BytesIO()
-    drawn(names, columns).save(png, "PNG", pnginfo=texts)
-    write_whole(path, png.getvalue())
+    write_png(drawn(names, columns), path, mark)
 
 
 def contact_sheet(methods, pictures, path):
