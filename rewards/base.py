@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from engine.errors import UserError
+from engine.hub import fetched
 from engine.memory.lean import keep_only_what_is_used
 from engine.model.tensors import are_finite
 from rewards.pictures import differentiable, exact
@@ -44,6 +46,25 @@ def fill(network, state):
         network.load_state_dict(state, assign=True)
     except RuntimeError as error:
         raise UserError(" ".join(str(error).split())) from error
+
+
+class Files(NamedTuple):
+    """The paths of a reward's weights and of its tokenizer."""
+    weights: Path
+    tokenizer: Path  # a folder
+
+
+def fetch(where, file, vocabularies, tokenizer, tokenizer_files):
+    """The `Files`. where: the file of the weights, a folder that holds it, or a hub repository. The tokenizer is the
+    one beside the file, if one of `vocabularies` is there; otherwise the files of the hub's `tokenizer`. Raises
+    UserError if a file is neither here nor on the hub."""
+    found = fetched(where, [file])
+    path = found / file if found.is_dir() else found
+    if not path.is_file():
+        raise UserError(f"{found}: holds no {file}")
+    if any((path.parent / name).is_file() for name in vocabularies):
+        return Files(path, path.parent)
+    return Files(path, fetched(tokenizer, tokenizer_files))
 
 
 class Reward:

@@ -24,7 +24,6 @@ from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VisionTransforme
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel as Language
 
 from engine.errors import UserError, one_line
-from engine.hub import fetched
 from engine.memory.parallel import moved
 from engine.model.configs import check_folder, must_be_floats
 from rewards import base
@@ -53,23 +52,11 @@ PUBLISHED = {            # sizes of the published file, for --plan
     "head": [3584, 1024, 16, 2]}
 
 
-class Files(NamedTuple):
-    """The paths of everything that HPSv3 needs."""
-    weights: Path    # HPSv3.safetensors
-    tokenizer: Path  # a folder
-
-
 def fetch(where=None):
-    """The `Files`. where: HPSv3.safetensors, or a folder that holds it, or a hub repository (None: the authors'). The
-    tokenizer is the one beside the file, if there is one; otherwise Qwen2-VL's from the hub. Raises UserError if a file
-    is neither here nor on the hub."""
-    found = fetched(where or HUB, [FILE])
-    path = found / FILE if found.is_dir() else found
-    if not path.is_file():
-        raise UserError(f"{found}: holds no {FILE}")
-    if any((path.parent / name).is_file() for name in VOCABULARIES):
-        return Files(path, path.parent)
-    return Files(path, fetched(TOKENIZER, TOKENIZER_FILES))
+    """The `base.Files`. where: HPSv3.safetensors, or a folder that holds it, or a hub repository (None: the authors').
+    The tokenizer is the one beside the file, if there is one; otherwise Qwen2-VL's from the hub. Raises UserError if a
+    file is neither here nor on the hub."""
+    return base.fetch(where or HUB, FILE, VOCABULARIES, TOKENIZER, TOKENIZER_FILES)
 
 
 # ----------------------------------------------------------------------------------------------- its pictures

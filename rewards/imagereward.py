@@ -5,8 +5,6 @@ The network is a BLIP whose text encoder attends to the picture, so it is no dot
 so a smaller file of the same layout works too: miniature/reward_cross is one.
 """
 
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import transformers
@@ -16,7 +14,6 @@ from transformers.image_utils import OPENAI_CLIP_STD as STD
 from transformers.initialization import no_init_weights
 
 from engine.errors import UserError, one_line
-from engine.hub import fetched
 from engine.memory.parallel import moved
 from engine.model.configs import check_folder, must_be_floats
 from rewards import base
@@ -54,25 +51,13 @@ PUBLISHED = {  # sizes of the published file, for --plan
     "mlp": [768, 1024, 128, 64, 16, 1]}
 
 
-class Files(NamedTuple):
-    """The paths of everything that ImageReward needs."""
-    weights: Path    # ImageReward.pt
-    tokenizer: Path  # a folder
-
-
 def fetch(where=None):
-    """The `Files`. where: ImageReward.pt, or a folder that holds it, or a hub repository (None: the authors').
+    """The `base.Files`. where: ImageReward.pt, or a folder that holds it, or a hub repository (None: the authors').
 
     The tokenizer is the one beside the file, if there is one; otherwise bert-base-uncased from the hub. Raises
     UserError if a file is neither here nor on the hub.
     """
-    found = fetched(where or HUB, [FILE])
-    path = found / FILE if found.is_dir() else found
-    if not path.is_file():
-        raise UserError(f"{found}: holds no {FILE}")
-    if any((path.parent / name).is_file() for name in VOCABULARIES):
-        return Files(path, path.parent)
-    return Files(path, fetched(TOKENIZER, TOKENIZER_FILES))
+    return base.fetch(where or HUB, FILE, VOCABULARIES, TOKENIZER, TOKENIZER_FILES)
 
 
 # ------------------------------------------------------------------------------------------------ the network

@@ -17,7 +17,8 @@ import srpo_reward as sr
 from engine.errors import UserError
 from engine.memory import counts
 from evaluation import metrics
-from rewards import hpsv3
+from rewards import base, hpsv3
+from rewards.base import Files
 
 # mu of the authors' code (their model class and pictures on transformers 4.45.2, float32), with the weights below
 GOLDEN = [0.7486178278923035, 0.6092107892036438, 0.5285220146179199]
@@ -108,9 +109,9 @@ def test_no_tensor_is_missing_or_unread(folder, tmp_path, change, what):
 
 
 def test_the_tokenizer_is_the_one_beside_or_qwens(folder, tmp_path, monkeypatch):
-    assert hpsv3.fetch(folder) == hpsv3.fetch(folder / hpsv3.FILE) == hpsv3.Files(folder / hpsv3.FILE, folder)
+    assert hpsv3.fetch(folder) == hpsv3.fetch(folder / hpsv3.FILE) == Files(folder / hpsv3.FILE, folder)
     (tmp_path / hpsv3.FILE).touch()
-    monkeypatch.setattr(hpsv3, "fetched", lambda at, files: tmp_path if at == hpsv3.HUB else (at, files))
+    monkeypatch.setattr(base, "fetched", lambda at, files: tmp_path if at == hpsv3.HUB else (at, files))
     assert hpsv3.fetch() == (tmp_path / hpsv3.FILE, (hpsv3.TOKENIZER, hpsv3.TOKENIZER_FILES))
     (tmp_path / hpsv3.FILE).unlink()
     with pytest.raises(UserError, match="holds no HPSv3.safetensors"):

@@ -9,7 +9,9 @@ from PIL import Image
 
 from engine.errors import UserError
 from evaluation import metrics
+from rewards import base
 from rewards import imagereward as ir
+from rewards.base import Files
 
 # Of the authors' code (its own BLIP, transformers 4.30) with the weights, pictures and tokens below.
 GOLDEN = [0.5534543991088867, -0.2969665825366974, 0.14237727224826813]
@@ -51,8 +53,8 @@ def test_our_rewards_are_the_authors(folder):
 
 
 def test_the_tokenizer_is_the_one_beside_or_berts(folder, monkeypatch):
-    assert ir.fetch(folder) == ir.fetch(folder / ir.FILE) == ir.Files(folder / ir.FILE, folder)
-    monkeypatch.setattr(ir, "fetched", lambda at, files: folder if at == ir.HUB else (at, files))
+    assert ir.fetch(folder) == ir.fetch(folder / ir.FILE) == Files(folder / ir.FILE, folder)
+    monkeypatch.setattr(base, "fetched", lambda at, files: folder if at == ir.HUB else (at, files))
     (folder / "vocab.txt").unlink()
     assert ir.fetch() == (folder / ir.FILE, (ir.TOKENIZER, ir.TOKENIZER_FILES))
 
@@ -95,12 +97,12 @@ def test_wrong_files_are_told_in_one_line(folder, tmp_path_factory):
         ir.fetch(empty / "none")
     (empty / ir.FILE).write_bytes(b"not a pickle")
     with pytest.raises(UserError, match="imagereward: not a reward model") as told:
-        scorer(ir.Files(empty / ir.FILE, folder))
+        scorer(Files(empty / ir.FILE, folder))
     assert "\n" not in str(told.value)
     for text, what in (("w40\n", "41 words"), ("", "5 words")):  # transformers takes no words for a tokenizer
         (empty / "vocab.txt").write_text(text and (folder / "vocab.txt").read_text() + text)
         with pytest.raises(UserError, match=f"a tokenizer of {what}"):
-            scorer(ir.Files(folder / ir.FILE, empty))
+            scorer(Files(folder / ir.FILE, empty))
 
 
 def test_the_published_sizes():
