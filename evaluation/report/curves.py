@@ -86,13 +86,8 @@ def warnings(run):
 
 
 def landed(run):
-    """Whether the SGP gap of the last look has reached the level of --land."""
-    for line in reversed(run.lines):
-        if isinstance(line.get("watch"), dict):
-            level = number(line.get("land"))
-            gap = number(line["watch"].get("sgp"))
-            return None not in (level, gap) and gap >= level
-    return False
+    """Whether the last look's SGP gap has reached the level of --land."""
+    return next((line.get("landed") is True for line in reversed(run.lines) if "watch" in line), False)
 
 
 def best_step(run):
