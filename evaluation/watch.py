@@ -195,8 +195,8 @@ class Watch:
         gap = sure(scores["sgp"])[0]
         if self.level is not None and gap >= self.level:
             raise UserError(f"--land {self.a.land}: before training the watched pictures' SGP gap less its standard "
-                            f"error is {gap:+.3f}, and --land's {self.level:+.3f}; give a higher one, or other --control "
-                            "and --neg")
+                            f"error is {gap:+.3f}, and --land's {self.level:+.3f}; give a higher one, or other "
+                            "--control and --neg")
         return {"run": folder.id, "images": self.a.global_batch, "step": 0, "unlogged": None, "gap": gap,
                 "best": None, "best_step": None, "warned": False,
                 "before": {name: values.tolist() for name, values in scores.items()},
