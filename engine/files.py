@@ -72,13 +72,26 @@ def is_unicode(text):
     return True
 
 
+def parsed(text):
+    """The value of a JSON text. Raises ValueError, also for an object that has a key twice; and RecursionError."""
+    def once(pairs):
+        found = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {key!r} twice")
+            found[key] = value
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
+
+
 def read_json(path, shape=object, words=""):
     """The value in a JSON file. Raises UserError if it cannot be read or is not JSON; or, with `words` as the message,
     if it does not fit `shape`, as `fits` says."""
     if Path(path).exists() and not Path(path).is_file():  # reading from a pipe would wait forever
         raise UserError(f"{path}: not a file")
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parsed(Path(path).read_text(encoding="utf-8").removeprefix("\ufeff"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -56,7 +56,7 @@ def size_of(file):
     at an eighth of its size, so that a truncated file is found now. Raises UserError as `opened`."""
     with opened(file) as picture:
         width, height = picture.size
-        turned = picture.getexif().get(ORIENTATION) in TURNED
         picture.draft("RGB", (width // 8, height // 8))
         picture.load()
+        turned = picture.getexif().get(ORIENTATION) in TURNED  # PIL turns a TIFF itself when it loads it
     return (height, width) if turned else (width, height)
