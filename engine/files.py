@@ -158,15 +158,24 @@ def must_be_ours(path, mark, what, flag="--out"):
         raise UserError(f"{path} exists already and is not {what}; give another {flag}")
 
 
-def must_not_lead_away(folder, names):
+def must_not_lead_away(folder, names, flag="--out"):
     """Raise UserError if one of the names or patterns in a folder of ours is a link, which could lead to what is not
     ours; or if a file's name is that of a pipe, which would be waited for."""
     for name in names:
-        for path in sorted(Path(folder).glob(name)):
+        for path in sorted({*Path(folder).glob(name), Path(folder, name)}):  # glob finds no link to nothing
             if path.is_symlink():
-                raise UserError(f"{path}: is a link, which is not followed; remove it, or give another --out")
-            if not path.is_file() and not path.is_dir():
-                raise UserError(f"{path}: not a file; remove it, or give another --out")
+                raise UserError(f"{path}: is a link, which is not followed; remove it, or give another {flag}")
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise UserError(f"{path}: not a file; remove it, or give another {flag}")
+
+
+def must_be_new(path, flag):
+    """Raise UserError if a new file cannot be written at `path`; what is there already stays."""
+    if os.path.lexists(path):
+        raise UserError(f"{flag} {path}: exists already; give another name, or remove it")
+    if not Path(path).parent.is_dir():
+        raise UserError(f"{flag} {path}: cannot be written: there is no folder {Path(path).parent}")
+    must_be_writable(Path(path).parent, flag)
 
 
 def files_under(place):

@@ -297,6 +297,8 @@ def begin(folder, made, prompts):
     """Make a folder of pictures, with made.json and prompts.json for [(prompt, category)]. Raises UserError if it
     cannot be made."""
     make_folder(folder)
+    if (folder / "prompts.json").exists() and listed(folder) != prompts:
+        raise UserError(f"{folder / 'prompts.json'}: is not {made['by']}'s; give another --out")
     write_json(folder / "made.json", made)
     list_prompts(folder, prompts)
 

@@ -7,7 +7,6 @@ The rows: the base; the base, with every prompt prefixed with "realistic photo";
 
 from pathlib import Path
 
-import matplotlib
 import torch
 from matplotlib import pyplot
 
@@ -18,9 +17,9 @@ from engine.data.prompt_files import read_prompts
 from engine.errors import frame
 from engine.files import PNG_MARK, must_be_ours, must_be_writable
 from engine.model.folder import Model
+from experiments import pages
 from miniature import world
 
-matplotlib.use("Agg")
 COLUMNS = 8
 SEED = 70_000_000  # of the true photos
 
@@ -54,8 +53,7 @@ def draw(rows, path):
             axis.set_yticks([])
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    figure.savefig(path, dpi=110, metadata={"Software": "SRPO"})  # PNG_MARK
-    pyplot.close(figure)
+    pages.save(figure, path, metadata={"Software": "SRPO"})  # PNG_MARK
 
 
 def main(argv=None):

@@ -16,14 +16,17 @@ from typing import NamedTuple
 import evaluate
 import recipe
 import train
-from engine.command_line import Parser, whole
+from engine.command_line import Parser, some_path, whole
 from engine.errors import UserError
-from engine.files import must_be_writable, read_json
+from engine.files import must_be_writable, must_not_lead_away, read_json
 from evaluation.report.curves import read_log
 from experiments import pages
 
 HELD_OUT = "miniature/reward_unbiased"  # the held-out reward; only unbiased and rare_words train on it
 METRICS = f"reward,statistics,judge,look,frechet,clip={HELD_OUT}"
+# What experiments make in --home.
+MADE = ("pages", "gpu", "references", "photographs_*", "offline_*.json", "prompts_*.txt", "reward_*", "*/run.json",
+        "*/made.json")
 BROKEN = 0.05  # a run breaks when the share of broken pictures is larger than this
 
 
@@ -60,7 +63,8 @@ def parser(doc, seeds=5, pictures=128):
     add = common.add_argument
     add("--model", type=with_a_judge, default="miniature", help="a model folder with a judge")
     add("--seeds", type=whole(1, 100), default=seeds, help="runs of each row, seeds 0, 1, ...")
-    add("--home", default="runs/experiments", help="folder of the runs, which experiments share, and of the pages")
+    add("--home", type=some_path, default="runs/experiments",
+        help="folder of the runs, which experiments share, and of the pages")
     add("--publish", action="store_true", help="write the page into experiments/results, over the published one")
     add("--pictures", type=whole(4), default=pictures, help="held-out prompts that are evaluated")
     add("--flags", type=flag_line, default="",
@@ -74,8 +78,18 @@ def parse(common, argv):
     own = common.parse_args(argv)
     own.defaults = {flag: common.get_default(flag) for flag in vars(own)}
     pages.must_be_publishable(own)
-    must_be_writable(own.home, "--home")
+    must_be_a_home(own.home)
     return own
+
+
+def must_be_a_home(home):
+    """Raise UserError if --home cannot be written; if it is not empty, and holds nothing of an experiment; or if a link
+    leads out of it."""
+    must_be_writable(home, "--home")
+    must_not_lead_away(home, [*MADE, "pages/*", "gpu/*", "photographs_*/*", "references/*"], "--home")
+    made = [path for name in MADE for path in Path(home).glob(name)]
+    if Path(home).is_dir() and any(Path(home).iterdir()) and not made:
+        raise UserError(f"--home {home}: is not the folder of experiments, and not empty; give another --home")
 
 
 # ------------------------------------------------------------------------------------------------------- runs

@@ -141,6 +141,8 @@ FLAGS += [
     *each(ALL, "--size 65536", "at most 16384 pixels a side"),
     *each(ALL, "--no-such-flag", "unrecognized arguments"),
     Mistake("train.py", "--size 32", "the judge in miniature sees 64 x 64 pixels"),
+    Mistake("bench", "--json text.txt", "--json text.txt: exists already; give another name"),
+    Mistake("bench", "--json nowhere/x.json", "there is no folder nowhere"),
     Mistake("bench", "--repeats 0", "--repeats 0: must be a whole number, at least 1"),
     Mistake("bench", f"--repeats {2**63}", "--repeats"),
     *(Mistake("bench", flag, f"{flag.split()[0]}: an update is timed here")
@@ -260,6 +262,8 @@ FILES = [
     Mistake("train.py", "--watch-prompts no.txt", "--watch-prompts no.txt: no such file"),
     Mistake("bench", "--prompts no.txt", "--prompts no.txt: no such file"),
     Mistake("sample.py", ["a\0b"], "is no text"),
+    *(Mistake("sample.py", ["a fox", blank], "a prompt of no words") for blank in ("", " ", "\u200b")),
+    Mistake("sample.py", ["--prompts", "p.txt", "a fox"], "--prompts p.txt: prompts are given too; leave one out"),
     Mistake("sample.py", ["\udcff"], "is no text"),
     Mistake("sample.py", ["x" * 30_000], "a prompt of 30000 characters"),
     *each(ALL, "--model no/such/folder", "no such folder"),

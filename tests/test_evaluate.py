@@ -215,6 +215,10 @@ SAMPLES = {  # a further command line, or what is put into --out: what is said; 
     "a list": ([], lambda out: (out / "made.json").write_text("[]"), "made.json: not sample.py's"),
     "a link": ([], lambda out: [(out / "00002.png").unlink(), (out / "00002.png").symlink_to("00001.png")],
                "00002.png: is a link"),
+    "a link to nothing": ([], lambda out: [(out / "prompts.json").unlink(), (out / "prompts.json").symlink_to("gone")],
+                          "prompts.json: is a link"),
+    "a user's prompts": ([], lambda out: (out / "prompts.json").write_text('[{"prompt": "mine"}]'),
+                         "prompts.json: is not sample.py's"),
     "one gone": ([], lambda out: (out / "00001.png").unlink(), None),
     "one cut": ([], lambda out: (out / "00001.png").write_bytes((out / "00001.png").read_bytes()[:-9]), None)}
 

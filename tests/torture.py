@@ -184,7 +184,7 @@ def content(path):
     if path.name == "results.json":
         return {k: v for k, v in json.loads(path.read_text()).items() if k != "args"}
     if path.name == "README.md":
-        return path.read_text().replace(path.parent.parent.name, "RUN")
+        return path.read_text().replace(f"{path.parent.parent.name}-weights", "RUN-weights")
     if "checkpoints" in path.parts or path.name in ("run.json", "args.json", "made.json", "report.html"):
         return None
     if "scores" in path.parts:
