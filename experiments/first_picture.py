@@ -5,8 +5,6 @@
 The rows: the base; the base, with every prompt prefixed with "realistic photo"; SRPO; true photos of the same scenes.
 """
 
-from pathlib import Path
-
 import torch
 from matplotlib import pyplot
 
@@ -15,7 +13,7 @@ import recipe
 from engine.command_line import Parser, some_path
 from engine.data.prompt_files import read_prompts
 from engine.errors import frame
-from engine.files import PNG_MARK, must_be_ours, must_be_writable
+from engine.files import PNG_MARK, check_outputs
 from engine.model.folder import Model
 from experiments import pages
 from miniature import world
@@ -63,8 +61,7 @@ def main(argv=None):
         parser.add_argument("--weights", type=some_path, required=True, help="folder of weights, from train.py")
         parser.add_argument("--out", type=some_path, default="assets/first.png", help="file of the picture")
         own = parser.parse_args(argv)
-        must_be_ours(own.out, PNG_MARK, "this script's picture")
-        must_be_writable(Path(own.out).parent, "--out")
+        check_outputs([(own.out, PNG_MARK, "this script's picture")], [], overwrite=True)
         a = recipe.flags(["--model", own.model])
         prompts = read_prompts(a.eval_prompts)[:COLUMNS]
         words = [f"realistic photo. {prompt}" for prompt in prompts]

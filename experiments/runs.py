@@ -19,6 +19,7 @@ import train
 from engine.command_line import Parser, some_path, whole
 from engine.errors import UserError
 from engine.files import must_be_writable, must_not_lead_away, read_json
+from engine.model.folder import Model
 from evaluation.report.curves import read_log
 from experiments import pages
 
@@ -42,7 +43,7 @@ class Setting(NamedTuple):
 
 
 def with_a_judge(text):
-    """A type for argparse: a model's folder with a judge. A folder that does not exist is refused by train.py."""
+    """A type for argparse: a model's folder with a judge. A folder that does not exist is refused by `parse`."""
     if Path(text).is_dir() and not (Path(text) / "judge").is_dir():
         raise argparse.ArgumentTypeError(f"{text}: must be a folder with judge/ in it, which is needed to count photos")
     return text
@@ -78,6 +79,7 @@ def parse(common, argv):
     own = common.parse_args(argv)
     own.defaults = {flag: common.get_default(flag) for flag in vars(own)}
     pages.must_be_publishable(own)
+    Model(own.model)  # a wrong one is refused before anything is drawn or built
     must_be_a_home(own.home)
     return own
 

@@ -177,7 +177,10 @@ FOREIGN = {  # what is in --out: (whether beside evaluate.py's own, what puts it
     "pictures in base": (True, mine("base/00003.png"), "base/00003.png " + NOT_FROM),
     "another's made.json in base": (True, mine("base/made.json"), "base/made.json: not JSON"),
     "base, a link": (True, linked("base"), "base: is a link, which is not followed"),
-    "scores, a link": (True, linked("scores"), "scores: is a link")}
+    "scores, a link": (True, linked("scores"), "scores: is a link"),
+    "a link among the scores": (True, linked("scores/base"), "scores/base: is a link"),
+    "a link to nothing": (True, lambda out: [(out / "table.md").unlink(), (out / "table.md").symlink_to("gone")],
+                          "table.md: is a link")}
 
 
 @pytest.mark.parametrize("name", FOREIGN)
