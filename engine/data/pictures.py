@@ -34,7 +34,8 @@ def opened(file):
                                  "bits")
             yield picture
     except Exception as error:  # a decoder may raise anything for a damaged file
-        why = one_line(error).split(" '")[0]  # PIL's message ends with the file's name in quotes; it is cut off
+        # PIL's message ends with the file's name in quotes; it is cut off
+        why = getattr(error, "strerror", None) or one_line(error).split(" '")[0]
         raise UserError(f"{file}: cannot be read as a picture: {why}") from error
 
 
