@@ -411,10 +411,12 @@ def tell_gaps(methods, tasks, pictures, outcome):
                 if odd and column not in getattr(task.metric, "UNDEFINED", ()):
                     print(f"{method.name}: {odd} scores of {column} are not finite; "
                           f"the mean is over the others")
-    for line in outcome.unreadable:
-        print(printable(f"evaluate.py: {line}; left out"), file=sys.stderr)
+    for line in outcome.unreadable[1:]:
+        print(printable(f"{line}; left out"))
     if outcome.unreadable:
-        print(f"evaluate.py: {len(outcome.unreadable)} pictures could not be read", file=sys.stderr)
+        n = len(outcome.unreadable)
+        print(printable(f"evaluate.py: {n} picture{'s' * (n > 1)} could not be read; means are over the others: "
+                        f"{outcome.unreadable[0]}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -382,8 +382,9 @@ def parser():
 
 
 def as_line(a):
-    """All flags as one line that can be pasted back into a shell."""
-    return f"{line.as_line(GROUPS, vars(a))} --recipe {a.recipe}"
+    """The flags of a run as one line that can be pasted back into a shell, the same when it is resumed."""
+    kept = {name: value for name, value in vars(a).items() if name not in resume.ONCE}
+    return f"{line.as_line(GROUPS, kept)} --recipe {a.recipe}"
 
 
 def in_words():

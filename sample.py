@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 import flow
 import recipe
-from engine.command_line import CFG, MODEL, WEIGHTS, Parser, extent, or_off, real, sides, some_path, whole
+from engine.command_line import CFG, MODEL, WEIGHTS, Parser, extent, given, or_off, real, sides, some_path, whole
 from engine.data import prompt_files
 from engine.data.pictures import read_picture
+from engine.data.text_files import is_blank
 from engine.errors import UserError, frame, printable
 from engine.files import must_be_writable, stamp
 from engine.memory import modes, parallel, sampling
@@ -105,6 +106,10 @@ def run(argv, stopping):
         if leads_somewhere(prompt):
             raise UserError(f'"{printable(prompt)}": a path where a prompt is expected; each of several weights has '
                             "its own --weights")
+    if args.prompt and "eval_prompts" in given(flags(), argv):
+        raise UserError(f"--prompts {args.eval_prompts}: prompts are given too; leave one out")
+    if any(map(is_blank, args.prompt)):
+        raise UserError('"": a prompt of no words; give some')
     if args.prompt:
         prompt_files.check_prompts(args.prompt, "prompt")
     prompts = args.prompt or prompt_files.read_prompts(args.eval_prompts)[:args.first]

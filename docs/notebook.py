@@ -15,7 +15,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib import pyplot
 
-sys.path.insert(0, "")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 matplotlib.use("Agg")
 pyplot.show = lambda: None  # the figures are stored
 
@@ -78,5 +78,12 @@ def notebook(text):
 
 
 if __name__ == "__main__":
-    NOTEBOOK.write_text(json.dumps(notebook(SOURCE.read_text()), indent=1) + "\n")
-    print(NOTEBOOK)
+    from engine.errors import UserError, frame
+    from engine.files import must_be_ours, write_whole
+
+    with frame("notebook"):
+        if not SOURCE.is_file():
+            raise UserError(f"{SOURCE}: no such file; start it in the project's folder")
+        must_be_ours(NOTEBOOK, b'"id": "cell0"', f"made from {SOURCE}", "folder")
+        write_whole(NOTEBOOK, json.dumps(notebook(SOURCE.read_text()), indent=1) + "\n")
+        print(NOTEBOOK)

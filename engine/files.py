@@ -72,13 +72,26 @@ def is_unicode(text):
     return True
 
 
+def parsed(text):
+    """The value of a JSON text. Raises ValueError, also for an object that has a key twice; and RecursionError."""
+    def once(pairs):
+        found = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"the key {key!r} twice")
+            found[key] = value
+        return found
+
+    return json.loads(text, object_pairs_hook=once)
+
+
 def read_json(path, shape=object, words=""):
     """The value in a JSON file. Raises UserError if it cannot be read or is not JSON; or, with `words` as the message,
     if it does not fit `shape`, as `fits` says."""
     if Path(path).exists() and not Path(path).is_file():  # reading from a pipe would wait forever
         raise UserError(f"{path}: not a file")
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        value = parsed(Path(path).read_text(encoding="utf-8").removeprefix("\ufeff"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -145,15 +158,24 @@ def must_be_ours(path, mark, what, flag="--out"):
         raise UserError(f"{path} exists already and is not {what}; give another {flag}")
 
 
-def must_not_lead_away(folder, names):
+def must_not_lead_away(folder, names, flag="--out"):
     """Raise UserError if one of the names or patterns in a folder of ours is a link, which could lead to what is not
     ours; or if a file's name is that of a pipe, which would be waited for."""
     for name in names:
-        for path in sorted(Path(folder).glob(name)):
+        for path in sorted({*Path(folder).glob(name), Path(folder, name)}):  # glob finds no link to nothing
             if path.is_symlink():
-                raise UserError(f"{path}: is a link, which is not followed; remove it, or give another --out")
-            if not path.is_file() and not path.is_dir():
-                raise UserError(f"{path}: not a file; remove it, or give another --out")
+                raise UserError(f"{path}: is a link, which is not followed; remove it, or give another {flag}")
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise UserError(f"{path}: not a file; remove it, or give another {flag}")
+
+
+def must_be_new(path, flag):
+    """Raise UserError if a new file cannot be written at `path`; what is there already stays."""
+    if os.path.lexists(path):
+        raise UserError(f"{flag} {path}: exists already; give another name, or remove it")
+    if not Path(path).parent.is_dir():
+        raise UserError(f"{flag} {path}: cannot be written: there is no folder {Path(path).parent}")
+    must_be_writable(Path(path).parent, flag)
 
 
 def files_under(place):

@@ -6,6 +6,7 @@
     python -m engine.merge --model miniature --weights runs/lora/weights --save-as kohya --out lora.safetensors
 """
 
+import os
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ def check_out(a):
     out = Path(a.out)
     if a.save_as and out.suffix not in SUFFIXES:
         raise UserError(f"--save-as {a.save_as} --out {a.out}: it writes a file; give a name that ends in .safetensors")
-    if out.exists() and (a.save_as or not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (a.save_as or not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {a.out}: exists, and is not an empty folder; give another --out")
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from engine.command_line import Parser, some_path
 from engine.data.pictures import read_picture
 from engine.errors import UserError, frame
-from engine.files import must_be_ours, must_be_writable, write_whole
+from engine.files import check_outputs, write_whole
 
 WIDTH = 900  # pixels, at most
 LABEL = 24   # height of the line above the pictures, pixels
@@ -48,8 +48,7 @@ def main(argv=None):
         parser.add_argument("--out", type=some_path, help="the GIF (None: film.gif in the run's folder)")
         own = parser.parse_args(argv)
         out = Path(own.out or Path(own.run) / "film.gif")
-        must_be_ours(out, MARK, "a film of a run")
-        must_be_writable(out.parent, "--out")
+        check_outputs([(out, MARK, "a film of a run")], [], overwrite=True)
         pages = [labelled(update, picture) for update, picture in frames_of(own.run).items()]
         times = [1000 * SECONDS] * (len(pages) - 1) + [5000 * SECONDS]
         gif = io.BytesIO()

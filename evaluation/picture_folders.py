@@ -212,7 +212,7 @@ def must_be_own(out, rows):
     """Raise UserError if --out cannot be written, or if evaluate.py would overwrite files there that it did not write.
     Its made.json is the mark. rows: the names of the rows' folders."""
     must_be_writable(out, "--out")
-    must_not_lead_away(out, [*TAKEN, *rows])
+    must_not_lead_away(out, [*TAKEN, *rows, "scores/*", "scores/*/*"])
     mark = Path(out) / "made.json"
     if mark.exists() and read_json(mark) == {"by": BY}:
         return
@@ -297,6 +297,8 @@ def begin(folder, made, prompts):
     """Make a folder of pictures, with made.json and prompts.json for [(prompt, category)]. Raises UserError if it
     cannot be made."""
     make_folder(folder)
+    if (folder / "prompts.json").exists() and listed(folder) != prompts:
+        raise UserError(f"{folder / 'prompts.json'}: is not {made['by']}'s; give another --out")
     write_json(folder / "made.json", made)
     list_prompts(folder, prompts)
 

@@ -18,10 +18,10 @@ import prepare
 import recipe
 import srpo_reward as sr
 import train
-from engine.command_line import Parser, whole
+from engine.command_line import Parser, some_path, whole
 from engine.data import draws
 from engine.errors import UserError, frame
-from engine.files import write_json
+from engine.files import must_be_new, write_json
 from engine.memory import counts, layouts, modes, parallel, plan, work
 from engine.model import float8, tensors
 from engine.model.tensor_files import kind_of, meta_network
@@ -38,10 +38,12 @@ def flags(argv):
     parser.add_argument("--random-init", action="store_true",
                         help="random weights: --model gives the size, and the reward is a ViT-H/14")
     parser.add_argument("--released", action="store_true", help="compare with the released loop's habits")
-    parser.add_argument("--json", help="file that the numbers are written to")
+    parser.add_argument("--json", type=some_path, help="file that the numbers are written to, which is not there yet")
     parser.add_argument("--repeats", type=whole(1), default=5, help="timed updates, after one untimed update")
     own, others = parser.parse_known_args(argv)
     a, model = recipe.read(others)
+    if own.json:
+        must_be_new(own.json, "--json")
     for name in ("plan", "explain", "resume", "overwrite", "tensorboard", "out", "weights", "images"):
         if getattr(a, name):
             raise UserError(f"--{name}: an update is timed here, and nothing else; leave it out")

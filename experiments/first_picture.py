@@ -5,9 +5,6 @@
 The rows: the base; the base, with every prompt prefixed with "realistic photo"; SRPO; true photos of the same scenes.
 """
 
-from pathlib import Path
-
-import matplotlib
 import torch
 from matplotlib import pyplot
 
@@ -16,11 +13,11 @@ import recipe
 from engine.command_line import Parser, some_path
 from engine.data.prompt_files import read_prompts
 from engine.errors import frame
-from engine.files import PNG_MARK, must_be_ours, must_be_writable
+from engine.files import PNG_MARK, check_outputs
 from engine.model.folder import Model
+from experiments import pages
 from miniature import world
 
-matplotlib.use("Agg")
 COLUMNS = 8
 SEED = 70_000_000  # of the true photos
 
@@ -54,8 +51,7 @@ def draw(rows, path):
             axis.set_yticks([])
         line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=11)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    figure.savefig(path, dpi=110, metadata={"Software": "SRPO"})  # PNG_MARK
-    pyplot.close(figure)
+    pages.save(figure, path, metadata={"Software": "SRPO"})  # PNG_MARK
 
 
 def main(argv=None):
@@ -65,8 +61,7 @@ def main(argv=None):
         parser.add_argument("--weights", type=some_path, required=True, help="folder of weights, from train.py")
         parser.add_argument("--out", type=some_path, default="assets/first.png", help="file of the picture")
         own = parser.parse_args(argv)
-        must_be_ours(own.out, PNG_MARK, "this script's picture")
-        must_be_writable(Path(own.out).parent, "--out")
+        check_outputs([(own.out, PNG_MARK, "this script's picture")], [], overwrite=True)
         a = recipe.flags(["--model", own.model])
         prompts = read_prompts(a.eval_prompts)[:COLUMNS]
         words = [f"realistic photo. {prompt}" for prompt in prompts]

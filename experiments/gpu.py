@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 
 import flow
-from engine.command_line import Parser, real
+from engine.command_line import Parser, real, some_path
 from engine.errors import UserError, frame
 from engine.files import read_json, write_json
 from engine.memory import cards, parallel, shown
@@ -56,6 +56,7 @@ PARTS = [
     Part("all weights, streamed", UPDATE, "", "--memory stream"),
     Part("all weights, float32 masters", UPDATE, "", "--memory masters")]
 NAMES = [part.name for part in PARTS]
+KEPT = {"command": [str], "took": float, "told": dict}  # the shape of a part's file
 
 
 # --------------------------------------------------------------------------------------------------- measuring
@@ -101,11 +102,12 @@ def measured(own, folder):
             continue
         file = folder / f"{number:02d}.json"
         words = command_of(own, part, folder / "measuring.json")
-        kept = read_json(file) if file.exists() else {}
+        kept = read_json(file, KEPT, "not what was measured here; remove it") if file.exists() else {}
         if kept.get("command") != words:
             if left <= 0:
                 continue
             print(f"{part.name}: {shlex.join(['python', *words])}", flush=True)
+            (folder / "measuring.json").unlink(missing_ok=True)
             began = time.monotonic()
             try:
                 failed = in_a_process(words, left)
@@ -193,7 +195,7 @@ def parser():
     add("--model", default="black-forest-labs/FLUX.1-dev", help="whose size is measured, hub id or folder")
     add("--minutes", type=real(0, open_low=True), default=25, help="after so many minutes nothing more is begun")
     add("--parts", nargs="+", choices=NAMES, help="only these (None: all)")
-    add("--home", default="runs/experiments", help="folder of what is measured, and of the page")
+    add("--home", type=some_path, default="runs/experiments", help="folder of what is measured, and of the page")
     add("--publish", action="store_true", help="write the page into experiments/results, over the published one")
     add("--flags", type=runs.flag_line, default="", help="flags of train.py for every update, which override its own")
     return common

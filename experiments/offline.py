@@ -12,6 +12,7 @@ visible, so the network's input is like the one in sampling. Supervised is one s
 """
 
 import hashlib
+import io
 import shlex
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +28,7 @@ from baselines import Term
 from engine.command_line import whole
 from engine.data import prompt_files
 from engine.errors import UserError, frame
-from engine.files import read_json, write_json
+from engine.files import read_json, write_json, write_whole
 from engine.memory import parallel, work
 from experiments import pages, runs
 from experiments.pages import shown
@@ -55,8 +56,10 @@ def draw(folder, number, held_out):
     captions = [caption.removeprefix(f"{LOOK}. ") for caption in drawn.captions(scenes)]
     allowed = [i for i, caption in enumerate(captions) if caption not in held_out]
     for i in allowed[:number]:
-        to_pil_image(images[i]).save(folder / f"{i:05d}.png")
-        (folder / f"{i:05d}.txt").write_text(captions[i] + "\n")
+        png = io.BytesIO()
+        to_pil_image(images[i]).save(png, "PNG")
+        write_whole(folder / f"{i:05d}.png", png.getvalue())
+        write_whole(folder / f"{i:05d}.txt", captions[i] + "\n")
 
 
 # --------------------------------------------------------------------------------------------------- supervised
@@ -102,7 +105,7 @@ def evaluated(arm, own, shared, seed, world):
     if not kept.exists():
         print(f"{arm.name}, seed {seed}: {shlex.join(argv)}", flush=True)
         write_json(kept, trained(argv, world))
-    return read_json(kept)
+    return read_json(kept, {"before": {str: float}, "after": {str: float}}, "not the numbers of a run; remove it")
 
 
 def trained(argv, world):

@@ -9,6 +9,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,9 +18,9 @@ import flow
 import prepare
 import recipe
 import sample
-from engine.command_line import Parser, sides
+from engine.command_line import Parser, sides, some_path
 from engine.errors import frame
-from engine.files import write_json
+from engine.files import must_be_new, write_json
 from engine.memory import layouts, modes, parallel, sampling
 from engine.model import tensors
 from experiments import bench
@@ -87,12 +88,13 @@ def compared(one, other):
             "largest": ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()}
 
 
-def numerics(file, argv):
+def numerics(argv):
     """The gradient here against that on the CPU."""
-    on_the_cpu = f"{file}.cpu"
-    subprocess.run([sys.executable, "-m", "experiments.on_a_card", "gradient", on_the_cpu, *argv], check=True,
-                   env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
-    theirs = load_file(f"{on_the_cpu}.safetensors")
+    with tempfile.TemporaryDirectory() as folder:
+        on_the_cpu = f"{folder}/gradient"
+        subprocess.run([sys.executable, "-m", "experiments.on_a_card", "gradient", on_the_cpu, *argv], check=True,
+                       env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})
+        theirs = load_file(f"{on_the_cpu}.safetensors")
     ours, reward = gradient_of(argv)
     other = theirs.pop("reward").item()
     return compared(ours, theirs) | {"reward": reward.item(), "reward on the CPU": other}
@@ -108,16 +110,18 @@ def main(argv=None):
     with frame("on_a_card"):
         parser = Parser(__doc__)
         parser.add_argument("what", choices=("sampling", "gradient", "numerics", "determinism"))
-        parser.add_argument("file")
+        parser.add_argument("file", type=some_path, help="is not there yet")
         own, others = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+        of_gradient = f"{own.file}.safetensors"
+        must_be_new(of_gradient if own.what == "gradient" else own.file, "FILE")
         if own.what == "gradient":
             found, reward = gradient_of(others)
-            save_file(found | {"reward": reward.reshape(1)}, f"{own.file}.safetensors")
+            save_file(found | {"reward": reward.reshape(1)}, of_gradient)
             return
         if own.what == "sampling":
             told = sampled(others)
         elif own.what == "numerics":
-            told = numerics(own.file, others)
+            told = numerics(others)
         else:
             told = determinism(others)
         write_json(own.file, told)

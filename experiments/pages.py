@@ -6,6 +6,7 @@ is in both terms, so ± is a little too wide. A number that no single picture ha
 update, has the first term only.
 """
 
+import io
 import math
 import shlex
 from collections import defaultdict
@@ -181,8 +182,7 @@ def write(own, name, page, figure, **more):
     published page they agree with."""
     folder = RESULTS if own.publish else Path(own.home) / "pages"
     folder.mkdir(parents=True, exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=110, bbox_inches="tight")
-    pyplot.close(figure)
+    save(figure, folder / f"{name}.png", bbox_inches="tight")
     tables = [table(rows, columns) for rows, columns in page.tables]
     text = "\n\n".join([f"# {page.title}", f"**Claim.** {page.claim}", f"**Result.** {page.verdict}",
                         f"```\n{command(own, name)}\n```", page.told, *tables, f"![{page.title}]({name}.png)"]) + "\n"
@@ -192,6 +192,14 @@ def write(own, name, page, figure, **more):
     if not own.publish:
         print(f"{folder / name}.md; --publish writes experiments/results/{name}.md")
         print(agreement(RESULTS / f"{name}.json", page.tables))
+
+
+def save(figure, path, **more):
+    """Write a figure as a PNG, and close it. more: for savefig."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=110, **more)
+    pyplot.close(figure)
+    write_whole(path, png.getvalue())
 
 
 def command(own, name):

@@ -16,14 +16,18 @@ from typing import NamedTuple
 import evaluate
 import recipe
 import train
-from engine.command_line import Parser, whole
+from engine.command_line import Parser, some_path, whole
 from engine.errors import UserError
-from engine.files import must_be_writable, read_json
+from engine.files import must_be_writable, must_not_lead_away, read_json
+from engine.model.folder import Model
 from evaluation.report.curves import read_log
 from experiments import pages
 
 HELD_OUT = "miniature/reward_unbiased"  # the held-out reward; only unbiased and rare_words train on it
 METRICS = f"reward,statistics,judge,look,frechet,clip={HELD_OUT}"
+# What experiments make in --home.
+MADE = ("pages", "gpu", "references", "photographs_*", "offline_*.json", "prompts_*.txt", "reward_*", "*/run.json",
+        "*/made.json")
 BROKEN = 0.05  # a run breaks when the share of broken pictures is larger than this
 
 
@@ -39,7 +43,7 @@ class Setting(NamedTuple):
 
 
 def with_a_judge(text):
-    """A type for argparse: a model's folder with a judge. A folder that does not exist is refused by train.py."""
+    """A type for argparse: a model's folder with a judge. A folder that does not exist is refused by `parse`."""
     if Path(text).is_dir() and not (Path(text) / "judge").is_dir():
         raise argparse.ArgumentTypeError(f"{text}: must be a folder with judge/ in it, which is needed to count photos")
     return text
@@ -60,7 +64,8 @@ def parser(doc, seeds=5, pictures=128):
     add = common.add_argument
     add("--model", type=with_a_judge, default="miniature", help="a model folder with a judge")
     add("--seeds", type=whole(1, 100), default=seeds, help="runs of each row, seeds 0, 1, ...")
-    add("--home", default="runs/experiments", help="folder of the runs, which experiments share, and of the pages")
+    add("--home", type=some_path, default="runs/experiments",
+        help="folder of the runs, which experiments share, and of the pages")
     add("--publish", action="store_true", help="write the page into experiments/results, over the published one")
     add("--pictures", type=whole(4), default=pictures, help="held-out prompts that are evaluated")
     add("--flags", type=flag_line, default="",
@@ -74,8 +79,19 @@ def parse(common, argv):
     own = common.parse_args(argv)
     own.defaults = {flag: common.get_default(flag) for flag in vars(own)}
     pages.must_be_publishable(own)
-    must_be_writable(own.home, "--home")
+    Model(own.model)  # a wrong one is refused before anything is drawn or built
+    must_be_a_home(own.home)
     return own
+
+
+def must_be_a_home(home):
+    """Raise UserError if --home cannot be written; if it is not empty, and holds nothing of an experiment; or if a link
+    leads out of it."""
+    must_be_writable(home, "--home")
+    must_not_lead_away(home, [*MADE, "pages/*", "gpu/*", "photographs_*/*", "references/*"], "--home")
+    made = [path for name in MADE for path in Path(home).glob(name)]
+    if Path(home).is_dir() and any(Path(home).iterdir()) and not made:
+        raise UserError(f"--home {home}: is not the folder of experiments, and not empty; give another --home")
 
 
 # ------------------------------------------------------------------------------------------------------- runs

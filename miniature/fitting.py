@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from engine.errors import UserError, one_line
 from engine.files import write_whole
 
 SEED = 0
@@ -20,6 +21,16 @@ def save(path, value):
     torch.save(value, buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, [buffer.getbuffer()])
+
+
+def load(path):
+    """The dict that `save` wrote. Raises UserError for another file."""
+    try:
+        return torch.load(path, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # an unpickler may raise anything for a damaged file
+        raise UserError(f"{path}: not what a stage of the build writes ({one_line(error)}); delete it") from error
 
 
 class Workshop(NamedTuple):
@@ -36,7 +47,7 @@ class Workshop(NamedTuple):
         path = self.folder / f"{name}.pt"
         if not path.exists():
             save(path, make(*arguments))
-        return torch.load(path, weights_only=True)
+        return load(path)
 
     def fit(self, name, modules, loss_of, steps, lr, every=EVERY):
         """Train `modules` {name: module} on loss_of(step) with AdamW and a cosine schedule. In the end the modules hold
@@ -55,7 +66,7 @@ class Workshop(NamedTuple):
         optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4)
         start = 0
         if path.exists():
-            state = torch.load(path, weights_only=True)
+            state = load(path)
             start = state["step"]
             ema = state["ema"]
             optimizer.load_state_dict(state["optimizer"])

@@ -7,7 +7,7 @@ from engine.data import draws, prompt_files
 FOX, DOG = "a fox, asleep", 'a "dog"'
 FILES = {
     "lines.txt": f"{FOX}\n\n  {DOG}  \n",
-    "unknown.prompts": f"{FOX}\n{DOG}\n",
+    "lines.prompts": f"{FOX}\n{DOG}\n",
     "list.json": '["a fox, asleep", {"prompt": "a \\"dog\\""}]',
     "texts.jsonl": '"a fox, asleep"\n\n"a \\"dog\\""\n',
     "objects.jsonl": '{"id": 1, "prompt": "a fox, asleep"}\r\n{"id": 2, "caption": "a \\"dog\\""}',
@@ -23,6 +23,9 @@ FILES = {
     "commas.tsv": 'id,prompt\n1,"a fox, asleep"\n2,"a ""dog"""\n',
     "bars.csv": 'id|prompt\n1|a fox, asleep\n2|"a ""dog"""\n',
     "one_column.tsv": 'a fox, asleep\n"a ""dog"""\n',
+    "plural.csv": 'id, Prompts\n1, "a fox, asleep"\n2, "a ""dog"""\n',
+    "joined.txt": '\ufeffa fox, asleep\n\ufeffa "dog"\n\u200b\n',
+    "lines.ndjson": '"a fox, asleep"\n{"Prompt": "a \\"dog\\""}\n',
     "captions.json": '[{"caption": "a fox, asleep"}, {"text": "a \\"dog\\""}]'}
 
 
@@ -43,8 +46,9 @@ def test_a_prompt_may_run_over_lines_and_hold_a_line_break_of_unicode(tmp_path):
 
 
 LINES = {  # of a text file, although they begin with the name of a column or hold its separators
-    "prose": ["text, bold, red poster", "a fox, asleep"], "one word": ["prompt", "a fox"],
-    "brackets": ["[red] fox", "{fox}"], "a table of one line": ["prompt, category"]}
+    "prose": ["text, bold, red poster", "a fox, asleep"], "one word": ["promptly", "a fox"],
+    "one in quotes": ['"a fox"', "a dog"], "brackets": ["[red] fox", "{fox}"],
+    "a table of one line": ["prompt, category"]}
 
 
 @pytest.mark.parametrize("lines", LINES.values(), ids=LINES)

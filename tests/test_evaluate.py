@@ -177,7 +177,10 @@ FOREIGN = {  # what is in --out: (whether beside evaluate.py's own, what puts it
     "pictures in base": (True, mine("base/00003.png"), "base/00003.png " + NOT_FROM),
     "another's made.json in base": (True, mine("base/made.json"), "base/made.json: not JSON"),
     "base, a link": (True, linked("base"), "base: is a link, which is not followed"),
-    "scores, a link": (True, linked("scores"), "scores: is a link")}
+    "scores, a link": (True, linked("scores"), "scores: is a link"),
+    "a link among the scores": (True, linked("scores/base"), "scores/base: is a link"),
+    "a link to nothing": (True, lambda out: [(out / "table.md").unlink(), (out / "table.md").symlink_to("gone")],
+                          "table.md: is a link")}
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -215,6 +218,10 @@ SAMPLES = {  # a further command line, or what is put into --out: what is said; 
     "a list": ([], lambda out: (out / "made.json").write_text("[]"), "made.json: not sample.py's"),
     "a link": ([], lambda out: [(out / "00002.png").unlink(), (out / "00002.png").symlink_to("00001.png")],
                "00002.png: is a link"),
+    "a link to nothing": ([], lambda out: [(out / "prompts.json").unlink(), (out / "prompts.json").symlink_to("gone")],
+                          "prompts.json: is a link"),
+    "a user's prompts": ([], lambda out: (out / "prompts.json").write_text('[{"prompt": "mine"}]'),
+                         "prompts.json: is not sample.py's"),
     "one gone": ([], lambda out: (out / "00001.png").unlink(), None),
     "one cut": ([], lambda out: (out / "00001.png").write_bytes((out / "00001.png").read_bytes()[:-9]), None)}
 
@@ -380,10 +387,12 @@ def test_a_picture_that_cannot_be_read_is_named_counted_and_left_out(whole, monk
     for _ in range(2):  # and it stays so when the other scores are known
         assert run(monkeypatch, *argv) == 1
         said = capsys.readouterr()
-        lines = [line for line in said.err.splitlines() if line.startswith("evaluate.py: ")]
-        for number, line in zip((1, 2, 5), lines[:-1], strict=True):
+        [line] = [line for line in said.err.splitlines() if line.startswith("evaluate.py: ")]
+        assert "3 pictures could not be read; means are over the others: " in line
+        assert "00001.png: cannot be read as a picture: " in line
+        others = [line for line in said.out.splitlines() if line.endswith("; left out")]
+        for number, line in zip((2, 5), others, strict=True):
             assert f"0000{number}.png: cannot be read as a picture" in line
-        assert lines[-1] == "evaluate.py: 3 pictures could not be read"
         row = rows(tmp_path / "out")[str(tmp_path / "a")]
         assert row["overall"]["redness"]["n"] == 37
 

@@ -179,6 +179,24 @@ def test_a_model_without_a_judge_and_flags_that_no_shell_reads_are_one_line(tmp_
         assert said.count("\n") == 1 and argv[0] in said and "Traceback" not in said
 
 
+HOMES = {  # a file or a link in --home; what is said
+    "thesis.tex": "is not the folder of experiments, and not empty", "pages": "pages: is a link, which is not followed"}
+
+
+@pytest.mark.parametrize("name", HOMES)
+def test_experiments_write_only_where_experiments_wrote(tmp_path, capsys, name):
+    home = tmp_path / "home"
+    home.mkdir()
+    if name == "pages":
+        (home / name).symlink_to(tmp_path)
+    else:
+        (home / name).write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        when_to_stop.main(["--home", str(home)])
+    assert stopped.value.code == 2 and HOMES[name] in capsys.readouterr().err
+    assert [file.name for file in home.iterdir()] == [name]
+
+
 def test_what_is_kept_is_the_best_gap_before_the_drift_warning():
     """And not the best of all, nor what is nearest to the truth; the warning is as far ahead as it was."""
     log = log_of(sgp=[0.0, 0.2, 0.3, 0.4], frechet=[9.0, 7.0, 8.0, 20.0], broken=[0.0, 0.0, 0.01, 0.2],

@@ -65,14 +65,22 @@ def test_captions_stand_beside_the_pictures_or_in_metadata(tmp_path):
     assert found == {"a.png": "a fox in two lines", "b.JPG": "a dog", "c.webp": "a bird", "d.png": "a cat"}
 
 
-def test_captions_as_other_programs_write_them(tmp_path):
+def test_captions_as_other_programs_write_them(tmp_path, capsys):
     for name in ("a", "b", "c"):
         (tmp_path / "deep").mkdir(exist_ok=True)
         photo(64, 64).save(tmp_path / "deep" / f"{name}.png")
     (tmp_path / "deep" / "a.caption").write_text("a fox\n")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "deep\\\\b.png", "prompt": "a dog"}\n')
     (tmp_path / "deep" / "metadata.json").write_text('[{"file_name": "c.png", "caption": "a cat"}]')
-    assert {p.file.name: p.caption for p in read(tmp_path)} == {"a.png": "a fox", "b.png": "a dog", "c.png": "a cat"}
+    photo(64, 64).save(tmp_path / "d.jfif", "JPEG")
+    (tmp_path / "metadata.csv").write_text("file_name,text\nd.jfif,a bird\n")
+    assert {p.file.name: p.caption for p in read(tmp_path)} == {"a.png": "a fox", "b.png": "a dog", "c.png": "a cat",
+                                                                "d.jfif": "a bird"}
+    (tmp_path / "lost.txt").write_text("a fox")
+    (tmp_path / "drawn.svg").write_text("<svg/>")
+    read(tmp_path)
+    assert skipped(capsys) == {"lost.txt": "a caption, and there is no picture of this name",
+                               "drawn.svg": "a picture in another format; save it as .jpg or .png"}
 
 
 class NotRead(NamedTuple):
@@ -121,6 +129,7 @@ def test_what_cannot_be_trained_on_is_skipped_and_named_once(folder, tmp_path, c
     for name in ("cut", "half", "text", "small", "enough", "long"):
         (here / f"{name}.txt").write_text("a fox")
     (here / "album").symlink_to(folder)
+    (here / "silent.txt").write_text("\u200b")
     write_lines(here / "metadata.jsonl", [{"file_name": "gone.png", "text": "a fox"}])
     found = read(here)
     assert [p.file.name for p in found] == [*(f"{n}.png" for n in range(6)), "enough.png"]
@@ -167,10 +176,11 @@ def test_a_picture_stands_as_its_camera_was_held_and_any_mode_becomes_rgb(tmp_pa
     picture = photo(64, 32)
     exif = Image.Exif()
     exif[pictures.ORIENTATION] = 6  # turned by 90 degrees
-    picture.save(tmp_path / "turned.png", exif=exif)
-    assert pictures.size_of(tmp_path / "turned.png") == (32, 64)
-    upright = pictures.read_picture(tmp_path / "turned.png")
-    assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(picture), -1))
+    for name in ("turned.png", "turned.tif", "turned.webp"):
+        picture.save(tmp_path / name, exif=exif, lossless=True)
+        assert pictures.size_of(tmp_path / name) == (32, 64)
+        upright = pictures.read_picture(tmp_path / name)
+        assert np.array_equal(np.asarray(upright), np.rot90(np.asarray(picture), -1))
 
     exif[pictures.ORIENTATION] = 77  # none of EXIF's values
     picture.save(tmp_path / "odd.png", exif=exif)

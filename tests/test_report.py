@@ -260,13 +260,13 @@ def test_the_evaluation_is_the_number_that_a_run_ends_with(tmp_path, capsys):
     folder, _ = made(tmp_path / "a", [line(1), line(2)], "--steps", "2")
     after = {"sgp": {"mean": 0.25, "se": 0.01, "n": 8}, "realism": {"mean": 0.5, "se": None, "n": 1}}
     (folder / "summary.json").write_text(json.dumps({"steps": 2, "before": None, "after": after}))
-    report.main([str(folder), str(folder), "--out", str(tmp_path / "page.html")])
+    report.main([str(folder), f"b={folder}", "--out", str(tmp_path / "page.html")])
     said = capsys.readouterr().out
-    assert "Evaluated after training:" in said and "| sgp     | +0.250 ± 0.010 | 8   |" in said
-    assert "| realism | 50.0 %         | 1   |" in said
+    assert "Evaluated after training:" in said and "| sgp     | +0.250 ± 0.010 | +0.250 ± 0.010 | 8   |" in said
+    assert "| realism | 50.0 %         | 50.0 %         | 1   |" in said
     page = data_of((tmp_path / "page.html").read_text())["numbers"]
     assert [made["title"] for made in page] == ["Evaluated after training", "Watched while training"]
-    assert page[0]["rows"][1] == ["sgp", "+0.250 ± 0.010", "8"]
+    assert page[0]["rows"][1] == ["sgp", "+0.250 ± 0.010", "+0.250 ± 0.010", "8"]
 
 
 WIDE = table_formats.table(
@@ -308,6 +308,8 @@ MISTAKES = {
     "one run of two": (["run", "nowhere"], "no such folder"),
     "no name": ("=run", "give NAME=PATH"),
     "control characters": ("\x1b[2J", "no such folder"),
+    "two runs of one name": (["run", "run"], 'two runs are called "run"; give each its own name'),
+    "a NUL": (["run", "--out", "a\0b"], "must be a path, and it holds a NUL"),
     "another's file": (["run", "--out", "notes.txt"], "is not a report"),
     "a folder to write": (["run", "--out", "run"], "cannot be written there"),
     "nowhere to write": (["run", "--out", "nowhere/page.html"], "cannot be written there"),
@@ -325,6 +327,8 @@ WRONG = {  # JSON that is valid and wrong, in a file of a run's folder: a change
     "a list of flags": ("args.json", [1], "not the flags of a run"),
     "a list of results": ("summary.json", [1], "not the results of a run"),
     "results that are numbers": ("summary.json", {"steps": 1, "before": None, "after": {"sgp": 3}}, "not the results"),
+    "means that are texts": ("summary.json", {"steps": 1, "after": {"sgp": {"mean": 1, "se": "x", "n": 2}}}, "not the"),
+    "a number that is a list": ("summary.json", {"steps": 1, "after": {"sgp": {"mean": 1, "se": 1, "n": [2]}}}, "not"),
     "a row that is a list": ("summary.json", {"steps": 1, "before": [1], "after": None}, "not the results"),
     "texts for looks": ("log.jsonl", {"step": 1, "watch": {"sgp": "a", "reward": [1]}, "hacking": [3]}, None),
     "lists for looks": ("log.jsonl", {"step": 1, "watch": [1], "drift": [2], "reward_x": {}, "hacking": {}}, None)}

@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import pty
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -56,7 +57,7 @@ from engine.run import stopping  # noqa: E402
 FORK = multiprocessing.get_context("fork")
 TINY = ["--model", "miniature", "--global-batch", "2", "--rollout-steps", "1", "--eval-steps", "1", "--watch", "1",
         "--watch-every", "1", "--save-every", "1", "--keep", "1"]
-MEASURED = ("seconds_", "images_per_", "tflop_", "share_", "peak_")  # readings of clocks and memory
+MEASURED = ("timestamp", "seconds_", "images_per_", "tflop_", "share_", "peak_")  # readings of clocks and memory
 WAIT = 120  # seconds, after which a process counts as one that never ends
 EVENTS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 
@@ -183,6 +184,9 @@ def content(path):
         return [{k: v for k, v in line.items() if not k.startswith(MEASURED)} for line in lines]
     if path.name == "results.json":
         return {k: v for k, v in json.loads(path.read_text()).items() if k != "args"}
+    if path.name == "README.md":
+        text = path.read_text().replace(f"{path.parent.parent.name}-weights", "RUN-weights")
+        return re.sub(r"--out ('[^']*'|\S+)", "--out RUN", text)
     if "checkpoints" in path.parts or path.name in ("run.json", "args.json", "made.json", "report.html"):
         return None
     if "scores" in path.parts:
@@ -534,6 +538,8 @@ def main():
         ROOM = Path(room)
         warm_up()
         for what in dict.fromkeys(arguments.what):
+            ROOM = Path(room) / what
+            ROOM.mkdir()
             {"kills": kills, "disks": disks, "signals": signals}[what](arguments, tally)
     sys.exit(tally.show())
 

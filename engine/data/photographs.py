@@ -14,13 +14,11 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from engine.data import draws, pictures, prompt_files
+from engine.data import captions, draws, pictures
+from engine.data.captions import METADATA, NO_CAPTION, Skipped
 from engine.errors import UserError
 from engine.paths import not_a_path
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic")
-METADATA = "metadata.jsonl"
-BESIDE = (".txt", ".caption")
 RATIOS = (1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2)  # width : height of the shapes
 MOST_ENLARGED = 2  # a picture that would be enlarged more is skipped: it would teach blur
 LEAST_KEPT = 0.5   # a picture of which cropping would leave a smaller share is skipped
@@ -34,10 +32,6 @@ class Photograph(NamedTuple):
     grid: tuple  # (rows, columns) of tokens that it is cropped to
 
 
-class Skipped(Exception):
-    """Why a picture cannot be trained on."""
-
-
 # ---------------------------------------------------------------------------------------- a folder's pictures
 def read(folder, side, unit, world, flag="--images"):
     """The `Photograph`s in a folder and its subfolders, sorted. They are for pictures of about side x side pixels, and
@@ -48,21 +42,21 @@ def read(folder, side, unit, world, flag="--images"):
         raise UserError(f"{flag} {folder[:80]!r}: no such folder; give a folder of pictures, with captions in "
                         f".txt files beside them or in a {METADATA}")
     folder = Path(folder)
-    captions = captions_of_metadata(folder, flag)
-    files, links = files_in(folder)
-    must_have_one_caption_each(files, flag)
+    named = captions.captions_of_metadata(folder, flag)
+    files, others = captions.files_in(folder, flag)
+    captions.must_have_one_caption_each(files, flag)
     if not files:
-        raise UserError(f"{flag} {folder}: no picture in it ({', '.join(PICTURES)})")
+        raise UserError(f"{flag} {folder}: no picture in it ({', '.join(captions.PICTURES)})")
     found = {}
     mine = files[world.rank::world.size]
     for file in tqdm(mine, f"look at {flag}", leave=False, disable=not world.main or len(mine) < 100):
-        found[file] = look(file, captions, shapes_of(side // unit), unit)
+        found[file] = look(file, named, shapes_of(side // unit), unit)
     for theirs in world.gather(found):
         found |= theirs
 
     photographs = [found[file] for file in files if isinstance(found[file], Photograph)]
     skipped = {file: found[file] for file in files if not isinstance(found[file], Photograph)}
-    unmet = sorted(captions.keys() - {os.path.normpath(file) for file in files})
+    unmet = sorted(named.keys() - {os.path.normpath(file) for file in files})
     if set(skipped.values()) == {NO_CAPTION} and not photographs:
         met = ""
         if unmet:
@@ -76,9 +70,7 @@ def read(folder, side, unit, world, flag="--images"):
                         f"{file.relative_to(folder)}: {why}")
     for name in unmet:
         skipped[name] = f"named in {METADATA}, and there is no such picture"
-    for link in links:
-        skipped[link] = "a link to a folder, which is not followed; give that folder, or copy it"
-    tell(skipped, folder, world, flag)
+    tell(skipped | others, folder, world, flag)
     return photographs
 
 
@@ -90,81 +82,11 @@ def tell(skipped, folder, world, flag):
         world.say(f"{flag}: {len(skipped) - MOST_TOLD} more are skipped")
 
 
-def files_in(folder):
-    """(the pictures, the linked subfolders) in a folder and its subfolders: files whose names end as in PICTURES, and
-    links that are not followed. Hidden ones are left out."""
-    found = []
-    links = []
-    for path in sorted(folder.rglob("*")):
-        is_hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if is_hidden:
-            continue
-        if path.is_dir():
-            links += [path] if path.is_symlink() else []
-        elif path.suffix.lower() in PICTURES:
-            found.append(path)
-    return found, links
-
-
-def captions_of_metadata(folder, flag):
-    """{path: caption} of all pictures that a metadata.jsonl or metadata.json in a folder names, in the format of
-    Hugging Face's imagefolder: a line, or an item of the list, is an object with a "file_name", relative to the file,
-    and one of `prompt_files.KEYS`. Raises UserError, also for two captions of one picture."""
-    captions = {}
-    for file in sorted([*folder.rglob(METADATA), *folder.rglob(METADATA.removesuffix("l"))]):
-        where = "line" if file.name == METADATA else "item"
-        lines = prompt_files.lines_of_jsonl if file.name == METADATA else prompt_files.items_of_json
-        for number, line in lines(file, flag):
-            if not isinstance(line, dict) or not isinstance(line.get("file_name"), str):
-                raise UserError(f'{flag} {file}: {where} {number} must be an object with a "file_name" and a '
-                                '"text"; fix it or remove it')
-            name = line["file_name"]
-            if not (file.parent / name).exists():
-                name = name.replace("\\", "/")  # as Windows writes it
-            path = os.path.normpath(file.parent / name)
-            caption = prompt_files.prompt_in(line)
-            if captions.setdefault(path, caption) != caption:
-                raise UserError(f"{flag} {file}: {where} {number} is another caption of {line['file_name']}; keep one")
-    return captions
-
-
-NO_CAPTION = f"no caption, in a .txt or .caption beside it or in {METADATA}"
-
-
-def caption_of(file, captions):
-    """The caption of a picture: from the .txt or .caption beside it if there is one, otherwise from `captions`, the
-    result of `captions_of_metadata`. Raises Skipped."""
-    try:
-        texts = [prompt_files.text_of(file.with_suffix(suffix), "its caption") for suffix in BESIDE
-                 if file.with_suffix(suffix).exists()]
-        texts = {" ".join(text.split()) for text in texts or [captions.get(os.path.normpath(file)) or ""]}
-        if len(texts) > 1:
-            raise Skipped(f"two captions, in the {' and the '.join(BESIDE)} beside it, differ; keep one")
-        caption = texts.pop()
-        prompt_files.check_prompts([caption], "its caption")
-    except UserError as error:
-        raise Skipped(str(error)) from error
-    if not caption:
-        raise Skipped(NO_CAPTION)
-    return caption
-
-
-def must_have_one_caption_each(files, flag):
-    """Raise UserError if one caption file stands beside two pictures, such as a.txt beside a.jpg and a.png."""
-    pictures_of = {}
-    for file in files:
-        for suffix in BESIDE:
-            first = pictures_of.setdefault(file.with_suffix(suffix), file)
-            if first != file and file.with_suffix(suffix).exists():
-                raise UserError(f"{flag} {file.with_suffix(suffix)}: beside both {first.name} and {file.name}; rename "
-                                "one, or remove it")
-
-
 # -------------------------------------------------------------------------------------- a picture, and shapes
-def look(file, captions, shapes, unit):
-    """The `Photograph` of a file; or a text, which says why it is skipped."""
+def look(file, named, shapes, unit):
+    """The `Photograph` of a file; or a text, which says why it is skipped. named: captions of metadata files."""
     try:
-        caption = caption_of(file, captions)
+        caption = captions.caption_of(file, named)
         width, height = pictures.size_of(file)
         grid = nearest(width / height, shapes)
         rows, columns = grid

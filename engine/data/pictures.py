@@ -34,7 +34,8 @@ def opened(file):
                                  "bits")
             yield picture
     except Exception as error:  # a decoder may raise anything for a damaged file
-        why = one_line(error).split(" '")[0]  # PIL's message ends with the file's name in quotes; it is cut off
+        # PIL's message ends with the file's name in quotes; it is cut off
+        why = getattr(error, "strerror", None) or one_line(error).split(" '")[0]
         raise UserError(f"{file}: cannot be read as a picture: {why}") from error
 
 
@@ -56,7 +57,7 @@ def size_of(file):
     at an eighth of its size, so that a truncated file is found now. Raises UserError as `opened`."""
     with opened(file) as picture:
         width, height = picture.size
-        turned = picture.getexif().get(ORIENTATION) in TURNED
         picture.draft("RGB", (width // 8, height // 8))
         picture.load()
+        turned = picture.getexif().get(ORIENTATION) in TURNED  # PIL turns a TIFF itself when it loads it
     return (height, width) if turned else (width, height)

@@ -122,11 +122,11 @@ def read_metadata(where=None):
         for number, entry in enumerate(entries, 1):
             clauses = entry["include"] + entry.get("exclude", [])
             known = [is_known(clause, place) for place, clause in enumerate(clauses)]
-            if not (entry["prompt"] and entry["include"] and all(known)):
+            if not (entry["prompt"].strip() and entry["include"] and all(known)):
                 raise ValueError(f"line {number} asks for nothing that GenEval knows")
         if Counter(entry["tag"] for entry in entries) != TASKS:
             raise ValueError(f"not the {sum(TASKS.values())} prompts of GenEval's six tasks")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not GenEval's {METADATA}: {one_line(error)}") from error
     return entries
 

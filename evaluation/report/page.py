@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 import recipe
-from engine.command_line import Parser
+from engine.command_line import Parser, some_path
 from engine.data.pictures import opened
 from engine.errors import UserError, frame, one_line, printable
 from engine.files import check_outputs, fits, read_json, write_whole
@@ -36,7 +36,8 @@ PICTURES = 24         # most pictures of a run; with the limits below, its page 
 WIDEST = 1600         # most pixels of a picture's side
 LARGEST = 800_000     # most pixels of a picture
 SMALL = 100_000       # most bytes of a PNG that is embedded unchanged
-RESULTS = (None, {str: (None, {"mean": object, "se": object})})  # the shape of a row of summary.json
+MEAN = {"mean": (None, float), "se": (None, float), "n": (None, int)}
+RESULTS = (None, {str: (None, MEAN)})  # the shape of a row of summary.json
 NO_SUMMARY = "not the results of a run; remove it"
 STATE = {"before": (None, {str: [object]})}  # of what the page reads of a state
 
@@ -275,11 +276,15 @@ def main(argv=None):
     parser = Parser(__doc__, prog="python -m evaluation.report")
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN",
                         help="folders of runs; without NAME= a run is named after its folder")
-    parser.add_argument("--out", default=PAGE, help="file of the page")
+    parser.add_argument("--out", type=some_path, default=PAGE, help="file of the page")
     with frame("report"):
         args = parser.parse_args(argv)
         check_outputs([(args.out, MARK, "a report")], [], overwrite=True)
         runs = [read_run(*named_path(item)) for item in args.runs]
+        names = [run.name for run in runs]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f'two runs are called "{name}"; give each its own name: NAME=RUN')
         write_whole(args.out, page(runs))
         print(table_formats.for_the_terminal(curves.numbers(runs)) + "\n")
         print(f"{printable(args.out)}: {len(runs)} run{'s' * (len(runs) > 1)}, "

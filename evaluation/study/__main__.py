@@ -15,7 +15,7 @@ file. Each rater, by the typed name, gets their own order of prompts and picture
 
 import sys
 
-from engine.command_line import Parser, whole
+from engine.command_line import Parser, some_path, whole
 from engine.errors import frame
 from evaluation.study import tally
 from evaluation.study.page import build
@@ -27,9 +27,9 @@ def build_parser():
     add = parser.add_argument
     add("folders", nargs="*", metavar="NAME=FOLDER",
         help="pictures of one method; without NAME= the method has the folder's name")
-    add("--out", default="study.html", help="the page; its key goes beside it (.key.json)")
-    add("--prompts", help="text file, one prompt a line, for folders without prompts.json (None: all from "
-        "prompts.json)")
+    add("--out", type=some_path, default="study.html", help="the page; its key goes beside it (.key.json)")
+    add("--prompts", type=some_path,
+        help="text file, one prompt a line, for folders without prompts.json (None: all from prompts.json)")
     add("--per-category", type=whole(1), default=125,
         help="how many prompts of each category: the first that all folders have a picture of [paper 4.2]")
     add("--side", type=whole(64, 8192), default=768, help="longest side of a picture, pixels [ours]")
@@ -43,10 +43,10 @@ def tally_parser():
     """The flags of the second command, which makes tables from votes."""
     parser = Parser(tally.__doc__, prog="python -m evaluation.study tally")
     add = parser.add_argument
-    add("votes", nargs="+", help="files that raters saved from the page")
-    add("--key", required=True, help="the study's key, written beside the page")
-    add("--bars", help="SVG file for the shares of the four levels (None: not written)")
-    add("--json", help="JSON file for all numbers (None: not written)")
+    add("votes", nargs="+", type=some_path, help="files that raters saved from the page")
+    add("--key", type=some_path, required=True, help="the study's key, written beside the page")
+    add("--bars", type=some_path, help="SVG file for the shares of the four levels (None: not written)")
+    add("--json", type=some_path, help="JSON file for all numbers (None: not written)")
     add("--overwrite", action="store_true", help="replace these files if they exist")
     return parser
 

@@ -109,8 +109,11 @@ def choose(methods, sources, per_category):
         if not telling:
             first = sources[0]
             raise UserError(f"picture {number}: {first.where} has only {len(first.prompts)} prompts")
-        categories = [source.prompts[number].category for source in telling]
-        category = next(filter(None, categories), "")
+        categories = {source.prompts[number].category for source in telling} - {""}
+        if len(categories) > 1:
+            raise UserError(f"prompt {number} has two categories, {' and '.join(sorted(categories))}, in two folders' "
+                            "prompts.json; keep one")
+        category = categories.pop() if categories else ""
         if count[category] < per_category:
             chosen[number] = Prompt(agreed(number, telling), category)
             count[category] += 1
