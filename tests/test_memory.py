@@ -128,8 +128,8 @@ def test_every_path_computes_in_bf16_as_on_a_gpu(as_a_gpu, one, name):
 
 
 def test_one_process_computes_with_what_it_stores_as_fsdp_would(monkeypatch):
-    """With --memory split in bf16 it runs without FSDP2, which would only copy. The gradient is the same to the bit; but
-    for the embedding of time, guidance and text, where all blocks' gradients are added, in bf16 and another order."""
+    """With --memory split in bf16 it runs without FSDP2, which would only copy. The gradient is the same to the bit.
+    Where all blocks' gradients are added, in bf16 and another order, it is nearly so: time, guidance and text."""
     monkeypatch.setattr(parallel, "device_and_dtype", as_on_a_gpu)
     world = parallel.World(mesh=True)
     plain = Small(world, None, "split")
