@@ -160,8 +160,9 @@ class Watching:
     watch_every: int = flag(5, whole(1), "updates between them [ours]", model=True)
     eval: int = flag(None, whole(0), "pictures evaluated before and after; 0: none (None: 16 to 256, if that is under "
                      "a tenth of the run's work) [ours]", model=True)
-    land: str = flag(None, or_off(number_or_folder), "the run ends at the look whose watched SGP gap reaches this: a "
-                     "number, or the mean of the photographs in a folder, with captions as for --images [ours]",
+    land: str = flag(None, or_off(number_or_folder), "the run ends at the look whose watched SGP gap, less its "
+                     "standard error, reaches this: a number, or the mean of the photographs in a folder, with "
+                     "captions as for --images; near it the learning rate falls [ours]",
                      metavar="GAP|DIR", resume=True)
     drift_band: list = flag([0.25, 0.1, 0.2, 0.04], real(0), "largest change of these mean statistics of the watched "
                             "pictures; beyond it the drift warning says that the reward is hacked [ours]",
@@ -556,5 +557,5 @@ def notes(a, model):
                      f"are not read{until}")
     if a.land is not None and a.watch < 16:
         lines.append(f"--land {a.land} --watch {a.watch}: the mean gap of so few pictures is unsure by about "
-                     f"{0.1 / a.watch ** 0.5:.2f}; give --watch 16 or more")
+                     f"{0.1 / a.watch ** 0.5:.2f}, and the run ends that much later; give --watch 16 or more")
     return lines

@@ -171,9 +171,12 @@ def train(a, run, state):
     for step in bar:
         if run.watched.landed(state):
             break
+        for group in run.optimizer.param_groups:
+            group["lr"] = run.watched.lr(state)
         line = update(a, run, step)
         seconds = line["seconds_rollout"] + line["seconds_update"]
         line |= work.achieved(flop, seconds, run.net.device) | run.curriculum.says(step)
+        line["lr"] = run.watched.lr(state)
         state |= {"step": step, "unlogged": line}
         run.stopping.words = f"stopped after step {step}, saved; --resume continues"
         run.watched.log(run.folder, state)

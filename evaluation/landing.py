@@ -4,6 +4,10 @@ The relative reward has no end of its own. A run that goes on passes every photo
 photographs score a finite SGP gap r1 - r2, which can be measured. The watched pictures are sampled as samples are,
 so their gap can be compared with it. The gap of training's pictures cannot: they have fewer steps and less guidance.
 It begins above that of samples, and ends below it.
+
+The run has arrived when the watched gap less its standard error has. Before that, each look sets the learning rate
+(`watch.slower`), so that the next one does not find the pictures far beyond. Without this, a learning rate of four
+times the usual one, or seldom looks, would pass the level by as much as a look's whole change.
 """
 
 import torch

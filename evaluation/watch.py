@@ -27,6 +27,7 @@ from evaluation.report import page as report
 from rewards.pictures import fitted, pixel_statistics
 
 BEFORE = "before training"  # the end of the titles of the looks at what the run starts from
+LEAST = 0.1  # of --lr, so that a run lands at last
 
 
 @torch.no_grad()
@@ -85,6 +86,23 @@ def hacking(now, before, band):
         if sure and change["reward"].mean() > 0 > change["sgp"].mean():
             warnings.append("the reward rises while the SGP gap falls")
     return Drift(changes, warnings)
+
+
+def sure(gaps):
+    """(the mean of SGP gaps [P] less its standard error, the standard error). One picture has none: 0 is taken."""
+    error = gaps.std().item() / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+    return gaps.mean().item() - error, error
+
+
+def slower(last, before, gap, level):
+    """The share of --lr until the next look, from LEAST to 1, of a run that is to end at the SGP gap `level`. With it
+    the gap rises by what is left, if it rises in proportion to the learning rate.
+
+    last: the share since the look before. before, gap: that look's SGP gap and this one's, as `sure` has them.
+    """
+    if gap <= before:
+        return last
+    return min(1.0, max(LEAST, last * (level - gap) / (gap - before)))
 
 
 class Prompts(NamedTuple):
@@ -174,10 +192,11 @@ class Watch:
                 save_grid(torch.stack(beside), folder.out / "samples" / PHOTOGRAPHS)
             folder.show(0, {"watch": {name: values.nanmean().item() for name, values in scores.items()}},
                         watched_pictures=folder.out / "samples" / "step_00000.png")
-        gap = scores["sgp"].mean().item()
+        gap = sure(scores["sgp"])[0]
         if self.level is not None and gap >= self.level:
-            raise UserError(f"--land {self.a.land}: before training the watched pictures' SGP gap is {gap:+.3f}, and "
-                            f"--land's is {self.level:+.3f}; give a higher one, or other --control and --neg")
+            raise UserError(f"--land {self.a.land}: before training the watched pictures' SGP gap less its standard "
+                            f"error is {gap:+.3f}, and --land's {self.level:+.3f}; give a higher one, or other "
+                            "--control and --neg")
         return {"run": folder.id, "images": self.a.global_batch, "step": 0, "unlogged": None, "gap": gap,
                 "best": None, "best_step": None, "warned": False,
                 "before": {name: values.tolist() for name, values in scores.items()},
@@ -212,9 +231,13 @@ class Watch:
             self.world.say(report.advice(drift.warnings, state, vars(self.a)))
         state["warned"] = bool(drift.warnings)
         sgp = now["sgp"].mean().item()
-        state["gap"] = sgp
+        gap, error = sure(now["sgp"])
+        if self.level is not None:
+            state["share"] = slower(state.get("share", 1.0), state["gap"], gap, self.level)
+        state["gap"] = gap
         if self.landed(state):
-            self.world.say(f"step {step}: landed: the watched SGP gap is {sgp:+.3f}, and --land's {self.level:+.3f}")
+            self.world.say(f"step {step}: landed: the watched SGP gap is {sgp:+.3f} ± {error:.3f}, and --land's "
+                           f"{self.level:+.3f}")
         if not drift.warnings and (state["best"] is None or sgp > state["best"]):
             lora.export(self.net.transformer, folder.out / "weights_best", self.world, self.net.dtype, self.about)
             state |= {"best": sgp, "best_step": step}
@@ -224,7 +247,7 @@ class Watch:
         means = {name: value and value["mean"]
                  for name, value in self.summary(images, now, self.watched).items()}
         found = {"drift": drift.changes, "watch": means, "hacking": drift.warnings}
-        return found if self.level is None else found | {"land": self.level}
+        return found if self.level is None else found | {"land": self.level, "landed": self.landed(state)}
 
     def before_and_after(self, out, step):
         """Write before_after.png: the first watched pictures above those after an update, with their prompts."""
@@ -240,8 +263,12 @@ class Watch:
                    for seed, (prompt, *pictures) in enumerate(zip(self.watched.texts, *lines, strict=False))]
         sheets.save(["before", f"update {step}"], columns, out / "before_after.png")
 
+    def lr(self, state):
+        """The learning rate of the next update: --lr, or less where the run is about to land."""
+        return self.a.lr if self.level is None else self.a.lr * state.get("share", 1.0)
+
     def landed(self, state):
-        """Whether the last look's SGP gap has reached that of --land."""
+        """Whether the last look's SGP gap has surely reached that of --land."""
         return self.level is not None and state["gap"] >= self.level
 
     def finish(self, folder, state):
@@ -253,8 +280,8 @@ class Watch:
         out = folder.out
         self.before_and_after(out, state["step"])
         if self.level is not None and not self.landed(state):
-            self.world.say(f"not landed: after {state['step']} updates the watched SGP gap is {state['gap']:+.3f}, and "
-                           f"--land's is {self.level:+.3f}; give more --steps and --resume")
+            self.world.say(f"not landed: after {state['step']} updates the watched SGP gap less its standard error is "
+                           f"{state['gap']:+.3f}, and --land's {self.level:+.3f}; give more --steps and --resume")
         write_json(out / "summary.json", {"steps": state["step"], "best_sgp": state["best"],
                                           "before": state["evaluated"], "after": after})
         self.report(folder, state, "finished")

@@ -2,9 +2,10 @@
 
     python -m experiments.landing
 
-The photographs are drawn, as in offline. There is a look at the watched pictures every two updates, and a run ends at
-the first one that has reached the photographs' gap. The aim of each such run: realism of 90 %, alignment at most 3
-points below the base, at most 1 % broken, and a Frechet distance at most 1.5 above the best look of the run.
+The photographs are drawn, as in offline. There is a look at the watched pictures every two updates. A run ends at the
+first one whose gap, less its standard error, has reached the photographs'. Near it the learning rate falls. The aim of
+each such run: realism of 90 %, alignment at most 3 points below the base, at most 1 % broken, and a Frechet distance at
+most 1.5 above the best look of the run.
 
 The second table has no --land. A hinge relu(threshold - r) takes the gradient from each picture by itself, at several
 levels, at what true photos score, with the relative reward and with the plain one.
@@ -90,10 +91,11 @@ def main(argv=None):
         result = (f"{len(there)} of {len(landing)} kinds of run reach the aim. Not these: "
                   f"{'; '.join(missed) or 'none'}. At most {broken:.1%} are broken in a kind of run that lands. "
                   f"With a hinge instead, {MOST} updates reach it in {len(whole)} of {len(hinged)}.")
-        told = (f"A run ends at the SGP gap of {REFERENCES} photographs. {pages.counted(found)} {pages.ERROR} Above "
-                "the best look: the Frechet distance of the last look minus the smallest of the run. Drift warning: "
-                "the share of the runs in which it fired. The aim: a realism of 90 %, alignment at most 3 points below "
-                "the base, at most 1 % broken, and at most 1.5 above the best look. The second table: "
+        told = (f"A run ends where the SGP gap, less its standard error, is that of {REFERENCES} photographs; near "
+                f"it the learning rate falls. {pages.counted(found)} {pages.ERROR} Above the best look: the Frechet "
+                "distance of the last look minus the smallest of the run. Drift warning: the share of the runs in "
+                "which it fired. The aim: a realism of 90 %, alignment at most 3 points below the base, at most 1 % "
+                "broken, and at most 1.5 above the best look. The second table: "
                 f"{MOST} updates without --land, with a hinge relu(threshold - r) on each picture's reward. Its "
                 "learning rate is 4e-05 unless a row says otherwise.")
         claim = "Users: SRPO is very easy to collapse. Does a run end whole if it ends where photographs score?"

@@ -16,9 +16,13 @@ from engine.model.folder import Model
 from evaluation import landing
 from evaluation.report.curves import read_log
 from evaluation.report.page import read_run
+from evaluation.watch import slower, sure
 
 SMALL = ["--model", "miniature", "--recipe", "fast", "--global-batch", "8", "--lr", "1e-4", "--eval-steps", "4",
          "--watch", "8", "--watch-every", "2", "--eval", "0"]
+
+
+LEVEL = 0.08
 
 
 def run(out, *argv):
@@ -33,21 +37,42 @@ def log_of(out):
 def landed(tmp_path_factory):
     """A run that may make 20 updates, and lands before."""
     out = tmp_path_factory.mktemp("landing") / "run"
-    run(out, "--steps", 20, "--land", -0.1)
+    run(out, "--steps", 20, "--land", LEVEL)
     return out
 
 
 def test_a_run_ends_at_the_first_look_that_has_reached_the_level(landed):
     log = log_of(landed)
-    looks = {line["step"]: line["watch"]["sgp"] for line in log if "watch" in line}
-    last = max(looks)
+    looks = [line for line in log if "watch" in line]
+    last = looks[-1]["step"]
     assert log[-1]["step"] == last < 20
-    assert looks[last] >= -0.1 and all(gap < -0.1 for step, gap in looks.items() if step < last)
-    assert all(line["land"] == -0.1 for line in log if "watch" in line)
+    assert [line["landed"] for line in looks] == [False] * (len(looks) - 1) + [True]
+    assert looks[-1]["watch"]["sgp"] > LEVEL and looks[0]["watch"]["sgp"] < LEVEL
+    assert all(line["land"] == LEVEL for line in looks)
     assert json.loads((landed / "summary.json").read_text())["steps"] == last
     assert read_run("run", landed).status == "finished"
     assert (landed / "weights" / "config.json").is_file()
     assert (landed / "checkpoints" / f"step_{last:05d}").is_dir()
+
+
+@pytest.mark.parametrize("last, before, gap, share", [
+    (1.0, -0.2, 0.0, 1.0),     # as much is left as the gap rose by, and more
+    (1.0, 0.0, 0.2, 0.25),     # a quarter of it is left
+    (0.25, 0.2, 0.24, 0.1),    # a quarter again, but not less than a tenth
+    (0.2, 0.20, 0.21, 0.8),    # it rose slowly, so faster again
+    (0.5, 0.1, 0.1, 0.5), (0.5, 0.1, 0.0, 0.5)])  # it did not rise
+def test_the_learning_rate_falls_so_that_the_next_look_is_at_the_level(last, before, gap, share):
+    assert slower(last, before, gap, level=0.25) == pytest.approx(share)
+
+
+def test_the_gap_is_sure_by_its_standard_error():
+    assert sure(torch.tensor([0.1, 0.3])) == pytest.approx((0.1, 0.1))
+    assert sure(torch.tensor([0.2])) == pytest.approx((0.2, 0.0))
+
+
+def test_the_last_updates_are_smaller(landed):
+    rates = [line["lr"] for line in log_of(landed)]
+    assert rates[0] == 1e-4 and 1e-5 <= rates[-1] < 1e-4 and rates == sorted(rates, reverse=True)
 
 
 def test_it_goes_on_only_to_a_higher_level(landed, capsys):
@@ -55,7 +80,7 @@ def test_it_goes_on_only_to_a_higher_level(landed, capsys):
     run(landed, "--resume")
     assert log_of(landed) == before
     run(landed, "--resume", "--land", "off", "--steps", len(before) + 1)
-    assert log_of(landed)[:-1] == before
+    assert log_of(landed)[:-1] == before and log_of(landed)[-1]["lr"] == 1e-4
     run(landed, "--resume", "--land", 0.9, "--steps", len(before) + 2)
     assert len(log_of(landed)) == len(before) + 2
     assert f"not landed: after {len(before) + 2} updates" in capsys.readouterr().out

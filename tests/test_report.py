@@ -96,6 +96,14 @@ def test_the_page_tells_whether_a_run_goes_on_and_what_it_does(tmp_path):
     assert run["status"] == "finished" and run["left"] is None
 
 
+@pytest.mark.parametrize("looks, landed, steps", [((False, False), False, 9), ((False, True), True, 2),
+                                                  ((True, False), False, 9)])
+def test_a_run_that_landed_is_not_told_as_cut_short(tmp_path, looks, landed, steps):
+    lines = [line(step) | {"landed": look} for step, look in zip((1, 2), looks, strict=True)]
+    run = data_of(written(*made(tmp_path / "run", lines, "--steps", "9", "--land", "0.25")))["runs"][0]
+    assert (run["landed"], run["steps"], run["left"] is None) == (landed, steps, landed)
+
+
 def test_time_left_is_by_the_clock_of_the_pictures(tmp_path):
 
     folder, args = made(tmp_path / "run", [line(5), line(10)], "--steps", "30")

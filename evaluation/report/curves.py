@@ -85,6 +85,11 @@ def warnings(run):
     return found
 
 
+def landed(run):
+    """Whether the last look's SGP gap has reached the level of --land."""
+    return next((line.get("landed") is True for line in reversed(run.lines) if "watch" in line), False)
+
+
 def best_step(run):
     """The step whose weights are in weights_best/: the highest SGP gap among looks without a drift warning. None if
     there is no such look."""
@@ -126,8 +131,9 @@ def curves(run):
              "Reward of the watched pictures": {"watched": curve(watched, "reward")},
              "Judge: % of the watched pictures": {name: curve(watched, name, 100) for name in judge.COLUMNS}}
     shown = {"sgp", "reward", *judge.COLUMNS, *STATISTICS}
-    for name in {name: None for means in watched.values() for name in means if name not in shown}:
-        found[f"{printable(name)} of the watched pictures"] = {"watched": curve(watched, name)}
+    others = {name: None for means in watched.values() for name in means if name not in shown}
+    for name, column in columns_of(others).items():
+        found[f"{column.title} of the watched pictures"] = {"watched": curve(watched, name)}
     for name in STATISTICS:
         found[f"Drift of {name}"] = {"watched": curve(drift, name)}
     found["Gradient norm, before clipping"] = {"norm": curve(lines, "grad_norm")}

@@ -142,9 +142,11 @@ def told(run, i):
     best = curves.best_step(run)
     last = max(warned, default=None)
     pace = curves.pace(run)
-    running = run.status == "running" and pace is not None
-    return {"name": printable(run.name), "status": run.status, "step": run.step, "steps": run.args["steps"],
-            "images": run.state.get("images"), "seconds": curves.seconds_of(run), "best": best,
+    landed = curves.landed(run)
+    running = run.status == "running" and pace is not None and not landed
+    return {"name": printable(run.name), "status": run.status, "step": run.step, "landed": landed,
+            "steps": run.step if landed else run.args["steps"], "images": run.state.get("images"),
+            "seconds": curves.seconds_of(run), "best": best,
             "left": pace * (run.args["steps"] - run.step) if running else None,
             "flags": run.flags, "prompts": [printable(text) for text in run.prompts],
             "tiles": tiles(run, next(iter(run.samples.values()), None)), "beside": tiles(run, run.photographs),
