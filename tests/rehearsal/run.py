@@ -90,6 +90,7 @@ def run(line):
     script, *argv = shlex.split(line)
     train = importlib.import_module("train")
     told = {"said": None, "update": None}
+    torch.compiler.reset()  # what a line before has compiled
     compiled.clear()
     began = time.process_time()
     real = train.update
