@@ -55,7 +55,7 @@ PARTS = [
     Part("LoRA, float8 base on the host", UPDATE, "", "--lora 32 --memory fp8-offload"),
     Part("all weights, on the host", UPDATE, "", "--memory offload"),
     Part("picture, float8 on the host", OTHER, "sampling", "--memory fp8-offload"),
-    Part("all weights, compiled, rollout in float8", UPDATE, "", "--memory split --compile --rollout-dtype fp8"),
+    Part("all weights, compiled", UPDATE, "", "--memory split --compile"),
     Part("all weights, streamed", UPDATE, "", "--memory stream"),
     Part("all weights, float32 masters", UPDATE, "", "--memory masters")]
 NAMES = [part.name for part in PARTS]
