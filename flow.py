@@ -267,12 +267,22 @@ def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, cache=OFF)
 
     Raises UserError if an encoder or its tokenizer cannot be loaded whole, or makes what is not finite.
     """
+    return stacked(model, prompts, encoded(model, prompts, device, dtype, cache))
+
+
+def encoded(model, prompts, device, dtype, cache):
+    """The same as {prompt: its `text.embedding`}, also of the empty prompt if the model takes classifier-free
+    guidance."""
     quiet()
     asked = [*prompts, ""] if model.configs.takes_cfg else prompts
     try:
-        found = text.embeddings(family_of(model), model, asked, device, dtype, cache)
+        return text.embeddings(family_of(model), model, asked, device, dtype, cache)
     except Exception as error:
         raise model.cannot_load(error) from error
+
+
+def stacked(model, prompts, found):
+    """The `Embeddings` of prompts out of what `encoded` found."""
     each = [found[prompt] for prompt in prompts]
     which = tuple(n for n, one in enumerate(each) if one["truncated"])
     empty = (found[""]["txt"], found[""]["pooled"]) if model.configs.takes_cfg else None

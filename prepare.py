@@ -183,14 +183,16 @@ def set_up(a, model, world, folder=None, stopping=None):
 
 
 def embeddings_of(model, prompts, world, kept):
-    """The `Embeddings` of this process's prompts. The first process of a machine encodes the prompts of all, and the
-    others find them in the `Cache`; without one, each loads the text encoders, 9 GiB of FLUX.1-dev."""
-    if kept.folder is not None and world.neighbours > 1:
-        everyones = dict.fromkeys(prompt for theirs in world.gather(prompts) for prompt in theirs)
-        if world.first_here:
-            flow.encode_prompts(model, list(everyones), world.device, world.dtype, kept)
-        world.gather(None)
-    return flow.encode_prompts(model, prompts, world.device, world.dtype, kept)
+    """The `Embeddings` of this process's prompts, through a `Cache`. The first process of a machine encodes the prompts
+    of all its processes, and hands them out: each would otherwise load the text encoders, 9 GiB of FLUX.1-dev."""
+    everyones = world.gather(prompts)
+    here = everyones[world.rank - world.local:][:world.neighbours]
+
+    def encode():
+        found = flow.encoded(model, [prompt for theirs in here for prompt in theirs], world.device, world.dtype, kept)
+        return [{prompt: found[prompt] for prompt in [*theirs, ""] if prompt in found} for theirs in here]
+
+    return flow.stacked(model, prompts, world.from_the_first_here(encode))
 
 
 def say_truncated(a, world, embeddings, own):

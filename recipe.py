@@ -536,6 +536,9 @@ def check_what_learns(a):
     if a.images is not None and a.noise == "fresh":
         raise UserError("--images --noise fresh: there is no rollout whose noise could be another; every photograph "
                         "gets noise of its own")
+    if a.compile and a.rollout_dtype == "fp8":
+        raise UserError("--compile --rollout-dtype fp8: the backward would recompute a block in "
+                        "another compiled form than that of its forward, which torch refuses; give one of the two")
     if method.optimizer_steps > 1 and a.rollout_dtype == "fp8":
         raise UserError(f"--method {a.method} --rollout-dtype fp8: it compares the network with its own rollout, which "
                         "must be as exact; leave it out")

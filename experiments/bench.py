@@ -60,7 +60,7 @@ def random_flow(model, world, own, layout):
         transformer.to(world.dtype).to_empty(device=world.device)
     else:
         transformer.to_empty(device=layout.prepare(transformer, own))
-    fill_at_random(transformer)
+    fill_at_random(transformer, world.device)
     if layout is not None:
         layout.start(transformer)
     with world.device:
@@ -69,15 +69,16 @@ def random_flow(model, world, own, layout):
     return flow.family_of(model)(transformer, vae, scheduler, world.device, world.dtype)
 
 
-def fill_at_random(transformer):
-    """Numbers of a standard deviation of 0.02, and gains of 1."""
+def fill_at_random(transformer, device):
+    """Numbers of a standard deviation of 0.02, and gains of 1. They are made on a device, for a GPU is the faster one
+    also for parameters that stay on the host."""
     scales = float8.scales_of(transformer)
     for name, parameter in tensors.own_parameters(transformer).items():
         if "norm_" in name and parameter.ndim == 1:  # the gains of RMSNorm
             tensors.fill(parameter, torch.ones(parameter.shape))
         else:
             local = tensors.local_part(parameter)
-            tensors.put(parameter, 0.02 * torch.randn(local.shape, device=local.device), scales.get(name))
+            tensors.put(parameter, 0.02 * torch.randn(local.shape, device=device), scales.get(name))
 
 
 def random_reward(world):

@@ -2,10 +2,12 @@
 
 Each path makes updates of two images at FLUX.1-dev's size with random weights (experiments/bench.py), in a process of
 its own; what runs out of memory is noted, and the next one goes on. The gradient is compared with float32 on the
-miniature. Nothing is downloaded. The most important comes first; --minutes ends it. What is measured is kept: after a
-kill the same command goes on.
+miniature. Nothing is downloaded. The most important comes first; --minutes ends it, and a part that takes more than
+MOST minutes. The page is written again after each part. What is measured is kept: after a kill the same command goes
+on.
 """
 
+import os
 import re
 import shlex
 import subprocess
@@ -26,6 +28,7 @@ from experiments import pages, runs
 from experiments.bench import PHASES
 
 UPDATE, OTHER = "bench", "on_a_card"
+MOST = 8  # minutes of a part: one that hangs leaves time for the others
 ERROR_LINES = ("OutOfMemoryError", "Error", ":")  # what the line that tells the error holds, the first that is found
 WARNING = re.compile(r"(\[rank\d+\]:)?\[?[IW]\d{4} |.*Warning:")  # the start of a line of torch's log that is no error
 
@@ -52,7 +55,7 @@ PARTS = [
     Part("LoRA, float8 base on the host", UPDATE, "", "--lora 32 --memory fp8-offload"),
     Part("all weights, on the host", UPDATE, "", "--memory offload"),
     Part("picture, float8 on the host", OTHER, "sampling", "--memory fp8-offload"),
-    Part("all weights, compiled, rollout in float8", UPDATE, "", "--memory split --compile --rollout-dtype fp8"),
+    Part("all weights, compiled", UPDATE, "", "--memory split --compile"),
     Part("all weights, streamed", UPDATE, "", "--memory stream"),
     Part("all weights, float32 masters", UPDATE, "", "--memory masters")]
 NAMES = [part.name for part in PARTS]
@@ -77,13 +80,15 @@ def command_of(own, part, file):
     return words
 
 
-def in_a_process(words, seconds):
-    """Run a module to its end, for so many seconds at most. Returns what went wrong, in one line; None if nothing did.
-    Raises TimeoutExpired."""
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=seconds)
+def in_a_process(words, seconds, printed):
+    """Run a module to its end, for so many seconds at most. printed: the file of what it prints. Returns what went
+    wrong, in one line; None if nothing did. Raises TimeoutExpired."""
+    with open(printed, "w") as file:  # a pipe would stay open as long as a process that the module has started
+        done = subprocess.run([sys.executable, *words], stdout=file, stderr=file, timeout=seconds,
+                              env=os.environ | {"PYTHONUNBUFFERED": "1"})
     if done.returncode == 0:
         return None
-    told = [line.strip() for line in (done.stderr or done.stdout).splitlines()]
+    told = [line.strip() for line in Path(printed).read_text(errors="replace").splitlines()]
     told = [line for line in told if line and not WARNING.match(line)]
     for mark in ERROR_LINES:
         for line in reversed(told):
@@ -92,34 +97,44 @@ def in_a_process(words, seconds):
     return f"exit status {done.returncode}"
 
 
+def measure(words, seconds, file, printed):
+    """What a part measures and writes to a file, or {"failed": why not}. seconds: as many are left. Raises
+    TimeoutExpired where they, and not MOST, end it."""
+    file.unlink(missing_ok=True)
+    try:
+        failed = in_a_process(words, min(seconds, 60 * MOST), printed)
+    except subprocess.TimeoutExpired:
+        if seconds < 60 * MOST:
+            raise
+        failed = f"it took more than {MOST} minutes"
+    return {"failed": failed} if failed else read_json(file)
+
+
 def measured(own, folder):
-    """{name: what was measured, or {"failed": why not}} of the parts, in their order, as far as the time reaches. Each
-    is kept in a file of the folder, with the seconds that it took."""
-    found = {}
+    """Yields (name, what was measured, or {"failed": why not}) of each part, in their order, as far as the time
+    reaches. Each is kept in a file of the folder, with the seconds that it took."""
     left = 60 * own.minutes
     for number, part in enumerate(PARTS):
         if own.parts and part.name not in own.parts:
             continue
         file = folder / f"{number:02d}.json"
-        words = command_of(own, part, folder / "measuring.json")
+        measuring = folder / "measuring.json"
+        words = command_of(own, part, measuring)
         kept = read_json(file, KEPT, "not what was measured here; remove it") if file.exists() else {}
         if kept.get("command") != words:
             if left <= 0:
                 continue
             print(f"{part.name}: {shlex.join(['python', *words])}", flush=True)
-            (folder / "measuring.json").unlink(missing_ok=True)
             began = time.monotonic()
             try:
-                failed = in_a_process(words, left)
+                told = measure(words, left, measuring, file.with_suffix(".txt"))
             except subprocess.TimeoutExpired:
                 left = 0
                 continue
-            told = {"failed": failed} if failed else read_json(folder / "measuring.json")
             kept = {"command": words, "took": time.monotonic() - began, "told": told}
             write_json(file, kept)
         left -= kept["took"]
-        found[part.name] = kept["told"]
-    return found
+        yield part.name, kept["told"]
 
 
 # ---------------------------------------------------------------------------------------------------- the page
@@ -138,7 +153,7 @@ def rows_of(found):
     for part in PARTS:
         told = found.get(part.name)
         if told is None:
-            failed[part.name] = "no time was left"
+            failed[part.name] = "not reached"
         elif "failed" in told:
             failed[part.name] = told["failed"]
         elif part.module == UPDATE:
@@ -212,12 +227,20 @@ def main(argv=None):
             gib = torch.cuda.get_device_properties(device).total_memory / 1e9
         folder = Path(own.home) / "gpu" / card.replace(" ", "_")
         folder.mkdir(parents=True, exist_ok=True)
-        found = measured(own, folder)
-        updates, *_ = rows_of(found)
-        if not updates:
+        found = {}
+
+        def write(quiet):
+            updates, *_ = rows_of(found)
+            if updates:
+                figure = pages.bar_figure(updates, ["seconds", "reserved", "planned"])
+                pages.write(own, "gpu", page(own, card, gib, found), figure, quiet, card=card, found=found)
+            return updates
+
+        for name, told in measured(own, folder):
+            found[name] = told
+            write(quiet=True)
+        if not write(quiet=False):
             raise UserError(f"{folder}: no update was measured; the files there say why")
-        figure = pages.bar_figure(updates, ["seconds", "reserved", "planned"])
-        pages.write(own, "gpu", page(own, card, gib, found), figure, card=card, found=found)
 
 
 if __name__ == "__main__":

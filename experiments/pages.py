@@ -176,10 +176,10 @@ class Page(NamedTuple):
     tables: list  # of ({row: {column: `Spread`}}, {column: (title, format)})
 
 
-def write(own, name, page, figure, **more):
-    """Write NAME.md, NAME.json and NAME.png, and print the page. They go to pages/ of --home, with --publish to
-    experiments/results. NAME.json has the tables and `more`. Without --publish it is also said which numbers of the
-    published page they agree with."""
+def write(own, name, page, figure, quiet=False, **more):
+    """Write NAME.md, NAME.json and NAME.png, and print the page, unless quiet. They go to pages/ of --home, with
+    --publish to experiments/results. NAME.json has the tables and `more`. Without --publish it is also said which
+    numbers of the published page they agree with."""
     folder = RESULTS if own.publish else Path(own.home) / "pages"
     folder.mkdir(parents=True, exist_ok=True)
     save(figure, folder / f"{name}.png", bbox_inches="tight")
@@ -188,6 +188,8 @@ def write(own, name, page, figure, **more):
                         f"```\n{command(own, name)}\n```", page.told, *tables, f"![{page.title}]({name}.png)"]) + "\n"
     write_whole(folder / f"{name}.md", text)
     write_json(folder / f"{name}.json", {"tables": [as_json(rows) for rows, _ in page.tables], **more})
+    if quiet:
+        return
     print(text)
     if not own.publish:
         print(f"{folder / name}.md; --publish writes experiments/results/{name}.md")

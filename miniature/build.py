@@ -39,9 +39,11 @@ from engine.errors import UserError, frame
 from engine.files import must_be_writable, must_not_lead_away, read_json, write_json, write_whole
 from miniature import world
 from miniature.build_cross import build_cross, export_cross
-from miniature.build_flow import build_distill, build_flow, build_vae
+from miniature.build_flow import build_distill, build_flow
+from miniature.build_judge import build_judge
 from miniature.build_klein import build_klein
-from miniature.build_scorers import build_bias, build_blind, build_judge, build_reward, build_unbiased, reward_config
+from miniature.build_scorers import build_bias, build_blind, build_reward, build_unbiased, reward_config
+from miniature.build_vae import build_vae
 from miniature.fitting import SEED, Workshop
 
 HERE = Path(__file__).resolve().parent

@@ -9,8 +9,9 @@ from transformers import BertTokenizer
 
 from engine.files import write_whole
 from miniature import world
-from miniature.build_flow import labelled_pictures, world_words
+from miniature.build_flow import world_words
 from miniature.build_scorers import LOOKS_STEPS, augment, looks_loss
+from miniature.build_vae import labelled_pictures
 from miniature.fitting import SEED, save
 from rewards import imagereward
 

@@ -93,7 +93,7 @@ class Small:
             "dtypes": sorted({str(p.dtype).removeprefix("torch.") for p in transformer.parameters()}),
             "devices": sorted({str(t.device) for t in [*transformer.parameters(), *state]}),
             "resharded": not any(group.is_unsharded for group in groups),
-            "offloaded": all(isinstance(group.offload_policy, CPUOffloadPolicy) for group in groups),
+            "offloaded": bool(groups) and all(isinstance(group.offload_policy, CPUOffloadPolicy) for group in groups),
             "state_bytes": sum(p.nbytes for p in self.parameters) + sum(t.nbytes for t in state),
             "all_bytes": sum(p.nbytes for p in transformer.parameters()) + sum(t.nbytes for t in state)}
 

@@ -151,21 +151,29 @@ def test_embeddings_are_the_same_from_the_cache_which_spares_the_encoders(kept, 
     assert equal(first, plain) and equal(again, plain)
 
 
-def test_one_process_of_a_machine_loads_the_text_encoders(kept, monkeypatch):
-    """For the prompts of all; the others read them. Without a cache each process loads its own."""
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_one_process_of_a_machine_loads_the_text_encoders(kept, monkeypatch, cache):
+    """For the prompts of all. It hands out to each what it asked for."""
     loaded = []
     load = flux.Flux.text_encoders
     monkeypatch.setattr(flux.Flux, "text_encoders", lambda *arguments: loaded.append(arguments) or load(*arguments))
+    handed = []
 
-    def process(prompts, first_here, cache):
-        world = SimpleNamespace(neighbours=2, first_here=first_here, device="cpu", dtype=torch.float32,
-                                gather=lambda value: [PROMPTS[:1], PROMPTS[1:]])
-        return prepare.embeddings_of(Model("miniature"), prompts, world, cache)
+    def from_the_first_here(function):
+        if not handed:
+            handed.extend(function())
+        return handed.pop(0)
 
-    both = process(PROMPTS[:1], True, kept), process(PROMPTS[1:], False, kept)
+    def process(rank):
+        world = SimpleNamespace(neighbours=2, rank=rank, local=rank - 2, device="cpu", dtype=torch.float32,
+                                gather=lambda value: [["another machine's"]] * 2 + [PROMPTS[:1], PROMPTS[1:]],
+                                from_the_first_here=from_the_first_here)
+        return prepare.embeddings_of(Model("miniature"), [PROMPTS[rank - 2]], world, kept if cache == "on" else Cache())
+
+    both = [process(rank) for rank in (2, 3)]
     assert len(loaded) == 1
-    off = process(PROMPTS[:1], True, Cache()), process(PROMPTS[1:], False, Cache())
-    assert len(loaded) == 3 and all(equal(a, b) for a, b in zip(both, off, strict=True))
+    alone = [flow.encode_prompts(Model("miniature"), [prompt]) for prompt in PROMPTS[:2]]
+    assert all(equal(a, b) for a, b in zip(both, alone, strict=True))
 
 
 def test_only_what_is_missing_is_encoded(kept, monkeypatch):

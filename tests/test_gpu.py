@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def asked(monkeypatch):
     """The command lines of the parts, which are not run; each takes no time, and one fails."""
     asked = []
 
-    def in_a_process(words, seconds):
+    def in_a_process(words, seconds, printed):
         asked.append(words)
         if "split" in words:
             return "torch.OutOfMemoryError: CUDA out of memory"
@@ -60,14 +61,16 @@ def test_after_a_kill_it_goes_on(monkeypatch, asked, tmp_path, capsys):
     """What is measured is not measured again, and what failed is not tried again; other flags are other numbers."""
     run = gpu.in_a_process
 
-    def killed(words, seconds):
+    def killed(words, seconds, printed):
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return run(words, seconds)
+        return run(words, seconds, printed)
 
     monkeypatch.setattr(gpu, "in_a_process", killed)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         measure(tmp_path)
+    so_far = json.loads((tmp_path / "pages" / "gpu.json").read_text())["found"]
+    assert list(so_far) == gpu.NAMES[:3]
     monkeypatch.setattr(gpu, "in_a_process", run)
     assert list(measure(tmp_path)) == gpu.NAMES and len(asked) == len(gpu.PARTS)
     measure(tmp_path, "--flags", "--rollout-steps 2")
@@ -80,25 +83,52 @@ def test_the_least_important_is_left_out_when_time_ends(monkeypatch, asked, tmp_
     monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
     assert list(measure(tmp_path, "--minutes", "14")) == gpu.NAMES[:3]
     assert list(measure(tmp_path, "--minutes", "14")) == gpu.NAMES[:3] and len(asked) == 3
-    assert "determinism: no time was left" in (tmp_path / "pages" / "gpu.md").read_text()
+    assert "determinism: not reached" in (tmp_path / "pages" / "gpu.md").read_text()
 
-    def endless(words, seconds):
+    def endless(words, seconds, printed):
         raise subprocess.TimeoutExpired(words, seconds)
 
     monkeypatch.setattr(gpu, "in_a_process", endless)
-    assert list(measure(tmp_path, "--minutes", "20")) == gpu.NAMES[:3]
+    assert list(measure(tmp_path, "--minutes", "20")) == gpu.NAMES[:3]  # 5 are left, less than MOST
 
 
-def test_what_went_wrong_is_one_line():
-    assert gpu.in_a_process(["-c", "pass"], 60) is None
-    assert gpu.in_a_process(["-c", "raise ValueError('no such thing')"], 60) == "ValueError: no such thing"
-    assert gpu.in_a_process(["-c", "import sys; sys.exit(3)"], 60) == "exit status 3"
+def test_a_part_that_hangs_is_stopped_and_the_next_goes_on(monkeypatch, asked, tmp_path, capsys):
+    """After MOST minutes; so 16 that hang take the time of --minutes and no more."""
+    run = gpu.in_a_process
+
+    def hangs(words, seconds, printed):
+        assert seconds <= 60 * gpu.MOST
+        if "offload" in words:
+            raise subprocess.TimeoutExpired(words, seconds)
+        return run(words, seconds, printed)
+
+    monkeypatch.setattr(gpu, "in_a_process", hangs)
+    found = measure(tmp_path)
+    assert list(found) == gpu.NAMES
+    assert found["all weights, on the host"] == {"failed": "it took more than 8 minutes"}
+
+
+@pytest.mark.parametrize("code, told", [
+    ("pass", None), ("raise ValueError('no such thing')", "ValueError: no such thing"),
+    ("import sys; sys.exit(3)", "exit status 3"),
+    ("import sys; print('bench: a line of its own'); sys.exit('bench: does not fit')", "bench: does not fit")])
+def test_what_went_wrong_is_one_line(tmp_path, code, told):
+    assert gpu.in_a_process(["-c", code], 60, tmp_path / "printed") == told
+
+
+def test_a_process_of_a_part_that_lives_on_is_not_waited_for(tmp_path):
+    """As that which numerics starts: it writes where its parent writes."""
+    code = "import subprocess, time; subprocess.Popen(['sleep', '20']); time.sleep(20)"
+    began = time.monotonic()
+    with pytest.raises(subprocess.TimeoutExpired):
+        gpu.in_a_process(["-c", code], 2, tmp_path / "printed")
+    assert time.monotonic() - began < 15
 
 
 def test_the_parts_run_on_the_miniature(monkeypatch, tmp_path, capsys):
     """In this process: an update, a picture, and the gradient twice, which is the same bit for bit on a CPU."""
 
-    def here(words, seconds):
+    def here(words, seconds, printed):
         module = bench if words[1] == "experiments.bench" else on_a_card
         monkeypatch.setattr(sys, "argv", words[1:])
         module.main()

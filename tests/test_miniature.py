@@ -14,7 +14,7 @@ from engine.data.prompt_files import read_prompts
 from engine.errors import UserError
 from engine.model.folder import Model
 from evaluation.watch import measure
-from miniature import build, build_flow, world
+from miniature import build, build_flow, build_vae, world
 from miniature.fitting import Workshop
 from miniature.judge import load_judge
 from rewards import load_rewards
@@ -94,7 +94,7 @@ def test_a_style_moves_its_own_statistic_and_no_other():
     for style in world.STYLES:
         images, _ = drawn(128, 3, style)
         told[style] = {name: values.mean().item() for name, values in pixel_statistics(images).items()}
-        told[style]["grain"] = build_flow.residue(images).abs().flatten(1).median(1).values.mean().item()
+        told[style]["grain"] = build_vae.residue(images).abs().flatten(1).median(1).values.mean().item()
     plain = told[""]
     photo, cg = told["realistic photo"], told["CG render"]
     assert photo["saturation"] < 0.65 * cg["saturation"]

@@ -30,16 +30,22 @@ class Layout(NamedTuple):
             float8.store(transformer)
         for parameter in transformer.parameters():
             parameter.data = parameter.data.to(self.dtype_of(parameter, world))
-        if world.mesh is not None:
+        if world.mesh is not None and not self.needs_no_copies(transformer, world):
             # A frozen base in bf16 is small enough to be replicated on every GPU. Then it needs no all-gather, and the
             # processes exchange only the adapters and their gradients. One process has all of a base in float8, and
             # FSDP2 would copy each block once more.
             whole = self.name == "bf16" or self.name == "fp8" and world.size == 1
             replicated = [p for p in transformer.parameters() if whole and not p.requires_grad]
             parallel.shard(transformer, world, self.name in ON_THE_HOST, replicated, self.hold())
-        elif needs_mesh(self.name):
+        elif world.mesh is None and needs_mesh(self.name):
             raise RuntimeError(f"--memory {self.name} needs parallel.World(mesh=True)")
         return torch.device("cpu") if self.name in ON_THE_HOST else world.device
+
+    def needs_no_copies(self, transformer, world):
+        """Whether the process computes with the parameters as it stores them: it has all of them on its device, in the
+        dtype that computes. FSDP2 would copy every block before each use all the same, so it is left out."""
+        dtypes = {parameter.dtype for parameter in transformer.parameters() if parameter.is_floating_point()}
+        return world.size == 1 and self.name not in ON_THE_HOST and dtypes == {world.dtype}
 
     def dtype_of(self, parameter, world):
         """The dtype in which a parameter is stored. FSDP2 computes with a copy in world.dtype; the bytes of float8 stay

@@ -97,7 +97,6 @@ class World:
         self.rank = int(os.environ.get("RANK", 0))
         self.local = local = int(os.environ.get("LOCAL_RANK", 0))
         self.neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
-        self.first_here = local == 0  # of them
         if gpu and self.neighbours > torch.cuda.device_count():
             raise UserError(f"--nproc_per_node {self.neighbours}: there are {torch.cuda.device_count()} GPUs")
         if self.size % replicas:
@@ -178,6 +177,23 @@ class World:
         if stop:
             sys.exit(2)
         return found if self.main else theirs
+
+    def from_the_first_here(self, function):
+        """Call function() in the first process of this machine. It returns a value for each process of the machine, in
+        rank order; return this one's. If it raises, the other processes exit with status 2 and no message."""
+        if self.local:
+            received = [None]
+            dist.recv_object_list(received, self.rank - self.local, device="cpu")
+            if received[0] is None:
+                sys.exit(2)
+            return received[0]
+        values = [None] * self.neighbours
+        try:
+            values = function()
+        finally:
+            for number, value in enumerate(values[1:], 1):
+                dist.send_object_list([value], self.rank + number, device="cpu")
+        return values[0]
 
     def alone(self):
         """This process as a `World` of its own, with a mesh of itself; collective."""

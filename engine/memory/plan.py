@@ -95,6 +95,8 @@ def held(job, counts, world_size, compute_dtype):
         return Held(4 * all_of_it / shards, 4 * all_of_it / shards, 8 * all_of_it / shards, with_gradient, in_rollout,
                     apart)
     if job.memory == "split":  # the optimizer holds the lower halves of the masters, and two moments in bf16
+        if not several and compute_dtype == torch.bfloat16:  # computes with what it stores, without FSDP2
+            with_gradient, in_rollout, apart = width * largest, 0, 0
         return Held(2 * all_of_it / shards, 2 * all_of_it / shards, 6 * all_of_it / shards, with_gradient, in_rollout,
                     apart)
     if job.memory in ("offload", "stream"):
@@ -144,16 +146,12 @@ def predict(job, world_size, compute_dtype):
 def divide(job, counts, world_size, compute_dtype):
     """The `Prediction` for one of world_size processes, from the `Counts`. Raises UserError as `check_replicas`."""
     check_replicas(job.replicas, world_size)
-    shards = world_size // job.replicas
     has = held(job, counts, world_size, compute_dtype)
-    trained = job.lora * counts.adapters if job.lora else counts.parameters
     if job.reward_apart:
         counts = counts.without_rewards()
 
     batch, accumulate = job.share(world_size)
-    at_once = job.at_once()
-    times = job.calls // at_once
-    states = at_once * batch * (2 if job.cfg == "both" else 1)
+    states = job.at_once() * batch * (2 if job.cfg == "both" else 1)
     saved = states * counts.saved
     recomputed = states * counts.recomputed
     reward_path = batch * (counts.lean_path if is_lean(job.memory) else counts.reward_path)
@@ -173,24 +171,7 @@ def divide(job, counts, world_size, compute_dtype):
     if job.rollout_dtype == "fp8" and job.memory in HELD_ON_THE_GPU:
         peak_in_rollout += counts.multiplied  # a byte for each, until the rollout ends
 
-    # Sharded parameters are gathered for the rollout, once or at every step; and twice for a call with a gradient, in
-    # forward and backward. After each such call the float32 gradients are averaged inside the group, of which a process
-    # already has its own 1 / shards; then each shard is averaged between the groups.
-    steps = min(1, job.rollout_steps) if job.memory in HELD_ON_THE_GPU else job.rollout_steps
-    passes = steps + (3 if job.cfg == "prompt" else 2) * times
-    sharded = trained if job.memory == "bf16" else counts.parameters
-    received = (shards - 1) / shards * (sharded * passes * compute_dtype.itemsize + trained * times * 4)
-    received += times * 4 * trained / shards * 2 * (job.replicas - 1) / job.replicas
-    # With offloading, parameters are copied from the host as often, and the gradients of every backward are copied back
-    # and added there (downloads.py).
-    bus = 0
-    host = has.host
-    if job.memory in ON_THE_HOST:
-        gradients = 4 * trained / shards
-        bus = accumulate * (has.copied * passes + times * gradients)
-        if accumulate * times > 1:
-            host += min(STAGED, gradients)
-
+    received, bus, staged = exchanged(job, has, counts, world_size, compute_dtype)
     images = batch * accumulate
     return Prediction(
         all_parameters=counts.parameters, parameters=has.parameters, gradients=has.gradients,
@@ -202,8 +183,32 @@ def divide(job, counts, world_size, compute_dtype):
         decode=images * job.calls * (3 if is_lean(job.memory) else 2) * counts.decode,
         reward=images * job.calls * 2 * counts.reward,
         rewards=counts.rewards.held(is_lean(job.memory), batch),
-        received=accumulate * received, host=host, bus=bus,
+        received=received, host=has.host + staged, bus=bus,
         peak_in_texts=compute_dtype.itemsize * job.text_parameters)
+
+
+def exchanged(job, has, counts, world_size, compute_dtype):
+    """What one of world_size processes exchanges in an update, bytes: (received from other processes, copied between
+    the host and the GPU, of gradients that wait in the host's memory to be added). has: the `Held`."""
+    shards = world_size // job.replicas
+    trained = job.lora * counts.adapters if job.lora else counts.parameters
+    _, accumulate = job.share(world_size)
+    times = job.calls // job.at_once()
+    # Sharded parameters are gathered for the rollout, once or at every step; and twice for a call with a gradient, in
+    # forward and backward. After each such call the float32 gradients are averaged inside the group, of which a process
+    # already has its own 1 / shards; then each shard is averaged between the groups.
+    steps = min(1, job.rollout_steps) if job.memory in HELD_ON_THE_GPU else job.rollout_steps
+    passes = steps + (3 if job.cfg == "prompt" else 2) * times
+    sharded = trained if job.memory == "bf16" else counts.parameters
+    received = (shards - 1) / shards * (sharded * passes * compute_dtype.itemsize + trained * times * 4)
+    received += times * 4 * trained / shards * 2 * (job.replicas - 1) / job.replicas
+    if job.memory not in ON_THE_HOST:
+        return accumulate * received, 0, 0
+    # Parameters are copied from the host as often, and the gradients of every backward are copied back and added there
+    # (downloads.py).
+    gradients = 4 * trained / shards
+    staged = min(STAGED, gradients) if accumulate * times > 1 else 0
+    return accumulate * received, accumulate * (has.copied * passes + times * gradients), staged
 
 
 def check_replicas(replicas, world_size):

@@ -53,7 +53,7 @@ def put(parameter, rows, scale=None):
     if scale is None:
         local.copy_(rows.to(local.dtype))
         return
-    numbers, scales = quantised(rows.to(local.device))
+    numbers, scales = quantised(rows if rows.is_cuda else rows.to(local.device))
     local.copy_(numbers.view(local.dtype))
     local_part(scale).copy_(scales)
 

@@ -7,10 +7,10 @@ import subprocess
 from pathlib import Path
 
 # The names of stub_counts in stub.c, in its order. up: from host to device; blocking: from or to pageable memory, so
-# that the process waits for it.
+# that the process waits for it. within: from the card to itself, as it is.
 COUNTS = ("launches", "products", "up", "up_bytes", "up_blocking", "up_blocking_bytes", "down", "down_bytes",
-          "down_blocking", "down_blocking_bytes", "stream_syncs", "device_syncs", "event_syncs", "collectives",
-          "wrong_device", "pinned", "pinned_peak")
+          "down_blocking", "down_blocking_bytes", "within_bytes", "stream_syncs", "device_syncs", "event_syncs",
+          "collectives", "wrong_device", "pinned", "pinned_peak")
 
 HERE = Path(__file__).resolve().parent
 WANTING = ("libtorch_cuda.so", "libc10_cuda.so", "libtorch_python.so", "libtorch_cpu.so", "libtorch_nvshmem.so")

@@ -1,6 +1,7 @@
 """Two updates, or a sampled picture, at FLUX.1-dev's size with the stub preloaded: `python full.py REPORT PROCESSES
 LINE ...`, as the first of so many processes. A LINE has the flags of train.py, or "sample" and those of sample.py.
-REPORT becomes {LINE: {"allocated", "reserved": bytes at their peak, "planned": the plan's}}.
+REPORT becomes {LINE: {"allocated", "reserved": bytes at their peak, "planned": the plan's, and of updates "optimizer":
+the launches of its step}}.
 
 Nothing large is written on the host: its memory is address space, with no page behind it.
 """
@@ -10,20 +11,24 @@ import json
 import os
 import sys
 from collections import Counter
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from run import stand_in
+from run import counts, since, stand_in
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flow
+import prepare
 import recipe
 import sample
 import train
 from engine.command_line import sides
 from engine.memory import layouts, modes, parallel, plan, sampling
+from engine.memory.counts import count
 from experiments import bench
 
 LARGE = 10**5  # numbers of a tensor of the host that is not written
@@ -38,7 +43,7 @@ def alone(size):
 
 
 # ---------------------------------------------------------------------------------------------------- on the host
-def random_weights_of_the_card(transformer):
+def random_weights_of_the_card(transformer, device):
     """In place of bench.fill_at_random: the values do not matter."""
 
 
@@ -64,34 +69,46 @@ def forget(a, run, step, looks):
 
 
 # ---------------------------------------------------------------------------------------------------------- a line
+@cache
+def counted():
+    """The `Counts`, which are the same for every line of updates."""
+    return count(prepare.job(*recipe.read([])), torch.bfloat16)
+
+
 def updates(argv, size):
-    """Two updates. Returns what the plan says of their peak, bytes; of the text encoders nothing is rehearsed."""
+    """Two updates. Returns {"planned": what the plan says of their peak, bytes; "optimizer"}; of the text encoders
+    nothing is rehearsed."""
     a, model = recipe.read(["--rollout-steps", "2", "--global-batch", str(size), *argv])
     a.steps = 1
     world = parallel.World(a.replicas, mesh=modes.needs_mesh(a.memory))
     run = bench.random_run(a, model, world)
-    if a.memory not in modes.ON_THE_HOST:
+    step = train.optimizer_step
+    launches = []
+
+    def counting(*arguments):
+        before = counts()
+        found = forget(*arguments) if a.memory in modes.ON_THE_HOST else step(*arguments)
+        launches.append(since(before)["launches"])
+        return found
+
+    train.optimizer_step = counting
+    with NothingOnTheHost() if a.memory in modes.ON_THE_HOST else nullcontext():
         for _ in range(2):
             train.update(a, run, 1)
-    else:
-        step, train.optimizer_step = train.optimizer_step, forget
-        with NothingOnTheHost():
-            for _ in range(2):
-                train.update(a, run, 1)
-        train.optimizer_step = step
-    planned = plan.predict(run.job, size, torch.bfloat16)
-    return max(planned.peak_in_update, planned.peak_in_rollout)
+    train.optimizer_step = step
+    planned = plan.divide(run.job, counted(), size, torch.bfloat16)
+    return {"planned": max(planned.peak_in_update, planned.peak_in_rollout), "optimizer": launches[-1]}
 
 
 def picture(argv):
-    """A picture in two steps. Returns the same of it."""
+    """A picture in two steps. Returns {"planned"}."""
     args, model = recipe.of_script(sample.flags(), argv)
     world = parallel.World()
-    net = bench.random_flow(model, world, *sampling.how(args.memory, args.weights, model, world))
+    net = bench.random_flow(model, world, *sampling.how(args.memory, None, model, world))
     grid = net.grid(*sides(args.size))
     prompt = bench.random_embeddings(net, ["a prompt"], model.configs.text_tokens)
     flow.sample(net, prompt.txt, prompt.pooled, flow.noise(net, grid, [0]), grid, 2, args.guidance)
-    return sampling.predictions(sampling.job(model, args.size, 1))[args.memory].peak_in_pictures
+    return {"planned": sampling.predictions(sampling.job(model, args.size, 1))[args.memory].peak_in_pictures}
 
 
 def by_stream():
@@ -115,10 +132,11 @@ def main():
     for line in lines:
         torch.cuda.reset_peak_memory_stats()
         first, *rest = line.split()
-        planned = picture(rest) if first == "sample" else updates([first, *rest], size)
-        told[line] = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(),
-                      "planned": planned}
-        print(line, {name: round(value / 2**30, 2) for name, value in told[line].items()}, by_stream(), flush=True)
+        found = picture(rest) if first == "sample" else updates([first, *rest], size)
+        bytes_of = {"planned": found["planned"], "allocated": torch.cuda.max_memory_allocated(),
+                    "reserved": torch.cuda.max_memory_reserved()}
+        told[line] = found | bytes_of
+        print(line, {name: round(value / 2**30, 2) for name, value in bytes_of.items()}, by_stream(), flush=True)
         dist.destroy_process_group()
         gc.collect()
         torch.cuda.empty_cache()

@@ -17,7 +17,8 @@
 
 // ------------------------------------------------------------------------------------------------- what is counted
 enum {LAUNCHES, PRODUCTS, UP, UP_BYTES, UP_BLOCKING, UP_BLOCKING_BYTES, DOWN, DOWN_BYTES, DOWN_BLOCKING,
-      DOWN_BLOCKING_BYTES, STREAM_SYNCS, DEVICE_SYNCS, EVENT_SYNCS, COLLECTIVES, WRONG_DEVICE, PINNED, PINNED_PEAK, MOST};
+      DOWN_BLOCKING_BYTES, WITHIN_BYTES, STREAM_SYNCS, DEVICE_SYNCS, EVENT_SYNCS, COLLECTIVES, WRONG_DEVICE, PINNED,
+      PINNED_PEAK, MOST};
 long long stub_counts[MOST];  // build.COUNTS has the names, in this order
 
 static void add(int what, long long n) {__sync_add_and_fetch(&stub_counts[what], n);}
@@ -151,7 +152,8 @@ static void copy(void *to, const void *from, size_t bytes) {
     if (blocking) {add(DOWN_BLOCKING, 1); add(DOWN_BLOCKING_BYTES, bytes);}
     // Large memory of the host is new, and 0 until it is touched, which would make it take real memory.
     if (bytes < PAGE) memset(to, bytes == 1, bytes);
-  } else if (!up) memmove(to, from, bytes);
+  } else if (up) add(WITHIN_BYTES, bytes);
+  else memmove(to, from, bytes);
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, enum cudaMemcpyKind kind, cudaStream_t s) {
   copy(to, from, n);
