@@ -381,9 +381,12 @@ def parser():
     return p
 
 
-def as_line(a):
-    """All flags as one line that can be pasted back into a shell."""
-    return f"{line.as_line(GROUPS, vars(a))} --recipe {a.recipe}"
+def as_line(a, kept=False):
+    """All flags as one line that can be pasted back into a shell. kept: without those that --resume may change."""
+    values = vars(a)
+    if kept:
+        values = {field.name: values[field.name] for field in line.fields_of(GROUPS) if not field.metadata["resume"]}
+    return f"{line.as_line(GROUPS, values)} --recipe {a.recipe}"
 
 
 def in_words():
@@ -420,6 +423,7 @@ def read(argv):
         out = out_of(given.get("out"), given.get("model", Trained().model))
         values = resume.flags_of(out, p, GROUPS, RECIPES, given)
     if values is not None:
+        check_method(values)
         a = Namespace(**values)
         model = Model(a.model)
     else:
