@@ -1,5 +1,6 @@
 """The set-up of train.py: everything an update needs is read, encoded and loaded; and the batches of an update."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ from engine.memory import adamw, cards, counts, layouts, modes, parallel, whole_
 from engine.model import float8, trained
 from engine.model.folder import Model
 from engine.run import made_by
-from engine.run.contents import Contents
+from engine.run.contents import FLAGS, Contents
 from engine.run.folder import RunFolder
 from engine.run.stopping import Stopping
 from evaluation import landing, watch
@@ -173,7 +174,8 @@ def set_up(a, model, world, folder=None, stopping=None):
                            watch.Prompts(texts.held_out, embeddings.part(last, len(both))), stopping)
     watching.photographs = [photographs.pixels(photograph, model.unit)[0] for photograph in shown]
     watching.level = landing.level(a, model, references, net, reward, world)
-    said = curriculum.texts | {"--watch-prompts": texts.watched, "--eval-prompts": texts.held_out}
+    said = curriculum.texts | {"--watch-prompts": texts.watched, "--eval-prompts": texts.held_out,
+                               FLAGS: [recipe.as_line(a, fixed=True)]}
     places = curriculum.places | {"--model": [model.part(part) for part in parts]}
     if a.weights:
         places["--weights"] = [trained.place_of(a.weights)]
@@ -206,8 +208,8 @@ def say_truncated(a, world, embeddings, own):
 
 def must_tell_apart(a, reward, prompts, world):
     """Raise UserError if no trained reward tells the wanted from the unwanted words of an update, although --form is
-    relative: there would be nothing to learn. A reward of the picture alone needs --form plain or sgp. A line names the
-    words that a reward's tokenizer does not know."""
+    relative: there would be nothing to learn. A reward of the picture alone needs --form plain or sgp. So too if a
+    reward does not tell two pictures apart. A line names the words that a reward's tokenizer does not know."""
     relative = a.form not in ("plain", "sgp")
     labels = ", ".join(label for label, (_, weight) in reward.parts.items() if weight)
     for step in range(max(len(a.control), len(a.neg))):
@@ -220,7 +222,14 @@ def must_tell_apart(a, reward, prompts, world):
                             "picture alone needs --form plain")
         if all(alike) and step == 0:
             world.say(f"--reward {labels}: reads --control {control} and --neg {neg} alike")
+    chance = torch.Generator().manual_seed(0)
+    pictures = torch.stack([torch.rand(3, a.size, a.size, generator=chance), torch.full((3, a.size, a.size), 0.5)])
     for label, (part, weight) in reward.parts.items():
+        with torch.no_grad():
+            one, other = part.of(pictures, sr.texts_of(prompts[:1] * 2, *words_of(a, 0)))[0].value().tolist()
+        if one == other or not math.isfinite(one + other):
+            raise UserError(f"--reward {label}: gives two different pictures the scores {one:g} and {other:g}; give a "
+                            "file that is whole")
         for flag, words in (("--control", a.control), ("--neg", a.neg)):
             for word in words if weight else ():
                 if part.does_not_know(word):

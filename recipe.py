@@ -381,10 +381,12 @@ def parser():
     return p
 
 
-def as_line(a):
-    """The flags of a run as one line that can be pasted back into a shell, the same when it is resumed."""
-    kept = {name: value for name, value in vars(a).items() if name not in resume.ONCE}
-    return f"{line.as_line(GROUPS, kept)} --recipe {a.recipe}"
+def as_line(a, fixed=False):
+    """The flags of a run as one line that can be pasted back into a shell, the same when it is resumed. fixed: without
+    those that --resume may change."""
+    left_out = {field.name for field in line.fields_of(GROUPS) if fixed and field.metadata["resume"]}
+    values = {name: value for name, value in vars(a).items() if name not in left_out.union(resume.ONCE)}
+    return f"{line.as_line(GROUPS, values)} --recipe {a.recipe}"
 
 
 def in_words():
@@ -421,6 +423,7 @@ def read(argv):
         out = out_of(given.get("out"), given.get("model", Trained().model))
         values = resume.flags_of(out, p, GROUPS, RECIPES, given)
     if values is not None:
+        check_method(values)
         a = Namespace(**values)
         model = Model(a.model)
     else:

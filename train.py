@@ -39,7 +39,7 @@ from engine.model import lora, tensors
 from engine.run import checkpoint, finite
 from engine.run.folder import RunFolder, may_explain
 from engine.run.stopping import Stopping
-from evaluation import card
+from evaluation import card, watch
 from evaluation.explain import Explanation
 
 
@@ -212,7 +212,7 @@ def begin(a, run, world):
         world.decide(folder.open, run.made_by)
         world.decide(run.contents.begin)
         return run.watched.begin(folder)
-    state = checkpoint.load_newest(folder.checkpoints, run.net.transformer, run.optimizer, world)
+    state = checkpoint.load_newest(folder.checkpoints, run.net.transformer, run.optimizer, world, watch.STATE)
     world.decide(run.contents.compare, state["contents"])
     world.decide(folder.open, run.made_by)
     world.decide(folder.go_on_from, state)
@@ -280,6 +280,8 @@ def main(argv=None, read=None):
                 lora.export(run.net.transformer, out / "weights", world, run.net.dtype, run.watched.about)
             if world.main:
                 run.watched.report(folder, state, "stopped")
+                if state["step"]:
+                    run.watched.cards(out, state)
             raise
         except NotFinite:
             if world.main:

@@ -44,14 +44,16 @@ def shortened(text, most=1000):
 
 
 def one_line(error):
-    """The first line of an exception's message, at most 200 characters; its type's name if it has no message. torch's
-    message about a pickle that would run code advises to run it, so it is replaced."""
+    """The first line of an exception's message, with the second if it ends in a colon, at most 200 characters; its
+    type's name if it has no message. torch's message about a pickle that would run code advises to run it, so it is
+    replaced."""
     if "weights_only" in str(error):
         return "holds more than tensors, which could run code, so it is not read; save the tensors alone"
     lines = str(error).strip().splitlines()
     if not lines:
         return type(error).__name__
-    return lines[0][:200]
+    text = " ".join(" ".join(lines[:2]).split()) if lines[0].endswith(":") else lines[0]
+    return text[:200]
 
 
 PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",

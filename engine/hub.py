@@ -89,7 +89,7 @@ def some_files(name, wanted, whose):
     Without a network it is the folder that an earlier call filled. Raises UserError."""
     quiet()
     try:
-        files = HfApi().list_repo_files(name)
+        files = [one.rfilename for one in HfApi().model_info(name).siblings]  # list_repo_files tries for 24 seconds
     except Exception as error:
         try:
             return Path(snapshot_download(name, local_files_only=True))

@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 import threading
+import traceback
+from functools import partial
 
 # Windows has no SIGHUP.
 ASKS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
@@ -29,10 +31,21 @@ def stop(script, number):
     os._exit(0 if "RANK" in os.environ else 128 + number)
 
 
+def fail(script, kind, error, trace):
+    """End the process in one line: a library cannot be imported."""
+    *_, (frame, number) = traceback.walk_tb(trace)
+    first = (str(error).strip().splitlines() or [""])[0]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{script}: a library cannot be loaded: {kind.__name__}: {first} ({frame.f_code.co_filename}:{number}); "
+              "pip install -r requirements.txt, or correct the variable of the environment", file=sys.stderr)
+    os._exit(2)
+
+
 def until_loaded(script):
-    """From now on, and until `loaded`, SIGTERM, Ctrl-C and SIGHUP end the process with one line. After SILENCE seconds
-    a line says what takes so long. script: the name in these lines."""
+    """From now on, and until `loaded`, SIGTERM, Ctrl-C and SIGHUP end the process with one line, and so does an import
+    that fails. After SILENCE seconds a line says what takes so long. script: the name in these lines."""
     loaded()
+    sys.excepthook = partial(fail, script)
     for number in ASKS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             before[number] = signal.signal(number, lambda number, frame: stop(script, number))
@@ -49,7 +62,8 @@ def until_module_loaded(package):
 
 
 def loaded():
-    """The libraries are loaded: nothing more is said, and the signals do what they did before."""
+    """The libraries are loaded: nothing more is said, and signals and errors do what they did before."""
+    sys.excepthook = sys.__excepthook__
     while waiting:
         waiting.pop().cancel()
     while before:

@@ -26,6 +26,12 @@ from evaluation.report import curves
 from evaluation.report import page as report
 from rewards.pictures import fitted, pixel_statistics
 
+# The state of a run that a checkpoint keeps beside the tensors, as `files.fits` has it: see `Watch.begin`.
+STATE = {"run": str, "optimizer": [{"lr": float, "weight_decay": float}],
+         "contents": {str: {"sha256": str, "stamp": object}}, "unlogged": (None, {"step": int}), "warned": bool,
+         "gap": float, "best": (None, float), "best_step": (None, int),
+         "evaluated": (None, {str: (None, {"mean": float})}),
+         "before": dict.fromkeys(("reward", "sgp", *STATISTICS), [float])}
 BEFORE = "before training"  # the end of the titles of the looks at what the run starts from
 LEAST = 0.1  # of --lr, so that a run lands at last
 
@@ -263,6 +269,12 @@ class Watch:
                    for seed, (prompt, *pictures) in enumerate(zip(self.watched.texts, *lines, strict=False))]
         sheets.save(["before", f"update {step}"], columns, out / "before_after.png")
 
+    def cards(self, out, state, made=()):
+        """Write the model cards of the run's weights. made: the `Table`s of its results, if it has ended."""
+        for name, step in (("weights", state["step"]), ("weights_best", state["best_step"])):
+            if step is not None:
+                card.write(out / name, self.a, self.model, self.flags, made, step)
+
     def lr(self, state):
         """The learning rate of the next update: --lr, or less where the run is about to land."""
         return self.a.lr if self.level is None else self.a.lr * state.get("share", 1.0)
@@ -288,8 +300,6 @@ class Watch:
         made = curves.numbers([report.run_of(out, vars(self.a), self.flags, "finished", state)])
         table_formats.write(out, made)
         print(table_formats.for_the_terminal(made) + "\n")
-        for name, step in (("weights", state["step"]), ("weights_best", state["best_step"])):
-            if step is not None:
-                card.write(out / name, self.a, self.model, self.flags, made, step)
+        self.cards(out, state, made)
         print(f"weights in {out}/weights (best by SGP gap inside the drift band: weights_best), "
               f"pictures in {out}/before_after.png")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from engine.errors import UserError
+from engine.files import fits
 from engine.hub import fetched
 from engine.memory.lean import keep_only_what_is_used
 from engine.model.tensors import are_finite
@@ -79,7 +80,9 @@ class Reward:
 
     def __init__(self, network, size, mean, std):
         """network: a module with weights, which is frozen here. size: pixels of a side. mean, std: three numbers each,
-        which normalise pixels in [0, 1]."""
+        which normalise pixels in [0, 1]. Raises UserError if they are not, or a std is not above 0."""
+        if not fits([*mean, *std], [float]) or not len(mean) == len(std) == 3 or min(std) <= 0:
+            raise UserError(f"its pictures' mean {mean} and std {std} must be three numbers each, and std above 0")
         self.model = network.eval().requires_grad_(False)
         self.size = size
         self.mean = list(mean)

@@ -137,8 +137,9 @@ def load_folder(folder, device):
         model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         tokenizer = tokenizer_of(folder, text_config)
     prepared = model.visual.preprocess_cfg
-    if prepared["interpolation"] == "bilinear":
-        raise UserError(f"{CONFIG} asks for bilinear resizing of pictures; only bicubic resizing is supported")
+    if prepared["interpolation"] != "bicubic":
+        raise UserError(f"{CONFIG} asks for {prepared['interpolation']} resizing of pictures; only bicubic resizing is "
+                        "supported")
     return ClipReward(model.to(device), tokenizer, FITS[prepared["resize_mode"]])
 
 

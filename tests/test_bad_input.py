@@ -246,7 +246,8 @@ WEIGHTS = {  # what --weights may be; what is said
     "x" * 300: "is too long", "pipe": "no transformer there: a file without an ending",
     "miniature/vae/config.json": "no transformer there: a file that ends in .json",
     "miniature/tokenizer": "no transformer there: a folder with ",
-    "cut": "cannot be loaded as FLUX.1", "less": "--weights less: another architecture: num_layers 1, and",
+    "cut": "cannot be read: Error while deserializing header: incomplete metadata",
+    "less": "--weights less: another architecture: num_layers 1, and",
     "text.safetensors": "text.safetensors: cannot be read",
     "other.safetensors": "tensors are missing or not FluxTransformer2DModel's",
     "kohya.safetensors": "kohya.safetensors: this transformer has no layer a",
@@ -371,6 +372,9 @@ REWARDS = [
     Mistake("train.py", "--reward anothers", "its tokenizer has 115 words, and its text tower knows 591"),
     Mistake("train.py", "--reward deaf", "reads --control realistic photo and --neg CG render alike"),
     Mistake("train.py", "--reward truths", "holds BOOL, which are no weights"),
+    Mistake("train.py", "--reward blind", "--reward blind: gives two different pictures the scores 0 and 0"),
+    Mistake("train.py", "--reward unscaled", "std [0, 0, 0] must be three numbers each, and std above 0"),
+    Mistake("train.py", "--reward pointer", "model.safetensors: cannot be read: it is a Git LFS pointer"),
     Mistake("train.py", "--plan --world-size 1 --reward folder", "folder: no reward in it, neither open_clip"),
     Mistake("train.py", "--reward pickle.pt", "holds more than tensors, which could run code, so it is not read"),
     Mistake("train.py", "--reward code", "asks for code to be run (trust_remote_code)"),
@@ -447,6 +451,13 @@ def whole_numbers(state):
 def truth_values(state):
     name = sorted(state)[0]
     state[name] = state[name].bool()
+
+
+def blind(state):
+    """Every picture comes out alike."""
+    for name in state:
+        if name.startswith("visual."):
+            state[name] = torch.zeros_like(state[name])
 
 
 def deaf(state):
@@ -645,6 +656,11 @@ def make_rewards(here):
     shutil.copytree(ROOT / "miniature" / "tokenizer_2", here / "anothers", dirs_exist_ok=True)
     tensors("open_clip_model.safetensors", deaf)(here / "deaf")
     tensors("open_clip_model.safetensors", truth_values)(here / "truths")
+    for name in ("blind", "unscaled", "pointer"):
+        shutil.copytree(ROOT / "miniature" / "reward", here / name)
+    tensors("open_clip_model.safetensors", blind)(here / "blind")
+    config(network, preprocess_cfg={"mean": [0, 0, 0], "std": [0, 0, 0]})(here / "unscaled")
+    write(here / "pointer" / "open_clip_model.safetensors", "version https://git-lfs.github.com/spec/v1\n")
     make_foreign_reward(here / "wordless")
     (here / "wordless" / "tokenizer.json").unlink()
 
@@ -804,11 +820,13 @@ def test_the_papers_prompts_come_from_the_hub_each_once(monkeypatch, tmp_path):
     (tmp_path / "train.json").write_text(json.dumps([{"prompt": "a fox"}, {"prompt": "a dog"},
                                                      {"prompt": "a fox"}]))
     (tmp_path / "list.json").write_text(json.dumps(["a street", "a fox"]))
-    monkeypatch.setattr(prompt_files, "hf_hub_download", lambda dataset, name, repo_type: tmp_path / (
-        "train.json" if name == "train.json" else "list.json"))
+    (tmp_path / "benchmark").mkdir()
+    for name in ("anime", "concept-art", "paintings", "photo"):
+        shutil.copy(tmp_path / "list.json", tmp_path / "benchmark" / f"{name}.json")
+    monkeypatch.setattr(prompt_files, "snapshot_download", lambda dataset, allow_patterns, repo_type: tmp_path)
     assert prompt_files.read_prompts("hpdv2") == ["a fox", "a dog"]
     assert prompt_files.read_prompts("hpdv2-benchmark") == ["a street", "a fox"]
-    monkeypatch.setattr(prompt_files, "hf_hub_download", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(prompt_files, "snapshot_download", lambda *_, **__: 1 / 0)
     with pytest.raises(ValueError, match="ymhao/HPDv2 cannot be fetched .*; give a text file"):
         prompt_files.read_prompts("hpdv2")
 

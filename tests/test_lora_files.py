@@ -407,7 +407,8 @@ def plus(name, tensor=None):
 
 
 def with_note(**config):
-    return lambda base: (a_plain(base)[0], noted(r=4, lora_alpha=4, target_modules=LAYERS, **config))
+    settings = dict(r=4, lora_alpha=4, target_modules=LAYERS) | config
+    return lambda base: (a_plain(base)[0], noted(**settings))
 
 
 ATTN = "lora_unet_double_blocks_0_img_attn_qkv"
@@ -431,6 +432,23 @@ REFUSED = {
     "holds torch.bool, which are no weights": plus("transformer.x_embedder.lora_A.weight", torch.ones(2, 2).bool()),
     "has no alpha, and the other layers have several": lambda base: (
         in_diffusers(matrices(base, LAYERS)) | alphas([Q, OUT], (8, 2)), None),
+    "is there twice, under two names": lambda base: (
+        a_plain(base)[0] | in_diffusers(matrices(base, [Q]), prefix="diffusion_model."), None),
+    "lora_down.weight is there twice": lambda base: (
+        a_plain(base)[0] | in_diffusers(matrices(base, [Q]), "lora_down", "lora_up"), None),
+    "is there twice, once joined with others": lambda base: (
+        a_plain(base)[0] | kohya(base)[0], None),
+    "ff.net.0.proj.alpha must be one number above 0": plus(f"transformer.{FF}.alpha", torch.tensor(0.0)),
+    "to_q.alpha must be one number above 0": plus(f"transformer.{Q}.alpha", torch.tensor(True)),
+    "norm1.linear.alpha must be one number": plus(f"transformer.{NORM}.alpha", torch.tensor(1j)),
+    "r '4.0' is no value of peft's config": with_note(r=4.0),
+    "lora_alpha '8' is no value": with_note(lora_alpha="8"),
+    "alpha_pattern \"{'to_q': 'x'}\" is no value": with_note(alpha_pattern={"to_q": "x"}),
+    "use_rslora 'yes' is no value": with_note(use_rslora="yes"),
+    "use_bdlora": with_note(use_bdlora={"a": 1}),
+    "does not say whose they are; diffusers writes transformer.lora_alpha": lambda base: (
+        a_plain(base)[0], {"lora_adapter_metadata": '{"r": 4, "lora_alpha": 8}'}),
+    "a model quantized by nunchaku": plus("transformer_blocks.0.qkv_proj.qweight", torch.ones(2).to(torch.int8)),
     "not finite": lambda base: (in_diffusers({Q: (torch.full((2, D), torch.nan), torch.ones(D, 2))}), None),
     "cannot be read": lambda base: (a_plain(base)[0], {"lora_adapter_metadata": "{"}),
     "cannot be read as a LoRA": lambda base: (a_plain(base)[0], noted(r=8, lora_alpha=8, target_modules=LAYERS)),

@@ -64,8 +64,7 @@ def few_tokens(model):
 @pytest.fixture
 def no_hub(monkeypatch):
     """A machine without a network."""
-    for name in ("snapshot_download", "hf_hub_download"):
-        monkeypatch.setattr(model_folder, name, lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(model_folder, "snapshot_download", lambda *_, **__: 1 / 0)
 
 
 # --------------------------------------------------------------------------------------------- models by name
@@ -96,15 +95,10 @@ def hub_of(monkeypatch, folder):
     """The hub gives a folder's files; a list of what it is asked for."""
     asked = []
 
-    def one(name, file):
-        asked.append(file)
-        return str(folder / file)
-
     def some(name, allow_patterns):
         asked.extend(allow_patterns)
         return str(folder)
 
-    monkeypatch.setattr(model_folder, "hf_hub_download", one)
     monkeypatch.setattr(model_folder, "snapshot_download", some)
     return asked
 
@@ -119,6 +113,19 @@ def test_a_hub_id_that_is_not_known_is_refused_before_anything_is_downloaded(mon
     with pytest.raises(UserError, match="its model_index.json says Flux2Pipeline, but only FLUX.1"):
         recipe.read(["--plan", "--model", "someone/flux2"])
     assert asked == ["model_index.json"]
+
+
+def test_a_machine_without_a_network_says_so_at_once(monkeypatch, tmp_path, run):
+    """The hub's library does not wait and try again, which takes it 24 seconds."""
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: 1 / 0)
+    trained.on_the_hub.cache_clear()
+    for flags, words in ((["--model", "some/typo"], "not known here, and the hub gives no model_index.json"),
+                         (["--model", "miniature", "--weights", "some/typo"], "and the hub does not give it"),
+                         (["--model", "miniature", "--prompts", "hpdv2"], "ymhao/HPDv2 cannot be fetched"),
+                         (["--model", "miniature", "--reward", "clip=some/typo"], "cannot be fetched from the hub")):
+        status, said = run(train, *flags, "--out", tmp_path / "run")
+        assert status == 2 and words in said and "ZeroDivision" not in said, said
 
 
 def test_a_hub_id_that_is_flux_1_is_planned_by_its_own_configs(monkeypatch):

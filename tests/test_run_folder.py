@@ -233,6 +233,8 @@ CASES = {
     "a link, --overwrite": Case(a_run_in_a_link, "overwrite", goes=MADE, stays=("../elsewhere", "run.json")),
     "linked samples": Case(linked_to("elsewhere", "samples"), "resume", words=LINK),
     "linked samples, --overwrite": Case(linked_to("elsewhere", "samples"), "overwrite", words=LINK),
+    "a folder where the log is": Case(holding("log.jsonl/mine", "run.json", text='{"run": "r1"}'), "resume",
+                                      "log.jsonl: not a file; remove it, or give another --out"),
     "what a kill left": Case(a_run_half_killed, "resume", newest="step_00002", goes=(
         ".args.json.4711", "weights/.diffusion_pytorch_model.safetensors.4711", "checkpoints/.writing",
         "checkpoints/.discarded_step_00001")),
@@ -353,15 +355,21 @@ def test_a_log_that_was_cut_says_which_steps_it_lacks(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize("flags", ["", "--lr 3e-5", "--prompts p.txt", "--reward miniature/reward_unbiased"])
-def test_a_refused_resume_writes_nothing(whole, tmp_path, capsys, flags):
-    """It is refused when it is compared with the run, after all is loaded; then the same command line goes on."""
+REFUSED = [("", {}), ("--lr 3e-5", {}), ("--prompts p.txt", {}), ("--reward miniature/reward_unbiased", {}),
+           (None, {"lr": 3e-5}), (None, {"method": "another"}), (None, {"global_batch": 3})]
+
+
+@pytest.mark.parametrize("flags, edited", REFUSED)
+def test_a_refused_resume_writes_nothing(whole, tmp_path, capsys, flags, edited):
+    """It is refused when it is compared with the run, after all is loaded; edited: keys of args.json."""
     out = linked(whole, tmp_path / "run")
+    args = json.loads((out / "args.json").read_text()) | edited
+    write_whole(out / "args.json", json.dumps(args))
     (tmp_path / "p.txt").write_text("a red circle\n")
     before = everything(out)
-    argv = flags.replace("p.txt", str(tmp_path / "p.txt")).split()
+    argv = (flags or "").replace("p.txt", str(tmp_path / "p.txt")).split()
     with pytest.MonkeyPatch.context() as monkeypatch:
-        if not flags:
+        if flags == "":
             monkeypatch.setattr(contents, "digest_of_files", lambda places: "another")
             monkeypatch.setattr(contents, "stamp", lambda *places: [])
         try:
@@ -516,9 +524,21 @@ def evil_settings(folder, trap):
     write_whole(folder / "state.json", json.dumps(state | {"optimizer": [trap]}))
 
 
+def evil_scores(folder, trap):
+    state = json.loads((folder / "state.json").read_text())
+    write_whole(folder / "state.json", json.dumps(state | {"before": {"sgp": [trap]}}))
+
+
+def evil_pipe(folder, trap):
+    (folder / "state.json").unlink()
+    os.mkfifo(folder / "state.json")
+
+
 @pytest.mark.parametrize("poison, words", [(evil_tensors, "header"), (evil_archive, "header"),
                                            (evil_state, "not a text file|codec|not JSON"),
-                                           (evil_settings, "no attribute")])
+                                           (evil_settings, "is not the state of a run"),
+                                           (evil_scores, "is not the state of a run"),
+                                           (evil_pipe, "No such file")])
 def test_a_checkpoint_from_elsewhere_runs_nothing(whole, network, tmp_path, poison, words):
     """Its checksums are right: who makes a checkpoint can make those too. Nor is a pickle looked at that lies
     where torch's other format has one."""
@@ -527,10 +547,10 @@ def test_a_checkpoint_from_elsewhere_runs_nothing(whole, network, tmp_path, pois
     write_whole(folder / ".metadata", pickle.dumps(Evil(str(tmp_path / "trap"))))
     poison(folder, str(tmp_path / "trap"))
     sums = json.loads((folder / "checksums.json").read_text())
-    sums = {name: checkpoint.digest(folder / name) for name in sums}
+    sums = {name: (folder / name).is_file() and checkpoint.digest(folder / name) for name in sums}
     write_whole(folder / "checksums.json", json.dumps(sums))
     with pytest.raises(checkpoint.Damaged, match=words) as refusal:
-        checkpoint.load(folder, *network)
+        checkpoint.load(folder, *network, watch.STATE)
     assert "\n" not in str(refusal.value) and not (tmp_path / "trap").exists()
 
 
@@ -598,6 +618,7 @@ def test_stopped_in_every_phase_it_goes_on_to_the_same_end(whole, tmp_path, monk
         assert last.startswith("train.py: stopped ") and phase.words in last, phase
         if "saved" in phase.words:
             assert (out / "weights" / "diffusion_pytorch_model.safetensors").is_file()
+            assert f"{phase.words.split()[2][:-1]} updates of" in (out / "weights" / "README.md").read_text()
     run(monkeypatch, "--out", out, "--resume")
     assert log_of(out) == log_of(whole)
     assert (out / "summary.json").read_bytes() == (whole / "summary.json").read_bytes()

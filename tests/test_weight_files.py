@@ -20,6 +20,7 @@ from engine.errors import NotFinite, UserError, one_line
 from engine.memory import parallel
 from engine.model import configs, export, lora, lora_files, single_file, trained
 from engine.model.folder import Model
+from engine.model.tensor_files import INDEX
 from rewards import clip_model
 
 LAYER = "transformer_blocks.0.attn.to_q"
@@ -153,7 +154,8 @@ def on_hub(monkeypatch, tmp_path):
         return str(tmp_path)
 
     def ready(files):
-        monkeypatch.setattr(hub, "HfApi", lambda: types.SimpleNamespace(list_repo_files=lambda name: list(files)))
+        monkeypatch.setattr(hub, "HfApi", lambda: types.SimpleNamespace(model_info=lambda name: types.SimpleNamespace(
+            siblings=[types.SimpleNamespace(rfilename=file) for file in files])))
         monkeypatch.setattr(hub, "snapshot_download", some)
         trained.on_the_hub.cache_clear()
         return asked
@@ -281,9 +283,26 @@ def test_each_process_reads_its_own_rows_of_scaled_float8(per_row, dtype, tmp_pa
                 assert torch.equal(tensor[first:last].float(), wanted[name][first:last].float()), name
 
 
+PROJ = "double_blocks.0.img_attn.proj.{}"
 BROKEN = {
     "is a scale, and there is no": {"double_blocks.0.nothing.scale_weight": torch.tensor(1.0)},
-    "has 3 numbers, and its weight": {"double_blocks.0.img_attn.qkv.scale_weight": torch.ones(3)},
+    "has the shape [3], and its weight 384 rows": {"double_blocks.0.img_attn.qkv.scale_weight": torch.ones(3)},
+    "has the shape [1, 128], and its weight 128 rows": {PROJ.format("scale_weight"): torch.ones(1, 128)},
+    "has the shape [8, 16], and its weight 128 rows": {PROJ.format("scale_weight"): torch.ones(8, 16)},
+    "scale_weight holds I64, which are no scales": {PROJ.format("scale_weight"): torch.tensor(1)},
+    "scale_weight holds BOOL, which are no scales": {PROJ.format("scale_weight"): torch.tensor(True)},
+    "has two scales, .scale_weight and .weight_scale": {PROJ.format("scale_weight"): torch.tensor(1.0),
+                                                        PROJ.format("weight_scale"): torch.tensor(1.0)},
+    "proj.weight is in float8 without a scale": {PROJ.format("weight"): torch.ones(128, 128).to(torch.float8_e5m2),
+                                                 "scaled_fp8": torch.zeros(0)},
+    "img_attn.qkv.weight is in float8 without": {
+        PROJ.format("scale_weight"): torch.tensor(1.0),
+        "double_blocks.0.img_attn.qkv.weight": torch.ones(384, 128).to(torch.float8_e4m3fn)},
+    "there as .weight and as .scale": {"double_blocks.0.img_attn.norm.key_norm.weight": torch.ones(32)},
+    "holds two transformers, one with model.diffusion_model. before": {
+        f"model.diffusion_model.{PROJ.format('weight')}": torch.ones(128, 128)},
+    "tensors are not FLUX.1's, such as transformer_blocks": {"transformer_blocks.0.attn.to_q.weight": torch.ones(1)},
+    "'double_blocks.2.img_mod.lin.weight' is missing": {"double_blocks.2.x.weight": torch.ones(1)},
     "scale_weight is not finite": {"double_blocks.0.img_attn.qkv.scale_weight": torch.tensor(torch.inf)},
     "is quantized as 'nvfp4'": noted({"double_blocks.0.img_attn.qkv.weight_scale": 0}, "nvfp4"),
     "its note of a quantization is damaged": {"double_blocks.0.img_attn.qkv.comfy_quant": torch.ones(3).byte()},
@@ -296,6 +315,77 @@ BROKEN = {
 def test_what_is_no_scaled_float8_is_refused_by_name(words, tmp_path, state):
     save_file(released_names(state) | BROKEN[words], tmp_path / "one.safetensors")
     assert refused(tmp_path / "one.safetensors", words)
+
+
+OF_OTHERS = {  # the name of a tensor; what the file is
+    "x.weight.absmax": "quantized by bitsandbytes", "x.SCB": "quantized by bitsandbytes",
+    "x.weight._data": "quantized by quanto", "x.qweight": "quantized by nunchaku, GPTQ or AWQ",
+    "x.weight.tensor_impl.int_data": "quantized by torchao", "x._weight_qdata": "quantized by torchao",
+    "x.weight_quantizer._amax": "quantized by ModelOpt", "x.weight_scale_inv": "float8 with a scale for each block",
+    "x.weight_scale_2": "quantized as nvfp4", "x.zero_point": "quantized by SDNQ",
+    "distilled_guidance_layer.norms.0.scale": "Chroma, another model",
+    "double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight": "an IP-adapter",
+    "double_stream_modulation_img.lin.weight": "FLUX.2 with black-forest-labs' names"}
+
+
+@pytest.mark.parametrize("name", OF_OTHERS)
+@pytest.mark.parametrize("names", [dict, released_names])
+def test_another_format_is_refused_by_its_name(names, name, tmp_path, state):
+    """Whatever the dtype of its tensors."""
+    save_file(names(state) | {name: torch.ones(4, 4)}, tmp_path / "one.safetensors")
+    assert refused(tmp_path / "one.safetensors", f"{OF_OTHERS[name]}")
+
+
+NOT_SAFETENSORS = {b"version https://git-lfs.github.com/spec/v1\n": "a Git LFS pointer, and not the file itself",
+                   b"GGUF\3\0\0\0": "it is GGUF", b"PK\x03\x04....": "it is a pickle of torch.save",
+                   b"<!DOCTYPE html>": "it is a page of the web", b"": "cannot be read: Error while deserializing"}
+
+
+@pytest.mark.parametrize("start", NOT_SAFETENSORS)
+def test_what_is_not_safetensors_is_named(start, tmp_path):
+    (tmp_path / "one.safetensors").write_bytes(start)
+    assert refused(tmp_path / "one.safetensors", NOT_SAFETENSORS[start])
+
+
+# ----------------------------------------------------------------------------------------------- folders of shards
+def shards(folder, parts, listed=None, **config):
+    """Fill a folder with one safetensors file of each of the parts, and an index; listed: {name: number of its file}.
+    The folder."""
+    edit = json.loads((Path("miniature") / "transformer" / "config.json").read_text()) | config
+    (folder / "config.json").write_text(json.dumps(edit))
+    files = [f"diffusion_pytorch_model-{n}.safetensors" for n in range(len(parts))]
+    for file, part in zip(files, parts, strict=True):
+        save_file({name: tensor.contiguous() for name, tensor in part.items()}, folder / file)
+    listed = listed or {name: n for n, part in enumerate(parts) for name in part}
+    index = {"weight_map": {name: files[n] for name, n in listed.items()}}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def halves(state):
+    names = sorted(state)
+    return [{name: state[name] for name in some} for some in (names[:70], names[70:])]
+
+
+@pytest.mark.parametrize("names", [dict, released_names])
+@pytest.mark.parametrize("scale", [".scale_weight", ".weight_scale"])
+def test_a_folder_of_shards_in_scaled_float8_is_read_with_its_scales(scale, names, tmp_path, state):
+    stored, meant = in_float8(names(state), scale)
+    save_file(meant, tmp_path / "wanted.safetensors")
+    (tmp_path / "it").mkdir()
+    assert are_equal(read(shards(tmp_path / "it", halves(stored))), read(tmp_path / "wanted.safetensors"))
+
+
+def test_shards_and_their_index_must_agree(tmp_path, state):
+    """A tensor in two files, or in a file that the index does not name; and a folder that says it is quantized."""
+    one, other = halves(state)
+    listed = {name: n for n, part in enumerate((one, other)) for name in part}
+    name = next(iter(one))
+    for extra in (name, "extra"):
+        shards(tmp_path, [one, other | {extra: torch.ones(1)}], listed)
+        assert refused(tmp_path, f"-1.safetensors: holds other tensors than {INDEX} says, such as {extra}")
+    shards(tmp_path, [one, other], quantization_config={"quant_method": "torchao"})
+    assert refused(tmp_path, "config.json: quantized by torchao, which is not read")
 
 
 def test_a_quantization_noted_in_the_header_is_refused_by_name(tmp_path, state):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import snapshot_download
 
 from engine.data.text_files import READERS, is_blank, prompts_of_json
 from engine.errors import UserError
@@ -38,7 +38,11 @@ def fetched_set(name, flag):
     repository, files = PROMPTS[name]
     quiet()
     try:
-        return [Path(hf_hub_download(repository, file, repo_type="dataset")) for file in files]
+        folder = Path(snapshot_download(repository, allow_patterns=files, repo_type="dataset"))
+        for file in files:
+            if not (folder / file).is_file():  # without a network: only some of them were fetched before
+                raise FileNotFoundError(file)
+        return [folder / file for file in files]
     except Exception as error:
         raise UserError(f"{flag} {name}: {repository} cannot be fetched ({type(error).__name__}); give a "
                         f"text file, one prompt a line, or a folder of its .json files") from error

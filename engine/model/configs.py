@@ -17,6 +17,9 @@ WORD_LISTS = ("tokenizer.json", "vocab.json", "added_tokens.json")  # vocabulari
 ADAPTER = "adapter_config.json"  # transformers would load the adapter that it names on top of the weights
 TABLES = ("position_ids", "relative_position_index", "num_batches_tracked")  # tensors that do hold whole numbers
 FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")  # safetensors' names of what weights may be
+# What is not safetensors, by the first bytes of the file.
+BEGINNINGS = {b"version https://git-lfs": "a Git LFS pointer, and not the file itself; git lfs pull", b"GGUF": "GGUF",
+              b"PK\x03\x04": "a pickle of torch.save", b"<": "a page of the web, and not the file itself"}
 MOST_LAYERS = 1000
 LARGEST = 10**7
 
@@ -53,6 +56,9 @@ def check_config(file):
     for key, value in pairs(config):
         if key in ("trust_remote_code", "auto_map") or asks_for_a_kernel(key, value):
             raise UserError(f"{file.name} asks for code to be run ({key}), which is not done")
+        if key == "quantization_config" and value:
+            method = value.get("quant_method") if isinstance(value, dict) else value
+            raise UserError(f"{file}: quantized by {str(method)[:40]}, which is not read; give the weights in bf16")
         if is_network and isinstance(value, int | float):
             most = MOST_LAYERS if "layers" in key else LARGEST
             if not abs(value) <= most:  # written so that nan is refused too
@@ -154,15 +160,33 @@ def fitting(file, read, needed, optional=None):
 
 
 # ---------------------------------------------------------------------------------------------- the weights
+def slices_of(file):
+    """{name: slice} of all tensors of a safetensors file. A slice reads its rows on demand. Raises UserError if the
+    file cannot be read."""
+    try:
+        opened = safe_open(file, "pt")
+        return {name: opened.get_slice(name) for name in opened.keys()}
+    except Exception as error:
+        raise UserError(f"{file}: cannot be read: {what_it_is(file) or one_line(error)}") from error
+
+
+def what_it_is(file):
+    """What a file that is not safetensors is, in words; None if that is not known."""
+    try:
+        with open(file, "rb") as opened:
+            start = opened.read(64)
+    except OSError:
+        return None
+    return next((f"it is {words}" for begin, words in BEGINNINGS.items() if start.startswith(begin)), None)
+
+
 def check_dtypes(folder):
     """Raise UserError if a safetensors or .bin file of a folder holds whole numbers, or true and false, where weights
     are expected."""
     for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():
-                dtype = opened.get_slice(name).get_dtype()
-                if dtype not in FLOATS and not name.endswith(TABLES):
-                    raise UserError(f"{file}: {name} holds {dtype}, which are no weights")
+        for name, tensor in slices_of(file).items():
+            if tensor.get_dtype() not in FLOATS and not name.endswith(TABLES):
+                raise UserError(f"{file}: {name} holds {tensor.get_dtype()}, which are no weights")
     for file in sorted(Path(folder).glob("*.bin")):
         torch = importlib.import_module("torch")  # here, since a plan needs no torch
         must_be_floats(torch.load(file, map_location="meta", weights_only=True), f"{file}: ")

@@ -3,7 +3,7 @@ its parts, and the default flags that suit it. No weights are read here, and not
 
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 
 from engine.errors import UserError, one_line
 from engine.files import read_json
@@ -135,7 +135,8 @@ def configs_of_unknown(name):
     quiet()
     known = f"known are {', '.join(KNOWN)}, and folders in their layout"
     try:
-        kind = read_json(hf_hub_download(name, INDEX)).get("_class_name")
+        # hf_hub_download would try for 24 seconds where there is no network
+        kind = read_json(Path(snapshot_download(name, allow_patterns=[INDEX])) / INDEX).get("_class_name")
     except Exception as error:
         raise UserError(f"--model {name}: not known here, and the hub gives no {INDEX} that says what it is "
                         f"({type(error).__name__}); {known}") from error

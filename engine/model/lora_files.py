@@ -14,10 +14,11 @@ import torch
 from safetensors import safe_open
 
 from engine.errors import UserError, one_line
-from engine.files import read_json
+from engine.files import fits, read_json
 from engine.hub import quiet
 from engine.model import released
-from engine.model.single_file import is_single_file, slices_of
+from engine.model.configs import slices_of
+from engine.model.single_file import is_single_file
 from engine.model.tensor_files import kind_of, meta_network
 from engine.paths import not_a_path
 
@@ -35,19 +36,23 @@ TEXT_ENCODERS = ("text_encoder", "lora_te", "te1_", "te2_", "bundle_emb", "clip_
 SIDES = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_A.default.weight": "A", ".lora_B.default.weight": "B",
          ".lora_down.weight": "down", ".lora_up.weight": "up", ".lora.down.weight": "down", ".lora.up.weight": "up",
          ".lora_B.bias": "bias", ".lora_B.default.bias": "bias", ".alpha": "alpha"}
+SAME = {"A": "down", "down": "A", "B": "up", "up": "B"}  # two names of one matrix
 # Formats that are neither trained nor merged, by a part of their tensors' names.
 FORMATS = {"lokr_": "LoKr", "hada_": "LoHa", "dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", "oft_": "OFT",
            "boft_": "BOFT", "vera_": "VeRA", "ia3_": "IA3", "lora_mid.": "LoCon with a middle matrix",
            "glora_": "GLoRA", ".diff": "differences of weights, not a LoRA alone",
            "lora_embedding_": "a LoRA of embeddings",
+           ".qweight": "a model quantized by nunchaku, not a LoRA",
            "query_norm": "a control LoRA", "norm_q.": "a control LoRA", ".w_norm": "LyCORIS norms"}
 ADAPTERS = ("lora", "lokr_", "hada_", "oft_", "vera_", "ia3_")  # no full weights have these in their names
 DIFFERENCES = (".diff", ".diff_b")  # some tools write them as zeros, which change nothing
 XLABS = ".processor."  # in the names of XLabs' files, which diffusers converts
 # The keys of peft's config that say how large a layer's change is, and those that would change what a layer is.
-SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias")
+SCALING = {"r": int, "lora_alpha": float, "rank_pattern": {str: int}, "alpha_pattern": {str: float},
+           "use_rslora": bool, "lora_bias": bool}  # and what their values are, as `files.fits` has it
 MUST_BE = {"peft_type": (None, "LORA"), "use_dora": (None, False), "bias": (None, "none"), "use_qalora": (None, False),
-           "modules_to_save": (None, []), "layer_replication": (None,), "alora_invocation_tokens": (None,),
+           "modules_to_save": (None, []), "use_bdlora": (None, False), "arrow_config": (None,),
+           "target_parameters": (None, []), "layer_replication": (None,), "alora_invocation_tokens": (None,),
            "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal")}
 
 
@@ -134,6 +139,9 @@ def settings_of(path, tensors, noted):
     there is none. Raises UserError for a config that asks for more than a LoRA."""
     beside = path.parent / PEFT_CONFIG
     if isinstance(noted, dict):
+        if noted.keys() & SCALING.keys():
+            raise UserError(f"{path}: its note of a LoRA's settings does not say whose they are; diffusers writes "
+                            f"{PREFIX}{min(noted.keys() & SCALING.keys())}")
         noted = {name.removeprefix(PREFIX): value for name, value in noted.items() if name.startswith(PREFIX)}
     is_pefts = any(name.startswith(WRAPPED) and "transformer_blocks." in name for name in tensors)
     if not noted and (is_pefts or path.name == OF_PEFT):
@@ -147,7 +155,12 @@ def settings_of(path, tensors, noted):
         if not any(value is one or (type(value) is type(one) and value == one) for one in allowed):
             raise UserError(f"{path}: {key} {str(value)[:40]!r} is more than a LoRA, and neither trained nor merged "
                             "here; merge it with the tool that made it, and give the full weights")
-    return {key: noted[key] for key in SCALING if noted.get(key) is not None}
+    found = {key: noted[key] for key in SCALING if noted.get(key) is not None}
+    for key, value in found.items():
+        if not fits(value, SCALING[key]):
+            raise UserError(f"{path}: {key} {str(value)[:40]!r} is no value of peft's config; correct the file's "
+                            f"metadata, or {PEFT_CONFIG}")
+    return found
 
 
 def by_layer(path, tensors, network, config):
@@ -168,7 +181,10 @@ def by_layer(path, tensors, network, config):
         if side is None:
             raise UserError(f"{path}: {name} is not known; a LoRA has LAYER.lora_A.weight and LAYER.lora_B.weight, or "
                             "LAYER.lora_down.weight and LAYER.lora_up.weight")
-        layers.setdefault(flat(layer), {"name": layer})[side] = tensor
+        of = layers.setdefault(flat(layer), {"name": layer})
+        if side in of or SAME.get(side) in of:
+            raise UserError(f"{path}: {name} is there twice, under two names; keep one of them")
+        of[side] = tensor
     state = {}
     alphas = {}
     ranks = {}
@@ -178,10 +194,11 @@ def by_layer(path, tensors, network, config):
         alpha = of.get("alpha")
         if key not in own and key not in theirs:
             raise UserError(f"{path}: this transformer has no layer {of['name']}")
-        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or A.shape[0] != B.shape[1]:
+        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or not A.shape[0] == B.shape[1] > 0:
             raise UserError(f"{path}: {of['name']} is not two matrices, [R, in] and [out, R]")
-        if alpha is not None and alpha.numel() != 1:
-            raise UserError(f"{path}: {of['name']}.alpha must be one number")
+        if alpha is not None and (alpha.numel() != 1 or type(alpha.item()) not in (int, float)
+                                  or not 0 < alpha.item() < torch.inf):
+            raise UserError(f"{path}: {of['name']}.alpha must be one number above 0")
         if key in own:
             made = {own[key]: (A, B, of.get("bias"))}
         else:
@@ -193,6 +210,8 @@ def by_layer(path, tensors, network, config):
         elif alpha is not None:
             alphas[f"{PREFIX}{own[key]}.alpha"] = alpha.item()
         for layer, (A, B, bias) in made.items():
+            if f"{PREFIX}{layer}.lora_A.weight" in state:
+                raise UserError(f"{path}: {layer} is there twice, once joined with others; keep one of them")
             if shapes[layer] != (len(B), A.shape[1]) or bias is not None and len(bias) != len(B):
                 raise UserError(f"{path}: {layer} is {len(B)} x {A.shape[1]}, and in this transformer "
                                 f"{' x '.join(map(str, shapes[layer]))}: another model's")

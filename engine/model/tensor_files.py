@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import diffusers
 import torch
-from safetensors import safe_open
 
 from engine.errors import UserError
-from engine.model.configs import FLOATS, check_config
+from engine.model.configs import FLOATS, check_config, slices_of
+from engine.model.single_file import named
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 ONE_FILE = "diffusion_pytorch_model.safetensors"
@@ -23,8 +23,7 @@ def weight_files(folder):
         if not isinstance(index, dict) or not all(is_file_name(file) for file in index.values()):
             raise UserError(f"{folder / INDEX}: has no weight_map from tensors to files beside it")
         return {name: folder / file for name, file in index.items()}
-    with safe_open(folder / ONE_FILE, "pt") as file:
-        return {name: folder / ONE_FILE for name in file.keys()}
+    return dict.fromkeys(slices_of(folder / ONE_FILE), folder / ONE_FILE)
 
 
 def is_file_name(name):
@@ -64,10 +63,17 @@ def is_full_size(kind, config):
 
 
 def tensors_in(folder):
-    """{name: slice of a file} of the tensors of a diffusers transformer folder."""
+    """{name: slice of a file} of the tensors of a diffusers transformer folder. Raises UserError, also for a file that
+    holds other tensors than the index says."""
     files = weight_files(folder)
-    opened = {file: safe_open(file, "pt") for file in set(files.values())}
-    return {name: opened[file].get_slice(name) for name, file in files.items()}
+    slices = {}
+    for file in sorted(set(files.values())):
+        here = slices_of(file)
+        odd = sorted(here.keys() ^ {name for name, its in files.items() if its == file})
+        if odd:
+            raise UserError(f"{file}: holds other tensors than {INDEX} says, such as {odd[0]}")
+        slices |= here
+    return named(slices, sorted(set(files.values())), folder)
 
 
 def must_be_whole(network, tensors, where):
@@ -75,9 +81,10 @@ def must_be_whole(network, tensors, where):
     network may be on the meta device."""
     shapes = {name: list(parameter.shape) for name, parameter in network.named_parameters()}
     if tensors.keys() != shapes.keys():
-        odd = sorted(tensors.keys() ^ shapes.keys())
-        raise UserError(f"{where}: {len(odd)} tensors are missing or not {type(network).__name__}'s, "
-                        f"such as {odd[0]}")
+        missing, unknown = sorted(shapes.keys() - tensors.keys()), sorted(tensors.keys() - shapes.keys())
+        such = [f"{names[0]} ({what})" for names, what in ((missing, "missing"), (unknown, "unknown")) if names]
+        raise UserError(f"{where}: {len(missing) + len(unknown)} tensors are missing or not "
+                        f"{type(network).__name__}'s, such as {', '.join(such)}")
     for name, shape in shapes.items():
         if list(tensors[name].get_shape()) != shape:
             raise UserError(f"{where}: {name} is {tensors[name].get_shape()}, the config says {shape}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from engine.errors import UserError, one_line
 from engine.hub import some_files
 from engine.model import lora, lora_files, single_file
+from engine.model.configs import slices_of
 from engine.model.family import check_transformer
 from engine.model.tensor_files import INDEX, ONE_FILE, Source, kind_of, meta_network, tensors_in
 from engine.paths import not_a_path
@@ -95,7 +96,7 @@ def on_the_hub(name):
 def notes(weights):
     """Lines about what of --weights is left out, a list."""
     file = None if weights is None else lora_files.file_in(place_of(weights))
-    left = [] if file is None else [name for name in single_file.slices_of(file) if lora_files.is_of_text(name)]
+    left = [] if file is None else [name for name in slices_of(file) if lora_files.is_of_text(name)]
     if not left:
         return []
     return [f"--weights {weights}: {len(left)} tensors are of text encoders, such as {left[0]}; they are left out"]

@@ -5,6 +5,8 @@ process writes its own. state.json holds the run's state besides the tensors. ch
 other file. Nothing in a checkpoint is a pickle.
 """
 
+import errno
+import os
 import re
 import warnings
 import zlib
@@ -17,7 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from engine.errors import UserError, one_line
-from engine.files import read_json, remove_leftovers, write_json
+from engine.files import fits, read_json, remove_leftovers, write_json
 
 # A single process on a CPU has no process group, and needs none.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -108,7 +110,8 @@ def remove(folder):
         return
     for pattern in OURS:
         for file in folder.glob(pattern):
-            file.unlink()
+            if not file.is_dir():
+                file.unlink()
     for name in (STATE, SUMS):
         remove_leftovers(folder, [name])
     if not any(folder.iterdir()):
@@ -221,6 +224,8 @@ def files_of(tensors, world):
 
 def digest(path):
     """The CRC-32 of a file. Raises OSError."""
+    if not Path(path).is_file():  # reading from a pipe would wait forever
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     crc = 0
     with open(path, "rb") as file:
         while chunk := file.read(CHUNK):
@@ -262,14 +267,17 @@ def difference(folder, rank, size):
     return None
 
 
-def load(folder, transformer, optimizer):
-    """Restore what `save` wrote, on any number of processes. Returns the state.
+def load(folder, transformer, optimizer, shape=dict):
+    """Restore what `save` wrote, on any number of processes. Returns the state, which must have a shape as
+    `files.fits` has it.
 
     Raises Damaged on every process. If a file has changed, nothing has been loaded then. If the checkpoint belongs to
     another network or optimizer, some weights may have been loaded.
     """
     compare(folder)
     state = state_of(folder)
+    if not fits(state, shape):
+        raise Damaged(f"{STATE} is not the state of a run")
     weights, moments = get_state_dict(transformer, optimizer, options=TRAINED)
     tensors, _ = taken_apart(weights, moments)
     try:
@@ -284,12 +292,12 @@ def load(folder, transformer, optimizer):
     return state
 
 
-def load_newest(folders, transformer, optimizer, world):
-    """Restore the newest checkpoint that is not damaged. folders: checkpoints, oldest first. A line names each damaged
-    one. Returns the state. Raises UserError if all are damaged."""
+def load_newest(folders, transformer, optimizer, world, shape=dict):
+    """Restore the newest checkpoint that is not damaged. folders: checkpoints, oldest first; shape: of the state. A
+    line names each damaged one. Returns the state. Raises UserError if all are damaged."""
     for folder in reversed(folders):
         try:
-            return load(folder, transformer, optimizer)
+            return load(folder, transformer, optimizer, shape)
         except Damaged as error:
             world.say(f"{folder} is damaged: {error}; the one before is used")
     raise UserError(f"--resume: no checkpoint in {folders[-1].parent} is whole; start again with --overwrite")

@@ -9,6 +9,8 @@ from engine.data.digests import digest_of_files
 from engine.errors import UserError
 from engine.files import stamp
 
+FLAGS = "args.json"  # the name of the flags that may not change; earlier versions did not note them
+
 
 def digest_in(found, name):
     """The digest under a name in the result of a `Contents`; None if the name is missing."""
@@ -45,7 +47,8 @@ class Contents:
             else:
                 self.hash([name])
         for name in self.found | then:
-            if digest_in(then, name) != digest_in(self.found, name):
+            noted = name in then or name != FLAGS
+            if noted and digest_in(then, name) != digest_in(self.found, name):
                 raise UserError(f"--resume: {name} is not what it was when the run began; give the same content, or "
                                 "another --out")
 

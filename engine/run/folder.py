@@ -56,6 +56,7 @@ MADE = ("args.json", "log.jsonl", "summary.json", "table.csv", "table.tex", "bef
         "report.html", *[f"weights/{name}" for name in WEIGHTS], *[f"weights_best/{name}" for name in WEIGHTS],
         "samples/step_*.png", f"samples/{PHOTOGRAPHS}", "tensorboard/events.out.tfevents.*")
 SAMPLE = re.compile(rf"step_\d{{5,}}\.png|{PHOTOGRAPHS}")
+STEPS = "checkpoints/step_" + 5 * "[0-9]"
 FOLDERS = ("samples", "weights", "weights_best", "checkpoints", "tensorboard")
 
 
@@ -141,7 +142,10 @@ class RunFolder:
             raise UserError(f"--out {self.out}: cannot be written: Not a directory")
         folders = [*FOLDERS, f"checkpoints/{checkpoint.WRITING}"]
         must_not_lead_away(self.out, [LOCK, MARK, *MADE, *folders])
-        for folder in [self.out / name for name in folders]:
+        for path in [path for name in (LOCK, MARK, *MADE) for path in self.out.glob(name)]:
+            if path.is_dir():
+                raise UserError(f"{path}: not a file; remove it, or give another --out")
+        for folder in [path for name in (*folders, STEPS) for path in self.out.glob(name)]:
             if folder.exists() and not folder.is_dir():
                 raise UserError(f"{folder}: not a folder; remove it, or give another --out")
         nobody_trains(self.out)
