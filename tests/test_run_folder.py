@@ -564,13 +564,13 @@ class Phase(NamedTuple):
 
 
 PHASES = [
-    Phase(flow, "encode_prompts", 1, "before the first update: there is nothing to save"),
+    Phase(flow, "encoded", 1, "before the first update: there is nothing to save"),
     Phase(flow, "load", 1, "before the first update: there is nothing to save"),
     Phase(flow, "sample", 1, "before the first update: there is nothing to save"),
     Phase(watch.Watch, "evaluate", 1, "before the first update: there is nothing to save"),
     # Asked in the first update, so that the watch of step 1 is cut short.
     Phase(prepare.Run, "batch", 1, "after step 1, saved; --resume continues"),
-    Phase(flow, "encode_prompts", 1, "before another update; step_00001 is there, and --resume continues"),
+    Phase(flow, "encoded", 1, "before another update; step_00001 is there, and --resume continues"),
     Phase(watch.Watch, "look", 1, "before another update; step_00001 is there, and --resume continues"),
     Phase(watch.Watch, "look", 2, "after step 2, saved; --resume continues"),
     Phase(lora, "export_full", 1, "before another update; step_00002 is there, and --resume continues"),

@@ -364,7 +364,7 @@ def disks(arguments, tally):
 
 
 # --------------------------------------------------------------------------------------------------- signals
-PHASES = {"encode_prompts": "encoding", "contact_sheet": "the table", "finish": "evaluation after",
+PHASES = {"encoded": "encoding", "contact_sheet": "the table", "finish": "evaluation after",
           "evaluate": "evaluation before", "begin": "first look", "export": "export", "save": "checkpoint",
           "step": "watch in the loop",
           "train": "loop", "score": "scoring", "generate": "sampling", "sample": "sampling",
