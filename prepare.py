@@ -191,6 +191,7 @@ def embeddings_of(model, prompts, world, kept):
     here = everyones[world.rank - world.local:][:world.neighbours]
 
     def encode():
+        """{prompt: its embedding} for each of these processes."""
         found = flow.encoded(model, [prompt for theirs in here for prompt in theirs], world.device, world.dtype, kept)
         return [{prompt: found[prompt] for prompt in [*theirs, ""] if prompt in found} for theirs in here]
 

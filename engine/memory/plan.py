@@ -96,7 +96,8 @@ def held(job, counts, world_size, compute_dtype):
                     apart)
     if job.memory == "split":  # the optimizer holds the lower halves of the masters, and two moments in bf16
         if not several and compute_dtype == torch.bfloat16:  # computes with what it stores, without FSDP2
-            with_gradient, in_rollout, apart = width * largest, 0, 0
+            with_gradient = width * largest
+            in_rollout = apart = 0
         return Held(2 * all_of_it / shards, 2 * all_of_it / shards, 6 * all_of_it / shards, with_gradient, in_rollout,
                     apart)
     if job.memory in ("offload", "stream"):
