@@ -34,6 +34,7 @@ from engine.command_line import (
     WEIGHTS,
     Parser,
     extent,
+    given,
     must_differ,
     or_off,
     phrase,
@@ -92,6 +93,8 @@ def main():
 def run(argv):
     """Both stages, then the table. Returns the exit status: 1 if a picture could not be read."""
     args, model = recipe.of_script(flags(), argv)
+    if args.images and "eval_prompts" not in given(flags(), argv):
+        args.eval_prompts = None  # then the pictures' folders must hold theirs
     world = parallel.World(patience=timedelta(days=30), mesh=modes.needs_mesh(args.memory))
     methods, prompts = rows(args, model, world)
     for note in [] if args.images else model.notes(vars(args)):
@@ -129,11 +132,11 @@ def flags():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", default="black-forest-labs/FLUX.1-dev", help=MODEL)
-    add("--weights", nargs="+", default=[], metavar="[NAME=]PATH",
+    add("--weights", nargs="+", action="extend", default=[], metavar="[NAME=]PATH",
         help="several, each compared with the base: " + WEIGHTS)
     add("--prefix", type=phrase, help="words that a further row has before its prompts, sampled from the "
         "base: what a prompt alone can do [paper, Fig. 9 b]")
-    add("--images", nargs="+", default=[], metavar="[NAME=]PATH",
+    add("--images", nargs="+", action="extend", default=[], metavar="[NAME=]PATH",
         help="score folders of pictures named by their prompt's number, and sample nothing; the first one is "
              "what the others are compared with")
     add("--prompts", "--eval-prompts", dest="eval_prompts", default="hpdv2-benchmark",

@@ -384,8 +384,10 @@ def parser():
 def as_line(a, fixed=False):
     """The flags of a run as one line that can be pasted back into a shell, the same when it is resumed. fixed: without
     those that --resume may change."""
-    left_out = {field.name for field in line.fields_of(GROUPS) if fixed and field.metadata["resume"]}
-    values = {name: value for name, value in vars(a).items() if name not in left_out.union(resume.ONCE)}
+    left_out = {*resume.ONCE, *(field.name for field in line.fields_of([Plan]))}
+    if fixed:
+        left_out |= {field.name for field in line.fields_of(GROUPS) if field.metadata["resume"]}
+    values = {name: value for name, value in vars(a).items() if name not in left_out}
     return f"{line.as_line(GROUPS, values)} --recipe {a.recipe}"
 
 

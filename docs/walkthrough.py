@@ -282,8 +282,8 @@ line = train.update(a, prepare.set_up(a, model, machine), 1)
 # ## A run, and where it ends
 #
 # The released loss is a hinge, relu(0.7 - r). It stops the gradient of a picture whose reward is above 0.7, and no
-# relative reward ever is. Without a hinge the relative reward has no end: a run that goes on passes every photograph,
-# and its pictures break.
+# relative reward of this network is. Without a hinge the relative reward has no end: a run that goes on passes every
+# photograph, and its pictures break.
 # `--land 0.25` ends the run where the watched pictures surely have the SGP gap r1 - r2 of photographs. Near it, the
 # learning rate falls.
 # On a model whose photographs' gap is unknown, `--land FOLDER` measures it from a folder of them.

@@ -48,6 +48,8 @@ def check_out(a):
     out = Path(a.out)
     if a.save_as and out.suffix not in SUFFIXES:
         raise UserError(f"--save-as {a.save_as} --out {a.out}: it writes a file; give a name that ends in .safetensors")
+    if not a.save_as and out.suffix in SUFFIXES:
+        raise UserError(f"--out {a.out}: without --save-as it is a folder; give --save-as, or another name")
     if os.path.lexists(out) and (a.save_as or not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {a.out}: exists, and is not an empty folder; give another --out")
 

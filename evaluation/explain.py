@@ -170,6 +170,7 @@ class Explanation:
 
     def close(self, told, path):
         """Called after the update, with the numbers of its log line, {name: number}: prints the end, and draws."""
-        print(f"\ngradient norm {told['grad_norm']:.4g}, clipped to {self.a.clip}; then a step of AdamW with lr "
+        clipped = f"clipped to {self.a.clip}" if told["grad_norm"] > self.a.clip else f"below --clip {self.a.clip}"
+        print(f"\ngradient norm {told['grad_norm']:.4g}, {clipped}; then a step of AdamW with lr "
               f"{self.a.lr}. Nothing is kept.")
         self.draw(path)

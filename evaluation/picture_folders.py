@@ -313,6 +313,8 @@ def existing(args):
     lists = {folder: prompts for folder, prompts in lists.items() if prompts is not None}
     if lists:
         first, prompts = next(iter(lists.items()))
+    elif args.eval_prompts is None:
+        raise UserError(f"--images {methods[0].folder}: no prompts.json in it; give its prompts: --prompts FILE")
     else:
         prompts = prompt_files.read_prompts_by_category(args.eval_prompts)
     prompt_files.check_prompts([prompt.text for prompt in prompts], "--images: prompts.json")

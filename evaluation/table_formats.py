@@ -23,8 +23,8 @@ class Line(NamedTuple):
 
     @property
     def n(self):
-        """The number of pictures behind the cells, as text: "256", or "250/256" if they differ."""
-        return "/".join(map(str, sorted({value["n"] for value in self.values if value and value.get("n")})))
+        """The number of pictures behind the cells, as text: "256", or "256/250" if the columns differ."""
+        return "/".join(dict.fromkeys(str(value["n"]) for value in self.values if value and value.get("n")))
 
 
 class Table(NamedTuple):

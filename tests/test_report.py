@@ -254,6 +254,7 @@ def test_several_runs_lie_side_by_side(tmp_path, capsys):
                               ["--threshold", "off", "0.7"], ["--compile", "no", "yes"]]
     assert [curve["run"] for chart in page["charts"] for curve in chart["curves"]].count(1) == 15
     report.main([str(a), str(b), "--out", str(tmp_path / "both.html")])  # a report may be replaced
+    assert "is the page of that run alone" in one_line(capsys, a, b, "--out", a / "report.html")
 
 
 def test_the_evaluation_is_the_number_that_a_run_ends_with(tmp_path, capsys):

@@ -213,7 +213,7 @@ def show_cards(job, share):
     for card in gpus.CARDS:
         for rank in (None, job.lora or USUAL_RANK):
             shown = card.name if rank is None else ""
-            print(f"    {shown:20}{row(replace(job, lora=rank), counts, card, share)}")
+            print(f"    {shown:20}{row(replace(job, lora=rank, replicas=1), counts, card, share)}")
 
 
 def row(job, counts, card, share):

@@ -5,7 +5,8 @@ from typing import NamedTuple
 from engine.errors import UserError
 
 # Dense bf16 TFLOP/s. H200 comes before H20, since "H20" is found in its name too.
-PEAK = {"H200": 989, "H100": 989, "A100": 312, "H20": 148, "L40S": 362, "RTX 4090": 165}
+PEAK = {"H200": 989, "H100": 989, "A100": 312, "H20": 148, "L40S": 362, "RTX 4090": 165, "RTX 4080": 97,
+        "RTX 4070": 58}
 
 WITHOUT_FLOAT8 = ("A100",)  # of these: products in float8 begin with Ada and Hopper
 
@@ -17,7 +18,7 @@ class Card(NamedTuple):
     peak: float   # dense bf16 TFLOP/s
 
 
-CARDS = (Card("RTX 4070, 12 GB", 11.6, 58), Card("RTX 4080, 16 GB", 15.7, 97),
+CARDS = (Card("RTX 4070, 12 GB", 11.6, PEAK["RTX 4070"]), Card("RTX 4080, 16 GB", 15.7, PEAK["RTX 4080"]),
          Card("RTX 4090, 24 GB", 23.6, PEAK["RTX 4090"]), Card("L40S, 48 GB", 44.4, PEAK["L40S"]),
          Card("H100, 80 GB", 79.1, PEAK["H100"]), Card("H200, 141 GB", 139.8, PEAK["H200"]))
 

@@ -7,7 +7,7 @@ from rewards.base import Column
 from rewards.pictures import pixel_statistics, pixels
 
 STATISTICS = ("saturation", "redness", "brightness", "texture")
-COLUMNS = {name: Column(name, "+.3f") for name in STATISTICS}
+COLUMNS = {name: Column(name, "+.4f" if name == "texture" else "+.3f") for name in STATISTICS}
 
 
 def fetch(where=None):
