@@ -525,10 +525,16 @@ def test_merge_refuses_what_is_not_finite(what, save_as, tmp_path, state, capsys
         pair[f"transformer.{LAYER}.lora_B.weight"][0] = torch.inf
         save_file(pair, file)
         (file.parent / lora_files.FILE).unlink()
-    assert merged("--weights", file, *save_as, "--out", tmp_path / "out.safetensors") == 2
+    out = tmp_path / ("out.safetensors" if save_as else "out")
+    assert merged("--weights", file, *save_as, "--out", out) == 2
     said = capsys.readouterr().err
     assert "not finite" in said and len(said.splitlines()) == 1
-    assert not (tmp_path / "out.safetensors").exists()
+    assert not out.exists()
+
+
+def test_a_folder_is_not_named_like_a_file(tmp_path, capsys):
+    assert merged("--weights", "miniature/transformer", "--out", tmp_path / "out.safetensors") == 2
+    assert "without --save-as it is a folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", [None, "diffusers", "comfyui", "comfyui-fp8"])
