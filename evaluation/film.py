@@ -48,8 +48,9 @@ def main(argv=None):
         parser.add_argument("--out", type=some_path, help="the GIF (None: film.gif in the run's folder)")
         own = parser.parse_args(argv)
         out = Path(own.out or Path(own.run) / "film.gif")
+        frames = frames_of(own.run)
         check_outputs([(out, MARK, "a film of a run")], [], overwrite=True)
-        pages = [labelled(update, picture) for update, picture in frames_of(own.run).items()]
+        pages = [labelled(update, picture) for update, picture in frames.items()]
         times = [1000 * SECONDS] * (len(pages) - 1) + [5000 * SECONDS]
         gif = io.BytesIO()
         pages[0].save(gif, format="GIF", save_all=True, append_images=pages[1:], duration=times, loop=0,

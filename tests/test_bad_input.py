@@ -278,7 +278,7 @@ FILES = [
     *(Mistake("train.py", ["--images", name], words) for name, (_, words) in PHOTOGRAPHS.items()),
     Mistake("train.py", ["--images", "a\0b"], "no such folder"),
     Mistake("train.py", ["--land", "no captions"], "--land no captions: no caption for any of its 2 pictures; write"),
-    Mistake("train.py", "--land nowhere", "--land 'nowhere': no such folder; give a folder of pictures"),
+    Mistake("train.py", "--land nowhere", "--land 'nowhere': no such folder; give a number, or a folder"),
     Mistake("train.py", ["--land", ""], "is empty"),
     Mistake("train.py", "--images pictures --noise fresh", "there is no rollout whose noise could"),
     Mistake("bench", "--images pictures", "--images: an update is timed here"),

@@ -39,8 +39,8 @@ def read(folder, side, unit, world, flag="--images"):
     cannot be trained on are named once. flag: the one that named the folder, for messages. Raises UserError if none is
     left."""
     if not_a_path(folder) or not Path(folder).is_dir():
-        raise UserError(f"{flag} {folder[:80]!r}: no such folder; give a folder of pictures, with captions in "
-                        f".txt files beside them or in a {METADATA}")
+        raise UserError(f"{flag} {folder[:80]!r}: no such folder; give {'a number, or ' * (flag == '--land')}a folder "
+                        f"of pictures, with captions in .txt files beside them or in a {METADATA}")
     folder = Path(folder)
     named = captions.captions_of_metadata(folder, flag)
     files, others = captions.files_in(folder, flag)
