@@ -440,7 +440,10 @@ def out_of(out, model):
 
 
 def begins(p, given):
-    """(flags, `Model`) of a run that starts from the beginning."""
+    """(flags, `Model`) of a run that starts from the beginning. Raises UserError."""
+    if "images" in given and "prompts" in given:
+        raise UserError(f"--images {given['images']} --prompts {given['prompts']}: the captions are the prompts; give "
+                        "one of the two")
     values = line.defaults(GROUPS) | {"recipe": given.get("recipe", "released")}
     differs = differs_of(p, values["recipe"])
     model = Model(given.get("model", values["model"]))

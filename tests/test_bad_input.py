@@ -280,6 +280,7 @@ FILES = [
     Mistake("train.py", ["--land", "no captions"], "--land no captions: no caption for any of its 2 pictures; write"),
     Mistake("train.py", "--land nowhere", "--land 'nowhere': no such folder; give a number, or a folder"),
     Mistake("train.py", ["--land", ""], "is empty"),
+    Mistake("train.py", "--images pictures --prompts p.txt", "the captions are the prompts; give one of the two"),
     Mistake("train.py", "--images pictures --noise fresh", "there is no rollout whose noise could"),
     Mistake("bench", "--images pictures", "--images: an update is timed here"),
     Mistake("train.py", "--images pictures --method refl", "it learns from its own rollouts, and not from photographs"),
