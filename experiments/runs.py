@@ -20,6 +20,7 @@ from engine.command_line import Parser, some_path, whole
 from engine.errors import UserError
 from engine.files import must_be_writable, must_not_lead_away, read_json
 from engine.model.folder import Model
+from evaluation.metrics import frechet
 from evaluation.report.curves import read_log
 from experiments import pages
 
@@ -67,7 +68,8 @@ def parser(doc, seeds=5, pictures=128):
     add("--home", type=some_path, default="runs/experiments",
         help="folder of the runs, which experiments share, and of the pages")
     add("--publish", action="store_true", help="write the page into experiments/results, over the published one")
-    add("--pictures", type=whole(4), default=pictures, help="held-out prompts that are evaluated")
+    add("--pictures", type=whole(frechet.FEWEST), default=pictures,
+        help=f"held-out prompts that are evaluated; {frechet.FEWEST} at least, for the Frechet distance")
     add("--flags", type=flag_line, default="",
         help="flags of train.py for every run, which override the run's own; --steps 2 tests that everything runs")
     return common

@@ -125,13 +125,13 @@ def test_a_page_is_published_on_purpose_only(tmp_path, monkeypatch, capsys):
     write(["--publish"], 0.5)
     text = (published / "name.md").read_text()
     assert text.startswith("# Title\n\n**Claim.** Claim.\n\n**Result.** Result.") and "--publish" not in text
-    said = write(["--pictures", "7", "--flags", "--steps 2"], 0.6)
+    said = write(["--pictures", "25", "--flags", "--steps 2"], 0.6)
     assert "Of 2 numbers that the published page has too, 1 agree" in said
     assert "row, A: 0.60 ± 0.01; published 0.50 ± 0.01" in said
-    assert "--seeds 5 --pictures 7 --flags '--steps 2'" in (tmp_path / "home" / "pages" / "name.md").read_text()
+    assert "--seeds 5 --pictures 25 --flags '--steps 2'" in (tmp_path / "home" / "pages" / "name.md").read_text()
     assert (published / "name.md").read_text() == text
-    with pytest.raises(UserError, match="--publish --pictures 7: a published page has the default --pictures"):
-        write(["--publish", "--pictures", "7"], 0.5)
+    with pytest.raises(UserError, match="--publish --pictures 25: a published page has the default --pictures"):
+        write(["--publish", "--pictures", "25"], 0.5)
 
 
 def test_the_bars_of_a_share_end_at_0_and_100_per_cent():
@@ -275,8 +275,9 @@ def test_the_readmes_numbers_stand_in_the_pages_they_link():
 def test_every_experiment_runs_to_its_page(tmp_path, name):
     """Two updates, few pictures, one seed: a page with a table, a JSON and a picture."""
     module = importlib.import_module(f"experiments.{name}")
-    quick = {"rare_words": ["--quick"], "form_by_method": ["--quick"], "offline": ["--photos", "20"]}.get(name, [])
-    module.main(["--seeds", "1", "--pictures", "8", "--home", str(tmp_path / "home"), "--flags", SMALLEST, *quick])
+    quick = {"rare_words": ["--quick"], "form_by_method": ["--quick"], "offline": ["--photos", "20"],
+             "image_only": ["--flags", SMALLEST.replace("--watch 4", "--watch 24")]}.get(name, [])
+    module.main(["--seeds", "1", "--pictures", "24", "--home", str(tmp_path / "home"), "--flags", SMALLEST, *quick])
     results = tmp_path / "home" / "pages"
     text = (results / f"{name}.md").read_text()
     assert text.startswith("# ") and f"python -m experiments.{name} --seeds 1" in text and "|---|" in text

@@ -265,7 +265,7 @@ def test_the_slurm_script_stops_before_the_limit_and_is_requeued(tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     python = Path(sys.executable).parent
-    for name, text in (("srun", 'exec "$@"'),
+    for name, text in (("srun", 'while [[ "$1" == -* ]]; do shift; done; exec "$@"'),
                        ("scontrol", f'[ "$1" = show ] && echo localhost || echo "$@" >> {tmp_path}/said')):
         (tools / name).write_text(f"#!/bin/bash\n{text}\n")
         (tools / name).chmod(0o755)

@@ -121,8 +121,9 @@ for name in ("table1", "unbiased", "recovery", "common_mode", "intervals", "abla
              "when_to_stop", "styles", "rare_words", "margin", "fast", "lora", "ledger", "offline", "landing",
              "fp8_rollout", "form_by_method", "other_rewards", "image_only", "cross_attention", "second_base"):
     SMALLEST[f"experiments.{name}"] = [
-        "--seeds", "1", "--pictures", "8", "--flags",
+        "--seeds", "1", "--pictures", "24", "--flags",
         "--steps 1 --watch 4 --watch-every 1 --rollout-steps 2 --eval-steps 1 --batch 8"]
+SMALLEST["experiments.image_only"][-1] = SMALLEST["experiments.image_only"][-1].replace("--watch 4", "--watch 24")
 SMALLEST["experiments.rare_words"].append("--quick")
 SMALLEST["experiments.form_by_method"].append("--quick")
 SMALLEST["experiments.offline"] += ["--photos", "20"]

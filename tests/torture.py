@@ -512,7 +512,7 @@ def others(command, whole, tally):
         os.read(master, 10000)
     os.close(master)  # the terminal is gone, and the kernel sends SIGHUP
     _, status = os.waitpid(pid, 0)
-    problems = [] if os.waitstatus_to_exitcode(status) == 0 else [f"exit {os.waitstatus_to_exitcode(status)}"]
+    problems = [] if os.waitstatus_to_exitcode(status) == 129 else [f"exit {os.waitstatus_to_exitcode(status)}"]
     problems += [] if list((out / "checkpoints").glob("step_*")) else ["nothing saved"]
     more, later = must_end([*command, out, "--resume"])
     tally.add("signals: a closed terminal", problems + more + differences(whole, out), later)
