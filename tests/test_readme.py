@@ -15,7 +15,7 @@ from scripts import call
 
 import evaluate
 import recipe
-from experiments import bench
+from experiments import bench, gpu
 from experiments.offline import draw
 
 READMES = [Path("README.md"), *sorted(Path(".").glob("[a-z]*/README.md")), Path("docs/LOG.md"), Path("docs/ledger.md")]
@@ -129,7 +129,7 @@ SMALLEST["experiments.form_by_method"].append("--quick")
 SMALLEST["experiments.offline"] += ["--photos", "20"]
 # Only their flags are read: on a GPU, with a machine's own paths, they are real.
 FLAGS = {"train.py": recipe.flags, "evaluate.py": evaluate.flags().parse_args,
-         "experiments.bench": bench.flags}
+         "experiments.bench": bench.flags, "experiments.gpu": gpu.parser().parse_args}
 
 
 def on_a_gpu(words):
