@@ -154,7 +154,7 @@ def main(argv=None):
                   f"{shown(online['frechet'], '.1f')} and {shown(online['alignment'], '.1%')}. Supervised fine-tuning: "
                   f"realism {shown(rows['supervised']['realism'], '.1%')}.")
         told = (f"{own.photos} photographs. {a.steps} updates of {a.global_batch} images, learning rate {a.lr:g}. "
-                f"{own.pictures} held-out prompts, {own.seeds} seeds. ± is the standard error over the seeds.")
+                f"{own.pictures} held-out prompts, {own.seeds} seeds. {pages.ERROR_OF_SEEDS}")
         claim = "Fewer than 1,500 photographs can take the rollout's place (S5); that is more than fine-tuning (4.5)."
         page = pages.Page("Photographs in place of rollouts (S5)", claim, result, told, [(rows, COLUMNS)])
         pages.write(own, "offline", page, pages.bar_figure(rows, ("realism", "alignment", "broken")))
