@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,6 +128,7 @@ def trained(own, flags, seed, looks=SELDOM):
         train.main([*argv, *watch_prompts(argv), "--eval", "0", "--out", str(out), "--resume"])
         if not (out / "summary.json").exists():
             raise UserError(f"{out}: stopped; start the same command again to go on")
+        shutil.rmtree(out / "checkpoints")  # most of a run's size, and it is finished
     return out
 
 

@@ -146,9 +146,8 @@ def test_a_run_is_made_once_and_named_by_its_flags(monkeypatch, tmp_path):
     def train_main(argv):
         made.append(argv)
         out = argv[argv.index("--out") + 1]
-        (tmp_path / "home").mkdir(exist_ok=True)
         folder = runs.Path(out)
-        folder.mkdir()
+        (folder / "checkpoints").mkdir(parents=True)
         (folder / "summary.json").write_text("{}")
 
     monkeypatch.setattr(runs.train, "main", train_main)
@@ -156,6 +155,7 @@ def test_a_run_is_made_once_and_named_by_its_flags(monkeypatch, tmp_path):
     first = runs.trained(own, "--form plain", 0)
     assert runs.trained(own, "--form plain", 0) == first and len(made) == 1
     assert runs.trained(own, "--form plain", 1) != first and runs.trained(own, "--form sgp", 0) != first
+    assert not (first / "checkpoints").exists()
     assert "--resume" in made[0]
     assert made[0][:2] == ["--model", "miniature"] and "--form plain --steps 2 --seed 0" in " ".join(made[0])
 
