@@ -509,6 +509,10 @@ def evil_tensors(folder, trap):
     write_whole(folder / SHARD, pickle.dumps(Evil(trap)))
 
 
+def cut_tensors(folder, trap):
+    write_whole(folder / SHARD, (folder / SHARD).read_bytes()[:-100])
+
+
 def evil_archive(folder, trap):
     torch.save({"a": Evil(trap)}, folder / "archive")
     write_whole(folder / SHARD, (folder / "archive").read_bytes())
@@ -534,14 +538,14 @@ def evil_pipe(folder, trap):
     os.mkfifo(folder / "state.json")
 
 
-@pytest.mark.parametrize("poison, words", [(evil_tensors, "header"), (evil_archive, "header"),
+@pytest.mark.parametrize("poison, words", [(evil_tensors, "header"), (evil_archive, "it is a"), (cut_tensors, "header"),
                                            (evil_state, "not a text file|codec|not JSON"),
                                            (evil_settings, "is not the state of a run"),
                                            (evil_scores, "is not the state of a run"),
                                            (evil_pipe, "No such file")])
-def test_a_checkpoint_from_elsewhere_runs_nothing(whole, network, tmp_path, poison, words):
+def test_a_checkpoint_from_elsewhere_runs_nothing(whole, network, tmp_path, caplog, poison, words):
     """Its checksums are right: who makes a checkpoint can make those too. Nor is a pickle looked at that lies
-    where torch's other format has one."""
+    where torch's other format has one. torch has nothing to say."""
     out = linked(whole, tmp_path / "run")
     folder = out / "checkpoints" / "step_00003"
     write_whole(folder / ".metadata", pickle.dumps(Evil(str(tmp_path / "trap"))))
@@ -551,7 +555,7 @@ def test_a_checkpoint_from_elsewhere_runs_nothing(whole, network, tmp_path, pois
     write_whole(folder / "checksums.json", json.dumps(sums))
     with pytest.raises(checkpoint.Damaged, match=words) as refusal:
         checkpoint.load(folder, *network, watch.STATE)
-    assert "\n" not in str(refusal.value) and not (tmp_path / "trap").exists()
+    assert "\n" not in str(refusal.value) and not (tmp_path / "trap").exists() and not caplog.records
 
 
 # --------------------------------------------------------------------------------------------- stopping

@@ -107,12 +107,13 @@ def names_in(header, separator):
 
 
 def separator_of(header, suffix):
-    """The separator of the columns of a table: the first of SEPARATORS that splits its first line into columns of which
-    one is called as one of KEYS; otherwise that of the file's suffix."""
-    for separator in SEPARATORS:
+    """The separator of the columns of a table: that of the file's suffix, or else the first of SEPARATORS, which splits
+    its first line into columns of which one is called as one of KEYS."""
+    own = "," if suffix == ".csv" else "\t"
+    for separator in (own, *SEPARATORS):
         if set(KEYS) & set(names_in(header, separator)):
             return separator
-    return "," if suffix == ".csv" else "\t"
+    return own
 
 
 def rows_of_table(file, flag):
@@ -144,21 +145,16 @@ def lines_of_table(file, flag):
 
 
 def prompts_of_table(file, flag):
-    """The prompts of a table: the column whose header is one of KEYS, as `key_of`; or every row of a file with a single
-    column. Raises UserError."""
-    rows = rows_of_table(file, flag)
-    names = [key_of(name) for name in rows[0][1]] if rows else []
-    known = [names.index(key) for key in KEYS if key in names]
-    if known and names.count(names[known[0]]) > 1:
-        raise UserError(f"{flag} {file}: line 1 names two columns {names[known[0]]}; rename one")
-    if known:
-        return [row[known[0]] for _, row in rows[1:]]
-    if len(names) > 1:
-        raise UserError(f"{flag} {file}: line 1 names no column prompt, text or caption; add such a header "
-                        "(put a prompt that contains a comma in quotes)")
-    lines = [row[0] for _, row in rows]
-    must_be_lines(lines, f"{flag} {file}")
-    return lines
+    """The prompts of a table: the column whose header is one of KEYS, as `key_of`. Raises UserError."""
+    (_, header), *rows = rows_of_table(file, flag) or [(1, KEYS)]
+    names = [key_of(name) for name in header]
+    known = next((key for key in KEYS if key in names), None)
+    if known is None:
+        raise UserError(f"{flag} {file}: line 1 names no column prompt, text or caption, it begins "
+                        f"{header[0][:20]!r}; add such a header")
+    if names.count(known) > 1:
+        raise UserError(f"{flag} {file}: line 1 names two columns {known}; rename one")
+    return [row[names.index(known)] for _, row in rows]
 
 
 # ------------------------------------------------------------------------------------------------------ lines
