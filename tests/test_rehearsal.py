@@ -178,6 +178,13 @@ def test_two_processes(stub, tmp_path, flags):
     assert report.popitem()[1]["update"]["collectives"] > 0
 
 
+@pytest.mark.slow
+def test_two_processes_evaluate(stub, tmp_path):
+    line = f"evaluate.py {SAMPLED} --memory fp8 --out {tmp_path}/table --first 2 --metrics reward,look"
+    rehearse(stub, tmp_path, line, ranks=2, STUB_GPUS="2")
+    assert (tmp_path / "table" / "table.md").exists()
+
+
 # ---------------------------------------------------------------------------------------------------------- the card
 def told_by(stub, *command, **card):
     """(exit status, output) of a command with the stub, with the GPUs that the card's STUB_... give it."""
