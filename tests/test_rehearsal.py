@@ -141,7 +141,7 @@ def every_other_path(folder):
         "rewards": [f"--steps 1 --reward {reward} {memory}" for reward in rewards for memory in LEAN],
         "a GPU of its own": ["--reward-device cuda:1", f"--reward-device cuda:1 --reward hpsv3={folder}/hpsv3"],
         "FLUX.2-klein": [f"--steps 1 --model miniature2 {memory}" for memory in MEMORY.values()],
-        "compiled": ["--compile"],
+        "compiled": ["--compile", "--lora 4 --memory fp8 --compile"],
         "begun": ["--memory split", "--lora 4 --memory fp8", "--lora 4 --memory fp8-offload"]}
     lines = {what: of_training(folder / what.replace(" ", "_"), *flags) for what, flags in paths.items()}
     begun = [folder / "begun" / f"run{number}" for number in range(len(paths["begun"]))]
