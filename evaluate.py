@@ -259,10 +259,12 @@ def generate(args, model, methods, pictures, benchmark, world):
     for method in methods:
         prompts += [method.asks(picture) for chunk in lacking[method.name] for picture in chunk]
     prompts = list(dict.fromkeys(prompts))
-    if not prompts:
+    if not any(world.gather(prompts)):
         return
     model.fetch()
-    embeddings = flow.encode_prompts(model, prompts, world.device, world.dtype)
+    embeddings = flow.encode_here(model, prompts, world)
+    if not prompts:
+        return
     if embeddings.truncated:
         world.say(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
                   f"they are truncated")

@@ -156,7 +156,7 @@ def set_up(a, model, world, folder=None, stopping=None):
     references = landing.references(a, model, world)
     world.say(f"loading {model.name}: its text encoders, then the reward, then the network")
     kept = Cache(cache.folder_of(a.cache, flow.is_full_size(model)))
-    embeddings = embeddings_of(model, both, world, kept)
+    embeddings = flow.encode_here(model, both, world, kept)
     say_truncated(a, world, embeddings, len(curriculum.prompts))
     reward = rewards.load_rewards(a.reward, world.beside(a.reward_device) or world.device)
     must_tell_apart(a, reward, both, world)
@@ -182,20 +182,6 @@ def set_up(a, model, world, folder=None, stopping=None):
     return Run(world, model, net, reward, recipe.METHODS[a.method].load(), share, planned, curriculum, embeddings,
                watching, optimizer, net.grid(a.size, a.size), contents_of(said, places, reward), folder, stopping,
                made_by.now(world))
-
-
-def embeddings_of(model, prompts, world, kept):
-    """The `Embeddings` of this process's prompts, through a `Cache`. The first process of a machine encodes the prompts
-    of all its processes, and hands them out: each would otherwise load the text encoders, 9 GiB of FLUX.1-dev."""
-    everyones = world.gather(prompts)
-    here = everyones[world.rank - world.local:][:world.neighbours]
-
-    def encode():
-        """{prompt: its embedding} for each of these processes."""
-        found = flow.encoded(model, [prompt for theirs in here for prompt in theirs], world.device, world.dtype, kept)
-        return [{prompt: found[prompt] for prompt in [*theirs, ""] if prompt in found} for theirs in here]
-
-    return flow.stacked(model, prompts, world.from_the_first_here(encode))
 
 
 def say_truncated(a, world, embeddings, own):

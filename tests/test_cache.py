@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 import flow
 import flux
-import prepare
 from engine.data import cache, digests
 from engine.data.cache import Cache
 from engine.model.folder import Model
@@ -153,7 +152,7 @@ def test_embeddings_are_the_same_from_the_cache_which_spares_the_encoders(kept, 
 
 @pytest.mark.parametrize("cache", ["on", "off"])
 def test_one_process_of_a_machine_loads_the_text_encoders(kept, monkeypatch, cache):
-    """For the prompts of all. It hands out to each what it asked for."""
+    """For the prompts of all. It hands out to each what it asked for, and nothing to one that needs none."""
     loaded = []
     load = flux.Flux.text_encoders
     monkeypatch.setattr(flux.Flux, "text_encoders", lambda *arguments: loaded.append(arguments) or load(*arguments))
@@ -164,15 +163,16 @@ def test_one_process_of_a_machine_loads_the_text_encoders(kept, monkeypatch, cac
             handed.extend(function())
         return handed.pop(0)
 
-    def process(rank):
-        world = SimpleNamespace(neighbours=2, rank=rank, local=rank - 2, device="cpu", dtype=torch.float32,
-                                gather=lambda value: [["another machine's"]] * 2 + [PROMPTS[:1], PROMPTS[1:]],
-                                from_the_first_here=from_the_first_here)
-        return prepare.embeddings_of(Model("miniature"), [PROMPTS[rank - 2]], world, kept if cache == "on" else Cache())
+    asked = [["another machine's"]] * 2 + [[], PROMPTS[:1], PROMPTS[1:]]
 
-    both = [process(rank) for rank in (2, 3)]
-    assert len(loaded) == 1
-    alone = [flow.encode_prompts(Model("miniature"), [prompt]) for prompt in PROMPTS[:2]]
+    def process(rank):
+        world = SimpleNamespace(neighbours=3, rank=rank, local=rank - 2, device="cpu", dtype=torch.float32,
+                                gather=lambda value: asked, from_the_first_here=from_the_first_here)
+        return flow.encode_here(Model("miniature"), asked[rank], world, kept if cache == "on" else Cache())
+
+    none, *both = [process(rank) for rank in (2, 3, 4)]
+    assert len(loaded) == 1 and none is None
+    alone = [flow.encode_prompts(Model("miniature"), prompts) for prompts in asked[3:]]
     assert all(equal(a, b) for a, b in zip(both, alone, strict=True))
 
 

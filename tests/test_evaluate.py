@@ -110,6 +110,14 @@ def test_two_processes_end_as_one(whole, tmp_path):
     assert lines == {"reward.0.jsonl": 24, "reward.1.jsonl": 16}
 
 
+def test_the_first_process_encodes_for_the_second_which_alone_has_something_to_sample(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "some")
+    os.remove(tmp_path / "some" / "base" / "00008.png")
+    call(tmp_path / "printed", "evaluate.py", *SMALL, "--weights", "again=miniature/transformer",
+         "--out", tmp_path / "some", ranks=2)
+    same(whole, tmp_path / "some")
+
+
 def test_nothing_is_sampled_or_scored_twice(whole, monkeypatch, capsys):
     times = {p: p.stat().st_mtime_ns for p in whole.rglob("*.[pj][ns]*") if p.parent != whole}
     monkeypatch.setattr(flow, "load", lambda *_: 1 / 0)

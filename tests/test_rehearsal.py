@@ -141,7 +141,7 @@ def every_other_path(folder):
         "rewards": [f"--steps 1 --reward {reward} {memory}" for reward in rewards for memory in LEAN],
         "a GPU of its own": ["--reward-device cuda:1", f"--reward-device cuda:1 --reward hpsv3={folder}/hpsv3"],
         "FLUX.2-klein": [f"--steps 1 --model miniature2 {memory}" for memory in MEMORY.values()],
-        "compiled": ["--compile"],
+        "compiled": ["--compile", "--lora 4 --memory fp8 --compile"],
         "begun": ["--memory split", "--lora 4 --memory fp8", "--lora 4 --memory fp8-offload"]}
     lines = {what: of_training(folder / what.replace(" ", "_"), *flags) for what, flags in paths.items()}
     begun = [folder / "begun" / f"run{number}" for number in range(len(paths["begun"]))]
@@ -176,6 +176,13 @@ def test_two_processes(stub, tmp_path, flags):
     """Each uses its own card alone. They meet once, so each case starts its own."""
     report = rehearse(stub, tmp_path, *of_training(tmp_path, flags), ranks=2, STUB_GPUS="2")
     assert report.popitem()[1]["update"]["collectives"] > 0
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate(stub, tmp_path):
+    line = f"evaluate.py {SAMPLED} --memory fp8 --out {tmp_path}/table --first 2 --metrics reward,look"
+    rehearse(stub, tmp_path, line, ranks=2, STUB_GPUS="2")
+    assert (tmp_path / "table" / "table.md").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------- the card

@@ -29,7 +29,7 @@ class Job:
     transformer: dict    # the transformer's config
     vae: dict            # the VAE's config
     text_tokens: int     # of a prompt
-    text_parameters: int  # of the text encoders, which every process loads whole, before the transformer
+    text_parameters: int  # of the text encoders, which a machine's first process loads whole, before the transformer
     size: int            # side of a picture, pixels
     image_tokens: int    # of a picture
     images: int          # of an update, of all processes together: the global batch
