@@ -21,7 +21,7 @@ ENOUGH = 16  # photographs; with fewer, a line says that the level is unsure
 
 
 def references(a, model, world):
-    """The `Photograph`s of --land, MOST of them at most; none without a folder. Raises UserError, also for a single one,
+    """The `Photograph`s of --land, MOST of them at most; none without a folder. Raises UserError, also for one alone,
     whose gap has no standard error."""
     if not isinstance(a.land, str):
         return []
