@@ -211,7 +211,8 @@ def available(args, methods, benchmark, world):
         missing |= theirs
     must_have(tasks, missing, world)
     if world.main:
-        tell_missing(missing)
+        for name, why in missing.items():
+            print(printable(f"{name}: - ({why}); --metrics {name}=PATH takes its files from there"))
     return [task for task in tasks if task.name not in missing], missing
 
 
@@ -224,12 +225,6 @@ def must_be_shown(name, methods):
 def reason(name, error):
     """Why a metric cannot be had, without what stands around it where it is printed."""
     return one_line(error).removeprefix(f"{name}: ").removesuffix(f"; give {name}=PATH")
-
-
-def tell_missing(missing):
-    """Say which metrics have no scores, and why."""
-    for name, why in missing.items():
-        print(printable(f"{name}: - ({why}); --metrics {name}=PATH takes its files from there"))
 
 
 def must_have(tasks, missing, world):
@@ -378,7 +373,8 @@ def finish(args, methods, tasks, pictures, outcome):
     sheets.contact_sheet(methods, pictures, out / "sheet.png")
     print(f"{table_formats.MEANING}\n\n{table_formats.for_the_terminal(made)}\n")
     tell_gaps(methods, tasks, pictures, outcome)
-    tell_missing(outcome.missing)
+    for name, why in outcome.missing.items():
+        print(printable(f"{name}: no scores ({why})"))
     print(printable(f"pictures, scores, table.md, table.csv, table.tex, results.json, pictures.jsonl and sheet.png in "
                     f"{out}/"))
     return 1 if outcome.unreadable else 0

@@ -129,8 +129,10 @@ def settle_evaluation(a, model, say):
         planned = job(a, model)
         a.eval = whole_run.evaluated(planned, a.eval_steps)
         share = whole_run.share_of_evaluation(planned, a.eval_steps, a.eval or whole_run.EVALUATED[-1])
-        say(f"--eval {a.eval}: " + (f"{share:.0%} of the updates' work" if a.eval else
-                                    f"{whole_run.EVALUATED[-1]} pictures would be {share:.0%} of the updates' work"))
+        few = whole_run.EVALUATED[-1]
+        say(f"--eval {a.eval}: {share:.0%} of the updates' work" if a.eval else
+            f"--eval 0: no table of results, as {few} pictures would be {share:.0%} of the updates' work; --eval {few} "
+            "makes it")
 
 
 def set_up(a, model, world, folder=None, stopping=None):
@@ -172,6 +174,7 @@ def set_up(a, model, world, folder=None, stopping=None):
     last = first + len(texts.watched)
     watching = watch.Watch(a, model, world, net, reward, watch.Prompts(texts.watched, embeddings.part(first, last)),
                            watch.Prompts(texts.held_out, embeddings.part(last, len(both))), stopping)
+    watching.titles = titles_of(a, texts)
     watching.photographs = [photographs.pixels(photograph, model.unit)[0] for photograph in shown]
     watching.level = landing.level(a, model, references, net, reward, world)
     said = curriculum.texts | {"--watch-prompts": texts.watched, "--eval-prompts": texts.held_out,
@@ -261,6 +264,14 @@ def photographs_of(a, model, world, texts):
     return texts._replace(watched=(own + texts.watched)[:a.watch], own=own), shown, photos
 
 
+def titles_of(a, texts):
+    """The watched prompts as the run's pages show them. Beside the user's own, others are marked."""
+    if a.watch_prompts != recipe.OWN:
+        return texts.watched
+    own = len(texts.own)
+    return texts.watched[:own] + [f"{prompt} (of --eval-prompts)" for prompt in texts.watched[own:]]
+
+
 def tell_held_out(a, texts, world):
     """Say how many of the user's own prompts or photographs are held out (--watch-prompts own)."""
     if a.watch_prompts != recipe.OWN:
@@ -268,7 +279,8 @@ def tell_held_out(a, texts, world):
     what = "--prompts" if a.images is None else "--images"
     others = len(texts.watched) - len(texts.own)
     world.say(f"--watch-prompts own: {len(texts.own)} of {what} are watched and not trained on"
-              + (f", a tenth at most; so are the first {others} of --eval-prompts" if others else ""))
+              + (f", a tenth at most; the first {others} of --eval-prompts are watched too, and the pages mark them"
+                 if others else ""))
 
 
 def contents_of(texts, places, reward):

@@ -385,6 +385,8 @@ def as_line(a, fixed=False):
     """The flags of a run as one line that can be pasted back into a shell, the same when it is resumed. fixed: without
     those that --resume may change."""
     left_out = {*resume.ONCE, *(field.name for field in line.fields_of([Plan]))}
+    if a.images is not None:
+        left_out.add("prompts")  # `begins` refuses both
     if fixed:
         left_out |= {field.name for field in line.fields_of(GROUPS) if field.metadata["resume"]}
     values = {name: value for name, value in vars(a).items() if name not in left_out}
@@ -565,8 +567,8 @@ def notes(a, model):
     if a.images is not None:
         until = "" if a.online_from is None else f" before update {a.online_from}"
         lines.append(f"--images {a.images}: captions are the prompts, nothing is rolled out{until}, and every "
-                     f"photograph gets noise of its own in every update{until}; --prompts, --noise and --rollout-* "
-                     f"are not read{until}")
+                     f"photograph gets noise of its own in every update{until}; --noise and --rollout-* are not "
+                     f"read{until}")
     if a.land is not None and a.watch < 16:
         lines.append(f"--land {a.land} --watch {a.watch}: the mean gap of so few pictures is unsure by about "
                      f"{0.1 / a.watch ** 0.5:.2f}, and the run ends that much later; give --watch 16 or more")

@@ -1,28 +1,33 @@
 """Where a run should end (--land): where its watched pictures score the SGP gap that photographs score.
 
-The relative reward has no end of its own. A run that goes on passes every photograph, and its pictures break. But
-photographs score a finite SGP gap r1 - r2, which can be measured. The watched pictures are sampled as samples are,
-so their gap can be compared with it. The gap of training's pictures cannot: they have fewer steps and less guidance.
-It begins above that of samples, and ends below it.
+The relative reward has no largest value. A run that goes on scores more than every photograph, and its pictures
+break. But photographs score a finite SGP gap r1 - r2, which can be measured. The watched pictures are sampled like
+any other sample, so their gap can be compared with it. The gap of training's pictures cannot: they have fewer steps
+and less guidance. It begins above that of samples, and ends below it.
 
-The run has arrived when the watched gap less its standard error has. Before that, each look sets the learning rate
-(`watch.slower`), so that the next one does not find the pictures far beyond. Without this, a learning rate of four
-times the usual one, or seldom looks, would pass the level by as much as a look's whole change.
+The run ends ("lands") when the watched gap less its standard error reaches the level. Before that, each look at the
+watched pictures sets the learning rate (`watch.slower`), so that the next look is near the level. Without this, a run
+with a large learning rate, or with few looks, would pass the level by the whole change between two looks.
 """
 
 import torch
 
 from engine.data import photographs
+from engine.errors import UserError
 from evaluation.watch import measure
 
 MOST = 256  # photographs that are scored, evenly spread over the folder
+ENOUGH = 16  # photographs; with fewer, a line says that the level is unsure
 
 
 def references(a, model, world):
-    """The `Photograph`s of --land, MOST of them at most; none without a folder. Raises UserError."""
+    """The `Photograph`s of --land, MOST of them at most; none without a folder. Raises UserError, also for one alone,
+    whose gap has no standard error."""
     if not isinstance(a.land, str):
         return []
     found = photographs.read(a.land, a.size, model.unit, world, "--land")
+    if len(found) < 2:
+        raise UserError(f"--land {a.land}: one photograph has no standard error; give 2 or more, better {ENOUGH}")
     n = min(MOST, len(found))
     return [found[i * len(found) // n] for i in range(n)]
 
@@ -42,6 +47,8 @@ def level(a, model, shown, net, rewards, world):
         mine.append(scores["sgp"])
     gaps = torch.cat([gap for theirs in world.gather(mine) for gap in theirs])
     found = gaps.mean().item()
-    world.say(f"--land {a.land}: {len(gaps)} photographs have an SGP gap of {found:+.3f} on average, with a standard "
-              f"deviation of {gaps.std(correction=0).item():.3f}; the run ends when the watched pictures reach it")
+    error = gaps.std().item() / len(gaps) ** 0.5
+    few = f"; {ENOUGH} photographs or more would make it surer" if len(gaps) < ENOUGH else ""
+    world.say(f"--land {a.land}: {len(gaps)} photographs have a mean SGP gap of {found:+.3f} ± {error:.3f} (standard "
+              f"error); the run ends when the watched pictures reach it{few}")
     return found

@@ -132,6 +132,7 @@ class Watch:
         self.watched = watched
         self.evaluated = evaluated
         self.stopping = stopping
+        self.titles = watched.texts  # the watched prompts as report.html and before_after.png show them
         self.photographs = []  # [3, H, W] each: held out; their captions are the first watched prompts
         self.level = None  # the SGP gap at which the run ends (--land); None: it ends after --steps
         self.model = model
@@ -223,7 +224,7 @@ class Watch:
 
     def report(self, folder, state, status="running"):
         """Write report.html, the run's page. status: one of a report's `Run`."""
-        report.write(folder.out, vars(self.a), self.flags, status, state, self.watched.texts)
+        report.write(folder.out, vars(self.a), self.flags, status, state, self.titles)
 
     def step(self, step, folder, state):
         """Look at the watched pictures and print the drift warnings. Export the weights if no warning fired and the SGP
@@ -232,7 +233,7 @@ class Watch:
         before = {name: torch.tensor(values) for name, values in state["before"].items()}
         drift = hacking(now, before, self.a.drift_band)
         for warning in drift.warnings:
-            self.world.say(f"step {step}: {warning}")
+            self.world.say(f"step {step}: drift warning: {warning}")
         if drift.warnings and not state["warned"]:
             self.world.say(report.advice(drift.warnings, state, vars(self.a)))
         state["warned"] = bool(drift.warnings)
@@ -266,7 +267,7 @@ class Watch:
             boxes = places(grid, self.a.size, len(self.watched.texts))
             lines.append([grid.crop((x, y, x + w, y + h)) for x, y, w, h in boxes])
         columns = [sheets.Column(sheets.label_of(prompt, seed), pictures)
-                   for seed, (prompt, *pictures) in enumerate(zip(self.watched.texts, *lines, strict=False))]
+                   for seed, (prompt, *pictures) in enumerate(zip(self.titles, *lines, strict=False))]
         sheets.save(["before", f"update {step}"], columns, out / "before_after.png")
 
     def cards(self, out, state, made=()):
@@ -301,5 +302,5 @@ class Watch:
         table_formats.write(out, made)
         print(table_formats.for_the_terminal(made) + "\n")
         self.cards(out, state, made)
-        print(f"weights in {out}/weights (best by SGP gap inside the drift band: weights_best), "
-              f"pictures in {out}/before_after.png")
+        print(f"weights: {out}/weights; those of the best look without a drift warning: {out}/weights_best\n"
+              f"pictures: {out}/before_after.png; the run on one page: {out}/{report.PAGE}")

@@ -1,9 +1,10 @@
 """S5: SRPO with photographs in place of its own pictures, against supervised fine-tuning on the same photographs.
 
     python -m experiments.offline
+    python -m experiments.offline --draw photographs        only the photographs, for --images and --land
 
-The photographs are drawn: scenes of the miniature's world in the look of a photo. Their captions do not mention the
-look, and no caption is a held-out prompt. Every arm starts from the same model and makes the same number of updates,
+The photographs are drawn: scenes of the miniature's world that look like photos. Their captions do not mention
+this, and no caption is a held-out prompt. Every arm starts from the same model and makes the same number of updates,
 unless its name gives another number. All are judged on the same held-out prompts and noise.
 
 "Noisier" trains with sigma from 0.99 to 0.9 in place of 0.964 to 0.75. There, almost nothing of the photograph is
@@ -25,10 +26,10 @@ import prepare
 import recipe
 import train
 from baselines import Term
-from engine.command_line import whole
+from engine.command_line import some_path, whole
 from engine.data import prompt_files
 from engine.errors import UserError, frame
-from engine.files import read_json, write_json, write_whole
+from engine.files import must_be_writable, read_json, write_json, write_whole
 from engine.memory import parallel, work
 from experiments import pages, runs
 from experiments.pages import shown
@@ -60,6 +61,16 @@ def draw(folder, number, held_out):
         to_pil_image(images[i]).save(png, "PNG")
         write_whole(folder / f"{i:05d}.png", png.getvalue())
         write_whole(folder / f"{i:05d}.txt", captions[i] + "\n")
+
+
+def draw_for_a_user(own):
+    """--draw: the photographs alone. Raises UserError for a folder that holds something."""
+    folder = Path(own.draw)
+    must_be_writable(folder, "--draw")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"--draw {folder}: is not empty; give a new folder")
+    draw(folder, own.photos, set(prompt_files.read_prompts(f"{own.model}/prompts_eval.txt")))
+    print(f"{own.photos} photographs with their captions in {folder}/")
 
 
 # --------------------------------------------------------------------------------------------------- supervised
@@ -136,7 +147,11 @@ def main(argv=None):
     with frame("offline"):
         parser = runs.parser(__doc__, seeds=3, pictures=256)
         parser.add_argument("--photos", type=whole(1), default=1000, help="photographs that are drawn")
+        parser.add_argument("--draw", type=some_path, metavar="DIR", help="only draw the photographs, into this new "
+                            "folder")
         own = runs.parse(parser, argv)
+        if own.draw is not None:
+            return draw_for_a_user(own)
         shared = ["--model", own.model, *shlex.split(own.flags)]
         a = recipe.flags(shared)
         world = parallel.World()

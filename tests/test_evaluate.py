@@ -594,6 +594,13 @@ def test_a_prefixed_base_is_sampled_with_the_words_and_scored_without(tmp_path):
         assert prefixed == longer != bare
 
 
+def test_the_judge_names_the_size_that_it_takes(tmp_path, capsys):
+    argv = ["--model", "miniature", "--first", "1", "--eval-steps", "1", "--size", "32", "--out", str(tmp_path)]
+    assert evaluate.run([*argv, "--metrics", "judge,statistics"]) == 0
+    said = capsys.readouterr().out
+    assert "judge: no scores (it takes pictures of 64 x 64 pixels only, and one has 32 x 32; it can be left out" in said
+
+
 def test_two_metrics_with_one_column_are_refused(monkeypatch):
     monkeypatch.setattr(diversity, "COLUMNS", {"redness": statistics.COLUMNS["redness"]})
     with pytest.raises(UserError, match="--metrics statistics,diversity: both have a column 'redness'"):

@@ -1,6 +1,7 @@
 """Claims about --land: a run ends where its watched pictures score the SGP gap of photographs."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import flow
 import rewards
 import srpo_reward as sr
 import train
+from engine.errors import UserError
 from engine.memory import parallel
 from engine.model.folder import Model
 from evaluation import landing
@@ -105,14 +107,21 @@ def test_the_level_of_a_folder_is_the_mean_gap_of_its_photographs_through_the_va
     assert len(gaps) == 6 and found == pytest.approx(torch.cat(gaps).mean().item(), abs=1e-5)
 
 
-def test_one_photograph_is_enough(tmp_path, capsys):
+def test_two_photographs_have_a_standard_error_and_one_has_none(tmp_path, capsys):
     folder = make_photographs(tmp_path / "six")
+    for i in range(2, 6):
+        (folder / f"{i}.png").unlink()
     model = Model("miniature")
     world = parallel.World()
     a = SimpleNamespace(land=str(folder), size=64, control=["realistic photo"], neg=["CG render"])
-    first = landing.references(a, model, world)[:1]
-    landing.level(a, model, first, flow.load(model), rewards.load_rewards("miniature/reward"), world)
-    assert "standard deviation of 0.000" in capsys.readouterr().out
+    shown = landing.references(a, model, world)
+    landing.level(a, model, shown, flow.load(model), rewards.load_rewards("miniature/reward"), world)
+    said = capsys.readouterr().out
+    assert re.search(r"2 photographs have a mean SGP gap of [+-]0\.\d+ ± 0\.\d+ \(standard error\)", said), said
+    assert "16 photographs or more would make it surer" in said
+    (folder / "1.png").unlink()
+    with pytest.raises(UserError, match="one photograph has no standard error; give 2 or more"):
+        landing.references(a, model, world)
 
 
 @pytest.mark.parametrize("land", [None, 0.2])

@@ -296,10 +296,12 @@ def test_some_photographs_are_held_out_and_their_captions_watched(tmp_path, caps
     a, run = run_of(folder, "--watch", "3")
     assert "--watch-prompts own: 2 of --images are watched and not trained on, a tenth" in capsys.readouterr().out
     assert len(run.watched.watched.texts) == 3 and len(run.watched.photographs) == 2
+    assert [title.endswith(" (of --eval-prompts)") for title in run.watched.titles] == [False, False, True]
     assert "0.png" not in {file.name for file in run.curriculum.places["--images"]}
     assert len(run.curriculum.texts["the captions of --images"]) == 24
     a, run = run_of(folder, "--watch-prompts", "miniature/prompts_select.txt")
     assert len(run.curriculum.texts["the captions of --images"]) == 26 and run.watched.photographs == []
+    assert run.watched.titles == run.watched.watched.texts
 
 
 def test_an_update_is_srpo_with_x0_given_and_fresh_noise_two_calls_an_image(folder, monkeypatch):

@@ -76,7 +76,8 @@ def test_the_whole_run_has_looks_an_evaluation_and_files(counted):
     a.eval = 16
     lines = whole_run.told(its_job, a, model, counts, torch.bfloat16).splitlines()
     assert [line.strip().split("  ")[0] for line in lines[2:]] == [
-        "19 updates", "4 watched, 5 times", "16 evaluated, twice", "disk", "3 checkpoints", "weights, weights_best",
+        "19 updates", "4 pictures watched, 5 times", "16 pictures evaluated, twice", "disk", "3 checkpoints",
+        "weights, weights_best",
         "downloads, unless they are here: 33.6 GB of black-forest-labs/FLUX.1-dev, and the rewards and prompts"]
     assert "428 GB" in lines[6] and "47.6 GB" in lines[7]
     assert whole_run.disk(replace(its_job, memory="split"), 10, 2, True) == {"3 checkpoints": 240,

@@ -16,7 +16,6 @@ from scripts import call
 import evaluate
 import recipe
 from experiments import bench, gpu
-from experiments.offline import draw
 
 READMES = [Path("README.md"), *sorted(Path(".").glob("[a-z]*/README.md")), Path("docs/LOG.md"), Path("docs/ledger.md")]
 README = READMES[0].read_text(encoding="utf-8")
@@ -139,18 +138,21 @@ def on_a_gpu(words):
     return not runs_here and not of_pictures and words[0] in FLAGS
 
 
+# What the commands of the READMEs leave in a clone.
+LEFT = {".git", "runs", "samples", "photographs", "my_prompts.txt", "study.html", "study.key.json", "bars.svg"}
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder that looks like a fresh clone, and where runs leave nothing in the clone; with what users
     bring."""
     folder = tmp_path_factory.mktemp("clone")
     for path in Path(".").iterdir():
-        if path.name not in ("runs", ".git"):
+        if path.name not in LEFT:
             (folder / path.name).symlink_to(path.resolve())
     make_foreign_flux(folder / "my_flux")
     make_foreign_reward(folder / "my_reward")
     (folder / "my_prompts.txt").write_text("a red circle\na blue square\na white triangle\n")
-    draw(folder / "photographs", 6, set())
     return folder
 
 

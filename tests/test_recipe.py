@@ -141,10 +141,9 @@ def test_a_recipe_that_is_added_is_in_the_help(monkeypatch, capsys):
     assert recipe.flags([*SMALL, "--recipe", "mine"]).cells == 123
 
 
-@pytest.mark.parametrize("name", recipe.RECIPES)
-def test_the_printed_line_of_flags_gives_the_same_run(name):
-    argv = ["--model", "miniature", "--control", "it's real,a photo", "--no-checkpointing", "--recipe", name]
-    a = recipe.flags(argv)
+@pytest.mark.parametrize("argv", [*(["--recipe", name] for name in recipe.RECIPES), ["--images", "a folder"]], ids=str)
+def test_the_printed_line_of_flags_gives_the_same_run(argv):
+    a = recipe.flags(["--model", "miniature", "--control", "it's real,a photo", "--no-checkpointing", *argv])
     assert vars(recipe.flags(shlex.split(recipe.as_line(a)))) == vars(a)
 
 

@@ -184,7 +184,7 @@ def test_a_drift_warning_is_told_with_what_to_do(tmp_path):
     assert run["warnings"] == {"3": [ALARM]} and run["best"] == 2
     assert run["advice"] == (
         "Stop here: Ctrl-C saves a checkpoint. weights_best/ holds the weights of step 2, the best by SGP "
-        "gap inside the band. Then try, one at a time: a smaller --lr (2e-05), fewer updates (--steps 2), "
+        "gap inside the band. To try, one at a time: a smaller --lr (2e-05), fewer updates (--steps 2), "
         "a reward that is relative (--form srp), both branches (--branches denoise,invert).")
 
 
@@ -201,7 +201,7 @@ def test_advice_is_about_this_run():
     assert report.advice([ALARM], {"step": 3}, args).startswith("Stop here: Ctrl-C")
     assert not report.advice([ALARM], {"step": 3}, args, running=False).startswith("Stop here")
     assert report.advice([ALARM], {"step": 9, "best_step": None}, args) == (
-        "There is no weights_best/: no look was inside the band. Then try, one at a time: a smaller --lr "
+        "There is no weights_best/: no look was inside the band. To try, one at a time: a smaller --lr "
         "(5e-06).")
 
 

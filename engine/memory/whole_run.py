@@ -52,15 +52,15 @@ def told(job, a, model, counts, dtype):
     sampled = of_picture / rate / a.world_size  # seconds of a picture
     looks = 1 + -(-a.steps // a.watch_every)
     seconds = {f"{a.steps} updates": a.steps * seconds_of(prediction, gpus.PEAK[a.card], a.share),
-               f"{a.watch} watched, {looks} times": looks * a.watch * sampled}
+               f"{a.watch} pictures watched, {looks} times": looks * a.watch * sampled}
     if a.eval:
-        seconds[f"{a.eval} evaluated, twice"] = 2 * a.eval * sampled
+        seconds[f"{a.eval} pictures evaluated, twice"] = 2 * a.eval * sampled
     lines = [f"\nthe whole run on {a.world_size} {a.card}, without loading and communication: "
              f"{in_time(sum(seconds.values()))}"]
-    lines += [f"    {what:26}{in_time(amount):>10}" for what, amount in seconds.items()]
+    lines += [f"    {what:32}{in_time(amount):>10}" for what, amount in seconds.items()]
     lines.append("disk")
     for what, amount in disk(job, trained, a.keep, a.save_as is not None).items():
-        lines.append(f"    {what:26}{amount / GIGA:10.3g} GB")
+        lines.append(f"    {what:32}{amount / GIGA:10.3g} GB")
     if model.is_remote:
         amount = 2 * (counts.parameters + job.text_parameters)
         lines.append(f"downloads, unless they are here: {amount / GIGA:.3g} GB of {job.model}, and the rewards and "

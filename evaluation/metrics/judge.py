@@ -65,6 +65,7 @@ class Scorer:
         size than the miniature's."""
         for picture in pictures:
             if picture.size != (self.network.size, self.network.size):
-                raise UserError(f"it sees {self.network.size} x {self.network.size} pixels, "
-                                f"not {picture.width} x {picture.height}")
+                side = self.network.size
+                raise UserError(f"it takes pictures of {side} x {side} pixels only, and one has "
+                                f"{picture.width} x {picture.height}; it can be left out of --metrics")
         return self.network.verdicts(torch.stack([pixels(picture) for picture in pictures]), prompts)

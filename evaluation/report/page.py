@@ -69,7 +69,7 @@ def advice(warnings, state, args, running=True):
         tries.append("a reward that is relative (--form srp)")
     if colour and len(args["branches"]) < 2:
         tries.append("both branches (--branches denoise,invert)")
-    return " ".join([*words, "Then try, one at a time:", ", ".join(tries) + "."])
+    return " ".join([*words, "To try, one at a time:", ", ".join(tries) + "."])
 
 
 @cache
