@@ -96,7 +96,8 @@ def training_grid(sigma_max, sigma_min, cells, device=None):
 
 @dataclass
 class Injection:
-    """Where one branch works, for B images: call the network at `sigma`, land at `sigma_to` (both [B]).
+    """Where one branch works, for B images: the network is called at `sigma`, and its one step ends at `sigma_to`
+    (both [B]).
 
     `cell` [B] counts training-grid cells from the clean end, 0 .. T: it indexes the released discount.
     """
@@ -114,12 +115,12 @@ def reach_of(groundtruth_ratio, cells):
 
 
 def place(branch, m, grid, reach, meet="landing"):
-    """The `Injection` of a branch whose middle is m cells [B] (long) from the clean end of grid [T];
-    1 <= m < T.
+    """Where a branch calls the network and where its step ends: an `Injection`. The two branches meet in cell m
+    [B] (long), counted from the clean end of grid [T]; 1 <= m < T.
 
-    meet = "landing" (released code): both branches land on cell m, the denoising one called `reach` cells
-    above it and the inverting one as far below. meet = "call" (the paper's Eqs. 12, 13, "at timestep t"):
-    both call the network at cell m, and land `reach` cells below and above. Near the ends the reach shrinks.
+    meet = "landing" (released code): both steps end in cell m. The denoising branch calls the network `reach` cells
+    above it, and the inverting one as far below. meet = "call" (the paper's Eqs. 12, 13, "at timestep t"): both call
+    the network in cell m, and their steps end `reach` cells below and above. Near the ends the reach shrinks.
     """
     T = len(grid)
     k = torch.minimum(torch.minimum(T - m, m), torch.full_like(m, reach))
@@ -133,7 +134,7 @@ def place(branch, m, grid, reach, meet="landing"):
 
 
 def draw_middle(n, cells, generator):
-    """n middles m ~ U{5, ..., cells - 5} of 1000 cells (released code), U{2, ..., 98} of 100 (the authors'
+    """n cells m ~ U{5, ..., cells - 5} of 1000 cells (released code), U{2, ..., 98} of 100 (the authors'
     second recipe), long [n]."""
     margin = max(2, cells // 200)
     return torch.randint(margin, cells - margin + 1, (n,), generator=generator)

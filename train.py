@@ -48,7 +48,7 @@ def srpo(a, net, reward, batch):
     """SRPO: yields (loss, `Term`) for every term of Eq. 6's sum, whose gradients add up at constant memory.
 
     a: the flags; net: a `flow.Flow`; reward: a `srpo_reward.Rewards`; batch: a `prepare.Batch`. The caller calls
-    backward on each loss as it comes. It takes all terms, since `Calls` may end the backward after the last one.
+    backward on each loss as it comes, and takes all of them: `Calls` may do a part of the backward after the last.
     """
     x0 = batch.x0
     if x0 is None:
@@ -104,16 +104,16 @@ def update(a, run, step, batches=None, listener=None):
     net.rollouts = []
     began = parallel.mark(net.device)
     numbers = []
-    looks = []  # nothing is read from the GPU before the step
+    checks = []  # of finite numbers; none is read from the GPU before the step
     for batch in batches or run.batches(a, step):
         if listener is not None:
             listener.begin(batch)
         for loss, term in run.losses(a, net, run.reward, batch):
             if loss is STEP:
-                optimizer_step(a, run, step, looks)
-                looks = []
+                optimizer_step(a, run, step, checks)
+                checks = []
                 continue
-            looks.append(finite.look_at_term(term))
+            checks.append(finite.check(term))
             if listener is not None:
                 listener.before(term)
             (loss / run.share.accumulate).backward()
@@ -121,7 +121,7 @@ def update(a, run, step, batches=None, listener=None):
                 listener.after(loss, term)
             numbers.append(numbers_of(term))
     computed = parallel.mark(net.device)
-    norm = optimizer_step(a, run, step, looks)
+    norm = optimizer_step(a, run, step, checks)
     done = parallel.mark(net.device)
     seconds = parallel.seconds_between(began, done)
     rollout = sum(parallel.seconds_between(*marks) for marks in net.rollouts)
@@ -145,13 +145,13 @@ def read_numbers(numbers):
     return [{name: next(values)[0] for name in each} for each in numbers]
 
 
-def optimizer_step(a, run, step, looks):
-    """Clip the gradient, check that it and what `finite` looked at are finite, step. Returns the norm before clipping.
+def optimizer_step(a, run, step, checks):
+    """Clip the gradient, check that it and the terms' `checks` are finite, step. Returns the norm before clipping.
     Raises NotFinite."""
     parameters = layouts.trainable(run.net.transformer)
     layouts.finish_gradients(run.net.transformer)
     norm = tensors.full(torch.nn.utils.clip_grad_norm_(parameters, a.clip))
-    norm = finite.stop_before_the_step(looks, norm, step, run)
+    norm = finite.stop_before_the_step(checks, norm, step, run)
     if norm == 0:
         run.world.say(f"step {step}: the gradient is 0: " + ("nothing is left to learn" if a.threshold is None
                       else f"every reward is above --threshold {a.threshold}; --threshold off"))

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 import shlex
+import sys
 import unicodedata
 
 from engine.errors import UserError
@@ -60,6 +61,9 @@ class Parser(argparse.ArgumentParser):
     """An argparse parser that raises `UserError` for every mistake."""
 
     def __init__(self, description, **more):
+        module = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m
+        if module is not None:
+            more.setdefault("prog", f"python -m {module.name.removesuffix('.__main__')}")
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False, **more)
 
     def error(self, message):

@@ -25,7 +25,7 @@ from engine.model.tensors import are_finite
 def main(argv=None):
     """Read the command line and write the weights. This needs as much memory as they have, 24 GB in bf16."""
     quiet()
-    parser = Parser(__doc__, prog="python -m engine.merge")
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="folder of a base, or hub id")
     add("--weights", required=True, help=WEIGHTS)

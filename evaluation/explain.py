@@ -128,7 +128,7 @@ class Explanation:
         strength = wanted.abs().flatten(1).quantile(0.99, 1).clamp(min=1e-12).view(-1, 1, 1, 1)
         factor = factor_of(term, self.a.recover)
         # One step alone, x0 - sigma error, is too strong. The inverting branch adds the error the other way.
-        side = ":\nas in one step" if term.branch == "denoise" else ":\nthe other way, so pale"
+        side = ":\nsame sign as in one step" if term.branch == "denoise" else ":\nthe other sign, so pale"
         equation = "Eq. 12" if term.branch == "denoise" else "Eq. 13"
         panels = {
             "clean image $x_0$": self.net.decode(term.x0, grid),

@@ -209,7 +209,7 @@ def parser():
     add = common.add_argument
     add("--model", default="black-forest-labs/FLUX.1-dev", help="whose size is measured, hub id or folder")
     add("--minutes", type=real(0, open_low=True), default=25, help="after so many minutes nothing more is begun")
-    add("--parts", nargs="+", choices=NAMES, help="only these (None: all)")
+    add("--parts", nargs="+", choices=NAMES, metavar="PART", help="only these: " + "; ".join(NAMES) + " (None: all)")
     add("--home", type=some_path, default="runs/experiments", help="folder of what is measured, and of the page")
     add("--publish", action="store_true", help="write the page into experiments/results, over the published one")
     add("--flags", type=runs.flag_line, default="", help="flags of train.py for every update, which override its own")

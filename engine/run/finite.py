@@ -18,7 +18,7 @@ class Trouble(NamedTuple):
     whose: str
 
 
-class Look(NamedTuple):
+class Check(NamedTuple):
     """Which rows of K tensors of B prompts hold a NaN or an infinity. It stays on the GPU until it is read."""
     prompts: list
     names: list
@@ -33,10 +33,12 @@ class Look(NamedTuple):
         return Trouble(self.names[row], f"prompt {self.prompts[column]!r}")
 
 
-def look_at(prompts, **tensors):
-    """The `Look` at tensors [B, ...] of B prompts."""
-    bad = [~tensor.detach().isfinite().reshape(len(tensor), -1).all(1) for tensor in tensors.values()]
-    return Look(prompts, list(tensors), torch.stack(bad))
+def check(term):
+    """The `Check` of a loss `Term`."""
+    tensors = {"x_t": term.x_t, "v_theta": term.v_theta, "image": term.image, "reward": term.reward}
+    there = {name: tensor.detach() for name, tensor in tensors.items() if tensor is not None}
+    bad = [~tensor.isfinite().reshape(len(tensor), -1).all(1) for tensor in there.values()]
+    return Check(term.prompts, list(there), torch.stack(bad))
 
 
 def weights_are_finite(parameters, world=None):
@@ -45,19 +47,12 @@ def weights_are_finite(parameters, world=None):
     return mine if world is None else all(world.gather(mine))
 
 
-def look_at_term(term):
-    """The `Look` at a loss `Term`."""
-    looked_at = {"x_t": term.x_t, "v_theta": term.v_theta, "image": term.image, "reward": term.reward}
-    there = {what: tensor for what, tensor in looked_at.items() if tensor is not None}
-    return look_at(term.prompts, **there)
-
-
-def stop_before_the_step(looks, norm, step, run):
-    """Returns the gradient's norm, a number. Raises NotFinite if it is not finite, or any `Look` of any process found
+def stop_before_the_step(checks, norm, step, run):
+    """Returns the gradient's norm, a number. Raises NotFinite if it is not finite, or any `Check` of any process found
     trouble. The optimizer has not stepped yet, so the weights of the step before are exported to the run's folder, if
     it has one."""
-    *flags, (norm,) = read([*(look.bad for look in looks), norm])
-    found = [look.trouble(its) for look, its in zip(looks, flags, strict=True)]
+    *flags, (norm,) = read([*(each.bad for each in checks), norm])
+    found = [each.trouble(its) for each, its in zip(checks, flags, strict=True)]
     trouble = next((one for one in found if one is not None), None)
     if trouble is None and not math.isfinite(norm):
         trouble = Trouble("the gradient", "all its prompts together")

@@ -107,7 +107,7 @@ class Scorer:
 
 def main(argv=None):
     with frame("look"):
-        parser = Parser(__doc__, prog="python -m evaluation.metrics.look")
+        parser = Parser(__doc__)
         parser.add_argument("--model", default="miniature", help="the miniature's folder")
         fit(parser.parse_args(argv).model)
 

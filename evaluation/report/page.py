@@ -273,7 +273,7 @@ def read_run(name, folder):
 
 
 def main(argv=None):
-    parser = Parser(__doc__, prog="python -m evaluation.report")
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN",
                         help="folders of runs; without NAME= a run is named after its folder")
     parser.add_argument("--out", type=some_path, default=PAGE, help="file of the page")

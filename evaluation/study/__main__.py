@@ -23,7 +23,7 @@ from evaluation.study.page import build
 
 def build_parser():
     """The flags of the first command, which makes the page from folders."""
-    parser = Parser(__doc__, prog="python -m evaluation.study")
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("folders", nargs="*", metavar="NAME=FOLDER",
         help="pictures of one method; without NAME= the method has the folder's name")
