@@ -22,6 +22,7 @@ import evaluate
 import recipe
 import sample
 import train
+from engine import merge
 from engine.data import prompt_files
 from engine.errors import frame
 from engine.model.folder import Model
@@ -833,6 +834,17 @@ def test_a_place_that_no_script_expects_is_one_line_or_works(tmp_path, name):
     assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
     assert said in "".join(lines) and len(lines) == bool(said)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_merge_that_is_stopped_while_it_writes_leaves_no_hidden_file(tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr("os.fsync", lambda file: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stop:
+        merge.main(["--model", str(ROOT / "miniature"), "--weights", str(ROOT / "miniature"), "--out",
+                    str(tmp_path / "m")])
+    assert stop.value.code == 128 + number and not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert capsys.readouterr().out.endswith("\nmerge: stopped; run it again\n")
 
 
 def test_what_is_printed_without_streams_goes_into_no_file(tmp_path):
