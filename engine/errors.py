@@ -201,6 +201,8 @@ def in_words(error):
     """The message of an error; for one of the file system that names a file, without its number."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: cannot be read or written: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in DISK_FAILS and error.strerror == os.strerror(error.errno):
+        return f"what is printed, or a file, cannot be written: {error.strerror}"
     return str(error)
 
 

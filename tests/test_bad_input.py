@@ -816,6 +816,7 @@ def test_an_environment_that_torchrun_does_not_make_is_one_line(place, monkeypat
 
 PLACES = {  # what a shell does before a script; its end; the exit status and what is said
     "no streams": ("", "<&- >&- 2>&-", 0, ""), "no stdout": ("", ">&-", 0, ""), "no stderr": ("", "--lr x 2>&-", 2, ""),
+    "a full disk for stdout": ("", "> /dev/full", 1, "train.py: what is printed, or a file, cannot be written: No"),
     "a deleted folder": ("mkdir gone; cd gone; rmdir ../gone;", "", 2, "train.py: the current folder cannot be read"),
     "no docstrings": ("export PYTHONOPTIMIZE=2;", "", 2, "train.py: python -OO, or PYTHONOPTIMIZE=2: removes"),
     "a port in use": ("export RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=PORT;", "", 2,
