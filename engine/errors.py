@@ -103,6 +103,10 @@ def rank_here():
     if there and missing:
         raise UserError(f"{there[0]}={found[there[0]]} in the environment, but no {', '.join(missing)}: torchrun sets "
                         f"them all; start with torchrun, or for one process: unset {' '.join(there)}")
+    for name, least, most in (("MASTER_PORT", 0, 65535), ("WORLD_SIZE", 1, 10**6), ("LOCAL_WORLD_SIZE", 1, 10**6)):
+        if there and found[name] is not None and not least <= found[name] <= most:
+            raise UserError(f"{name}={found[name]} in the environment: must be from {least} to {most}; start with "
+                            "torchrun")
     if there and not found["RANK"] < found["WORLD_SIZE"]:
         raise UserError(f"RANK={found['RANK']} WORLD_SIZE={found['WORLD_SIZE']} in the environment: the rank must be "
                         "below the number of processes; start with torchrun")
@@ -197,6 +201,8 @@ def in_words(error):
     """The message of an error; for one of the file system that names a file, without its number."""
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{os.fsdecode(error.filename)}: cannot be read or written: {error.strerror}"
+    if isinstance(error, OSError) and error.errno in DISK_FAILS and error.strerror == os.strerror(error.errno):
+        return f"what is printed, or a file, cannot be written: {error.strerror}"
     return str(error)
 
 

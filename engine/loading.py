@@ -41,9 +41,37 @@ def fail(script, kind, error, trace):
     os._exit(2)
 
 
+def open_streams():
+    """Open /dev/null as each of stdin, stdout and stderr that the process was started without. Otherwise the next file
+    that is opened takes the stream's number, and what is printed is written into that file."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+
+
+def check_place(script):
+    """End the process in one line where the libraries cannot be loaded: under python -OO, which takes the docstrings
+    that transformers reads, and in a folder that has been deleted."""
+    if sys.flags.optimize > 1:
+        print(f"{script}: python -OO, or PYTHONOPTIMIZE=2: removes docstrings that transformers reads; leave it out",
+              file=sys.stderr)
+        sys.exit(2)
+    try:
+        os.getcwd()
+    except OSError as error:
+        print(f"{script}: the current folder cannot be read: {error.strerror}; cd to another one", file=sys.stderr)
+        sys.exit(2)
+
+
 def until_loaded(script):
     """From now on, and until `loaded`, SIGTERM, Ctrl-C and SIGHUP end the process with one line, and so does an import
     that fails. After SILENCE seconds a line says what takes so long. script: the name in these lines."""
+    open_streams()
+    check_place(script)
     loaded()
     sys.excepthook = partial(fail, script)
     for number in ASKS:

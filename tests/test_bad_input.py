@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,7 @@ import evaluate
 import recipe
 import sample
 import train
+from engine import merge
 from engine.data import prompt_files
 from engine.errors import frame
 from engine.model.folder import Model
@@ -794,7 +797,11 @@ ENVIRONMENTS = {  # of a process; what is said
     "RANK=": "RANK= in the environment: must be", "LOCAL_RANK=x": "LOCAL_RANK=x", "WORLD_SIZE=-1": "WORLD_SIZE=-1",
     "LOCAL_WORLD_SIZE=abc": "LOCAL_WORLD_SIZE=abc", "MASTER_PORT=x RANK=0": "MASTER_PORT=x",
     "WORLD_SIZE=2": "WORLD_SIZE=2 in the environment, but no LOCAL_RANK, MASTER_PORT, RANK, MASTER_ADDR: torchrun",
-    "RANK=2 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=1 MASTER_ADDR=localhost": "the rank must be below"}
+    "RANK=2 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=1 MASTER_ADDR=localhost": "the rank must be below",
+    "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=70000": "MASTER_PORT=70000 in the environment: "
+                                                                               "must be from 0 to 65535",
+    "RANK=0 WORLD_SIZE=9999999999 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=1": "WORLD_SIZE=9999999999 in",
+    "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=0 MASTER_ADDR=x MASTER_PORT=1": "LOCAL_WORLD_SIZE=0 in"}
 
 
 @pytest.mark.usefixtures("signals")
@@ -805,6 +812,48 @@ def test_an_environment_that_torchrun_does_not_make_is_one_line(place, monkeypat
     for setting in environment.split():
         monkeypatch.setenv(*setting.split("="))
     assert ENVIRONMENTS[environment] in line_of(monkeypatch, capsys, script, START[script])
+
+
+PLACES = {  # what a shell does before a script; its end; the exit status and what is said
+    "no streams": ("", "<&- >&- 2>&-", 0, ""), "no stdout": ("", ">&-", 0, ""), "no stderr": ("", "--lr x 2>&-", 2, ""),
+    "a full disk for stdout": ("", "> /dev/full", 1, "train.py: what is printed, or a file, cannot be written: No"),
+    "a deleted folder": ("mkdir gone; cd gone; rmdir ../gone;", "", 2, "train.py: the current folder cannot be read"),
+    "no docstrings": ("export PYTHONOPTIMIZE=2;", "", 2, "train.py: python -OO, or PYTHONOPTIMIZE=2: removes"),
+    "a port in use": ("export RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=PORT;", "", 2,
+                      "the processes cannot meet there: The server socket has failed to listen")}
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_a_place_that_no_script_expects_is_one_line_or_works(tmp_path, name):
+    before, after, status, said = PLACES[name]
+    flags = "" if "PORT" in before else "--plan"
+    with socket.create_server(("", 0)) as taken:
+        before = before.replace("=PORT", f"={taken.getsockname()[1]}")
+        done = subprocess.run(f"{before} {sys.executable} {ROOT}/train.py --model {ROOT}/miniature {flags} {after}",
+                              shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("train.py: ")]
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    assert said in "".join(lines) and len(lines) == bool(said)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_merge_that_is_stopped_while_it_writes_leaves_no_hidden_file(tmp_path, monkeypatch, capsys, number):
+    monkeypatch.setattr("os.fsync", lambda file: os.kill(os.getpid(), number))
+    with pytest.raises(SystemExit) as stop:
+        merge.main(["--model", str(ROOT / "miniature"), "--weights", str(ROOT / "miniature"), "--out",
+                    str(tmp_path / "m")])
+    assert stop.value.code == 128 + number and not any(path.is_file() for path in tmp_path.rglob("*"))
+    assert capsys.readouterr().out.endswith("\nmerge: stopped; run it again\n")
+
+
+def test_what_is_printed_without_streams_goes_into_no_file(tmp_path):
+    """Of a process whose stdout and stderr are closed, the first files that it opens have their numbers."""
+    code = ("import os; from engine.loading import open_streams; open_streams(); file = open(OUT, 'w'); "
+            "print('said', flush=True); os.write(1, b'said'); os.write(2, b'said')").replace("OUT", f"'{tmp_path}/x'")
+    done = subprocess.run(f'{sys.executable} -c "{code}" <&- >&- 2>&-', shell=True, cwd=ROOT, timeout=60)
+    assert done.returncode == 0 and (tmp_path / "x").read_text() == ""
 
 
 # ----------------------------------------------------------------------------------------- what is no mistake

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import (
 )
 from tqdm import tqdm
 
-from engine.errors import UserError, printable
+from engine.errors import UserError, one_line, printable
 from engine.model.float8 import scales_of
 from engine.model.tensors import fill, own_parameters
 
@@ -56,9 +56,10 @@ def choose_threads(neighbours=1):
     times as long. With a GPU, the cores are divided among the processes of this machine, since --memory offload has its
     optimizer there; torchrun would leave one core to each. OMP_NUM_THREADS of 2 or more is left as it is.
     """
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # OpenMP takes a list, such as 4,2
     if not torch.cuda.is_available():
         torch.set_num_threads(1)
-    elif int(os.environ.get("OMP_NUM_THREADS") or 1) == 1:
+    elif not (asked.isdecimal() and int(asked) > 1):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
 
 
@@ -70,6 +71,9 @@ def meet_the_others(backend, patience):
     def meet():
         try:
             dist.init_process_group(backend, timeout=patience)
+        except dist.DistNetworkError as error:
+            address = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+            errors.append(UserError(f"{address}: the processes cannot meet there: {one_line(error)}"))
         except Exception as error:
             errors.append(error)
 
