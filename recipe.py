@@ -272,6 +272,7 @@ class Method(NamedTuple):
     group: Callable = one_image   # flags -> images of one prompt; a group is never split between batches
     optimizer_steps: int = 1         # in an update; with more than one a process makes all its images at once
     takes_photographs: bool = False  # whether --images can replace its rollouts
+    never_reads: tuple = ()          # names of flags; `notes` tells of those that are given
 
     def load(self):
         """The generator of loss terms."""
@@ -325,13 +326,26 @@ def dancegrpo_group(a):
 # The reward of the bare prompt, a noise for each image, and guidance 3.5 in the rollout (DanceGRPO's for FLUX). No
 # threshold: the paper gives none for its baselines.
 BASELINE = {"form": "plain", "threshold": None, "rollout_guidance": 3.5, "noise": "independent"}
+OF_SRPO = ("sigma_range", "cells", "groundtruth_ratio", "branches", "injections", "meet", "recover", "lam", "lam_at",
+           "lam_shift", "discount_invert")
 METHODS = {
-    "srpo": Method("train.srpo", "the paper's", srpo_calls, takes_photographs=True),
-    "refl": Method("baselines.refl", "Eq. 2", refl_calls, BASELINE),
-    "draft-lv": Method("baselines.draft_lv", "Eq. 1", draft_lv_calls, BASELINE),
+    "srpo": Method("train.srpo", "the paper's", srpo_calls, takes_photographs=True,
+                   never_reads=("refl_steps", "group")),
+    "refl": Method("baselines.refl", "Eq. 2", refl_calls, BASELINE, never_reads=(*OF_SRPO, "group")),
+    "draft-lv": Method("baselines.draft_lv", "Eq. 1", draft_lv_calls, BASELINE,
+                       never_reads=(*OF_SRPO, "refl_steps", "group")),
     "dancegrpo": Method("baselines.dancegrpo", "a baseline of the paper", dancegrpo_calls,
-                        BASELINE | {"cfg_gradient": "both"}, dancegrpo_group,
-                        DANCE_OPTIMIZER_STEPS)}
+                        BASELINE | {"cfg_gradient": "both"}, dancegrpo_group, DANCE_OPTIMIZER_STEPS,
+                        never_reads=(*OF_SRPO, "refl_steps", "threshold"))}
+# Flags that are read only where another flag has some value: (names, which value in words, whether it has it).
+READ_WITH = (
+    (("cfg_k",), "--form cfg", lambda a: a.form == "cfg"),
+    (("discount_denoise", "discount_invert"), "--form released", lambda a: a.form == "released"),
+    (("discount_denoise",), "a denoising branch", lambda a: a.method != "srpo" or "denoise" in a.branches),
+    (("discount_invert",), "an inverting branch", lambda a: "invert" in a.branches),
+    (("lam_at", "lam_shift"), "two values of --lam that differ", lambda a: a.lam[0] != a.lam[1]),
+    (("cfg_gradient", "cfg_keep_norm"), "--cfg", lambda a: a.cfg is not None),
+    (("world_size", "card", "share"), "--plan", lambda a: a.plan))
 
 
 # --------------------------------------------------------------------------------------- images among processes
@@ -446,9 +460,15 @@ def begins(p, given):
     if "images" in given and "prompts" in given:
         raise UserError(f"--images {given['images']} --prompts {given['prompts']}: the captions are the prompts; give "
                         "one of the two")
+    model = Model(given.get("model", Trained().model))
+    return Namespace(**without(p, given, model) | given), model
+
+
+def without(p, given, model):
+    """{name: value} of the flags of a run where the command line gives none but --recipe, --method and what decides
+    over other flags; `given` has these. Raises UserError."""
     values = line.defaults(GROUPS) | {"recipe": given.get("recipe", "released")}
     differs = differs_of(p, values["recipe"])
-    model = Model(given.get("model", values["model"]))
     own = model.flags(may_set(GROUPS))
     rate = own.pop("lora_lr", LORA_LR)
     if (differs | given).get("lora"):
@@ -458,7 +478,24 @@ def begins(p, given):
     values |= differs
     if "images" in given or given.get("prompts", "hpdv2") not in prompt_files.PROMPTS:
         values["watch_prompts"] = OWN
-    return Namespace(**values | given), model
+    return values
+
+
+def unread(a, model):
+    """A line for each flag that nothing reads, if its value is another than without it."""
+    usual = without(parser(), {"method": a.method, "recipe": a.recipe}, model)
+    told = []
+    for field in line.fields_of(GROUPS):
+        name = field.name
+        if vars(a)[name] == usual[name]:
+            continue
+        why = f"--method {a.method} does not read it" if name in METHODS[a.method].never_reads else None
+        for names, where, holds in READ_WITH:
+            if why is None and name in names and not holds(a):
+                why = f"read only with {where}"
+        if why:
+            told.append(f"{line.shown(name, vars(a)[name]).removesuffix(' True')}: {why}")
+    return told
 
 
 def differs_of(p, name):
@@ -559,7 +596,7 @@ def check_what_learns(a):
 
 def notes(a, model):
     """What may surprise about the flags: a list of lines to print."""
-    lines = model.notes(vars(a))
+    lines = model.notes(vars(a)) + unread(a, model)
     if a.threshold is not None and a.form in ("plain", "sgp") and len(a.branches) == 2 and a.method == "srpo":
         lines.append(f"--form {a.form} --threshold {a.threshold}: the reward of the inverting branch is that of the "
                      "denoising one with its sign turned, so the threshold stops one of the two at most; --threshold "

@@ -445,6 +445,16 @@ REFUSED = {
     "lora_alpha '8' is no value": with_note(lora_alpha="8"),
     "alpha_pattern \"{'to_q': 'x'}\" is no value": with_note(alpha_pattern={"to_q": "x"}),
     "use_rslora 'yes' is no value": with_note(use_rslora="yes"),
+    "both scale it": lambda base: (in_diffusers(matrices(base, LAYERS), "lora_down", "lora_up") | alphas(LAYERS, (8,)),
+                                   noted(r=4, lora_alpha=2, target_modules=LAYERS)),
+    "says lora_bias false": lambda base: (a_bias(base)[0], noted(r=4, lora_alpha=2, target_modules=[Q, FF])),
+    "double_blocks.0.img_attn.proj has a bias under black-forest-labs' name": lambda base: (
+        b_fal(base)[0] | {"base_model.model.double_blocks.0.img_attn.proj.lora_B.bias": torch.ones(D)}, None),
+    "to_k.alpha must be one number above 0": plus(f"transformer.{K}.alpha", torch.tensor(torch.nan)),
+    "to_v.alpha must be one number above 0": plus(f"transformer.{V}.alpha", torch.tensor(torch.inf)),
+    "proj_out.alpha must be one number above 0": plus(f"transformer.{TOP}.alpha", torch.tensor(-4.0)),
+    "ff.net.0.proj.alpha is there twice, under two names": lambda base: (
+        a_alphas(base)[0] | alphas([FF], (3,), "diffusion_model."), None),
     "use_bdlora": with_note(use_bdlora={"a": 1}),
     "does not say whose they are; diffusers writes transformer.lora_alpha": lambda base: (
         a_plain(base)[0], {"lora_adapter_metadata": '{"r": 4, "lora_alpha": 8}'}),
@@ -460,7 +470,7 @@ REFUSED = {
 def test_what_is_not_read_is_refused_by_name(words, base, tmp_path):
     """In one line, which names the file."""
     state, metadata = REFUSED[words](base)
-    save_file(state, tmp_path / "it.safetensors", metadata)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, tmp_path / "it.safetensors", metadata)
     with pytest.raises(UserError) as error:
         trained.check(str(tmp_path / "it.safetensors"), Model("miniature"))
     said = str(error.value)

@@ -162,6 +162,41 @@ def test_baselines_climb_the_plain_reward_unless_a_form_is_given():
     assert recipe.flags(SMALL).form == "released"
 
 
+UNREAD = {
+    "--method refl --lam-at landing": "--lam-at landing: --method refl does not read it",
+    "--method refl --branches denoise": "--branches denoise: --method refl does not read it",
+    "--method refl --group 4": "--group 4: --method refl", "--method draft-lv --refl-steps 2": "--method draft-lv",
+    "--method draft-lv --injections 2": "--method draft-lv", "--method dancegrpo --group 4 --threshold 0": "dancegrpo",
+    "--method dancegrpo --refl-steps 2": "--method dancegrpo", "--group 4": "--group 4: --method srpo",
+    "--refl-steps 2": "--refl-steps 2: --method srpo", "--cfg-k 2": "--cfg-k 2.0: read only with --form cfg",
+    "--method refl --cfg-k 2": "read only with --form cfg",
+    "--form srp --discount-denoise 0 0.1": "--discount-denoise 0.0,0.1: read only with --form released",
+    "--method refl --discount-denoise 0 0.1": "read only with --form released",
+    "--branches denoise --discount-invert 0 0.1": "read only with an inverting branch",
+    "--branches invert --discount-denoise 0 0.1": "read only with a denoising branch",
+    "--lam-at landing": "--lam-at landing: read only with two values of --lam that differ",
+    "--lam 2 2 --lam-shift 3": "two values of --lam",
+    "--cfg-gradient both": "--cfg-gradient both: read only with --cfg",
+    "--cfg-keep-norm": "--cfg-keep-norm: read only with --cfg", "--world-size 2": "read only with --plan",
+    "--card H100": "read only with --plan", "--share 0.3": "read only with --plan"}
+
+
+@pytest.mark.parametrize("argv", UNREAD)
+def test_a_flag_that_nothing_reads_is_told(argv):
+    """And is not refused, for the runs of an experiment share their flags."""
+    a, model = recipe.read([*SMALL, *argv.split()])
+    assert any(UNREAD[argv] in line for line in recipe.notes(a, model)), recipe.notes(a, model)
+
+
+@pytest.mark.parametrize("argv", [
+    "--recipe 2026 --lam 1 1", "--recipe fast --discount-invert 0.3 0.01", "--group 8", "--method refl --cfg-k 1.5",
+    "--method refl --form cfg --cfg-k 2", "--method refl --form released --discount-denoise 0 0.1",
+    "--method refl --threshold 0.5", "--method refl --guidance 2", "--method dancegrpo --group 4",
+    "--recipe 2026 --lam-shift 2", "--form cfg --cfg-k 2", "--plan --card H100 --share 0.3 --world-size 1"])
+def test_nothing_is_told_of_what_is_read_or_a_recipe_sets_or_changes_nothing(argv):
+    assert recipe.unread(*recipe.read([*SMALL, *argv.split()])) == []
+
+
 def quarter(a, net, reward, batch):
     """A method for the tests: a quarter of the mean square of one velocity."""
     v_theta = net.velocity(batch.start, 0.5, batch.c, a.guidance)

@@ -160,6 +160,12 @@ def settings_of(path, tensors, noted):
         if not fits(value, SCALING[key]):
             raise UserError(f"{path}: {key} {str(value)[:40]!r} is no value of peft's config; correct the file's "
                             f"metadata, or {PEFT_CONFIG}")
+    sides = {split(name)[1]: name for name in tensors}
+    if found and "alpha" in sides:
+        raise UserError(f"{path}: {sides['alpha']} and its note of a LoRA's settings both scale it; keep one of them")
+    if found and "bias" in sides and not found.get("lora_bias"):
+        raise UserError(f"{path}: it has {sides['bias']}, and its note of a LoRA's settings says lora_bias false; "
+                        "correct one of them")
     return found
 
 
@@ -202,7 +208,10 @@ def by_layer(path, tensors, network, config):
         if key in own:
             made = {own[key]: (A, B, of.get("bias"))}
         else:
-            made = split_rows(A, B, of.get("bias"), theirs[key])
+            if "bias" in of:
+                raise UserError(f"{path}: {of['name']} has a bias under black-forest-labs' name, which "
+                                "diffusers leaves out; merge it with the tool that made it, and give the full weights")
+            made = {layer: (*AB, None) for layer, AB in split_rows(A, B, theirs[key]).items()}
         if key in theirs or "down" in of:  # kohya's meaning of alpha: without one a layer's factor is 1
             scale = 1 if alpha is None else alpha.item() / len(A)
             made = {layer: (A * scale, B, bias) for layer, (A, B, bias) in made.items()}  # in the file's dtype
@@ -249,8 +258,8 @@ def split(name):
     return name, None
 
 
-def split_rows(A, B, bias, parts):
-    """{diffusers' layer: (A, B, bias)} of a layer with black-forest-labs' name, whose rows are several layers'.
+def split_rows(A, B, parts):
+    """{diffusers' layer: (A, B)} of a layer with black-forest-labs' name, whose rows are several layers'.
 
     parts: as `released.parts_of` has them. Each gets A whole, or, if its rows of B use only their own share of the
     rank, as kohya's tool joins adapters, that share.
@@ -260,14 +269,14 @@ def split_rows(A, B, bias, parts):
     shares = []
     for number, (name, pieces) in enumerate(parts.items()):
         rows = torch.cat([torch.arange(*piece.of(len(B))) for piece in pieces])
-        found[name.removesuffix(".weight")] = (A, B[rows], None if bias is None else bias[rows])
+        found[name.removesuffix(".weight")] = (A, B[rows])
         mine = slice(number * share, (number + 1) * share)
         rest = B[rows].clone()
         rest[:, mine] = 0
         shares.append(mine if not rest.any() else None)
     if len(A) % len(parts) == 0 and None not in shares:
-        for mine, (name, (A, B, bias)) in zip(shares, list(found.items()), strict=True):
-            found[name] = (A[mine], B[:, mine].contiguous(), bias)
+        for mine, (name, (A, B)) in zip(shares, list(found.items()), strict=True):
+            found[name] = (A[mine], B[:, mine].contiguous())
     return found
 
 
