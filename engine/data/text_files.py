@@ -107,8 +107,8 @@ def names_in(header, separator):
 
 
 def separator_of(header, suffix):
-    """The separator of the columns of a table: that of the file's suffix, or else the first of SEPARATORS, which splits
-    its first line into columns of which one is called as one of KEYS."""
+    """The separator of the columns of a table: the one that splits its first line into columns of which one is called
+    as one of KEYS. That of the file's suffix is tried first, and stands if none does."""
     own = "," if suffix == ".csv" else "\t"
     for separator in (own, *SEPARATORS):
         if set(KEYS) & set(names_in(header, separator)):
@@ -146,7 +146,10 @@ def lines_of_table(file, flag):
 
 def prompts_of_table(file, flag):
     """The prompts of a table: the column whose header is one of KEYS, as `key_of`. Raises UserError."""
-    (_, header), *rows = rows_of_table(file, flag) or [(1, KEYS)]
+    rows = rows_of_table(file, flag)
+    if not rows:
+        return []
+    header = rows[0][1]
     names = [key_of(name) for name in header]
     known = next((key for key in KEYS if key in names), None)
     if known is None:
@@ -154,7 +157,7 @@ def prompts_of_table(file, flag):
                         f"{header[0][:20]!r}; add such a header")
     if names.count(known) > 1:
         raise UserError(f"{flag} {file}: line 1 names two columns {known}; rename one")
-    return [row[names.index(known)] for _, row in rows]
+    return [row[names.index(known)] for _, row in rows[1:]]
 
 
 # ------------------------------------------------------------------------------------------------------ lines
