@@ -69,7 +69,8 @@ def draw_for_a_user(own):
     must_be_writable(folder, "--draw")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--draw {folder}: is not empty; give a new folder")
-    draw(folder, own.photos, set(prompt_files.read_prompts(f"{own.model}/prompts_eval.txt")))
+    held_out = recipe.flags(["--model", own.model]).eval_prompts
+    draw(folder, own.photos, set(prompt_files.read_prompts(held_out)))
     print(f"{own.photos} photographs with their captions in {folder}/")
 
 
