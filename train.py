@@ -223,7 +223,7 @@ def begin(a, run, world):
 
 def show_plan(a, model):
     """--plan: what an update would cost, and what fits which card."""
-    for note in model.notes(vars(a)):
+    for note in recipe.notes(a, model):
         print(note)
     recipe.share_of(a, a.world_size)
     prepare.settle_evaluation(a, model, print)
