@@ -48,7 +48,6 @@ from engine.errors import DISK_FAILS, UserError, frame, in_words, one_line, prin
 from engine.files import write_json, write_whole
 from engine.memory import modes, parallel, sampling
 from engine.model import trained
-from engine.run.stopping import Stopping
 from evaluation import metrics, picture_folders, sheets, table_formats, tables
 from evaluation.scores import Scores, settings_of
 
@@ -79,8 +78,7 @@ class Outcome:
 
 def main():
     """Both stages, from the command line to the table."""
-    with frame("evaluate.py"):
-        Stopping("stopped; run it again to go on")
+    with frame("evaluate.py", "stopped; run it again to go on"):
         try:
             status = run(sys.argv[1:])
         except OSError as error:

@@ -27,7 +27,6 @@ from engine.files import must_be_writable, stamp
 from engine.memory import modes, parallel, sampling
 from engine.model import trained
 from engine.paths import leads_somewhere, named_path
-from engine.run.stopping import Stopping
 from evaluation import sheets
 from evaluation.picture_folders import begin, check_made, clean, folder_name, is_whole, mark_of, named, save_picture
 
@@ -179,8 +178,8 @@ def sample(args, net, line, embeddings, stopping, done, lines):
 
 def main():
     """From the command line to the pictures."""
-    with frame("sample.py"):
-        run(sys.argv[1:], Stopping("stopped before the first picture; run it again"))
+    with frame("sample.py", "stopped before the first picture; run it again") as stopping:
+        run(sys.argv[1:], stopping)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,6 @@ from engine.memory.one_call import Calls
 from engine.model import lora, tensors
 from engine.run import checkpoint, finite
 from engine.run.folder import RunFolder, may_explain
-from engine.run.stopping import Stopping
 from evaluation import card, watch
 from evaluation.explain import Explanation
 
@@ -251,8 +250,7 @@ def explain_an_update(a, model, out):
 def main(argv=None, read=None):
     """Plan, explain, or train: from the command line (None: the script's own), or from what `recipe.read` made of it,
     to the run's folder."""
-    with frame("train.py"):
-        stopping = Stopping("stopped before the first update: there is nothing to save")
+    with frame("train.py", "stopped before the first update: there is nothing to save") as stopping:
         a, model = read or recipe.read(sys.argv[1:] if argv is None else argv)
         out = recipe.out_of(a.out, a.model)
         if a.plan:

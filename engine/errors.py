@@ -9,20 +9,11 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from engine.loading import loaded
+from engine.run.stopping import Stopped, Stopping
 
 
 class UserError(ValueError):
     """A mistake that the user can correct; the message is one line."""
-
-
-class Stopped(BaseException):
-    """The user asked the script to stop; the message says what was saved; `number` is that of the signal. Like
-    KeyboardInterrupt it is not an Exception. It may come at any moment, and code that catches every Exception must not
-    catch it."""
-
-    def __init__(self, words, number=signal.SIGTERM):
-        super().__init__(words)
-        self.number = number
 
 
 class NotFinite(Exception):
@@ -177,9 +168,6 @@ def status_of(script, error, rank):
             say_last(f"\n{script}: {printable(text)}", sys.stdout)
         # torchrun would answer a status other than 0 with a traceback
         return 0 if "RANK" in os.environ else 128 + error.number
-    if isinstance(error, KeyboardInterrupt):
-        say_last(f"\n{script}: interrupted", sys.stderr)
-        return 128 + signal.SIGINT
     if isinstance(error, BrokenPipeError) and error.filename is None and not are_many():
         say_last("", sys.stdout)  # the reader, such as head, has seen enough
         return 128 + signal.SIGPIPE if hasattr(signal, "SIGPIPE") else 1
@@ -207,13 +195,14 @@ def in_words(error):
 
 
 @contextmanager
-def frame(script):
-    """What every script runs in: errors become one line and an exit status.
+def frame(script, nothing_lost="stopped; run it again"):
+    """What every script runs in: errors and signals become one line and an exit status. Yields the `Stopping`, which
+    ends with the frame, unless the script was asked to stop. nothing_lost: its first message.
 
     Status 2: a `UserError`, or a file that may not be read or written. Status 1: memory that is full; a disk that is
-    full, missing or read-only; a number that is not finite. Status 130 or 143: the user asked to stop, by Ctrl-C or
-    SIGTERM; 0 under torchrun. What was written before stays. Of several processes, rank 0 prints the line. Any other
-    error is raised as it is.
+    full, missing or read-only; a number that is not finite. Status 130, 143 or 129: the user asked to stop, by Ctrl-C,
+    SIGTERM or SIGHUP; 0 under torchrun. What was written before stays. Of several processes, rank 0 prints the line.
+    Any other error is raised as it is.
     """
     loaded()
     for stream in (sys.stdout, sys.stderr):
@@ -221,13 +210,17 @@ def frame(script):
             # A file's name may be no text, or not in the terminal's code. A log file shows each line at once.
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     rank = 0
+    stopping = Stopping(nothing_lost)
     try:
         rank = rank_here()
-        yield
+        yield stopping
         sys.stdout.flush()
-    except (Exception, KeyboardInterrupt, Stopped) as error:
+    except (Exception, Stopped) as error:
         status = status_of(script, error, rank)
         if status is None:
             raise
         if status:
             sys.exit(status)
+    finally:
+        if stopping.asked is None:
+            stopping.end()

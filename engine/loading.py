@@ -83,10 +83,10 @@ def until_loaded(script):
     waiting.append(timer)
 
 
-def until_module_loaded(package):
+def until_module_loaded():
     """`until_loaded` if this process is `python -m PACKAGE.NAME`, otherwise nothing. PACKAGE/__init__.py calls it."""
     if sys.argv[0] == "-m":
-        until_loaded(package)
+        until_loaded(sys.orig_argv[-len(sys.argv)].split(".")[-1])
 
 
 def loaded():

@@ -20,7 +20,6 @@ from engine.model.folder import Model
 from engine.model.single_file import SUFFIXES
 from engine.model.tensor_files import kind_of, meta_network
 from engine.model.tensors import are_finite
-from engine.run.stopping import Stopping
 
 
 def main(argv=None):
@@ -34,7 +33,6 @@ def main(argv=None):
     add("--out", required=True, type=some_path, help="folder that does not exist yet, or is empty; with --save-as a "
                                                      "file that does not exist yet, .safetensors")
     with frame("merge"):
-        Stopping("stopped; run it again")  # what is half written is removed
         a = parser.parse_args(argv)
         model = Model(a.model)
         check_names(a.save_as, model.family)

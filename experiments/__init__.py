@@ -1,3 +1,3 @@
 from engine.loading import until_module_loaded
 
-until_module_loaded(__name__)
+until_module_loaded()

@@ -670,9 +670,9 @@ def test_a_signal_while_the_libraries_are_imported_is_one_line(script, argv):
 
 
 @pytest.mark.parametrize("module, number, said", [
-    ("experiments.landing", signal.SIGINT, "experiments: stopped before the start: there is nothing to save"),
-    ("engine.merge", signal.SIGTERM, "engine: stopped before the start: there is nothing to save"),
-    ("evaluation.report", None, "evaluation: loading torch, diffusers and transformers")])
+    ("experiments.landing", signal.SIGINT, "landing: stopped before the start: there is nothing to save"),
+    ("engine.merge", signal.SIGTERM, "merge: stopped before the start: there is nothing to save"),
+    ("evaluation.report", None, "report: loading torch, diffusers and transformers")])
 def test_a_module_says_what_it_loads_and_stops_in_one_line(module, number, said, tmp_path):
     """A numpy of the test's own, which all of them import, takes long or is a signal."""
     act = "time.sleep(4)" if number is None else f"os.kill(os.getpid(), {int(number)})"

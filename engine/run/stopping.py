@@ -5,10 +5,19 @@ import os
 import signal
 import time
 
-from engine.errors import Stopped
 from engine.loading import ASKS
 
 ONE_REQUEST = 0.2  # seconds; stopping a whole group of processes may signal some of them twice within this time
+
+
+class Stopped(BaseException):
+    """The user asked the script to stop; the message says what was saved; `number` is that of the signal. Like
+    KeyboardInterrupt it is not an Exception. It may come at any moment, and code that catches every Exception must not
+    catch it."""
+
+    def __init__(self, words, number=signal.SIGTERM):
+        super().__init__(words)
+        self.number = number
 
 
 class Stopping:
@@ -23,9 +32,10 @@ class Stopping:
         self.at_once = True
         self.words = nothing_lost
         self.outputs = []  # copies of stdout's and stderr's file descriptors, once `be_quiet` has replaced these
+        self.before = {}   # the handlers that `end` puts back
         for number in ASKS:
             if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self.ask)
+                self.before[number] = signal.signal(number, self.ask)
 
     def ask(self, number, frame):
         """The handler of the signals."""
@@ -54,6 +64,11 @@ class Stopping:
         for stream, before in enumerate(self.outputs, 1):
             os.dup2(before, stream)
         raise Stopped(self.words, self.number)
+
+    def end(self):
+        """From now on signals do what they did before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def later(self, words):
         """From now on a signal only sets `asked`, and `check` raises. words: the message if the script is stopped."""
