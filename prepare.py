@@ -23,7 +23,7 @@ from engine.model.folder import Model
 from engine.run import made_by
 from engine.run.contents import FLAGS, Contents
 from engine.run.folder import RunFolder
-from engine.run.stopping import Stopping
+from engine.stopping import Stopping
 from evaluation import landing, watch
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from engine.loading import loaded
-from engine.run.stopping import Stopped, Stopping
+from engine.stopping import Stopped, Stopping
 
 
 class UserError(ValueError):

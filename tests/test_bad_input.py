@@ -26,6 +26,7 @@ from engine import merge
 from engine.data import prompt_files
 from engine.errors import frame
 from engine.model.folder import Model
+from evaluation import film
 from experiments import bench
 from miniature import build
 
@@ -838,14 +839,19 @@ def test_a_place_that_no_script_expects_is_one_line_or_works(tmp_path, name):
 
 
 @pytest.mark.usefixtures("signals")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_merge_that_is_stopped_while_it_writes_leaves_no_hidden_file(tmp_path, monkeypatch, capsys, number):
+@pytest.mark.parametrize("name, number", [("merge", signal.SIGTERM), ("merge", signal.SIGHUP),
+                                          ("film", signal.SIGTERM), ("film", signal.SIGINT)])
+def test_a_module_that_is_stopped_while_it_writes_leaves_no_hidden_file(tmp_path, monkeypatch, capsys, name, number):
+    main, argv = {"merge": (merge.main, ["--model", "miniature", "--weights", "miniature"]),
+                  "film": (film.main, [str(tmp_path)])}[name]
+    (tmp_path / "samples").mkdir()
+    photo(64, 64).save(tmp_path / "samples" / "step_00000.png")
     monkeypatch.setattr("os.fsync", lambda file: os.kill(os.getpid(), number))
     with pytest.raises(SystemExit) as stop:
-        merge.main(["--model", str(ROOT / "miniature"), "--weights", str(ROOT / "miniature"), "--out",
-                    str(tmp_path / "m")])
-    assert stop.value.code == 128 + number and not any(path.is_file() for path in tmp_path.rglob("*"))
-    assert capsys.readouterr().out.endswith("\nmerge: stopped; run it again\n")
+        main([*argv, "--out", str(tmp_path / "made")])
+    assert stop.value.code == 128 + number
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["step_00000.png"]
+    assert capsys.readouterr().out.endswith(f"\n{name}: stopped; run it again\n")
 
 
 def test_what_is_printed_without_streams_goes_into_no_file(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 # From the ground up: a room imports only from those before it, and from itself.
 FLOORS = ["engine", "direct_align", "srpo_reward", "flow", "flux", "klein", "rewards", "recipe", "miniature",
           "evaluation", "baselines", "prepare", "train", "sample", "evaluate", "experiments"]
-ENGINE = ["loading", "errors", "files", "paths", "hub", "command_line", "data", "model", "memory", "run", "merge"]
+ENGINE = ["loading", "stopping", "errors", "files", "paths", "hub", "command_line", "data", "model", "memory", "run",
+          "merge"]
 HOUSES = [(Path("."), FLOORS), (Path("engine"), ENGINE)]
 
 

@@ -462,6 +462,18 @@ REFUSED = {
     "not finite": lambda base: (in_diffusers({Q: (torch.full((2, D), torch.nan), torch.ones(D, 2))}), None),
     "cannot be read": lambda base: (a_plain(base)[0], {"lora_adapter_metadata": "{"}),
     "cannot be read as a LoRA": lambda base: (a_plain(base)[0], noted(r=8, lora_alpha=8, target_modules=LAYERS)),
+    "rank_pattern \"{'(to_q': 4}\" is no value": with_note(rank_pattern={"(to_q": 4}),
+    "alpha_pattern \"{'*': 4.0}\" is no value": with_note(alpha_pattern={"*": 4.0}),
+    "the bias of transformer_blocks.0.attn.to_q is [], and must be [128]": plus(
+        f"transformer.{Q}.lora_B.bias", torch.tensor(1.0)),
+    "to_q is [1, 128], and must be [128]": plus(f"transformer.{Q}.lora_B.bias", torch.ones(1, D)),
+    "to_k.lora_A.weight is [2, 128, 1, 1], a convolution's, and this transformer": plus(
+        f"transformer.{K}.lora_A.weight", torch.ones(2, D, 1, 1)),
+    "to_v.lora_B.weight is [128, 2, 1], a convolution's": plus(
+        f"transformer.{V}.lora_B.weight", torch.ones(D, 2, 1)),
+    "to_k is not two matrices": plus(f"transformer.{K}.lora_A.weight", torch.tensor(1.0)),
+    "XLabs', such as double_blocks.x.processor": plus("double_blocks.x.processor.qkv_lora1.up.weight"),
+    "XLabs', such as double_blocks.1.processor.qkv_lora1.up": plus("double_blocks.1.processor.qkv_lora1.up.weight"),
     "no tensor of the transformer": lambda base: (in_diffusers(matrices(base, [Q]), prefix="text_encoder."), None),
 }
 

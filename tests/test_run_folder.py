@@ -22,12 +22,13 @@ from test_train import SMALL, log_of
 import flow
 import prepare
 import train
-from engine.errors import Stopped, UserError
+from engine import stopping
+from engine.errors import Stopped, UserError, frame
 from engine.files import write_whole
 from engine.memory import parallel
 from engine.model import export, lora
 from engine.model.folder import Model
-from engine.run import checkpoint, contents, stopping
+from engine.run import checkpoint, contents
 from engine.run import folder as run_folder
 from engine.run.folder import RunFolder
 from evaluation import watch
@@ -400,7 +401,8 @@ def test_without_file_locks_a_line_says_so(tmp_path, capsys, monkeypatch):
     RunFolder(tmp_path, ARGS).take()
     assert "has no locks; make sure that no other process trains there" in capsys.readouterr().out
     code = ("import sys, signal; sys.modules['fcntl'] = None; del signal.SIGHUP\n"
-            "from engine.run import folder, stopping\nstopping.Stopping('')\nprint(len(stopping.ASKS))")
+            "from engine import stopping\nfrom engine.run import folder\nstopping.Stopping('')\n"
+            "print(len(stopping.ASKS))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "2\n", done.stderr
 
@@ -698,6 +700,16 @@ def test_what_nohup_ignores_stays_ignored(handlers):
     with pytest.raises(Stopped):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(0.01)
+
+
+def test_after_a_script_inside_another_a_signal_is_the_others(handlers, capsys):
+    """An experiment runs train.py, which asks for a signal only between two batches."""
+    with pytest.raises(SystemExit) as stop, frame("outer"):
+        with frame("inner") as inner:
+            inner.later("too late")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+    assert stop.value.code == 128 + signal.SIGTERM and capsys.readouterr().out == "\nouter: stopped; run it again\n"
 
 
 def test_many_processes_say_a_mistake_once(tmp_path):

@@ -52,7 +52,7 @@ from tqdm import tqdm  # noqa: E402
 
 import evaluate  # noqa: E402, F401
 import train  # noqa: E402
-from engine.run import stopping  # noqa: E402
+from engine import stopping  # noqa: E402
 
 FORK = multiprocessing.get_context("fork")
 TINY = ["--model", "miniature", "--global-batch", "2", "--rollout-steps", "1", "--eval-steps", "1", "--watch", "1",

@@ -5,6 +5,7 @@ found, and none is left out silently. The factor alpha / R of each layer is peft
 """
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -105,9 +106,8 @@ def read(place, config):
     must_be_read(path, tensors)
     settings = settings_of(path, tensors, noted)
     network = meta_network(kind_of(config), config)
+    tensors = without_xlabs_names(path, tensors)
     try:
-        if any(XLABS in name for name in tensors):
-            tensors = diffusers.FluxPipeline.lora_state_dict(tensors)
         state, alphas = by_layer(path, tensors, network, config)
         found = scaled_by_peft(network, state, alphas, settings)
     except UserError:
@@ -121,6 +121,18 @@ def read(place, config):
     return path, found
 
 
+def without_xlabs_names(path, tensors):
+    """The tensors of a LoRA {name: tensor}, under diffusers' names if XLabs' were theirs. Raises UserError."""
+    theirs = [name for name in tensors if XLABS in name]
+    if not theirs:
+        return tensors
+    try:
+        return diffusers.FluxPipeline.lora_state_dict(tensors)
+    except Exception as error:
+        raise UserError(f"{path}: its names are XLabs', such as {theirs[0]}, and diffusers cannot convert it: a name "
+                        "is not XLabs', or not each layer has two matrices") from error
+
+
 def must_be_read(path, tensors):
     """Raise UserError if a tensor's name is of a format that is not read, or a tensor holds no weights."""
     for name, tensor in tensors.items():
@@ -130,6 +142,9 @@ def must_be_read(path, tensors):
                                 "here; merge it with the tool that made it, and give the full weights")
         if not tensor.is_floating_point() and not name.endswith(".alpha"):
             raise UserError(f"{path}: {name} holds {tensor.dtype}, which are no weights")
+        if tensor.ndim > 2:
+            raise UserError(f"{path}: {name} is {list(tensor.shape)}, a convolution's, and this transformer has only "
+                            "linear layers; give a LoRA of this model")
     if not tensors:
         raise UserError(f"{path}: holds no tensor of the transformer")
 
@@ -157,7 +172,7 @@ def settings_of(path, tensors, noted):
                             "here; merge it with the tool that made it, and give the full weights")
     found = {key: noted[key] for key in SCALING if noted.get(key) is not None}
     for key, value in found.items():
-        if not fits(value, SCALING[key]):
+        if not fits(value, SCALING[key]) or isinstance(value, dict) and not all(map(is_pattern, value)):
             raise UserError(f"{path}: {key} {str(value)[:40]!r} is no value of peft's config; correct the file's "
                             f"metadata, or {PEFT_CONFIG}")
     sides = {split(name)[1]: name for name in tensors}
@@ -167,6 +182,15 @@ def settings_of(path, tensors, noted):
         raise UserError(f"{path}: it has {sides['bias']}, and its note of a LoRA's settings says lora_bias false; "
                         "correct one of them")
     return found
+
+
+def is_pattern(text):
+    """Whether a text is a regular expression, as peft reads the keys of rank_pattern and alpha_pattern."""
+    try:
+        re.compile(f"({text})")
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
 
 
 def by_layer(path, tensors, network, config):
@@ -221,7 +245,9 @@ def by_layer(path, tensors, network, config):
         for layer, (A, B, bias) in made.items():
             if f"{PREFIX}{layer}.lora_A.weight" in state:
                 raise UserError(f"{path}: {layer} is there twice, once joined with others; keep one of them")
-            if shapes[layer] != (len(B), A.shape[1]) or bias is not None and len(bias) != len(B):
+            if bias is not None and bias.shape != (len(B),):
+                raise UserError(f"{path}: the bias of {layer} is {list(bias.shape)}, and must be [{len(B)}]")
+            if shapes[layer] != (len(B), A.shape[1]):
                 raise UserError(f"{path}: {layer} is {len(B)} x {A.shape[1]}, and in this transformer "
                                 f"{' x '.join(map(str, shapes[layer]))}: another model's")
             state[f"{PREFIX}{layer}.lora_A.weight"] = A
