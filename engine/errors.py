@@ -139,11 +139,11 @@ def find_note(name, seconds, if_gone=None):
 
 
 def another_says(rank):
-    """Whether rank 0 has already said why the script ends. All processes read the same files and write to the same
-    disk, so most errors are the same on all. A rank that finds no note of rank 0 within 5 seconds has an error of
-    its own, and says it."""
+    """Whether another process says why the script ends. All read the same files and write to the same disk, so most
+    errors are the same on all. A rank that finds no note of rank 0 within 5 seconds has an error of its own, and says
+    it. Before the processes have met, the first of each machine says it, since files and names may be a machine's."""
     if not are_many():
-        return rank > 0  # no process group yet: all read the same command line, so rank 0 has the same error
+        return rank > 0 and os.environ["LOCAL_RANK"] != "0"
     if rank == 0:
         leave_note("why", "said")
         return False

@@ -25,6 +25,7 @@ import train
 from engine import merge
 from engine.data import prompt_files
 from engine.errors import frame
+from engine.memory import parallel
 from engine.model.folder import Model
 from evaluation import film
 from experiments import bench
@@ -802,7 +803,10 @@ ENVIRONMENTS = {  # of a process; what is said
     "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=70000": "MASTER_PORT=70000 in the environment: "
                                                                                "must be from 0 to 65535",
     "RANK=0 WORLD_SIZE=9999999999 LOCAL_RANK=0 MASTER_ADDR=localhost MASTER_PORT=1": "WORLD_SIZE=9999999999 in",
-    "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=0 MASTER_ADDR=x MASTER_PORT=1": "LOCAL_WORLD_SIZE=0 in"}
+    "RANK=0 WORLD_SIZE=1 LOCAL_RANK=0 LOCAL_WORLD_SIZE=0 MASTER_ADDR=x MASTER_PORT=1": "LOCAL_WORLD_SIZE=0 in",
+    **{f"RANK={rank} WORLD_SIZE=3 LOCAL_RANK=0 MASTER_ADDR={name} MASTER_PORT=1":
+       f"MASTER_ADDR={name} in the environment: no machine of that name is found here"
+       for rank, name in ((0, "no.such.host"), (2, "no.such.host"), (0, "a..b"))}}
 
 
 @pytest.mark.usefixtures("signals")
@@ -810,6 +814,7 @@ ENVIRONMENTS = {  # of a process; what is said
 @pytest.mark.parametrize("script", ["train.py", "sample.py", "evaluate.py"])
 def test_an_environment_that_torchrun_does_not_make_is_one_line(place, monkeypatch, capsys, script, environment):
     monkeypatch.chdir(place)
+    monkeypatch.setattr(parallel, "LOOK_UP", 0)
     for setting in environment.split():
         monkeypatch.setenv(*setting.split("="))
     assert ENVIRONMENTS[environment] in line_of(monkeypatch, capsys, script, START[script])

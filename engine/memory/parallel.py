@@ -5,6 +5,7 @@ the rest of train.py is written as if there were one process.
 """
 
 import os
+import socket
 import sys
 import time
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from engine.errors import UserError, one_line, printable
 from engine.model.float8 import scales_of
 from engine.model.tensors import fill, own_parameters
 
+LOOK_UP = 10  # seconds in which the name in MASTER_ADDR must be found; a machine that starts needs some
 OLDEST = (8, 0)  # the compute capability of Ampere, the first with bf16 in hardware
 
 
@@ -63,6 +65,20 @@ def choose_threads(neighbours=1):
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // neighbours))
 
 
+def must_be_found(name):
+    """Raise UserError if a machine's name cannot be looked up within LOOK_UP seconds; torch would try for as long as it
+    waits for the others."""
+    end = time.monotonic() + LOOK_UP
+    while True:
+        try:
+            return socket.getaddrinfo(name, None)
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() >= end:
+                raise UserError(f"MASTER_ADDR={name} in the environment: no machine of that name is found here; give "
+                                "the first machine's name or address") from error
+        time.sleep(1)
+
+
 def meet_the_others(backend, patience):
     """torch's init_process_group, in another thread: its C++ code waits for all processes, and handles no signal. So a
     process can be stopped while it waits for another one that has already stopped. patience: a timedelta."""
@@ -70,6 +86,7 @@ def meet_the_others(backend, patience):
 
     def meet():
         try:
+            must_be_found(os.environ["MASTER_ADDR"])
             dist.init_process_group(backend, timeout=patience)
         except dist.DistNetworkError as error:
             address = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
