@@ -19,6 +19,7 @@ import errno
 import json
 import re
 import secrets
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -199,6 +200,7 @@ class RunFolder:
         with as_mistakes(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.out / LOCK, "a")
+            weakref.finalize(self, self.lock.close)  # or at exit
             if not lock(self.lock, self.out):
                 print(f"--out {self.out}: its file system has no locks; make sure that no other process trains "
                       "there")
