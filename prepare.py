@@ -87,7 +87,8 @@ class Run:
         start = chance.normal(*shape) if of_its_own else chance.normal_shared(*shape)
         eps = chance.normal_shared(*shape) if a.noise == "fresh" else start
         middles = []
-        for _ in range(a.injections):
+        are_read = "injections" not in recipe.METHODS[a.method].never_reads
+        for _ in range(a.injections if are_read else 1):  # another number would change a method's further draws
             drawn = da.draw_middle(a.global_batch, a.cells, chance.generator)[chance.mine]
             middles.append(parallel.moved(drawn, device))
         x0 = None if x0 is None else parallel.moved(x0, device)
