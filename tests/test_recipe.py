@@ -22,7 +22,7 @@ import train
 from baselines import Term
 from engine.command_line import fields_of
 from engine.errors import UserError
-from engine.memory import work
+from engine.memory import parallel, work
 from experiments import bench
 
 SMALL = ["--model", "miniature", "--rollout-steps", "2", "--eval-steps", "1", "--watch", "2", "--watch-every", "1",
@@ -186,6 +186,16 @@ def test_a_flag_that_nothing_reads_is_told(argv):
     """And is not refused, for the runs of an experiment share their flags."""
     a, model = recipe.read([*SMALL, *argv.split()])
     assert any(UNREAD[argv] in line for line in recipe.notes(a, model)), recipe.notes(a, model)
+
+
+@pytest.mark.parametrize("method, middles", [("srpo", 3), ("refl", 1)])
+def test_injections_change_no_draw_of_a_method_that_does_not_read_them(method, middles):
+    a, model = recipe.read([*SMALL, "--method", method, "--global-batch", "2"])
+    run = prepare.set_up(a, model, parallel.World())
+    one = run.batch(a, 1, 0).chance.normal(4)
+    a.injections = 3
+    batch = run.batch(a, 1, 0)
+    assert len(batch.middles) == middles and torch.equal(batch.chance.normal(4), one) == (middles == 1)
 
 
 @pytest.mark.parametrize("argv", [
