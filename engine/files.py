@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from engine.errors import UserError
@@ -27,7 +28,8 @@ def write_whole(path, content):
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # it may be gone, or its name may be too long
+            beside.unlink()
 
 
 def remove_leftovers(folder, names):

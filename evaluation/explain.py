@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 import direct_align as da
 import srpo_reward as sr
+from engine.errors import printable
 from engine.files import PNG_MARK, write_whole
 
 PICTURES = 2  # number of prompts that are drawn
@@ -166,7 +167,7 @@ class Explanation:
         figure.savefig(buffer, format="png", dpi=90, metadata={keyword: ours})
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, buffer.getvalue())
-        print(f"the same as a picture: {path}")
+        print(printable(f"the same as a picture: {path}"))
 
     def close(self, told, path):
         """Called after the update, with the numbers of its log line, {name: number}: prints the end, and draws."""

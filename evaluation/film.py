@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from engine.command_line import Parser, some_path
 from engine.data.pictures import read_picture
-from engine.errors import UserError, frame
+from engine.errors import UserError, frame, printable
 from engine.files import check_outputs, write_whole
 
 WIDTH = 900  # pixels, at most
@@ -56,7 +56,7 @@ def main(argv=None):
         pages[0].save(gif, format="GIF", save_all=True, append_images=pages[1:], duration=times, loop=0,
                       comment=MARK)
         write_whole(out, gif.getvalue())
-        print(out)
+        print(printable(out))
 
 
 if __name__ == "__main__":

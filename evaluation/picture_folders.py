@@ -313,6 +313,8 @@ def existing(args):
     lists = {folder: prompts for folder, prompts in lists.items() if prompts is not None}
     if lists:
         first, prompts = next(iter(lists.items()))
+        if args.eval_prompts is not None:
+            raise UserError(f"--prompts {args.eval_prompts}: {first} has its own, in prompts.json; leave --prompts out")
     elif args.eval_prompts is None:
         raise UserError(f"--images {methods[0].folder}: no prompts.json in it; give its prompts: --prompts FILE")
     else:
@@ -326,8 +328,8 @@ def existing(args):
     for method in methods:
         last = max(int(name) for name in method.files if name.isdigit())
         if last >= len(prompts):
-            raise UserError(f"--images {method.folder}: picture {last}, but there are {len(prompts)} "
-                            "prompts; give theirs: --prompts FILE")
+            raise UserError(f"--images {method.folder}: picture {last}, but there are {len(prompts)} prompts; give "
+                            "theirs, in prompts.json or by --prompts FILE")
     return methods, prompts
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 import flow
 import srpo_reward as sr
 from engine.data.pictures import read_picture
-from engine.errors import NotFinite, UserError
+from engine.errors import NotFinite, UserError, printable
 from engine.files import write_json
 from engine.model import lora
 from engine.run.folder import PHOTOGRAPHS
@@ -302,5 +302,6 @@ class Watch:
         table_formats.write(out, made)
         print(table_formats.for_the_terminal(made) + "\n")
         self.cards(out, state, made)
+        out = printable(out)
         print(f"weights: {out}/weights; those of the best look without a drift warning: {out}/weights_best\n"
               f"pictures: {out}/before_after.png; the run on one page: {out}/{report.PAGE}")

@@ -12,7 +12,7 @@ import flow
 import recipe
 from engine.command_line import Parser, some_path
 from engine.data.prompt_files import read_prompts
-from engine.errors import frame
+from engine.errors import frame, printable
 from engine.files import PNG_MARK, check_outputs
 from engine.model.folder import Model
 from experiments import pages
@@ -71,7 +71,7 @@ def main(argv=None):
               'base, prompt\nprefixed with\n"realistic\nphoto"': sampled(base, own.model, words, a),
               "SRPO": sampled(aligned, own.model, prompts, a),
               "true photos": true_photos(prompts)}, own.out)
-        print(own.out)
+        print(printable(own.out))
 
 
 if __name__ == "__main__":

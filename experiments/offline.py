@@ -28,7 +28,7 @@ import train
 from baselines import Term
 from engine.command_line import some_path, whole
 from engine.data import prompt_files
-from engine.errors import UserError, frame
+from engine.errors import UserError, frame, printable
 from engine.files import must_be_writable, read_json, write_json, write_whole
 from engine.memory import parallel, work
 from experiments import pages, runs
@@ -69,9 +69,9 @@ def draw_for_a_user(own):
     must_be_writable(folder, "--draw")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--draw {folder}: is not empty; give a new folder")
-    held_out = recipe.flags(["--model", own.model]).eval_prompts
+    held_out = recipe.flags(["--model", own.model, *shlex.split(own.flags)]).eval_prompts
     draw(folder, own.photos, set(prompt_files.read_prompts(held_out)))
-    print(f"{own.photos} photographs with their captions in {folder}/")
+    print(printable(f"{own.photos} photographs with their captions in {folder}/"))
 
 
 # --------------------------------------------------------------------------------------------------- supervised

@@ -426,7 +426,8 @@ def test_names_need_no_zeros_and_other_weights_of_a_scorer_are_noticed(whole, mo
                                                       "00000.png: a second picture of prompt 0"),
     ("differ", "the prompts of .*b and .*a differ, first at number 3"), ("none", "b: no such folder"),
     ("empty", "b: no pictures 00000.png"), ("many", "picture 40, but there are 40 prompts"),
-    ("list", r"prompts.json: must be a list of \{\"prompt\""), ("twice", "a name is used twice")])
+    ("list", r"prompts.json: must be a list of \{\"prompt\""), ("twice", "a name is used twice"),
+    ("both", "--prompts p.txt: .*a has its own, in prompts.json")])
 def test_folders_that_do_not_fit(whole, monkeypatch, capsys, tmp_path, case, words):
     a, b = tmp_path / "a", tmp_path / "b"
     prompts = [{"prompt": f"p{i}", "category": ""} for i in range(40)]
@@ -449,7 +450,7 @@ def test_folders_that_do_not_fit(whole, monkeypatch, capsys, tmp_path, case, wor
         shutil.rmtree(b)
         if case == "empty":
             b.mkdir()
-    names = [f"x={a}", f"x={b}"] if case == "twice" else [a, b]
+    names = {"twice": [f"x={a}", f"x={b}"], "both": [a, b, "--prompts", "p.txt"]}.get(case, [a, b])
     said = one_line(monkeypatch, capsys, "--metrics", "statistics", "--out", tmp_path / "o",
                     "--images", *names)
     assert re.search(words, said), said

@@ -117,6 +117,7 @@ MISTAKES = [
     Mistake("zebra okapi --prompts p.key.json --out p.html --overwrite", "p.key.json: is read here"),
     # both or neither
     Mistake(STUDY, "s.html and s.key.json: cannot be written: No space left on device", 1, ".s.html.new"),
+    Mistake(f"zebra okapi --out {'x' * 246}", "x.key.json: cannot be written: File name too long; nothing was written"),
     Mistake(STUDY, "nothing was written", 1, ".s.key.json.new"),
     Mistake(STUDY, "nothing was written", 1, "s.html"),
     Mistake(STUDY, "nothing was written", 1, "s.key.json"),

@@ -202,8 +202,8 @@ class RunFolder:
             self.lock = open(self.out / LOCK, "a")
             weakref.finalize(self, self.lock.close)  # or at exit
             if not lock(self.lock, self.out):
-                print(f"--out {self.out}: its file system has no locks; make sure that no other process trains "
-                      "there")
+                print(printable(f"--out {self.out}: its file system has no locks; make sure that no other process "
+                                "trains there"))
             self.must_be_as_seen()
 
     def open(self, made_by=None):

@@ -11,6 +11,7 @@ from statistics import mean, median
 from typing import NamedTuple
 
 from engine.errors import printable
+from engine.files import fits
 from engine.run import log
 from evaluation.metrics import frechet, judge, reward, statistics
 from evaluation.metrics.statistics import STATISTICS
@@ -55,10 +56,8 @@ def read_log(path):
 
 
 def number(value):
-    """The value as a float if it is a finite number; otherwise None."""
-    if type(value) not in (int, float) or not math.isfinite(value):
-        return None
-    return float(value)
+    """The value as a float if it is a finite number, as `files.fits` has it; otherwise None."""
+    return float(value) if fits(value, float) else None
 
 
 # ------------------------------------------------------------------------------------- the watched pictures

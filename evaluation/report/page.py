@@ -281,7 +281,8 @@ def main(argv=None):
         args = parser.parse_args(argv)
         check_outputs([(args.out, MARK, "a report")], [], overwrite=True)
         of_one = Path(args.out).name == PAGE and run_folder.run_in(Path(args.out).parent) is not None
-        if of_one and len(args.runs) > 1:
+        folders = [Path(named_path(item)[1]).resolve() for item in args.runs]
+        if of_one and folders != [Path(args.out).resolve().parent]:
             raise UserError(f"--out {args.out}: is the page of that run alone; give another name")
         runs = [read_run(*named_path(item)) for item in args.runs]
         names = [run.name for run in runs]

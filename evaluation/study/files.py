@@ -1,8 +1,9 @@
 """The study's files: which may be read, and how several files are written together."""
 
 import os
+from contextlib import suppress
 
-from engine.errors import UserError
+from engine.errors import DISK_FAILS, UserError
 from engine.files import write_whole
 
 
@@ -34,7 +35,8 @@ def take_back(begun, existed):
 
 
 def write_together(contents):
-    """Write {Path: content, as `write_whole` takes it}: all files or none. Raises OSError if nothing was written.
+    """Write {Path: content, as `write_whole` takes it}: all files or none. Raises UserError, or OSError for a
+    disk that is full or broken, if nothing was written.
 
     Every file is first written under a hidden name, then all are renamed. If a rename fails, those before it are
     undone."""
@@ -51,13 +53,15 @@ def write_together(contents):
             beside(path, "new").replace(path)
     except OSError as error:
         take_back(begun, existed)
-        raise OSError(f"{names}: cannot be written: {error.strerror}; nothing was written, and what was there before "
+        kind = OSError if error.errno in DISK_FAILS else UserError
+        raise kind(f"{names}: cannot be written: {error.strerror}; nothing was written, and what was there before "
                       "is unchanged") from error
     except BaseException:
         take_back(begun, existed)
         raise
     finally:
         for path in contents:
-            beside(path, "new").unlink(missing_ok=True)
+            with suppress(OSError):  # it may be gone, or its name may be too long
+                beside(path, "new").unlink()
     for path in existed:
         beside(path, "old").unlink(missing_ok=True)
