@@ -197,7 +197,7 @@ def in_words(error):
 @contextmanager
 def frame(script, nothing_lost="stopped; run it again"):
     """What every script runs in: errors and signals become one line and an exit status. Yields the `Stopping`, which
-    ends with the frame, unless the script was asked to stop. nothing_lost: its first message.
+    ends with the frame, unless a signal has ended the script. nothing_lost: its first message.
 
     Status 2: a `UserError`, or a file that may not be read or written. Status 1: memory that is full; a disk that is
     full, missing or read-only; a number that is not finite. Status 130, 143 or 129: the user asked to stop, by Ctrl-C,
@@ -221,6 +221,8 @@ def frame(script, nothing_lost="stopped; run it again"):
             raise
         if status:
             sys.exit(status)
+    else:
+        stopping.end()
     finally:
         if stopping.asked is None:
             stopping.end()

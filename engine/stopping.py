@@ -59,16 +59,25 @@ class Stopping:
             self.outputs.append(os.dup(stream))
             os.dup2(nowhere, stream)
 
-    def stop(self):
-        """Raise `Stopped`, with stdout and stderr as before. Its message is the last line; it may be lost."""
+    def be_heard(self):
+        """Undo `be_quiet`."""
         for stream, before in enumerate(self.outputs, 1):
             os.dup2(before, stream)
+
+    def stop(self):
+        """Raise `Stopped`, with stdout and stderr as before. Its message is the last line; it may be lost."""
+        self.be_heard()
         raise Stopped(self.words, self.number)
 
     def end(self):
-        """From now on signals do what they did before."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        """From now on signals do what they did before. A signal that no `check` has answered is handed to the script
+        around this one, if there is one."""
+        around = self.before.get(self.number)
+        while self.before:
+            signal.signal(*self.before.popitem())
+        if self.asked is not None and isinstance(getattr(around, "__self__", None), Stopping):
+            self.be_heard()
+            around(self.number, None)
 
     def later(self, words):
         """From now on a signal only sets `asked`, and `check` raises. words: the message if the script is stopped."""

@@ -702,13 +702,19 @@ def test_what_nohup_ignores_stays_ignored(handlers):
         time.sleep(0.01)
 
 
-def test_after_a_script_inside_another_a_signal_is_the_others(handlers, capsys):
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_signal_that_a_script_inside_another_does_not_answer_is_the_others(inside, handlers, capsys):
     """An experiment runs train.py, which asks for a signal only between two batches."""
+    def be_asked():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
     with pytest.raises(SystemExit) as stop, frame("outer"):
         with frame("inner") as inner:
             inner.later("too late")
-        os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.01)
+            if inside:
+                be_asked()
+        be_asked()
     assert stop.value.code == 128 + signal.SIGTERM and capsys.readouterr().out == "\nouter: stopped; run it again\n"
 
 
