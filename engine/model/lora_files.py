@@ -100,7 +100,7 @@ def read(place, config):
             tensors = {name: file.get_tensor(name) for name in file.keys() if not is_of_text(name)}
             tensors = {name: tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
                        for name, tensor in tensors.items() if not name.endswith(DIFFERENCES) or tensor.any()}
-            noted = json.loads((file.metadata() or {}).get(METADATA) or "{}")
+            noted = (file.metadata() or {}).get(METADATA) or "{}"
     except Exception as error:
         raise UserError(f"{path}: cannot be read: {one_line(error)}") from error
     must_be_read(path, tensors)
@@ -142,7 +142,7 @@ def must_be_read(path, tensors):
                                 "here; merge it with the tool that made it, and give the full weights")
         if not tensor.is_floating_point() and not name.endswith(".alpha"):
             raise UserError(f"{path}: {name} holds {tensor.dtype}, which are no weights")
-        if tensor.ndim > 2:
+        if tensor.ndim > 2 and not name.endswith(".alpha"):
             raise UserError(f"{path}: {name} is {list(tensor.shape)}, a convolution's, and this transformer has only "
                             "linear layers; give a LoRA of this model")
     if not tensors:
@@ -150,9 +150,13 @@ def must_be_read(path, tensors):
 
 
 def settings_of(path, tensors, noted):
-    """{key of SCALING: value} of peft's config, from the file's metadata or from adapter_config.json beside it; {} if
-    there is none. Raises UserError for a config that asks for more than a LoRA."""
+    """{key of SCALING: value} of peft's config, from the file's metadata, the JSON text `noted`, or from
+    adapter_config.json beside it; {} if there is none. Raises UserError for a config that asks for more than a LoRA."""
     beside = path.parent / PEFT_CONFIG
+    try:
+        noted = json.loads(noted)
+    except (ValueError, RecursionError):
+        noted = "damaged"
     if isinstance(noted, dict):
         if noted.keys() & SCALING.keys():
             raise UserError(f"{path}: its note of a LoRA's settings does not say whose they are; diffusers writes "
