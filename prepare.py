@@ -26,6 +26,8 @@ from engine.run.folder import RunFolder
 from engine.run.stopping import Stopping
 from evaluation import landing, watch
 
+VARIANTS = 16  # of a compiled block, at most: a LoRA has 8, and with a rollout in float8 more
+
 
 class Batch(NamedTuple):
     """The input of an update, for B images."""
@@ -300,7 +302,7 @@ def make_ready(a, net, reward, curriculum, held_out):
         float8.enable(net.transformer, keeps=a.memory in modes.HELD_ON_THE_GPU)
     if a.compile:
         for block in parallel.blocks_of(net.transformer):
-            block.compile()
+            block.compile(recompile_limit=VARIANTS)
     if modes.is_lean(a.memory):
         # On a small card the decoder is recomputed in the backward. Every text is encoded now, so that the rewards'
         # text towers can move to the host. Their image towers compute in the network's dtype.
