@@ -25,8 +25,8 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
+import command
 import flow
-import recipe
 import rewards
 from engine.command_line import (
     CFG,
@@ -92,7 +92,7 @@ def main():
 
 def run(argv):
     """Both stages, then the table. Returns the exit status: 1 if a picture could not be read."""
-    args, model = recipe.of_script(flags(), argv)
+    args, model = command.of_script(flags(), argv)
     if args.images and "eval_prompts" not in given(flags(), argv):
         args.eval_prompts = None  # then the pictures' folders must hold theirs
     world = parallel.World(patience=timedelta(days=30), mesh=modes.needs_mesh(args.memory))
@@ -180,7 +180,7 @@ def rows(args, model, world):
         picture_folders.must_be_own(args.out, [])
         return picture_folders.existing(args)
     flow.needs_gpu(model)
-    recipe.check_cfg(args, model)
+    command.check_cfg(args, model)
     job = sampling.job(model, args.size, args.batch, args.cfg)
     args.memory, why = world.decide(sampling.settle, job, args.memory, world)
     if why:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+import command
 import direct_align as da
 import flow
 import recipe
@@ -25,6 +26,13 @@ from engine.run.contents import FLAGS, Contents
 from engine.run.folder import RunFolder
 from engine.run.stopping import Stopping
 from evaluation import landing, watch
+
+
+class Share(NamedTuple):
+    """One process's part of an update."""
+    images: int      # that it makes
+    batch: int       # images at a time
+    accumulate: int  # batches, one after the other, whose gradients are averaged
 
 
 class Batch(NamedTuple):
@@ -48,7 +56,7 @@ class Run:
     net: flow.Flow
     reward: sr.Rewards
     losses: Callable       # of the --method: (flags, net, reward, `Batch`) -> loss terms
-    share: recipe.Share    # of an update, that this process makes
+    share: Share           # of an update, that this process makes
     job: counts.Job
     curriculum: draws.Curriculum
     embeddings: flow.Embeddings
@@ -96,6 +104,32 @@ class Run:
         return Batch(texts, self.embeddings.condition(rows, grid, device), x0, start, eps, read, middles, chance, step)
 
 
+def share_of(a, processes):
+    """The `Share` of each process. --global-batch is divided among the processes, so an update is the same on any
+    number of them. Raises UserError, with the numbers that work, for one that does not divide it."""
+    if a.global_batch % processes:
+        counts = ", ".join(map(str, divisors(a.global_batch)))
+        raise UserError(f"--global-batch {a.global_batch}: cannot be divided among {processes} processes; it can among "
+                        f"{counts}")
+    images = a.global_batch // processes
+    method = recipe.METHODS[a.method]
+    group = method.group(a)
+    if images % group:
+        raise UserError(f"--method {a.method}: a process makes {images} images (--global-batch {a.global_batch}, "
+                        f"{processes} processes), which is no multiple of --group {group}; --global-batch "
+                        f"{processes * group} is")
+    if method.optimizer_steps > 1:
+        return Share(images, images, 1)  # it steps inside an update, so it needs all its images at once
+    batches = [n for n in divisors(images) if n % group == 0]
+    batch = max([n for n in batches if n <= a.batch], default=batches[0])
+    return Share(images, batch, images // batch)
+
+
+def divisors(n):
+    """The whole numbers that divide n, from 1 on."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
 def job(a, model):
     """What the plan needs to know of a run with a `Model`."""
     configs = model.configs
@@ -139,7 +173,7 @@ def set_up(a, model, world, folder=None, stopping=None):
     """Read, encode and load everything: a `Run`. Nothing is written but to the cache. Raises UserError."""
     flow.needs_gpu(model)
     planned = job(a, model)
-    share = recipe.share_of(a, world.size)
+    share = share_of(a, world.size)
     texts = texts_of(a)
     parts = trained.check(a.weights, model, a.lora)
     for note in trained.notes(a.weights):
@@ -178,7 +212,7 @@ def set_up(a, model, world, folder=None, stopping=None):
     watching.photographs = [photographs.pixels(photograph, model.unit)[0] for photograph in shown]
     watching.level = landing.level(a, model, references, net, reward, world)
     said = curriculum.texts | {"--watch-prompts": texts.watched, "--eval-prompts": texts.held_out,
-                               FLAGS: [recipe.as_line(a, fixed=True)]}
+                               FLAGS: [command.as_line(a, fixed=True)]}
     places = curriculum.places | {"--model": [model.part(part) for part in parts]}
     if a.weights:
         places["--weights"] = [trained.place_of(a.weights)]

@@ -1,32 +1,24 @@
 """The recipe: every hyper-parameter once, with its default, unit and source; the named recipes; the methods.
 
-The defaults are the released code's recipe, in full. Every other recipe is what differs from it. The command
-line, its help, the printed line of flags, what a model's srpo.json may set and what --resume may change are all
-made from the fields below. Nothing here needs torch, so -h and a refused flag are answered at once.
+The defaults are the released code's recipe, in full. Another recipe lists only what differs from it. Each field below
+is a flag of train.py, which command.py reads and checks. Nothing here needs torch.
 
 To add a recipe, add an entry to RECIPES. To add a method, add an entry to METHODS, and a function like those of
-baselines.py. A new file at the top also needs a floor in tests/test_house.py.
+baselines.py. A new file in this folder also needs its place in FLOORS of tests/test_house.py.
 
     [released code]  the authors' training code      [paper N]  section N of arXiv 2509.06942
     [ours]           chosen here; nobody published a number
 """
 
 import importlib
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import rewards
 from engine import command_line as line
-from engine.command_line import flag, must_differ, number_or_folder, or_off, real, whole, words
-from engine.data import prompt_files
+from engine.command_line import flag, number_or_folder, or_off, real, whole, words
 from engine.errors import UserError
 from engine.memory import gpus, modes
-from engine.model.folder import Model
-from engine.model.own_flags import may_set
-from engine.run import resume
 
 FORMS = ("released", "srp", "cfg", "branches", "sgp", "plain")  # the rows of srpo_reward.branch_reward's table
 
@@ -225,9 +217,9 @@ GROUPS = (Trained, Optimizer, Rollout, DirectAlign, Reward, Baselines, Watching,
 
 # ------------------------------------------------------------------------------------------- the named recipes
 class Recipe(NamedTuple):
-    """A named recipe: how it differs from the released one."""
+    """A named recipe. flags: those that differ from the released recipe."""
     says: str
-    differs: dict
+    flags: dict
 
 
 RECIPES = {
@@ -258,21 +250,20 @@ class Calls(NamedTuple):
     together: int = 1  # of these, that can be one call of the network: engine/memory/one_call.py
 
 
-def one_image(a):
-    """Images of one prompt in an update, for a method that does not compare them."""
-    return 1
-
-
 class Method(NamedTuple):
     """How a loss is made, and what that costs. A method is added as one entry of METHODS below."""
     losses: str | Callable  # "file.function", a generator of (loss, Term): see train.srpo
     says: str               # for the help
     calls: Callable         # flags -> Calls
     flags: dict = {}        # its own defaults
-    group: Callable = one_image   # flags -> images of one prompt; a group is never split between batches
+    is_grouped: bool = False         # whether the --group images of a prompt are compared, so one batch holds them
     optimizer_steps: int = 1         # in an update; with more than one a process makes all its images at once
     takes_photographs: bool = False  # whether --images can replace its rollouts
-    never_reads: tuple = ()          # names of flags; `notes` tells of those that are given
+    never_reads: tuple = ()          # names of flags; command.py tells of those that are given
+
+    def group(self, a):
+        """How many images of an update have the same prompt."""
+        return a.group if self.is_grouped else 1
 
     def load(self):
         """The generator of loss terms."""
@@ -318,11 +309,6 @@ def dancegrpo_calls(a):
     return Calls(a.rollout_steps, transitions_kept(a.rollout_steps))
 
 
-def dancegrpo_group(a):
-    """Images of one prompt, which are compared."""
-    return a.group
-
-
 # The reward of the bare prompt, a noise for each image, and guidance 3.5 in the rollout (DanceGRPO's for FLUX). No
 # threshold: the paper gives none for its baselines.
 BASELINE = {"form": "plain", "threshold": None, "rollout_guidance": 3.5, "noise": "independent"}
@@ -335,278 +321,5 @@ METHODS = {
     "draft-lv": Method("baselines.draft_lv", "Eq. 1", draft_lv_calls, BASELINE,
                        never_reads=(*OF_SRPO, "refl_steps", "group")),
     "dancegrpo": Method("baselines.dancegrpo", "a baseline of the paper", dancegrpo_calls,
-                        BASELINE | {"cfg_gradient": "both"}, dancegrpo_group, DANCE_OPTIMIZER_STEPS,
-                        never_reads=(*OF_SRPO, "refl_steps", "threshold"))}
-# Flags that are read only where another flag has some value: (names, which value in words, whether it has it).
-READ_WITH = (
-    (("cfg_k",), "--form cfg", lambda a: a.form == "cfg"),
-    (("discount_denoise", "discount_invert"), "--form released", lambda a: a.form == "released"),
-    (("discount_denoise",), "a denoising branch", lambda a: a.method != "srpo" or "denoise" in a.branches),
-    (("discount_invert",), "an inverting branch", lambda a: "invert" in a.branches),
-    (("lam_at", "lam_shift"), "two values of --lam that differ", lambda a: a.lam[0] != a.lam[1]),
-    (("cfg_gradient", "cfg_keep_norm"), "--cfg", lambda a: a.cfg is not None),
-    (("world_size", "card", "share"), "--plan", lambda a: a.plan))
-
-
-# --------------------------------------------------------------------------------------- images among processes
-class Share(NamedTuple):
-    """One process's part of an update."""
-    images: int      # that it makes
-    batch: int       # images at a time
-    accumulate: int  # batches, one after the other, whose gradients are averaged
-
-
-def share_of(a, processes):
-    """The `Share` of each process. --global-batch is divided among the processes, so an update is the same on any
-    number of them. Raises UserError, with the numbers that work, for one that does not divide it."""
-    if a.global_batch % processes:
-        counts = ", ".join(map(str, divisors(a.global_batch)))
-        raise UserError(f"--global-batch {a.global_batch}: cannot be divided among {processes} processes; it can among "
-                        f"{counts}")
-    images = a.global_batch // processes
-    method = METHODS[a.method]
-    group = method.group(a)
-    if images % group:
-        raise UserError(f"--method {a.method}: a process makes {images} images (--global-batch {a.global_batch}, "
-                        f"{processes} processes), which is no multiple of --group {group}; --global-batch "
-                        f"{processes * group} is")
-    if method.optimizer_steps > 1:
-        return Share(images, images, 1)  # it steps inside an update, so it needs all its images at once
-    batches = [n for n in divisors(images) if n % group == 0]
-    batch = max([n for n in batches if n <= a.batch], default=batches[0])
-    return Share(images, batch, images // batch)
-
-
-def divisors(n):
-    """The whole numbers that divide n, from 1 on."""
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-# --------------------------------------------------------------------------------------------- the command line
-def parser():
-    """The command line of train.py, from the fields above."""
-    methods = "; ".join(f"{name}, {method.says}" for name, method in METHODS.items())
-    p = line.Parser("SRPO: align FLUX.1 with the difference between two prompts (arXiv 2509.06942).",
-                    epilog=in_words(), prog="train.py")
-    texts = {"methods": methods, "rewards": ", ".join(rewards.names())}
-    for group in GROUPS:
-        line.add_group(p, group, texts)
-    p.add_argument("--recipe", choices=list(RECIPES), default="released", help="a named set of flags, see below")
-    return p
-
-
-def as_line(a, fixed=False):
-    """The flags of a run as one line that can be pasted back into a shell, the same when it is resumed. fixed: without
-    those that --resume may change."""
-    left_out = {*resume.ONCE, *(field.name for field in line.fields_of([Plan]))}
-    if a.images is not None:
-        left_out.add("prompts")  # `begins` refuses both
-    if fixed:
-        left_out |= {field.name for field in line.fields_of(GROUPS) if field.metadata["resume"]}
-    values = {name: value for name, value in vars(a).items() if name not in left_out}
-    return f"{line.as_line(GROUPS, values)} --recipe {a.recipe}"
-
-
-def in_words():
-    """What each recipe sets, and each method's own defaults, for the help."""
-    told = ["recipes:"]
-    for name, recipe in RECIPES.items():
-        told.append(f"  {name}: {recipe.says}" + indented(recipe.differs))
-    told.append("methods:")
-    for name, method in METHODS.items():
-        told.append(f"  {name}: {method.says}" + indented(method.flags))
-    return "\n".join(told)
-
-
-def indented(flags):
-    """Flags {name: value} as a line of their own; nothing without any."""
-    return f":\n      {line.as_line(GROUPS, flags)}" if flags else ""
-
-
-def flags(argv):
-    """The flags of a command line of train.py, checked as far as no weights are needed. Raises UserError."""
-    a, _ = read(argv)
-    return a
-
-
-def read(argv):
-    """(flags, the `Model` that they name). The order of precedence, highest first: the command line, --recipe, the
-    method's own defaults, the model's own flags, the fields above. With --resume the run's own flags are taken instead.
-    Raises UserError."""
-    p = parser()
-    given = line.given(p, argv)
-    check_method(given)
-    values = None
-    if given.get("resume"):
-        out = out_of(given.get("out"), given.get("model", Trained().model))
-        values = resume.flags_of(out, p, GROUPS, RECIPES, given)
-    if values is not None:
-        check_method(values)
-        a = Namespace(**values)
-        model = Model(a.model)
-    else:
-        a, model = begins(p, given)
-    check(a, model)
-    return a, model
-
-
-def out_of(out, model):
-    """The folder of a run: --out, or a folder in runs/ with the model's name."""
-    return Path(out or f"runs/{Path(model).name}")
-
-
-def begins(p, given):
-    """(flags, `Model`) of a run that starts from the beginning. Raises UserError."""
-    if "images" in given and "prompts" in given:
-        raise UserError(f"--images {given['images']} --prompts {given['prompts']}: the captions are the prompts; give "
-                        "one of the two")
-    model = Model(given.get("model", Trained().model))
-    return Namespace(**without(p, given, model) | given), model
-
-
-def without(p, given, model):
-    """{name: value} of the flags of a run where the command line gives none but --recipe, --method and what decides
-    over other flags; `given` has these. Raises UserError."""
-    values = line.defaults(GROUPS) | {"recipe": given.get("recipe", "released")}
-    differs = differs_of(p, values["recipe"])
-    own = model.flags(may_set(GROUPS))
-    rate = own.pop("lora_lr", LORA_LR)
-    if (differs | given).get("lora"):
-        own["lr"] = rate
-    values |= line.read_values(p, own, model.says)
-    values |= METHODS[given.get("method", values["method"])].flags
-    values |= differs
-    if "images" in given or given.get("prompts", "hpdv2") not in prompt_files.PROMPTS:
-        values["watch_prompts"] = OWN
-    return values
-
-
-def unread(a, model):
-    """A line for each flag that nothing reads, if its value is another than without it."""
-    usual = without(parser(), {"method": a.method, "recipe": a.recipe}, model)
-    told = []
-    for field in line.fields_of(GROUPS):
-        name = field.name
-        if vars(a)[name] == usual[name]:
-            continue
-        why = f"--method {a.method} does not read it" if name in METHODS[a.method].never_reads else None
-        for names, where, holds in READ_WITH:
-            if why is None and name in names and not holds(a):
-                why = f"read only with {where}"
-        if why:
-            told.append(f"{line.shown(name, vars(a)[name]).removesuffix(' True')}: {why}")
-    return told
-
-
-def differs_of(p, name):
-    """{flag: value} that the recipe of a name sets. Raises UserError for what the command line would refuse."""
-    differs = RECIPES[name].differs
-    for flag_name in differs:
-        if flag_name not in line.defaults(GROUPS) or flag_name in ("model", "method"):
-            raise UserError(f"--recipe {name}: {flag_name} is no flag that a recipe can set; see RECIPES in recipe.py")
-    line.read_values(p, differs, f"--recipe {name}")
-    return differs
-
-
-def of_script(p, argv):
-    """(flags, `Model`) of sample.py or evaluate.py. p: its parser, which has --model. The model's own flags replace the
-    parser's defaults. Raises UserError."""
-    given = line.given(p, argv)
-    args = p.parse_args(argv)
-    model = Model(args.model)
-    for name, value in line.read_values(p, model.flags(may_set(GROUPS)), model.says).items():
-        if name not in given:
-            setattr(args, name, value)
-    return args, model
-
-
-# ---------------------------------------------------------------------------------------------------------- checks
-def check_method(given):
-    """Raise UserError for a method that is not known, or a recipe that it would not read."""
-    name = given.get("method", "srpo")
-    if name not in METHODS:
-        raise UserError(f"--method: invalid choice: {name!r} (choose from {', '.join(METHODS)})")
-    recipe = given.get("recipe", "released")
-    if name != "srpo" and recipe != "released":
-        raise UserError(f"--method {name} --recipe {recipe}: the recipes are srpo's; give the flags that {name} reads")
-
-
-def check(a, model):
-    """Raise UserError for flags that do not fit each other, or the model."""
-    high, low = a.sigma_range
-    if high - low < 1e-3:
-        raise UserError(f"--sigma-range {high} {low}: give MAX then MIN, 0.001 apart at least")
-    if a.lam == [0, 0]:
-        raise UserError("--lam 0 0: every loss would be 0, and there is nothing to learn")
-    if not a.branches or len(set(a.branches)) < len(a.branches) or set(a.branches) - {"denoise", "invert"}:
-        raise UserError(f"--branches {','.join(a.branches)}: must be denoise, invert or denoise,invert")
-    must_differ(a.control, a.neg)
-    check_what_learns(a)
-    if a.resume and a.overwrite:
-        raise UserError("--resume --overwrite: go on with the run in --out, or start again; give one")
-    out = out_of(a.out, a.model).resolve()
-    if a.overwrite and a.weights and out in (Path(a.weights).resolve(), *Path(a.weights).resolve().parents):
-        raise UserError(f"--overwrite --weights {a.weights}: the weights would be deleted, which the run starts from; "
-                        "give another --out")
-    if a.resume and a.explain:
-        raise UserError(f"--resume --explain: an update of the base would be explained; give --weights {out}/weights "
-                        "without --resume")
-    gpus.check(a.card)
-    model.grid(a.size, a.size)
-    check_cfg(a, model)
-    rewards.parse_rewards(a.reward)
-    modes.check(a.lora, a.memory)
-    line.check_names(a.save_as, model.family)
-    line.check_save_as(a.save_as, bool(a.lora))
-
-
-def check_cfg(a, model):
-    """Raise UserError for guidance that a distilled model does not take, or DanceGRPO's ratio does not allow. a: the
-    flags of train.py, sample.py or evaluate.py."""
-    if a.cfg is not None and not model.configs.takes_cfg:
-        raise UserError(f"--cfg {a.cfg:g}: {model.name} is distilled, and takes no classifier-free guidance; leave it "
-                        "out, or give an undistilled model, such as black-forest-labs/FLUX.2-klein-base-4B")
-    if getattr(a, "method", None) == "dancegrpo" and a.cfg is not None and a.cfg_gradient == "off":
-        raise UserError("--method dancegrpo --cfg-gradient off: its ratio compares a velocity with that of the "
-                        "rollout, which is guided; give both or prompt")
-
-
-def check_what_learns(a):
-    """Raise UserError for flags that --method, --images and --explain do not do together."""
-    method = METHODS[a.method]
-    if a.explain and a.method != "srpo":
-        raise UserError(f"--explain --method {a.method}: only srpo can be explained")
-    if a.images is not None and not method.takes_photographs:
-        raise UserError(f"--images --method {a.method}: it learns from its own rollouts, and not from photographs")
-    if a.online_from is not None and a.images is None:
-        raise UserError(f"--online-from {a.online_from}: without --images every update is online; leave it out")
-    if a.images is not None and a.noise == "fresh":
-        raise UserError("--images --noise fresh: there is no rollout whose noise could be another; every photograph "
-                        "gets noise of its own")
-    if a.compile and a.rollout_dtype == "fp8":
-        raise UserError("--compile --rollout-dtype fp8: the backward would recompute a block in "
-                        "another compiled form than that of its forward, which torch refuses; give one of the two")
-    if method.optimizer_steps > 1 and a.rollout_dtype == "fp8":
-        raise UserError(f"--method {a.method} --rollout-dtype fp8: it compares the network with its own rollout, which "
-                        "must be as exact; leave it out")
-    if method.optimizer_steps > 1 and a.rollout_steps < 2:
-        raise UserError(f"--method {a.method} --rollout-steps {a.rollout_steps}: must be at least 2, for the last step "
-                        "is not trained")
-
-
-def notes(a, model):
-    """What may surprise about the flags: a list of lines to print."""
-    lines = model.notes(vars(a)) + unread(a, model)
-    if a.threshold is not None and a.form in ("plain", "sgp") and len(a.branches) == 2 and a.method == "srpo":
-        lines.append(f"--form {a.form} --threshold {a.threshold}: the reward of the inverting branch is that of the "
-                     "denoising one with its sign turned, so the threshold stops one of the two at most; --threshold "
-                     "off stops neither")
-    if a.images is not None:
-        until = "" if a.online_from is None else f" before update {a.online_from}"
-        lines.append(f"--images {a.images}: captions are the prompts, nothing is rolled out{until}, and every "
-                     f"photograph gets noise of its own in every update{until}; --noise and --rollout-* are not "
-                     f"read{until}")
-    if a.land is not None and a.watch < 16:
-        lines.append(f"--land {a.land} --watch {a.watch}: the mean gap of so few pictures is unsure by about "
-                     f"{0.1 / a.watch ** 0.5:.2f}, and the run ends that much later; give --watch 16 or more")
-    return lines
+                        BASELINE | {"cfg_gradient": "both"}, is_grouped=True,
+                        optimizer_steps=DANCE_OPTIMIZER_STEPS, never_reads=(*OF_SRPO, "refl_steps", "threshold"))}

@@ -16,8 +16,8 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
+import command
 import flow
-import recipe
 from engine.command_line import CFG, MODEL, WEIGHTS, Parser, extent, given, or_off, real, sides, some_path, whole
 from engine.data import prompt_files
 from engine.data.pictures import read_picture
@@ -98,10 +98,10 @@ def lines_of(args, prompts):
 
 def run(argv, stopping):
     """Sample what a command line asks for. Raises UserError and Stopped."""
-    args, model = recipe.of_script(flags(), argv)
+    args, model = command.of_script(flags(), argv)
     flow.needs_gpu(model)
     model.grid(*sides(args.size))
-    recipe.check_cfg(args, model)
+    command.check_cfg(args, model)
     for prompt in args.prompt:
         if leads_somewhere(prompt):
             raise UserError(f'"{printable(prompt)}": a path where a prompt is expected; each of several weights has '

@@ -15,12 +15,12 @@ from engine.loading import until_loaded
 if __name__ == "__main__":
     until_loaded("train.py")
 
-import recipe
+import command
 from engine.errors import frame
 
 if __name__ == "__main__":
     with frame("train.py"):
-        answered = recipe.read(sys.argv[1:])  # -h and wrong flags end here, before torch is imported
+        answered = command.read(sys.argv[1:])  # -h and wrong flags end here, before torch is imported
     until_loaded("train.py")
 
 
@@ -201,9 +201,9 @@ def begin(a, run, world):
     """The state from which a run goes on: its newest checkpoint, or a first look at the base model. Nothing is written
     before every comparison with the checkpoint has passed. Raises UserError."""
     folder = run.folder
-    run.watched.flags = recipe.as_line(a)
+    run.watched.flags = command.as_line(a)
     world.say(run.watched.flags)
-    for note in recipe.notes(a, run.model):
+    for note in command.notes(a, run.model):
         world.say(note)
     world.decide(folder.take)
     if not folder.checkpoints:
@@ -223,9 +223,9 @@ def begin(a, run, world):
 
 def show_plan(a, model):
     """--plan: what an update would cost, and what fits which card."""
-    for note in recipe.notes(a, model):
+    for note in command.notes(a, model):
         print(note)
-    recipe.share_of(a, a.world_size)
+    prepare.share_of(a, a.world_size)
     prepare.settle_evaluation(a, model, print)
     a.memory, why = cards.settle_for(prepare.job(a, model), a.world_size, a.card)
     if why:
@@ -249,18 +249,18 @@ def explain_an_update(a, model, out):
 
 
 def main(argv=None, read=None):
-    """Plan, explain, or train: from the command line (None: the script's own), or from what `recipe.read` made of it,
+    """Plan, explain, or train: from the command line (None: the script's own), or from what `command.read` made of it,
     to the run's folder."""
     with frame("train.py"):
         stopping = Stopping("stopped before the first update: there is nothing to save")
-        a, model = read or recipe.read(sys.argv[1:] if argv is None else argv)
-        out = recipe.out_of(a.out, a.model)
+        a, model = read or command.read(sys.argv[1:] if argv is None else argv)
+        out = command.out_of(a.out, a.model)
         if a.plan:
             return show_plan(a, model)
         if a.explain:
             return explain_an_update(a, model, out)
         world = parallel.World(a.replicas, mesh=modes.needs_mesh(a.memory))
-        recipe.share_of(a, world.size)
+        prepare.share_of(a, world.size)
         prepare.settle(a, model, world)
         if a.push_to_hub:
             world.decide(hub.may_push, a.push_to_hub)

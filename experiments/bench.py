@@ -13,6 +13,7 @@ from statistics import median
 import open_clip
 import torch
 
+import command
 import flow
 import prepare
 import recipe
@@ -41,7 +42,7 @@ def flags(argv):
     parser.add_argument("--json", type=some_path, help="file that the numbers are written to, which is not there yet")
     parser.add_argument("--repeats", type=whole(1), default=5, help="timed updates, after one untimed update")
     own, others = parser.parse_known_args(argv)
-    a, model = recipe.read(others)
+    a, model = command.read(others)
     if own.json:
         must_be_new(own.json, "--json")
     for name in ("plan", "explain", "resume", "overwrite", "tensorboard", "out", "weights", "images"):
@@ -101,7 +102,7 @@ def random_run(a, model, world):
     """The `prepare.Run` of prepare.set_up, but with random weights and without watched pictures."""
     flow.needs_gpu(model)
     torch.manual_seed(0)
-    share = recipe.share_of(a, world.size)
+    share = prepare.share_of(a, world.size)
     prompts = [f"prompt {i}" for i in range(a.global_batch)]
     group = recipe.METHODS[a.method].group(a)
     curriculum = draws.Curriculum(prompts, a.steps, a.global_batch, world.rows(share.images), a.seed, group)

@@ -15,7 +15,7 @@ from argparse import Namespace
 
 from matplotlib import pyplot
 
-import recipe
+import command
 from engine.errors import frame
 from experiments import pages, runs, table1
 from experiments.pages import shown
@@ -93,7 +93,7 @@ def main(argv=None):
         parser = runs.parser(__doc__, pictures=256)
         parser.add_argument("--quick", action="store_true", help="a grid of one setting, to test that everything runs")
         own = runs.parse(parser, argv)
-        usual = recipe.flags(["--model", own.model, *own.flags.split()])
+        usual = command.flags(["--model", own.model, *own.flags.split()])
         budget = table1.cost(own, "")["tflop"]
         best = {}
         for method in METHODS:

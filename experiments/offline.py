@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torchvision.transforms.functional import to_pil_image
 
+import command
 import direct_align as da
 import prepare
 import recipe
@@ -69,7 +70,7 @@ def draw_for_a_user(own):
     must_be_writable(folder, "--draw")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--draw {folder}: is not empty; give a new folder")
-    held_out = recipe.flags(["--model", own.model]).eval_prompts
+    held_out = command.flags(["--model", own.model]).eval_prompts
     draw(folder, own.photos, set(prompt_files.read_prompts(held_out)))
     print(f"{own.photos} photographs with their captions in {folder}/")
 
@@ -122,7 +123,7 @@ def evaluated(arm, own, shared, seed, world):
 
 def trained(argv, world):
     """Train with the flags of an arm. Returns {"before", "after"} as `evaluated` does."""
-    a, model = recipe.read([*argv, *runs.watch_prompts(argv)])
+    a, model = command.read([*argv, *runs.watch_prompts(argv)])
     prepare.settle(a, model, world)
     run = prepare.set_up(a, model, world)
     if run.watched.judge is None:
@@ -141,7 +142,7 @@ def means(row):
 
 def flop_of(arm, shared):
     """The transformer's FLOP in one update of an arm."""
-    return work.update_flop(prepare.job(*recipe.read([*shared, *arm.flags])))
+    return work.update_flop(prepare.job(*command.read([*shared, *arm.flags])))
 
 
 def main(argv=None):
@@ -154,7 +155,7 @@ def main(argv=None):
         if own.draw is not None:
             return draw_for_a_user(own)
         shared = ["--model", own.model, *shlex.split(own.flags)]
-        a = recipe.flags(shared)
+        a = command.flags(shared)
         world = parallel.World()
         folder = Path(own.home) / f"photographs_{own.photos}"
         draw(folder, own.photos, set(prompt_files.read_prompts(a.eval_prompts)))

@@ -14,9 +14,9 @@ import tempfile
 import torch
 from safetensors.torch import load_file, save_file
 
+import command
 import flow
 import prepare
-import recipe
 import sample
 from engine.command_line import Parser, sides, some_path
 from engine.errors import frame
@@ -31,7 +31,7 @@ GIB = 2**30
 
 def sampled(argv):
     """A picture of STEPS steps, after an untimed one. Returns the seconds of a picture of --eval-steps, and GiB."""
-    args, model = recipe.of_script(sample.flags(), argv)
+    args, model = command.of_script(sample.flags(), argv)
     world = parallel.World(mesh=modes.needs_mesh(args.memory))
     args.memory, _ = sampling.settle(sampling.job(model, args.size, 1), args.memory, world)
     net = bench.random_flow(model, world, *sampling.how(args.memory, None, model, world))
@@ -63,7 +63,7 @@ def memory(device):
 
 def gradient_of(argv):
     """({name: the gradient of an update, on the CPU}, the mean reward)."""
-    a, model = recipe.read(["--model", "miniature", "--eval", "0", *argv])
+    a, model = command.read(["--model", "miniature", "--eval", "0", *argv])
     a.steps = 1
     world = parallel.World(mesh=modes.needs_mesh(a.memory))
     prepare.settle(a, model, world)

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import command
 import evaluate
 import recipe
 import train
@@ -134,10 +135,10 @@ def trained(own, flags, seed, looks=SELDOM):
 
 def watch_prompts(argv):
     """For a run that learns from photographs, the flag that watches the model's own prompts, not some of theirs."""
-    own = recipe.flags(argv)
+    own = command.flags(argv)
     if own.watch_prompts != recipe.OWN:
         return []
-    return ["--watch-prompts", recipe.flags(["--model", own.model]).watch_prompts]
+    return ["--watch-prompts", command.flags(["--model", own.model]).watch_prompts]
 
 
 def watched(own, flags, seed, pictures=WATCHED, every=2):

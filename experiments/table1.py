@@ -8,6 +8,7 @@ their learning rates. experiments/unbiased.py calls this file with a reward that
 
 from matplotlib import pyplot
 
+import command
 import prepare
 import recipe
 from engine.errors import frame
@@ -38,7 +39,7 @@ DRAWN = ("realism", "redness", "broken")
 
 def cost(own, flags):
     """{column: number}: what a run costs, in TFLOP of the transformer and in optimizer steps."""
-    a, model = recipe.read(["--model", own.model, *flags.split(), *own.flags.split()])
+    a, model = command.read(["--model", own.model, *flags.split(), *own.flags.split()])
     each = recipe.METHODS[a.method].optimizer_steps
     return {"tflop": a.steps * work.update_flop(prepare.job(a, model)) / work.TERA,
             "optimizer_steps": a.steps * each}

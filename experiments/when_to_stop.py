@@ -9,7 +9,7 @@ distance). Realism does not serve: it soon reaches 100 % and stays there while t
 
 import math
 
-import recipe
+import command
 from engine.errors import frame
 from experiments import margin, pages, runs
 from experiments.pages import shown
@@ -62,7 +62,7 @@ def first_warned(log):
 def main(argv=None):
     with frame("when_to_stop"):
         own = runs.parse(runs.parser(__doc__, seeds=3), argv)
-        rate = recipe.flags(["--model", own.model]).lr
+        rate = command.flags(["--model", own.model]).lr
         rows = {}
         first = {}
         curves = {}

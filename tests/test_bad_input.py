@@ -18,8 +18,8 @@ from builders import make_foreign_reward, photo
 from safetensors.torch import load_file, save_file
 from scripts import call
 
+import command
 import evaluate
-import recipe
 import sample
 import train
 from engine import merge
@@ -923,7 +923,7 @@ def test_long_prompts_are_counted_once(monkeypatch, capsys, tmp_path):
     ("released", "denoise,invert", "0.7", False), ("srp", "denoise,invert", "0.7", False)])
 def test_a_threshold_that_stops_one_branch_only_is_told(flags, form, branches, threshold, told):
     a = flags("--form", form, "--branches", branches, "--threshold", threshold)
-    assert bool(recipe.notes(a, Model(a.model))) == told
+    assert bool(command.notes(a, Model(a.model))) == told
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "sample.py"])
