@@ -28,21 +28,7 @@ from tqdm import tqdm
 import command
 import flow
 import rewards
-from engine.command_line import (
-    CFG,
-    MODEL,
-    WEIGHTS,
-    Parser,
-    extent,
-    given,
-    must_differ,
-    or_off,
-    phrase,
-    real,
-    sides,
-    some_path,
-    whole,
-)
+from engine.command_line import WEIGHTS, Parser, given, must_differ, phrase, sides, some_path, whole
 from engine.data import prompt_files
 from engine.errors import DISK_FAILS, UserError, frame, in_words, one_line, printable
 from engine.files import write_json, write_whole
@@ -131,7 +117,7 @@ def flags():
     """The flags of this script."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--model", default="black-forest-labs/FLUX.1-dev", help=MODEL)
+    sampling.add_flags(add)
     add("--weights", nargs="+", action="extend", default=[], metavar="[NAME=]PATH",
         help="several, each compared with the base: " + WEIGHTS)
     add("--prefix", type=phrase, help="words that a further row has before its prompts, sampled from the "
@@ -150,15 +136,6 @@ def flags():
     add("--control", type=phrase, default="Realistic photo",
         help="the wanted words of the SGP gap [paper 4.2]")
     add("--neg", type=phrase, default="CG Render", help="the unwanted words of the SGP gap [paper 4.2]")
-    add("--size", type=extent, default=1024,
-        help="side of the pictures, pixels, or WIDTHxHEIGHT [authors' answer for Table 1]")
-    add("--eval-steps", type=whole(1), default=50, help="sampling steps [paper 4.1]")
-    add("--guidance", type=real(0), default=3.5, help="distilled guidance of sampling [FLUX.1-dev]")
-    add("--cfg", type=or_off(real(1)), help=CFG)
-    add("--seed", type=whole(0, 2**30), default=0,
-        help="prompt i is sampled from noise seed + i, for every model")
-    add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
-    add("--memory", choices=sampling.NAMES, default="auto", help=sampling.HELP)
     add("--out", type=some_path, help="folder of pictures, scores, table.md, table.csv, table.tex, results.json, "
         "pictures.jsonl and sheet.png (None: runs/evaluate_<model>)")
     return parser

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import command
 import flow
-from engine.command_line import CFG, MODEL, WEIGHTS, Parser, extent, given, or_off, real, sides, some_path, whole
+from engine.command_line import WEIGHTS, Parser, given, real, sides, some_path, whole
 from engine.data import prompt_files
 from engine.data.pictures import read_picture
 from engine.data.text_files import is_blank
@@ -39,20 +39,13 @@ def flags():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("prompt", nargs="*", help="the prompts; none: those of --prompts")
-    add("--model", default="black-forest-labs/FLUX.1-dev", help=MODEL)
+    sampling.add_flags(add)
     add("--weights", action="append", default=[], metavar="[NAME=]PATH",
         help="base for the model's own, or " + WEIGHTS + "; given several times: a line of the grid for each")
     add("--strength", type=real(-10, 10), default=1.0, help="factor of every LoRA in --weights")
     add("--prompts", "--eval-prompts", dest="eval_prompts", default="hpdv2-benchmark",
         help="text file, one prompt a line, or hpdv2-benchmark")
     add("--first", type=whole(1), default=16, help="how many of the prompts of the file, from the first")
-    add("--size", type=extent, default=1024, help="side of the pictures, pixels, or WIDTHxHEIGHT")
-    add("--eval-steps", type=whole(1), default=50, help="sampling steps [paper 4.1]")
-    add("--guidance", type=real(0), default=3.5, help="distilled guidance [FLUX.1-dev]")
-    add("--cfg", type=or_off(real(1)), help=CFG)
-    add("--seed", type=whole(0, 2**30), default=0, help="picture i is made from noise seed + i")
-    add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
-    add("--memory", choices=sampling.NAMES, default="auto", help=sampling.HELP)
     add("--out", type=some_path, default="samples",
         help="folder: one PNG a prompt, named by its number, and grid.png; with several --weights, a folder for each")
     return parser
