@@ -9,12 +9,9 @@ First the pictures (PNG, named by their prompt's number), then the scores (JSONL
 time. Both go on where they were stopped; torchrun splits the prompts over processes, with the same result.
 """
 
-import gc
 import math
 import sys
-from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache, partial
 from pathlib import Path
 
 from engine.loading import until_loaded
@@ -30,37 +27,13 @@ import flow
 import rewards
 from engine.command_line import WEIGHTS, Parser, given, must_differ, phrase, sides, some_path, whole
 from engine.data import prompt_files
-from engine.errors import DISK_FAILS, UserError, frame, in_words, one_line, printable
+from engine.errors import DISK_FAILS, UserError, frame, in_words, printable
 from engine.files import write_json, write_whole
 from engine.memory import modes, parallel, sampling
 from engine.model import trained
 from engine.run.stopping import Stopping
 from evaluation import metrics, picture_folders, sheets, table_formats, tables
-from evaluation.scores import Scores, settings_of
-
-SCORED_AT_ONCE = 16
-
-
-@dataclass
-class Task:
-    """A metric, its files, and the pictures that it scores."""
-    name: str
-    metric: object  # what evaluation/metrics/__init__.py says that a metric's file offers
-    files: object
-    pictures: list
-
-
-@dataclass
-class Outcome:
-    """What scoring came to."""
-    scores: dict                                    # {row: {picture's name: {column: value}}}
-    missing: dict                                   # {metric: why it has no scores}
-    unreadable: list = field(default_factory=list)  # what is wrong with pictures, a line each
-
-    def add(self, row, found):
-        """Take in {picture's name: {column: value}} of a row."""
-        for picture, values in found.items():
-            self.scores[row].setdefault(picture, {}).update(values)
+from evaluation.scores import Outcome, Task, free, merged, reason, score, share
 
 
 def main():
@@ -199,11 +172,6 @@ def must_be_shown(name, methods):
         raise UserError(f"no pictures of its prompts, {name}/00000_0.png and so on, in these folders")
 
 
-def reason(name, error):
-    """Why a metric cannot be had, without what stands around it where it is printed."""
-    return one_line(error).removeprefix(f"{name}: ").removesuffix(f"; give {name}=PATH")
-
-
 def must_have(tasks, missing, world):
     """Raises UserError if no metric is left. All processes know it: they part first, so that one says it."""
     if all(task.name in missing for task in tasks):
@@ -212,13 +180,6 @@ def must_have(tasks, missing, world):
 
 
 # ---------------------------------------------------------------------------------- stage 1: what is sampled
-def share(pictures, size, world):
-    """This process's part of a list, in chunks of `size` that are the same for any number of processes, so
-    that a picture always meets the same batch, and comes out the same."""
-    chunks = [pictures[i:i + size] for i in range(0, len(pictures), size)]
-    return chunks[world.rank::world.size]
-
-
 @torch.no_grad()
 def generate(args, model, methods, pictures, benchmark, world):
     """Sample what is not there yet, or was cut short. A chunk that lacks one picture is sampled as a whole,
@@ -267,62 +228,6 @@ def generate(args, model, methods, pictures, benchmark, world):
 def lacks(method, chunk):
     """The pictures of a chunk that are not there, or not to their end."""
     return [picture for picture in chunk if not picture_folders.is_whole(method.path(picture))]
-
-
-def free():
-    """Give back the memory of models that are no longer held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-# ----------------------------------------------------------------------------------- stage 2: what is scored
-def score(args, task, methods, world, outcome):
-    """One metric, all rows, into the outcome. The scorer is loaded if it is needed."""
-    load = cache(partial(task.metric.load, task.files, args, world.device))
-    settings = settings_of(task.name, task.files, args)
-    picture_folders.make_own(args.out)
-    try:
-        for method in methods:
-            folder = Path(args.out) / "scores" / picture_folders.folder_name(method.name)
-            kept = Scores(folder, task.name, task.metric.COLUMNS, settings, world.rank)
-            outcome.add(method.name, score_row(task, method, kept, load, world, outcome.unreadable))
-    except UserError as error:
-        outcome.missing[task.name] = reason(task.name, error)
-    del load
-    free()
-
-
-@torch.no_grad()
-def score_row(task, method, kept, load, world, unreadable):
-    """One metric of one row: score what is not scored yet, a chunk as a whole, and keep it at once. Returns
-    {picture's name: {column: value}}; adds to `unreadable` what is wrong with pictures."""
-    scores = {}
-    chunks = share(task.pictures, SCORED_AT_ONCE, world)
-    for chunk in tqdm(chunks, f"{task.name} {method.name}", leave=False, disable=not world.main):
-        keys = kept.keys(method, chunk, unreadable)
-        chunk = [p for p in chunk if p.name in keys]
-        if any(keys[p.name] not in kept.known for p in chunk):
-            images = method.read(chunk, unreadable)
-            chunk = [p for p in chunk if p.name in images]
-            if chunk:
-                scorer = load()
-                prompts = [p.prompt if p.entry is None else p.entry for p in chunk]
-                kept.add(chunk, keys, scorer([images[p.name] for p in chunk], prompts))
-        scores |= {p.name: kept.known[keys[p.name]] for p in chunk}
-    return scores
-
-
-def merged(outcomes):
-    """The outcomes of all processes as one."""
-    first, *others = outcomes
-    for other in others:
-        first.unreadable += other.unreadable
-        first.missing |= other.missing
-        for row, found in other.scores.items():
-            first.add(row, found)
-    first.unreadable = sorted(set(first.unreadable))
-    return first
 
 
 # ------------------------------------------------------------------------------------------------- the table
