@@ -39,6 +39,11 @@ def without_places(line):
     return shlex.join([Path(word).name if Path(word).is_absolute() else word for word in shlex.split(line)])
 
 
+def title(a, model):
+    """What the weights are, in a line: their base, and that SRPO made them."""
+    return f"{base_of(model)}, {'a LoRA by' if a.lora else 'trained by'} {ABOUT[0]}"
+
+
 def about(a, model):
     """{key: text}: the metadata of a weights' file. It depends only on what the weights depend on, so that the same run
     writes the same file."""
@@ -52,7 +57,7 @@ def about(a, model):
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture + ("/lora" if a.lora else ""),
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
-        "modelspec.title": f"{base_of(model)}, {'a LoRA by' if a.lora else 'trained by'} {ABOUT[0]}",
+        "modelspec.title": title(a, model),
         "modelspec.description": f"{' '.join(ABOUT)}: aligned with {', '.join(says['control'])}, and not with "
                                  f"{', '.join(says['neg'])}",
         "modelspec.resolution": f"{a.size}x{a.size}",
@@ -110,12 +115,13 @@ def use(a, model, name):
 
 
 def text(a, model, name, flags, made, step, has_picture):
-    """The card of the weights after an update, `step`. name: of the folder, or the hub id; flags: the run's as one
-    line; made: the run's `Table`s; has_picture: whether PICTURE is beside it."""
+    """The card of the weights after an update, `step`. name: the hub id, or the folder as seen from the run's parent;
+    flags: the run's as one line; made: the run's `Table`s; has_picture: whether PICTURE is beside it."""
     kind = "A LoRA" if a.lora else "Weights"
     control, neg = ", ".join(a.control), ", ".join(a.neg)
     parts = [
-        front_matter(a, model), CARD_MARK.decode(), f"# {printable(name)}",
+        front_matter(a, model), CARD_MARK.decode(),
+        "# " + printable(a.push_to_hub or f"{title(a, model)}, recipe {a.recipe}"),
         f"{kind} of {printable(base_of(model))}, trained by [{ABOUT[0]}]({ABOUT[1]}): {step} updates of "
         f"{a.global_batch} images.",
         f"The reward is a difference: the pictures are to be like \"{printable(control)}\", and not like "
@@ -143,7 +149,7 @@ def write(folder, a, model, flags, made, step):
     picture = folder.parent / PICTURE
     if picture.is_file():
         write_whole(folder / PICTURE, picture.read_bytes())
-    name = a.push_to_hub or f"{folder.resolve().parent.name}-{'lora' if a.lora else 'weights'}"
+    name = a.push_to_hub or "/".join(folder.resolve().parts[-2:])
     write_whole(path, text(a, model, name, flags, made, step, picture.is_file()))
 
 

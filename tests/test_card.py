@@ -101,7 +101,8 @@ def test_a_card_names_its_base_and_its_licence(argv, head):
     assert card.about(a, model)["modelspec.license"] in (data.get("license_link"), data["license"])
     assert re.search(r"^pipe\((prompt=)?.a prompt., guidance_scale=", written, re.MULTILINE)
     assert ("prompt=" in written) == ("klein" in model.name)  # the first argument of its pipeline is a picture
-    for part in (model.family.pipeline, "load_lora_weights" if a.lora else model.family.transformer):
+    heading = f"# {model.name}, {'a LoRA' if a.lora else 'trained'} by SRPO, recipe released"
+    for part in (heading, model.family.pipeline, "load_lora_weights" if a.lora else model.family.transformer):
         assert part in written
     assert ("klein" in model.name) == ("klein" in card.about(a, model)["modelspec.architecture"])
 
