@@ -163,11 +163,11 @@ def check(a, model):
         raise UserError("--resume --overwrite: go on with the run in --out, or start again; give one")
     out = out_of(a.out, a.model).resolve()
     if a.overwrite and a.weights and out in (Path(a.weights).resolve(), *Path(a.weights).resolve().parents):
-        raise UserError(f"--overwrite --weights {a.weights}: the weights would be deleted, which the run starts from; "
-                        "give another --out")
+        raise UserError(f"--overwrite --weights {a.weights}: the weights would be deleted before the run starts from "
+                        "them; give another --out")
     if a.resume and a.explain:
-        raise UserError(f"--resume --explain: an update of the base would be explained; give --weights {out}/weights "
-                        "without --resume")
+        raise UserError("--resume --explain: the base would be explained, and not the run; for that give --weights "
+                        f"{out}/weights without --resume")
     gpus.check(a.card)
     model.grid(a.size, a.size)
     check_cfg(a, model)
@@ -198,17 +198,17 @@ def check_pairs(a):
     if a.online_from is not None and a.images is None:
         raise UserError(f"--online-from {a.online_from}: without --images every update is online; leave it out")
     if a.images is not None and a.noise == "fresh":
-        raise UserError("--images --noise fresh: there is no rollout whose noise could be another; every photograph "
-                        "gets noise of its own")
+        raise UserError("--images --noise fresh: nothing is rolled out, and every photograph gets noise of its own; "
+                        "leave --noise out")
     if a.compile and a.rollout_dtype == "fp8":
-        raise UserError("--compile --rollout-dtype fp8: the backward would recompute a block in "
-                        "another compiled form than that of its forward, which torch refuses; give one of the two")
+        raise UserError("--compile --rollout-dtype fp8: the backward would recompute a block with other compiled code "
+                        "than its forward, and torch refuses that; give one of the two")
     if method.optimizer_steps > 1 and a.rollout_dtype == "fp8":
-        raise UserError(f"--method {a.method} --rollout-dtype fp8: it compares the network with its own rollout, which "
-                        "must be as exact; leave it out")
+        raise UserError(f"--method {a.method} --rollout-dtype fp8: the method compares the network with its own "
+                        "rollout, so both need the same dtype; leave --rollout-dtype out")
     if method.optimizer_steps > 1 and a.rollout_steps < 2:
-        raise UserError(f"--method {a.method} --rollout-steps {a.rollout_steps}: must be at least 2, for the last step "
-                        "is not trained")
+        raise UserError(f"--method {a.method} --rollout-steps {a.rollout_steps}: must be at least 2, because the last "
+                        "step is not trained")
 
 
 # ------------------------------------------------------------------------------------------ what may surprise
@@ -227,17 +227,17 @@ def notes(a, model):
     """What may surprise about the flags: a list of lines to print."""
     lines = model.notes(vars(a)) + unread(a, model)
     if a.threshold is not None and a.form in ("plain", "sgp") and len(a.branches) == 2 and a.method == "srpo":
-        lines.append(f"--form {a.form} --threshold {a.threshold}: the reward of the inverting branch is that of the "
-                     "denoising one with its sign turned, so the threshold stops one of the two at most; --threshold "
-                     "off stops neither")
+        lines.append(f"--form {a.form} --threshold {a.threshold}: the inverting branch has the reward of the denoising "
+                     "one with the other sign, so at most one of the two is above the threshold; --threshold off "
+                     "trains both")
     if a.images is not None:
         until = "" if a.online_from is None else f" before update {a.online_from}"
-        lines.append(f"--images {a.images}: captions are the prompts, nothing is rolled out{until}, and every "
+        lines.append(f"--images {a.images}: the captions are the prompts; nothing is rolled out{until}; every "
                      f"photograph gets noise of its own in every update{until}; --noise and --rollout-* are not "
                      f"read{until}")
     if a.land is not None and a.watch < 16:
-        lines.append(f"--land {a.land} --watch {a.watch}: the mean gap of so few pictures is unsure by about "
-                     f"{0.1 / a.watch ** 0.5:.2f}, and the run ends that much later; give --watch 16 or more")
+        lines.append(f"--land {a.land} --watch {a.watch}: the mean gap of so few pictures has a standard error of "
+                     f"about {0.1 / a.watch ** 0.5:.2f}, so the run ends late; give --watch 16 or more")
     return lines
 
 

@@ -5,8 +5,8 @@
     python evaluate.py --model miniature --weights runs/miniature/weights
     python evaluate.py --images base=DIR srpo=DIR                         pictures that exist, any model's
 
-First the pictures (PNG, named by their prompt's number), then the scores (JSONL), one scorer in memory at a
-time. Both go on where they were stopped; torchrun splits the prompts over processes, with the same result.
+Stage 1 makes the pictures (PNG, named by their prompt's number), and stage 2 the scores (JSONL), with one scorer in
+memory at a time. Both go on where they were stopped. torchrun splits the prompts over processes, with the same result.
 """
 
 import math
@@ -173,7 +173,8 @@ def must_be_shown(name, methods):
 
 
 def must_have(tasks, missing, world):
-    """Raises UserError if no metric is left. All processes know it: they part first, so that one says it."""
+    """Raises UserError, in every process, if no metric is left. The process group is closed before, so that only the
+    first process prints the error."""
     if all(task.name in missing for task in tasks):
         world.close()
         raise UserError("--metrics: none can be had, give NAME=PATH: " + "; ".join(missing.values()))
@@ -182,8 +183,9 @@ def must_have(tasks, missing, world):
 # ---------------------------------------------------------------------------------- stage 1: what is sampled
 @torch.no_grad()
 def generate(args, model, methods, pictures, benchmark, world):
-    """Sample what is not there yet, or was cut short. A chunk that lacks one picture is sampled as a whole,
-    and what it lacks is written, when all is loaded that it takes; `benchmark` is what the folders list."""
+    """Sample the pictures that do not exist, or are incomplete. If a chunk lacks one picture, the whole chunk is
+    sampled, so that a picture does not depend on what was there. Only what was missing is written. benchmark: the
+    prompts for prompts.json."""
     lacking = {}
     for method in methods:
         chunks = share(pictures, args.batch, world)
@@ -226,7 +228,7 @@ def generate(args, model, methods, pictures, benchmark, world):
 
 
 def lacks(method, chunk):
-    """The pictures of a chunk that are not there, or not to their end."""
+    """The pictures of a chunk that do not exist, or are incomplete."""
     return [picture for picture in chunk if not picture_folders.is_whole(method.path(picture))]
 
 
@@ -272,8 +274,8 @@ def settings_in_words(args):
 
 
 def of_set(task, found):
-    """What a metric says of all pictures of a row at once, where its scores {picture's name: {column: value}}
-    are found: {column: `tables.mean`'s kind, or None}."""
+    """A metric's numbers of all pictures of a row together, {column: a dict as `tables.mean` returns, or None}. found:
+    {picture's name: {column: value}}, the scores of the row."""
     scored = [picture for picture in task.pictures if picture.name in found]
     values = {column: torch.tensor([found[picture.name].get(column, math.nan) for picture in scored])
               for column in task.metric.COLUMNS}

@@ -1,4 +1,4 @@
-"""The set-up of train.py: everything an update needs is read, encoded and loaded; and the batches of an update."""
+"""The set-up of train.py: all that an update needs is read, encoded and loaded. Also the batches of an update."""
 
 import math
 from collections.abc import Callable
@@ -55,17 +55,17 @@ class Run:
     model: Model
     net: flow.Flow
     reward: sr.Rewards
-    losses: Callable       # of the --method: (flags, net, reward, `Batch`) -> loss terms
-    share: Share           # of an update, that this process makes
+    losses: Callable       # the --method's: (flags, net, reward, `Batch`) -> loss terms
+    share: Share           # this process's part of an update
     job: counts.Job
     curriculum: draws.Curriculum
     embeddings: flow.Embeddings
     watched: watch.Watch
     optimizer: torch.optim.Optimizer
     grid: tuple            # (rows, columns) of tokens of a picture
-    contents: Contents = None   # of what was read, to be compared when the run is resumed
+    contents: Contents = None   # digests of what was read, to be compared when the run is resumed
     folder: RunFolder = None    # None: nothing is written
-    stopping: Stopping = None   # None: nobody asks
+    stopping: Stopping = None   # whether the run is asked to stop; None: it never is
     made_by: dict = None        # the code, libraries and devices
 
     def check_stop(self):
@@ -80,7 +80,7 @@ class Run:
             yield self.batch(a, step, part)
 
     def batch(self, a, step, part):
-        """The part-th of this process's batches in an update, a `Batch`."""
+        """This process's batch number `part`, from 0, in an update: a `Batch`."""
         device = self.net.device
         size = self.share.batch
         first = self.world.rank * self.share.images + part * size
@@ -231,9 +231,10 @@ def say_truncated(a, world, embeddings, own):
 
 
 def must_tell_apart(a, reward, prompts, world):
-    """Raise UserError if no trained reward tells the wanted from the unwanted words of an update, although --form is
-    relative: there would be nothing to learn. A reward of the picture alone needs --form plain or sgp. So too if a
-    reward does not tell two pictures apart. A line names the words that a reward's tokenizer does not know."""
+    """Raise UserError if there would be nothing to learn. That is so if --form is relative, and no trained reward tells
+    the wanted from the unwanted words of an update. A reward of the picture alone needs --form plain or sgp. It is also
+    so if a reward gives two different pictures one score. A line names the words that a reward's tokenizer does not
+    know."""
     relative = a.form not in ("plain", "sgp")
     labels = ", ".join(label for label, (_, weight) in reward.parts.items() if weight)
     for step in range(max(len(a.control), len(a.neg))):
@@ -266,7 +267,7 @@ class Texts(NamedTuple):
     training: list  # None: the captions of --images
     watched: list   # while training
     held_out: list  # evaluated before and after
-    own: list = ()  # those of the watched ones that would else be trained on (--watch-prompts own)
+    own: list = ()  # the watched ones that are held out from training (--watch-prompts own)
 
 
 def texts_of(a):
@@ -287,7 +288,7 @@ def texts_of(a):
 
 
 def photographs_of(a, model, world, texts):
-    """(the `Texts`, the `Photograph`s that are held out and watched, those to train on) of --images. Raises
+    """(the `Texts`, the `Photograph`s that are watched and not trained on, those to train on) of --images. Raises
     UserError."""
     photos = photographs.read(a.images, a.size, model.unit, world)
     world.say(f"--images: {len(photos)} photographs: {photographs.by_shape(photos, model.unit)}")
@@ -299,7 +300,7 @@ def photographs_of(a, model, world, texts):
 
 
 def titles_of(a, texts):
-    """The watched prompts as the run's pages show them. Beside the user's own, others are marked."""
+    """The watched prompts as the run's pages show them. If some are the user's own, the others are marked."""
     if a.watch_prompts != recipe.OWN:
         return texts.watched
     own = len(texts.own)

@@ -22,8 +22,8 @@ from engine.memory import gpus, modes
 
 FORMS = ("released", "srp", "cfg", "branches", "sgp", "plain")  # the rows of srpo_reward.branch_reward's table
 
-# The learning rate of adapters (--lora) where the model's srpo.json knows none: 20 times that of full weights. Adam
-# steps that move B A x as far as W x need sqrt(3 d_in / R) times the rate, 17 at rank 32. A guess for FLUX.1-dev.
+# The learning rate of adapters (--lora) if the model's srpo.json has none: 20 times that of full weights. For Adam's
+# steps to move B A x as far as W x, the rate must be sqrt(3 d_in / R) times as high, 17 at rank 32. A guess.
 LORA_LR = 1e-4
 OWN = "own"  # --watch-prompts: some of the prompts or photographs that would be trained on
 
@@ -34,16 +34,16 @@ class Trained:
     """what is trained"""
     model: str = flag("black-forest-labs/FLUX.1-dev", help=f"{line.MODEL}; its srpo.json, if there is one, holds "
                       "defaults that suit it", resume=True)
-    weights: str = flag(None, line.some_path, line.WEIGHTS + ", which --lora of its rank goes on with, and a run "
-                        "without --lora merges", resume=True)
+    weights: str = flag(None, line.some_path, line.WEIGHTS + ". A LoRA is trained further with --lora of its rank, and "
+                        "merged without --lora", resume=True)
     method: str = flag("srpo", help="what makes the loss: {methods}")
     prompts: str = flag("hpdv2", help="text file, one training prompt a line; .json, .jsonl, .csv or .tsv; hpdv2: from "
                         "the hub [paper 4.1]", model=True, resume=True)
-    images: str = flag(None, help="offline: folder of photographs to inject noise into, in place of a rollout; their "
-                       "captions, in .txt files beside them or a metadata.jsonl, are the prompts [ours]",
+    images: str = flag(None, help="folder of photographs, which replace the rollout: noise is injected into them; "
+                       "their captions, in .txt files beside them or a metadata.jsonl, are the prompts [ours]",
                        metavar="DIR", resume=True)
-    online_from: int = flag(None, or_off(whole(2)), "with --images: from this update on their captions are rolled out, "
-                            "as without photographs; off: never [ours; the authors' second recipe begins offline]",
+    online_from: int = flag(None, or_off(whole(2)), "with --images: from this update on the model's own pictures are "
+                            "used, of the same captions; off: never [ours; the authors' second recipe begins so]",
                             metavar="N")
     size: int = flag(720, whole(1), "side of a picture, pixels; of --images, the root of their area [released code]",
                      model=True)
@@ -53,11 +53,12 @@ class Trained:
 @dataclass
 class Optimizer:
     """the update, by AdamW with betas 0.9 and 0.999"""
-    steps: int = flag(19, whole(1), "updates; users see collapse by 20 to 50 [released code]", model=True, resume=True)
+    steps: int = flag(19, whole(1), "updates; users report collapse at 20 to 50 [released code]", model=True,
+                      resume=True)
     global_batch: int = flag(32, whole(1), "images of an update, of all processes together [released code: 32 GPUs, "
                              "one image each]", model=True)
     lr: float = flag(5e-6, real(0, 1e3, open_low=True), f"learning rate, constant [released code]; with --lora "
-                     f"{LORA_LR:g}, a guess, unless the model's srpo.json knows better [ours]", model=True)
+                     f"{LORA_LR:g}, a guess, unless the model's srpo.json has another [ours]", model=True)
     weight_decay: float = flag(1e-4, real(0, 1e3), "AdamW's [released code]", model=True)
     clip: float = flag(0.1, real(0, open_low=True), "largest norm of the gradient [released code]", model=True)
 
@@ -70,16 +71,17 @@ class Rollout:
     cfg: float = flag(None, or_off(real(1)), "classifier-free guidance of rollouts and samples, g of flow.guided, for "
                       "a model that is not distilled: two calls for one velocity; off: one "
                       "[ours; FLUX.2-klein-base and the authors' second recipe: 4]", model=True)
-    cfg_gradient: str = flag("off", help="the same in a call with a gradient: off, the prompt alone [the authors' "
+    cfg_gradient: str = flag("off", help="--cfg in a call with a gradient: off, the prompt alone [the authors' "
                              "second recipe]; both, guided too; prompt, guided, but the empty prompt's call has no "
                              "gradient [ours]", choices=("off", "both", "prompt"), model=True)
     cfg_keep_norm: bool = flag(False, help="scale each token of a guided velocity to the norm of the prompt's own "
                                "[ours; the authors' second recipe does]")
     shift: float = flag(3.0, or_off(real(1e-3)), "time shift; off: the model's own [released code]", model=True)
-    noise: str = flag("shared", help="one noise prior for all images of an update [released code], one each, or shared "
-                      "but with fresh noise to inject", choices=("shared", "independent", "fresh"), model=True)
-    rollout_dtype: str = flag("same", help="products of the blocks' linear layers in the rollout: in the dtype of the "
-                              "rest, or both factors in float8 [ours]", choices=("same", "fp8"))
+    noise: str = flag("shared", help="shared: one noise prior for all images of an update [released code]; "
+                      "independent: one for each; fresh: shared, and other noise to inject",
+                      choices=("shared", "independent", "fresh"), model=True)
+    rollout_dtype: str = flag("same", help="dtype of the products in the blocks' linear layers in the rollout: same, "
+                              "that of the rest; fp8, both factors in float8 [ours]", choices=("same", "fp8"))
 
 
 @dataclass
@@ -87,7 +89,7 @@ class DirectAlign:
     """Direct-Align (Eqs. 3-6)"""
     sigma_range: list = flag([27 / 28, 0.75], real(0, 1, open_high=True), "noise levels that are trained [released "
                              "code: 0.9643 0.75]", metavar=("MAX", "MIN"), model=True)
-    cells: int = flag(1000, whole(20, 10**6), "grid cells in that range [released code]", model=True)
+    cells: int = flag(1000, whole(20, 10**6), "how many levels there are in that range [released code]", model=True)
     groundtruth_ratio: float = flag(0.92, real(0, 1), "share of the range left to the known noise; the network "
                                     "steps over the remaining 1 - ratio [released code: 0.92 HPS, 0.9 Pick]",
                                     model=True)
@@ -95,38 +97,37 @@ class DirectAlign:
     injections: int = flag(1, whole(1), "n of Eq. 6: noise levels that a branch visits per image [released code]",
                            model=True)
     guidance: float = flag(3.5, real(0), "distilled guidance of these calls and of samples [released code]", model=True)
-    meet: str = flag("landing", help="where the branches meet: at the level they land on [released code], or at the "
-                     "level they call the network [paper 3.2]", choices=("landing", "call"), model=True)
-    recover: str = flag("velocity", help="Eq. 5 for a velocity [released code], or as printed",
+    meet: str = flag("landing", help="the level that both branches share: landing, where their step ends [released "
+                     "code]; call, where they call the network [paper 3.2]", choices=("landing", "call"), model=True)
+    recover: str = flag("velocity", help="Eq. 5: velocity, for a velocity [released code]; epsilon, as printed",
                         choices=("velocity", "epsilon"), model=True)
     lam: list = flag([1.0, 1.0], real(0), "lambda(t) of Eq. 6 at both ends of --sigma-range [released code: none]",
                      metavar=("EARLY", "LATE"), model=True)
-    lam_at: str = flag("call", help="lambda(t) is that of the level where the network is called, or of the cell "
-                       "where a branch lands; the paper leaves it open [ours; the authors' second recipe: landing]",
+    lam_at: str = flag("call", help="t of lambda(t): call, the level where the network is called; landing, the level "
+                       "where its step ends; the paper leaves it open [ours; the authors' second recipe: landing]",
                        choices=("call", "landing"), model=True)
-    lam_shift: float = flag(1.0, real(1e-3), "between EARLY and LATE lambda(t) follows the shift of this strength, "
-                            "1: a straight line [the authors' second recipe: 3]")
+    lam_shift: float = flag(1.0, real(1e-3), "between EARLY and LATE lambda(t) follows the time shift of this "
+                            "strength; 1: a straight line [the authors' second recipe: 3]")
 
 
 @dataclass
 class Reward:
     """the reward (Eqs. 7-13)"""
     reward: str = flag("hpsv2.1", help="{rewards} (NAME=PATH: weights from there), a .pt in HPSv2.1's layout, or an "
-                       "open_clip folder; several with weights: hpsv2.1:0.7,pickscore:0.3; weight 0: held out, watched "
-                       "only [paper 4.1]", model=True, resume=True)
+                       "open_clip folder; several with weights: hpsv2.1:0.7,pickscore:0.3; weight 0: watched, "
+                       "and not trained on [paper 4.1]", model=True, resume=True)
     control: list = flag(["Natural-lighting", "Detail", "Detailed", "Real"], words, "wanted words, comma-separated, "
                          "cycling with the step [released code]", model=True)
     neg: list = flag(["Concept art", "Painting", "Anime", "Flat", "Oil"], words, "unwanted words, likewise "
                      "[released code]", model=True)
     form: str = flag("released", help="which reward in which branch: the table in srpo_reward.branch_reward [released "
-                     "code]; the baselines', which have no inverting branch: plain", choices=FORMS, model=True)
+                     "code]; the baselines, which have no inverting branch: plain", choices=FORMS, model=True)
     cfg_k: float = flag(1.5, real(), "k of Eq. 11, for --form cfg [ours; the paper gives none]", model=True)
     discount_denoise: list = flag([0.1, 0.25], real(-1), "d of --form released, denoising branch [released code]",
                                   metavar=("LATE", "EARLY"), model=True)
     discount_invert: list = flag([0.3, 0.01], real(-1), "the same, inverting branch [released code]",
                                  metavar=("LATE", "EARLY"), model=True)
-    threshold: float = flag(0.7, or_off(real()), "relu(threshold - r) in place of -r; or off [released code]",
-                            model=True)
+    threshold: float = flag(0.7, or_off(real()), "the loss is relu(threshold - r); off: -r [released code]", model=True)
 
 
 @dataclass
@@ -137,27 +138,27 @@ class Baselines:
     group: int = flag(12, whole(2), "dancegrpo: images of a prompt, which are compared [DanceGRPO]", model=True)
 
 
-# --------------------------------------------------------------------------- no weight depends on what follows
+# ------------------------------------------------------------------------ watching, the folder and the machine
 @dataclass
 class Watching:
     """watching for collapse"""
     eval_prompts: str = flag("hpdv2-benchmark", help="text file, or hpdv2-benchmark: the first of them are sampled at "
-                             "fixed seeds [paper 4.2]", model=True, resume=True)
-    watch_prompts: str = flag(None, help="text file: the prompts that are watched while training, and by which "
-                              "weights_best is chosen; own: some of --prompts or --images, held out from training, as "
-                              "where these are given; otherwise None: the first of --eval-prompts [ours]",
+                             "fixed seeds before and after training [paper 4.2]", model=True, resume=True)
+    watch_prompts: str = flag(None, help="text file: prompts that are sampled at fixed seeds while training, and by "
+                              "which weights_best is chosen. own: some of --prompts or --images, which are not trained "
+                              "on then; the default if you give either. None: the first of --eval-prompts [ours]",
                               model=True, resume=True)
     eval_steps: int = flag(50, whole(1), "sampling steps, of samples and evaluation [paper 4.1]", model=True)
-    watch: int = flag(4, whole(1), "pictures sampled at fixed seeds while training [ours]", model=True)
-    watch_every: int = flag(5, whole(1), "updates between them [ours]", model=True)
+    watch: int = flag(4, whole(1), "how many of --watch-prompts [ours]", model=True)
+    watch_every: int = flag(5, whole(1), "updates between two looks at them [ours]", model=True)
     eval: int = flag(None, whole(0), "pictures evaluated before and after; 0: none (None: 16 to 256, if that is under "
                      "a tenth of the run's work) [ours]", model=True)
-    land: str = flag(None, or_off(number_or_folder), "the run ends at the look whose watched SGP gap, less its "
-                     "standard error, reaches this: a number, or the mean of the photographs in a folder, with "
+    land: str = flag(None, or_off(number_or_folder), "the run ends when the SGP gap of the watched pictures, less its "
+                     "standard error, reaches this: a number, or the mean gap of the photographs in a folder, with "
                      "captions as for --images; near it the learning rate falls [ours]",
                      metavar="GAP|DIR", resume=True)
     drift_band: list = flag([0.25, 0.1, 0.2, 0.04], real(0), "largest change of these mean statistics of the watched "
-                            "pictures; beyond it the drift warning says that the reward is hacked [ours]",
+                            "pictures; after a larger one a drift warning says that the reward is hacked [ours]",
                             metavar=("SATURATION", "REDNESS", "BRIGHTNESS", "TEXTURE"), model=True)
 
 
@@ -186,8 +187,8 @@ class Machine:
                       "--global-batch in equal batches, whose gradients are accumulated", model=True, resume=True)
     lora: int = flag(None, or_off(whole(1, 4096)), "rank of adapters to train beside frozen weights; off: train all "
                      "weights", metavar="R")
-    memory: str = flag("auto", help="how it fits: engine/memory/modes.py; auto: the first that the plan says fits this "
-                       "GPU", choices=modes.NAMES)
+    memory: str = flag("auto", help="where weights and optimizer are, and in which dtype: engine/memory/modes.py; "
+                       "auto: the first that the plan says fits this GPU", choices=modes.NAMES)
     cache: str = flag("auto", or_off(line.some_path), "folder where embeddings of prompts and latents of --images are "
                       "kept for other runs, 32 GiB at most; auto: ~/.cache/srpo, and none for a miniature; off",
                       metavar="DIR", resume=True)
@@ -198,8 +199,8 @@ class Machine:
                          "them; the number of nodes", resume=True)
     checkpointing: bool = flag(True, help="recompute activations in the backward: 21 GiB less for FLUX.1-dev at 720 "
                                "pixels, a quarter more work in the update [released code]", resume=True)
-    compile: bool = flag(False, help="torch.compile every transformer block; off, for with a LoRA a block can reach "
-                         "torch's limit of 8 variants, and then runs uncompiled", resume=True)
+    compile: bool = flag(False, help="torch.compile every transformer block; with a LoRA a block can reach torch's "
+                         "limit of 8 variants, and then it runs uncompiled", resume=True)
 
 
 @dataclass
@@ -209,7 +210,7 @@ class Plan:
                       "weights needed", resume=True)
     world_size: int = flag(8, whole(1), "processes that are planned for", resume=True)
     card: str = flag("H200", help=f"GPU that is planned for: {', '.join(gpus.PEAK)}", resume=True)
-    share: float = flag(0.4, real(0, 1, open_low=True), "of the card's peak that is reached", resume=True)
+    share: float = flag(0.4, real(0, 1, open_low=True), "share of the card's peak speed that is reached", resume=True)
 
 
 GROUPS = (Trained, Optimizer, Rollout, DirectAlign, Reward, Baselines, Watching, Folder, Machine, Plan)
@@ -224,8 +225,8 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "released": Recipe("the defaults, from the released code", {}),
-    # Any x0 can be recovered from known noise, so a rough rollout is enough. Eq. 10 has no part common to both texts,
-    # so there is nothing that a second branch would have to cancel.
+    # Any x0 can be recovered from known noise, so a rough rollout is enough. A second branch cancels what is common to
+    # both texts. Eq. 10 has no such part, so one branch is enough.
     "fast": Recipe("a quarter of FLUX.1-dev's work [ours]",
                   {"form": "srp", "branches": ["denoise"], "rollout_steps": 4}),
     # Eqs. 5, 6, 12 and 13, the noise and the guidance as printed. Left out: Eq. 11 (--form cfg), the whole trajectory

@@ -2,7 +2,8 @@
 
     python sample.py --model miniature --weights base --weights srpo=runs/miniature --size 96x64    side by side
 
-The same command line goes on where it was stopped. Another one needs another --out: pictures stay as they are.
+The same command line goes on where it was stopped. Another command line needs another --out: pictures are never
+replaced.
 """
 
 import sys

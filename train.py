@@ -3,9 +3,12 @@
     python train.py --model miniature                                                              on a laptop
     torchrun --nproc_per_node=8 train.py --control "realistic photo" --neg "CG render"             FLUX.1-dev
 
-From top to bottom: `srpo`, the loss of one update; `update`, one update; `train`, the loop. The recipe, every
-hyper-parameter with its source, is recipe.py; the mathematics is direct_align.py (Eqs. 3-6) and srpo_reward.py (Eqs.
-7-13); what the paper compares with, --method, is baselines.py (Eqs. 1-2); the set-up is prepare.py.
+From top to bottom: `srpo`, the loss of one update; `update`, one update; `train`, the loop. The other files:
+
+    direct_align.py, srpo_reward.py    Eqs. 3-6, and Eqs. 7-13
+    recipe.py                          every hyper-parameter, with its source; command.py reads the command line
+    baselines.py                       the methods that the paper compares with (--method), Eqs. 1-2
+    prepare.py                         the set-up, and the batches of an update
 """
 
 import sys
@@ -48,7 +51,7 @@ def srpo(a, net, reward, batch):
     """SRPO: yields (loss, `Term`) for every term of Eq. 6's sum, whose gradients add up at constant memory.
 
     a: the flags; net: a `flow.Flow`; reward: a `srpo_reward.Rewards`; batch: a `prepare.Batch`. The caller calls
-    backward on each loss as it comes, and takes all of them: `Calls` may do a part of the backward after the last.
+    backward on each loss as it comes, and takes all of them: after the last one, `Calls` may finish the backward.
     """
     x0 = batch.x0
     if x0 is None:
@@ -96,8 +99,9 @@ def update(a, run, step, batches=None, listener=None):
     """One update: backward on every loss as it comes, the mean gradient of --global-batch images, one step of AdamW.
     The loop below, --explain, the benchmark and the experiments all call it.
 
-    run: a `prepare.Run`; batches: replace the run's own; listener: an `Explanation`, or anything with begin(batch),
-    before(term) and after(loss, term), called around each backward. Returns the update's line of the log, a dict.
+    run: a `prepare.Run`; batches: these are used in place of the run's own; listener: an `Explanation`, or anything
+    with begin(batch), before(term) and after(loss, term). Its begin is called for each batch, and the other two before
+    and after each backward. Returns the update's line of the log, a dict.
     Raises NotFinite and Stopped.
     """
     net = run.net
@@ -163,8 +167,8 @@ def optimizer_step(a, run, step, checks):
 
 # --------------------------------------------------------------------------------------------------- the loop
 def train(a, run, state):
-    """Updates until --steps, or until the watched pictures have landed (--land), with checkpoints. `state` is what a
-    checkpoint holds beside the weights: the last finished update. Raises Stopped if the run is asked to stop."""
+    """Updates until --steps, or until the watched pictures reach the gap of --land, with checkpoints. `state` is what a
+    checkpoint holds beside tensors, such as the last finished update. Raises Stopped if the run is asked to stop."""
     flop = work.update_flop(run.job, run.world.size)  # of this process
     bar = tqdm(range(state["step"] + 1, a.steps + 1), initial=state["step"], total=a.steps, desc="train",
                disable=not run.world.main)
@@ -198,8 +202,9 @@ def save(a, run, state):
 
 
 def begin(a, run, world):
-    """The state from which a run goes on: its newest checkpoint, or a first look at the base model. Nothing is written
-    before every comparison with the checkpoint has passed. Raises UserError."""
+    """The state from which a run goes on. It is that of the newest checkpoint. Without one, the watched pictures are
+    sampled and scored before training. Nothing is written before every comparison with the checkpoint has passed.
+    Raises UserError."""
     folder = run.folder
     run.watched.flags = command.as_line(a)
     world.say(run.watched.flags)
@@ -249,8 +254,8 @@ def explain_an_update(a, model, out):
 
 
 def main(argv=None, read=None):
-    """Plan, explain, or train: from the command line (None: the script's own), or from what `command.read` made of it,
-    to the run's folder."""
+    """Plan, explain, or train. argv: the flags, a list (None: those of the process); read: what `command.read` returned
+    for them, if it was called before."""
     with frame("train.py"):
         stopping = Stopping("stopped before the first update: there is nothing to save")
         a, model = read or command.read(sys.argv[1:] if argv is None else argv)

@@ -1,5 +1,5 @@
-"""What stands beside a run's weights, and in their files: a model card, README.md, as the hub reads it; and the same
-in short as metadata of the safetensors file, whose keys are those of modelspec (github.com/Stability-AI/ModelSpec)."""
+"""The model card beside a run's weights, README.md, as the hub reads it. Its main points are also in the metadata of
+the safetensors file, under modelspec's keys (github.com/Stability-AI/ModelSpec)."""
 
 import json
 import shlex
@@ -34,8 +34,8 @@ def base_of(model):
 
 
 def without_places(line):
-    """A line of flags in which the name of a file or folder stands for its absolute path, which says where a user's
-    files lie."""
+    """A line of flags. Absolute paths, which would tell where a user's files are, are cut to the name of the file or
+    folder."""
     return shlex.join([Path(word).name if Path(word).is_absolute() else word for word in shlex.split(line)])
 
 

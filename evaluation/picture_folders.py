@@ -2,7 +2,7 @@
 
 sample.py and evaluate.py write such folders. evaluate.py scores them, and the human study shows them. Both also take
 folders that other programs wrote. made.json beside the pictures says how they are made; its digest is in every picture
-that belongs to it. A picture without it is another's, and stays as it is.
+that belongs to it. A picture without the digest is not ours, and is never replaced.
 """
 
 import hashlib
@@ -184,7 +184,7 @@ def is_whole(path):
 # ------------------------------------------------------------------------------------------ rows of the table
 def named(flag, items, taken=TAKEN):
     """["NAME=PATH" or "PATH"] -> {name: path}. A path without a name is its own name. Raises UserError for names that
-    cannot be separate folders in --out, or are `taken`, by what the script itself writes there."""
+    cannot be separate folders in --out. taken: the names that the script itself writes there."""
     found = {}
     own = ", ".join(taken)
     taken = set() if flag == "--images" else set(taken)
@@ -262,8 +262,8 @@ def mark_of(made):
 
 
 def check_made(folder, made, out):
-    """Raise UserError if a folder, which is to hold pictures that are made as `made` says, holds others under their
-    names; they stay as they are. Nothing is written."""
+    """Raise UserError if pictures that are made as `made` says would replace other files in a folder. Nothing is
+    written."""
     own = ["made.json", "prompts.json", "grid.png"]
     must_not_lead_away(folder, [*own, *OWN, "[0-9]*.png", *(f"{name}/[0-9]*.png" for name in OWN)])
     stored = folder / "made.json"
@@ -361,8 +361,8 @@ def save_grid(images, path, columns=8, mark=b""):
 
 
 def places(picture, side, number):
-    """[(x, y, width, height)] in pixels of the pictures in a grid of square ones that `save_grid` wrote, a PIL picture.
-    side: of each, before it was enlarged; number: how many there are, at most."""
+    """[(x, y, width, height)] in pixels: where the pictures are in a grid that `save_grid` wrote, a PIL picture. side:
+    of each picture, which is square, before it was enlarged; number: how many there are, at most."""
     side *= max(1, 128 // side)
     if min(picture.size) < side + 4:  # a grid of one picture has no frame
         return [(0, 0, *picture.size)]

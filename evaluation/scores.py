@@ -22,28 +22,28 @@ SCORED_AT_ONCE = 16  # pictures
 class Task:
     """A metric, its files, and the pictures that it scores."""
     name: str
-    metric: object  # what evaluation/metrics/__init__.py says that a metric's file offers
+    metric: object  # has the names that the docstring of evaluation/metrics/__init__.py lists
     files: object
     pictures: list
 
 
 @dataclass
 class Outcome:
-    """What scoring came to."""
+    """The results of scoring."""
     scores: dict                                    # {row: {picture's name: {column: value}}}
     missing: dict                                   # {metric: why it has no scores}
     unreadable: list = field(default_factory=list)  # what is wrong with pictures, a line each
 
     def add(self, row, found):
-        """Take in {picture's name: {column: value}} of a row."""
+        """Add the scores {picture's name: {column: value}} of a row."""
         for picture, values in found.items():
             self.scores[row].setdefault(picture, {}).update(values)
 
 
 # ------------------------------------------------------------------------------------------------------ scoring
 def share(pictures, size, world):
-    """This process's part of a list, in chunks of `size` that are the same for any number of processes, so
-    that a picture always meets the same batch, and comes out the same."""
+    """This process's chunks of a list, of `size` pictures each. The chunks do not depend on the number of processes. So
+    a picture is always in the same batch, and always the same."""
     chunks = [pictures[i:i + size] for i in range(0, len(pictures), size)]
     return chunks[world.rank::world.size]
 
@@ -66,8 +66,8 @@ def score(args, task, methods, world, outcome):
 
 @torch.no_grad()
 def score_row(task, method, kept, load, world, unreadable):
-    """One metric of one row: score what is not scored yet, a chunk as a whole, and keep it at once. Returns
-    {picture's name: {column: value}}; adds to `unreadable` what is wrong with pictures."""
+    """One metric of one row. Chunks with a picture that has no score are scored, and their scores written at once.
+    Returns {picture's name: {column: value}}. For a picture that cannot be read, a text is added to `unreadable`."""
     scores = {}
     chunks = share(task.pictures, SCORED_AT_ONCE, world)
     for chunk in tqdm(chunks, f"{task.name} {method.name}", leave=False, disable=not world.main):
@@ -97,7 +97,7 @@ def merged(outcomes):
 
 
 def reason(name, error):
-    """Why a metric cannot be had, without what stands around it where it is printed."""
+    """Why a metric cannot be had, without the metric's name and the advice, which are printed beside it."""
     return one_line(error).removeprefix(f"{name}: ").removesuffix(f"; give {name}=PATH")
 
 

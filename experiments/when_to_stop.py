@@ -3,8 +3,8 @@
     python -m experiments.when_to_stop
 
 It shows when the pictures are best, when they break, which drift warning fired first, and how many updates before.
-Pictures are broken if they have melted or damaged parts. Quality is the nearness to true photos (the Frechet
-distance). Realism does not serve: it soon reaches 100 % and stays there while the shapes melt.
+Pictures are broken if they have melted or damaged parts. The best pictures are those nearest to true photos (the
+Frechet distance). Realism cannot tell: it soon reaches 100 % and stays there while the shapes melt.
 """
 
 import math
