@@ -45,10 +45,8 @@ def read(argv):
     p = parser()
     given = line.given(p, argv)
     check_method(given)
-    values = None
-    if given.get("resume"):
-        out = out_of(given.get("out"), given.get("model", Trained().model))
-        values = resume.flags_of(out, p, GROUPS, RECIPES, given)
+    out = out_of(given.get("out"), given.get("model", Trained().model))
+    values = resume.flags_of(out, p, GROUPS, RECIPES, given) if given.get("resume") else None
     if values is None:
         values, model = new_run(p, given)
     else:
@@ -159,15 +157,10 @@ def check(a, model):
         raise UserError(f"--branches {','.join(a.branches)}: must be denoise, invert or denoise,invert")
     must_differ(a.control, a.neg)
     check_pairs(a)
-    if a.resume and a.overwrite:
-        raise UserError("--resume --overwrite: go on with the run in --out, or start again; give one")
     out = out_of(a.out, a.model).resolve()
     if a.overwrite and a.weights and out in (Path(a.weights).resolve(), *Path(a.weights).resolve().parents):
         raise UserError(f"--overwrite --weights {a.weights}: the weights would be deleted before the run starts from "
                         "them; give another --out")
-    if a.resume and a.explain:
-        raise UserError("--resume --explain: the base would be explained, and not the run; for that give --weights "
-                        f"{out}/weights without --resume")
     gpus.check(a.card)
     model.grid(a.size, a.size)
     check_cfg(a, model)
@@ -191,24 +184,27 @@ def check_cfg(a, model):
 def check_pairs(a):
     """Raise UserError for two flags that exclude each other."""
     method = METHODS[a.method]
-    if a.explain and a.method != "srpo":
-        raise UserError(f"--explain --method {a.method}: only srpo can be explained")
-    if a.images is not None and not method.takes_photographs:
-        raise UserError(f"--images --method {a.method}: it learns from its own rollouts, and not from photographs")
-    if a.online_from is not None and a.images is None:
-        raise UserError(f"--online-from {a.online_from}: without --images every update is online; leave it out")
-    if a.images is not None and a.noise == "fresh":
-        raise UserError("--images --noise fresh: nothing is rolled out, and every photograph gets noise of its own; "
-                        "leave --noise out")
-    if a.compile and a.rollout_dtype == "fp8":
-        raise UserError("--compile --rollout-dtype fp8: the backward would recompute a block with other compiled code "
-                        "than its forward, and torch refuses that; give one of the two")
-    if method.optimizer_steps > 1 and a.rollout_dtype == "fp8":
-        raise UserError(f"--method {a.method} --rollout-dtype fp8: the method compares the network with its own "
-                        "rollout, so both need the same dtype; leave --rollout-dtype out")
-    if method.optimizer_steps > 1 and a.rollout_steps < 2:
-        raise UserError(f"--method {a.method} --rollout-steps {a.rollout_steps}: must be at least 2, because the last "
-                        "step is not trained")
+    steps_inside = method.optimizer_steps > 1  # then the method compares the network with its own rollout
+    refused = (
+        (a.resume and a.overwrite, "--resume --overwrite: go on with the run in --out, or start again; give one"),
+        (a.resume and a.explain, "--resume --explain: the base would be explained, and not the run; for that give "
+         f"--weights {out_of(a.out, a.model)}/weights without --resume"),
+        (a.explain and a.method != "srpo", f"--explain --method {a.method}: only srpo can be explained"),
+        (a.images is not None and not method.takes_photographs,
+         f"--images --method {a.method}: it learns from its own rollouts, and not from photographs"),
+        (a.online_from is not None and a.images is None,
+         f"--online-from {a.online_from}: without --images every update is online; leave it out"),
+        (a.images is not None and a.noise == "fresh", "--images --noise fresh: nothing is rolled out, and every "
+         "photograph gets noise of its own; leave --noise out"),
+        (a.compile and a.rollout_dtype == "fp8", "--compile --rollout-dtype fp8: the backward would recompute a block "
+         "with other compiled code than its forward, and torch refuses that; give one of the two"),
+        (steps_inside and a.rollout_dtype == "fp8", f"--method {a.method} --rollout-dtype fp8: the method compares the "
+         "network with its own rollout, so both need the same dtype; leave --rollout-dtype out"),
+        (steps_inside and a.rollout_steps < 2, f"--method {a.method} --rollout-steps {a.rollout_steps}: must be at "
+         "least 2, because the last step is not trained"))
+    for is_so, message in refused:
+        if is_so:
+            raise UserError(message)
 
 
 # ------------------------------------------------------------------------------------------ what may surprise

@@ -122,10 +122,9 @@ def rows(args, model, world):
     metrics.all_shown(metrics.parse_metrics(args.metrics))
     rewards.parse_rewards(args.reward)
     must_differ([args.control], [args.neg])
-    if args.images and args.prefix:
-        raise UserError("--images and --prefix: pictures that exist, or a prompt to sample from; give one")
-    if args.images and args.weights:
-        raise UserError("--images and --weights: pictures that exist, or weights to sample from; give one")
+    for flag, value in (("--prefix", args.prefix), ("--weights", args.weights)):
+        if args.images and value:
+            raise UserError(f"--images and {flag}: pictures that exist, or pictures to sample; give one")
     if args.images:
         picture_folders.must_be_own(args.out, [])
         return picture_folders.existing(args)
@@ -150,8 +149,9 @@ def available(args, methods, benchmark, world):
         metric = metrics.find(name)
         has_own = hasattr(metric, "pictures")
         try:
-            if has_own and args.images:
-                must_be_shown(name, methods)
+            if has_own and args.images and not any(
+                    file.startswith(f"{name}/") for method in methods for file in method.files):
+                raise UserError(f"no pictures of its prompts, {name}/00000_0.png and so on, in these folders")
             files = metrics.fetch(metric, where, args)
             pictures = metric.pictures(files, args, benchmark) if has_own else benchmark
             tasks.append(Task(name, metric, files, pictures))
@@ -164,12 +164,6 @@ def available(args, methods, benchmark, world):
         for name, why in missing.items():
             print(printable(f"{name}: - ({why}); --metrics {name}=PATH takes its files from there"))
     return [task for task in tasks if task.name not in missing], missing
-
-
-def must_be_shown(name, methods):
-    """Raises UserError if no folder of --images has pictures of a metric's own prompts."""
-    if not any(file.startswith(f"{name}/") for method in methods for file in method.files):
-        raise UserError(f"no pictures of its prompts, {name}/00000_0.png and so on, in these folders")
 
 
 def must_have(tasks, missing, world):
@@ -200,9 +194,7 @@ def generate(args, model, methods, pictures, benchmark, world):
     embeddings = flow.encode_here(model, prompts, world)
     if not prompts:
         return
-    if embeddings.truncated:
-        world.say(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
-                  f"they are truncated")
+    embeddings.say_truncated(world.say)
     number = {prompt: i for i, prompt in enumerate(prompts)}
     for method in methods:
         if not lacking[method.name]:

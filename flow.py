@@ -260,6 +260,11 @@ class Embeddings(NamedTuple):
         which = tuple(n - first for n in self.which if first <= n < last)
         return Embeddings(self.txt[first:last], self.pooled[first:last], len(which), which, self.empty)
 
+    def say_truncated(self, say, what="prompts"):
+        """Say how many of them are truncated, if any. say: prints a line."""
+        if self.truncated:
+            say(f"{self.truncated} of {len(self.txt)} {what} are longer than the text encoder takes, and are truncated")
+
     def condition(self, rows, grid, device):
         """The `Condition` of some rows, moved to the device."""
         return Condition(parallel.moved(self.txt[rows], device), parallel.moved(self.pooled[rows], device), grid)

@@ -225,9 +225,7 @@ def say_truncated(a, world, embeddings, own):
     """Say how many prompts are truncated: of the first `own`, which are trained on, and of those that are watched."""
     for what, part in (("--prompts" if a.images is None else "--images", embeddings.part(0, own)),
                        ("--watch-prompts and --eval-prompts", embeddings.part(own, len(embeddings.txt)))):
-        if part.truncated:
-            world.say(f"{part.truncated} of {len(part.txt)} prompts of {what} are longer than the text encoder takes, "
-                      "and are truncated")
+        part.say_truncated(world.say, f"prompts of {what}")
 
 
 def must_tell_apart(a, reward, prompts, world):

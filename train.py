@@ -33,7 +33,7 @@ from tqdm import tqdm
 import direct_align as da
 import prepare
 import srpo_reward as sr
-from baselines import STEP, Term
+from baselines import STEP, Term, sampling_levels
 from engine import hub
 from engine.errors import NotFinite, Stopped, printable
 from engine.memory import cards, layouts, modes, parallel, shown, whole_run, work
@@ -55,8 +55,8 @@ def srpo(a, net, reward, batch):
     """
     x0 = batch.x0
     if x0 is None:
-        sigmas = da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1], a.rollout_steps))
-        x0 = net.rollout(batch.start, batch.c, sigmas, a.rollout_guidance, dtype=a.rollout_dtype)  # [B, N, C]
+        levels = sampling_levels(a, net, batch)
+        x0 = net.rollout(batch.start, batch.c, levels, a.rollout_guidance, dtype=a.rollout_dtype)  # [B, N, C]
     grid = da.training_grid(*a.sigma_range, a.cells, x0.device)
     reach = da.reach_of(a.groundtruth_ratio, a.cells)
     n = a.injections * len(a.branches)
@@ -76,7 +76,8 @@ def srpo(a, net, reward, batch):
                 x0_hat = da.recover_epsilon(x_t, eps_theta, batch.eps, at.sigma, at.sigma_to)  # as printed
             image = net.decode(x0_hat, batch.c.grid)                             # [B, 3, H, W]
             r0, r1, r2 = reward.of(image, batch.texts)                           # Eq. 7 for three texts
-            d = da.discount(at.cell, *discount_of(a, branch), a.cells)           # [B]
+            late, early = a.discount_denoise if branch == "denoise" else a.discount_invert
+            d = da.discount(at.cell, late, early, a.cells)                       # [B]
             r = sr.branch_reward(a.form, branch, r0, r1, r2, d, a.cfg_k).value()  # Eqs. 8-13, [B]
             if a.lam_at == "call":
                 weight = da.lam(at.sigma, *a.sigma_range, *a.lam, a.lam_shift)   # [B]
@@ -89,19 +90,13 @@ def srpo(a, net, reward, batch):
         calls.backward()
 
 
-def discount_of(a, branch):
-    """The ends of the released discount of a branch: (late, early)."""
-    return a.discount_denoise if branch == "denoise" else a.discount_invert
-
-
 # ------------------------------------------------------------------------------------------------- one update
 def update(a, run, step, batches=None, listener=None):
     """One update: backward on every loss as it comes, the mean gradient of --global-batch images, one step of AdamW.
     The loop below, --explain, the benchmark and the experiments all call it.
 
-    run: a `prepare.Run`; batches: these are used in place of the run's own; listener: an `Explanation`, or anything
-    with begin(batch), before(term) and after(loss, term). Its begin is called for each batch, and the other two before
-    and after each backward. Returns the update's line of the log, a dict.
+    run: a `prepare.Run`; batches: used in place of the run's own; listener: has begin(batch), and before(term) and
+    after(loss, term), which are called around each backward. Returns the update's line of the log, a dict.
     Raises NotFinite and Stopped.
     """
     net = run.net

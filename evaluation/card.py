@@ -52,19 +52,18 @@ def about(a, model):
         architecture = model.family.name.lower().replace(".", "-")
     elif not flow.is_full_size(model):
         architecture = "flux-1-small"
-    says = {group: vars(a)[group] for group in ("control", "neg")}
+    control, neg = ", ".join(a.control), ", ".join(a.neg)
     found = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture + ("/lora" if a.lora else ""),
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
         "modelspec.title": title(a, model),
-        "modelspec.description": f"{' '.join(ABOUT)}: aligned with {', '.join(says['control'])}, and not with "
-                                 f"{', '.join(says['neg'])}",
+        "modelspec.description": f"{' '.join(ABOUT)}: aligned with {control}, and not with {neg}",
         "modelspec.resolution": f"{a.size}x{a.size}",
         "modelspec.usage_hint": "use the bare prompt; there is no trigger word",
         "base_model": base_of(model),
-        "srpo.control": ", ".join(says["control"]),
-        "srpo.neg": ", ".join(says["neg"]),
+        "srpo.control": control,
+        "srpo.neg": neg,
         "srpo.recipe": a.recipe,
         "srpo.flags": without_places(as_line(recipe.GROUPS[:6], vars(a)))}
     licence = LICENCES.get(model.name)

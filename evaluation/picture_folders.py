@@ -246,14 +246,19 @@ def planned(args, prompts):
     must_be_own(args.out, [method.folder.name for method in methods])
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     for method in methods:
-        method.made = {"by": BY, "model": args.model, "size": args.size, "eval_steps": args.eval_steps,
-                       "guidance": args.guidance, "seed": args.seed,
-                       "weights": stamp(method.weights) if method.weights else [], "prompts": digest,
-                       "words": method.words, **sampling.made(args.memory)}
-        if args.cfg is not None:
-            method.made["cfg"] = args.cfg
+        method.made = made_of(BY, args, method.weights, digest) | {"words": method.words}
+        method.made |= sampling.made(args.memory)
         check_made(method.folder, method.made, args.out)
     return methods
+
+
+def made_of(by, args, weights, prompts):
+    """The content of made.json: how a script (`by`) samples pictures with its flags. weights: a path, or None: the
+    model's own. prompts: a list, or a digest of it."""
+    made = {"by": by, "prompts": prompts, "model": args.model, "size": args.size,
+            "weights": stamp(weights) if weights else [], "eval_steps": args.eval_steps, "guidance": args.guidance,
+            "seed": args.seed}
+    return made if args.cfg is None else made | {"cfg": args.cfg}
 
 
 def mark_of(made):
