@@ -137,7 +137,7 @@ def recipes_and_methods():
 
 # ---------------------------------------------------------------------------------------------------------- checks
 def check_method(given):
-    """Raise UserError for a method that is not known, or a recipe that it would not read."""
+    """Raise UserError for an unknown method, or for a recipe with a method other than srpo."""
     name = given.get("method", "srpo")
     if name not in METHODS:
         raise UserError(f"--method: invalid choice: {name!r} (choose from {', '.join(METHODS)})")

@@ -1,4 +1,4 @@
-"""Prompts to the table of metrics (Table 1 of the paper): a model, and what training made of it.
+"""Prompts to the table of metrics (Table 1 of the paper), for a model and for trained weights of it.
 
     python evaluate.py                                                    FLUX.1-dev on the HPDv2 benchmark
     python evaluate.py --weights runs/FLUX.1-dev/weights                  and trained weights beside it

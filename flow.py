@@ -105,7 +105,7 @@ class ExactTimes:
 @dataclass
 class Flow:
     """The two networks of a flow that training and sampling use, and the scheduler's config. A family adds `predict`,
-    `shift`, `decode`, `encode` and `exact_times`."""
+    `shift`, `decode`, `encode`, `time_embedding`, `text_encoders` and `encode_text`."""
     transformer: torch.nn.Module  # sharded or not
     vae: torch.nn.Module          # frozen
     scheduler: dict

@@ -39,11 +39,11 @@ class Batch(NamedTuple):
     """The input of an update, for B images."""
     prompts: list          # B texts
     c: flow.Condition      # the same, as the network reads them
-    x0: torch.Tensor       # clean latents [B, N, C], or None: the model's own, to be rolled out
+    x0: torch.Tensor       # clean latents [B, N, C] of photographs; None: the model rolls out its own
     start: torch.Tensor    # [B, N, C] the noise from which a rollout starts
     eps: torch.Tensor      # [B, N, C] the noise prior that is injected
-    texts: sr.Texts        # what the rewards read: the prompts, and with the words of --control and of --neg
-    middles: list          # --injections draws m [B] of where in the training grid the branches meet
+    texts: sr.Texts        # what the rewards read: the prompts alone, with a word of --control, with one of --neg
+    middles: list          # for each of --injections: the cells m [B] of the training grid where the branches meet
     chance: draws.Chance = None  # for a method's further random draws
     step: int = 0          # the update's number, from 1
 
@@ -106,7 +106,7 @@ class Run:
 
 def share_of(a, processes):
     """The `Share` of each process. --global-batch is divided among the processes, so an update is the same on any
-    number of them. Raises UserError, with the numbers that work, for one that does not divide it."""
+    number of them. Raises UserError for a number that does not divide it; the message lists those that do."""
     if a.global_batch % processes:
         counts = ", ".join(map(str, divisors(a.global_batch)))
         raise UserError(f"--global-batch {a.global_batch}: cannot be divided among {processes} processes; it can among "

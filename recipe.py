@@ -25,7 +25,7 @@ FORMS = ("released", "srp", "cfg", "branches", "sgp", "plain")  # the rows of sr
 # The learning rate of adapters (--lora) if the model's srpo.json has none: 20 times that of full weights. For Adam's
 # steps to move B A x as far as W x, the rate must be sqrt(3 d_in / R) times as high, 17 at rank 32. A guess.
 LORA_LR = 1e-4
-OWN = "own"  # --watch-prompts: some of the prompts or photographs that would be trained on
+OWN = "own"  # --watch-prompts: some of the user's own prompts or photographs, which are then not trained on
 
 
 # ------------------------------------------------------------------------------------------- the released recipe
@@ -248,7 +248,7 @@ class Calls(NamedTuple):
     """How often a method calls the network for one image of an update."""
     without_gradient: float  # on average
     with_gradient: int
-    together: int = 1  # of these, that can be one call of the network: engine/memory/one_call.py
+    together: int = 1  # how many of these can be one call of the network: engine/memory/one_call.py
 
 
 class Method(NamedTuple):
@@ -301,7 +301,7 @@ def draft_lv_calls(a):
 
 
 def transitions_kept(rollout_steps):
-    """How many of a stochastic rollout's transitions are trained on: of all but the last."""
+    """How many transitions of a stochastic rollout are trained on. The last one never is."""
     return max(1, int(DANCE_KEPT * (rollout_steps - 1)))
 
 

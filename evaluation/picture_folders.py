@@ -112,7 +112,7 @@ def benchmark(prompts, seed, n):
     return found
 
 
-# ---------------------------------------------------------------------------------------------- what is there
+# ---------------------------------------------------------------------------------------------------- reading
 def picture_files(folder):
     """The files in a folder with a picture's suffix, sorted; [] if there is no such folder. Raises UserError for one
     that is not a regular file, because reading a pipe could wait for ever."""
@@ -292,7 +292,7 @@ def check_made(folder, made, out):
 
 
 def clean(*folders):
-    """Remove the hidden files that a kill left in folders of ours. No process may be writing there."""
+    """Remove the hidden files that a killed process left in these folders. No process may be writing there."""
     for folder in folders:
         for place in (folder, *(Path(folder) / name for name in OWN)):
             remove_leftovers(place, ["*.png", *TAKEN, "prompts.json"])

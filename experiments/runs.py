@@ -107,7 +107,7 @@ SELECTION = 104  # all of the selection prompts
 
 
 def n_watched(own, pictures=WATCHED):
-    """How many pictures are watched: as many, and not more than --pictures."""
+    """How many pictures are watched: `pictures`, but not more than --pictures."""
     return min(pictures, own.pictures)
 
 
@@ -134,7 +134,7 @@ def trained(own, flags, seed, looks=SELDOM):
 
 
 def watch_prompts(argv):
-    """For a run that learns from photographs, the flag that watches the model's own prompts, not some of theirs."""
+    """For a run that learns from photographs: the flag with which the model's own prompts are watched, not captions."""
     own = command.flags(argv)
     if own.watch_prompts != recipe.OWN:
         return []
