@@ -224,8 +224,8 @@ def notes(a, model):
     lines = model.notes(vars(a)) + unread(a, model)
     if a.threshold is not None and a.form in ("plain", "sgp") and len(a.branches) == 2 and a.method == "srpo":
         lines.append(f"--form {a.form} --threshold {a.threshold}: the inverting branch has the reward of the denoising "
-                     "one with the other sign, so at most one of the two is above the threshold; --threshold off "
-                     "trains both")
+                     "one with the other sign; so the threshold stops at most one of the two, and --threshold off "
+                     "stops none")
     if a.images is not None:
         until = "" if a.online_from is None else f" before update {a.online_from}"
         lines.append(f"--images {a.images}: the captions are the prompts; nothing is rolled out{until}; every "

@@ -22,8 +22,8 @@ from engine.memory import gpus, modes
 
 FORMS = ("released", "srp", "cfg", "branches", "sgp", "plain")  # the rows of srpo_reward.branch_reward's table
 
-# The learning rate of adapters (--lora) if the model's srpo.json has none: 20 times that of full weights. For Adam's
-# steps to move B A x as far as W x, the rate must be sqrt(3 d_in / R) times as high, 17 at rank 32. A guess.
+# The learning rate of adapters (--lora) if the model's srpo.json has none: 20 times that of full weights. A guess.
+# Adam's steps move B A x as far as W x if the rate is sqrt(3 d_in / R) times as high, which is 17 at rank 32.
 LORA_LR = 1e-4
 OWN = "own"  # --watch-prompts: some of the user's own prompts or photographs, which are then not trained on
 

@@ -4,8 +4,8 @@
 
 Table 1 gives SRPO the control words and the baselines the bare prompt. Here every method is trained with both. The
 learning rate and the threshold of each are chosen from one grid: on the selection prompts, after the recipe's updates,
-seed 0. `chosen` is the rule. The loss is -r, or the hinge relu(threshold - r) with the score of true photos as its
-threshold: 0.24 for the relative reward, 0.72 for the plain one. DanceGRPO does not differentiate the reward, so it has
+seed 0. `chosen` is the rule. The loss is -r, or the hinge relu(threshold - r). Its threshold is the score of true
+photos: 0.24 for the relative reward, 0.72 for the plain one. DanceGRPO does not differentiate the reward, so it has
 no threshold; its grid has higher rates. The rows are then measured on the held-out prompts: at equal updates, at equal
 FLOP of the transformer, and DanceGRPO also after 150 updates.
 """

@@ -4,8 +4,8 @@
 
 The photographs are drawn, as in offline. The watched pictures are sampled and scored every two updates, which is called
 a look. A run ends at the first look whose gap, less its standard error, has reached the photographs' gap. Near it the
-learning rate falls. Each such run should reach a realism of 90 %. Its alignment should be at most 3 points below the
-base, at most 1 % of its pictures broken, and its Frechet distance at most 1.5 above that of its best look.
+learning rate falls. Each such run should reach a realism of 90 %, with at most 1 % broken pictures. Its alignment
+should be at most 3 points below the base, and its Frechet distance at most 1.5 above that of its best look.
 
 The second table has no --land. There the loss is a hinge, relu(threshold - r): a picture whose reward is above the
 threshold has no gradient. The thresholds go up to what true photos score. The rewards are the relative one and the
