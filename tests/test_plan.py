@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+import command
 import flow
 import prepare
-import recipe
 import train
 from engine.errors import UserError
 from engine.memory import adamw, cards, counts, gpus, layouts, parallel, plan, shown, whole_run, work
@@ -21,7 +21,7 @@ GIB, TERA = 2**30, 1e12
 
 def job(*argv):
     """What train.py plans with these flags."""
-    return prepare.job(*recipe.read(["--memory", "masters", "--global-batch", "1", *argv]))
+    return prepare.job(*command.read(["--memory", "masters", "--global-batch", "1", *argv]))
 
 
 def miniature_job(*argv):
@@ -72,7 +72,7 @@ def test_recomputing_activations_saves_what_it_says(counted, predicted):
 def test_the_whole_run_has_looks_an_evaluation_and_files(counted):
     """12 bytes a number in a checkpoint, 8 with --memory split; 2 in each file of the weights."""
     its_job, counts = counted
-    a, model = recipe.read([])
+    a, model = command.read([])
     a.eval = 16
     lines = whole_run.told(its_job, a, model, counts, torch.bfloat16).splitlines()
     assert [line.strip().split("  ")[0] for line in lines[2:]] == [
