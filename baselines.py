@@ -1,10 +1,10 @@
-"""What the paper compares SRPO with: ReFL (Eq. 2), DRaFT-LV (Eq. 1) and DanceGRPO, each a generator of loss
-terms like `train.srpo`, driven by the same loop.
+"""What the paper compares SRPO with: ReFL (Eq. 2), DRaFT-LV (Eq. 1) and DanceGRPO. Each is a generator of loss terms
+like `train.srpo`, and is trained by the same loop.
 
-They climb the plain reward of the bare prompt, r0 (Eq. 7), unless --form says otherwise: then the denoising
-row of srpo_reward.branch_reward. Symbols as in direct_align.py; a step goes from the noise level s to s_next < s, and
-d = s - s_next. B images, N tokens, C channels. How often each calls the network stands in recipe.METHODS. Table 1's
-row "Direct-Align" needs no code of its own: it is `train.srpo` with --recipe direct-align.
+They climb the plain reward of the bare prompt, r0 (Eq. 7). With another --form they climb its denoising column in
+srpo_reward.branch_reward. Symbols as in direct_align.py; a step goes from the noise level s to s_next < s, and
+d = s - s_next. B images, N tokens, C channels. How often each calls the network is in recipe.METHODS. Table 1's row
+"Direct-Align" needs no code of its own: it is `train.srpo` with --recipe direct-align.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,7 @@ import srpo_reward as sr
 from engine.memory.parallel import moved
 from recipe import DANCE_OPTIMIZER_STEPS, DRAFT_EXTRA, transitions_kept
 
-STEP = "step"  # yielded in place of a loss: the optimizer steps now, and not at the end of the update alone
+STEP = "step"  # yielded in place of a loss: the optimizer steps now, and not only at the end of the update
 
 ETA = 0.3          # DanceGRPO: noise of its SDE
 RATIO_BAND = 1e-4  # DanceGRPO: the probability ratio is clipped to 1 +- this
@@ -24,14 +24,14 @@ LARGEST_ADVANTAGE = 5.0
 
 
 class Term(NamedTuple):
-    """What is known of a loss term: for the log, for what looks for a NaN and, of srpo's, for --explain."""
+    """What is known of a loss term. It is read by the log, by the check for NaN, and by --explain (srpo's alone)."""
     prompts: list
     branch: str                    # "denoise" or "invert"; the method's name
     x_t: torch.Tensor              # [B, N, C] what the network was called with
     v_theta: torch.Tensor          # [B, N, C], with gradient
     image: torch.Tensor = None     # [B, 3, H, W], with gradient
     reward: torch.Tensor = None    # [B], with gradient
-    sgp: torch.Tensor = None       # [B] r1 - r2, the SGP gap; watched, not trained on; None: not known for free
+    sgp: torch.Tensor = None       # [B] r1 - r2, the SGP gap, for the log; None: a text would have to be scored for it
     sigma: torch.Tensor = None     # [B] where srpo calls the network
     sigma_to: torch.Tensor = None  # [B] where it lands
     x0: torch.Tensor = None        # [B, N, C]
@@ -48,19 +48,19 @@ def one_step(net, x, s, c, guidance):
     """Eq. 2's prediction for a velocity:  x0_hat = x - s v_theta(x, s).
 
     x [B, N, C], held fixed: no gradient passes into it; s a number in [0, 1]. Returns (x0_hat, v_theta), both
-    [B, N, C] with gradient. As in the paper, whose (x - sigma eps_theta) / alpha it is for eps_theta = x +
-    alpha v_theta.
+    [B, N, C] with gradient. The paper writes (x - sigma eps_theta) / alpha, which is the same for
+    eps_theta = x + alpha v_theta.
     """
     v_theta = net.velocity(x.detach(), s, c, guidance)
     return x.detach() - s * v_theta, v_theta
 
 
 def rewarded(a, net, reward, batch, x0_hat):
-    """(image [B, 3, H, W], r [B], SGP gap [B]) of recovered latents [B, N, C], with gradient but for the gap. The gap
-    is None where it would cost a reward more than r does.
+    """(image [B, 3, H, W], r [B], SGP gap [B]) of recovered latents [B, N, C]. image and r have a gradient. The gap is
+    None if a text would have to be scored for it that r does not need.
 
-    r is --form's, as in a denoising branch; d of the released form is the middle of its range, for there is no training
-    grid to look it up in.
+    r is that of --form in a denoising branch. The released form's d is the middle of its range, because there is no
+    training grid that it could depend on.
     """
     image = net.decode(x0_hat, batch.c.grid)
     r0, r1, r2 = reward.of(image, batch.texts)
@@ -74,9 +74,8 @@ def refl(a, net, reward, batch):
     """ReFL (Eq. 2, arXiv 2304.05977):  r = R(x_k - s_k v_theta(x_k, s_k)), at one of the last steps k.
 
     Yields one (loss, `Term`): mean of -r, or of relu(threshold - r). k ~ U{1, ..., --refl-steps} steps are
-    left when the rollout stops; the last call alone has a gradient. Differs from the original (Stable
-    Diffusion, the last 10 of 40 steps): a velocity, FLUX's levels, and no factor of 1e-3, which under AdamW
-    changes nothing.
+    left when the rollout stops. Only the call after it has a gradient. Differs from the original (Stable Diffusion, the
+    last 10 of 40 steps): a velocity, FLUX's levels, and no factor of 1e-3, which changes nothing under AdamW.
     """
     levels = sampling_levels(a, net, batch)
     k = batch.chance.whole(1, min(a.refl_steps, a.rollout_steps))
@@ -95,8 +94,8 @@ def draft_lv(a, net, reward, batch):
         x0_hat = x - s v_theta(x, s),  s the last level before 0
         x_i = (1 - s) x0_hat + s eps_i,  x0_hat_i = x_i - s v_theta(x_i, s),  i = 1 ... n, x_i held fixed
 
-    Yields 1 + n times (loss, `Term`), each a (1 + n)-th of the mean of -r; n is 2, as published. With one
-    step, sample() of Eq. 1 is Eq. 2 at k = 1: so with n = 0 this is `refl` there, to the bit.
+    Yields 1 + n times (loss, `Term`), each a (1 + n)-th of the mean of -r; n is 2, as published. For one step, sample()
+    of Eq. 1 is Eq. 2 with k = 1. So n = 0 would give `refl` with k = 1, to the bit.
     """
     levels = sampling_levels(a, net, batch)
     s = levels[-2].item()
@@ -125,10 +124,10 @@ class Transition(NamedTuple):
 
 
 def sde_mean(x, v, s, s_next):
-    """Where DanceGRPO's SDE goes in the mean:  mu = x - d v - (eta^2 d / 2s) eps_hat,  eps_hat = x + (1-s) v.
+    """The mean of a step of DanceGRPO's SDE:  mu = x - d v - (eta^2 d / 2s) eps_hat,  eps_hat = x + (1-s) v.
 
     x, v [B, N, C]; s, s_next numbers or [B], 0 < s <= 1. The score -eps_hat / s turns the ODE into an SDE with the
-    same marginals, however large eta is.
+    same marginals, for any eta.
     """
     s = da.column(s, x)
     d = s - da.column(s_next, x)
@@ -136,8 +135,8 @@ def sde_mean(x, v, s, s_next):
 
 
 def log_probability(x_next, mean, s, s_next):
-    """log p(x_next | x) but for a constant, [B]: the mean over all numbers, not their sum (released code of
-    DanceGRPO), of -(x_next - mean)^2 / (2 eta^2 d). s, s_next: numbers or [B]."""
+    """log p(x_next | x) up to a constant, [B]: the mean of -(x_next - mean)^2 / (2 eta^2 d) over an image's numbers, as
+    in DanceGRPO's released code; the definition has their sum. s, s_next: numbers or [B]."""
     return -((x_next - mean) ** 2).mean((1, 2)) / (2 * ETA**2 * (s - s_next))
 
 
@@ -157,8 +156,8 @@ def clipped_loss(ratio, advantage):
 
 
 def stochastic_rollout(a, net, batch):
-    """Noise to clean latents by the SDE, without gradient: (x0 [B, N, C], a `Transition` for every step but
-    the last). That one is deterministic: its noise would be seen in the picture."""
+    """Noise to clean latents by the SDE, without gradient: (x0 [B, N, C], a `Transition` for every step but the last).
+    The last step is deterministic, because its noise would be seen in the picture."""
     levels = sampling_levels(a, net, batch).tolist()
     path = []
 
@@ -178,7 +177,8 @@ def stochastic_rollout(a, net, batch):
 
 
 def chosen(path, numbers, rows):
-    """The `Transition` of some images whose i-th is that of step numbers[i] of row rows[i]; numbers, rows [B]."""
+    """One `Transition` of B images. Its image i is that of row rows[i] at step numbers[i]; numbers, rows: B whole
+    numbers each."""
     steps = [path[number] for number in numbers]
     pick = list(zip(steps, rows, strict=True))
     s = moved(torch.tensor([step.s for step in steps]), path[0].x.device)
@@ -189,8 +189,8 @@ def chosen(path, numbers, rows):
 
 
 def dancegrpo(a, net, reward, batch):
-    """DanceGRPO (arXiv 2505.07818): no gradient of the reward. An image's transitions become more probable if it has a
-    higher reward than its group, the --group images of one prompt.
+    """DanceGRPO (arXiv 2505.07818): without the reward's gradient. An image's transitions become more probable if its
+    reward is above the mean of its group, the --group images of one prompt.
 
     Yields (loss, `Term`) for every part of the images and every transition that is trained, and `STEP` between the
     parts: three optimizer steps a rollout, as released (fewer with fewer images). Each image draws its own 60 %

@@ -1,12 +1,14 @@
 """Direct-Align: section 3.1 of the paper (arXiv 2509.06942), Eqs. 3-6, as pure tensor functions.
 
-Symbols, the paper's:  x0 clean latent, eps the noise prior (known, Gaussian), x_t the noisy state,
-v_theta and eps_theta what the network says, sigma the noise level in [0, 1] with alpha = 1 - sigma,
-x0_hat the recovered latent.
+Symbols, the paper's:
 
-FLUX is a rectified flow: x_t = (1 - sigma) x0 + sigma eps, and the network predicts the velocity
-v = eps - x0, so an Euler step from sigma to sigma_to adds (sigma_to - sigma) v. Latents are [B, N, C]; a
-sigma is a float or a tensor [B].
+    x0, x_t, x0_hat       the clean latent, the noisy one, and the recovered one, [B, N, C]
+    eps                   the noise prior: Gaussian, and known, [B, N, C]
+    sigma                 the noise level in [0, 1], a float or a tensor [B]; alpha = 1 - sigma
+    v_theta, eps_theta    the network's velocity, and the noise that it implies, [B, N, C]
+
+FLUX is a rectified flow: x_t = (1 - sigma) x0 + sigma eps. The network predicts the velocity v = eps - x0. So an Euler
+step from sigma to sigma_to adds (sigma_to - sigma) v.
 """
 
 from dataclasses import dataclass
@@ -41,13 +43,13 @@ def recover_exact(x_t, eps, sigma):
 def recover(x_t, v_theta, eps, sigma, sigma_to):
     """Eq. 5 for a velocity:  x0_hat = (x_t + (sigma_to - sigma) v_theta - sigma_to eps) / (1 - sigma_to).
 
-    One Euler step of the network to sigma_to; the known noise gives the rest of the way to x0. sigma_to < sigma
-    is the "denoise" direction (Eq. 12), sigma_to > sigma the "invert" direction (Eq. 13): the network's sign flips
-    between them, since
+    One Euler step of the network to sigma_to; the known noise gives the rest of the way to x0. The denoising branch has
+    sigma_to < sigma (Eq. 12), and the inverting branch sigma_to > sigma (Eq. 13). So the network's error has the other
+    sign there:
         x0_hat = x0 + (sigma_to - sigma) / (1 - sigma_to) * (v_theta - (eps - x0)).
-    All tensors [B, N, C]; sigma in [0, 1], sigma_to in [0, 1). Differs from the paper: it divides by alpha
-    where the network is called, which is right for its epsilon (`recover_epsilon`) and wrong for a velocity.
-    The released code does the same as this function.
+    All tensors [B, N, C]; sigma in [0, 1], sigma_to in [0, 1). Differs from the paper, which divides by alpha at the
+    level of the call. That is right for an epsilon (`recover_epsilon`), and wrong for a velocity. The released code
+    does the same as this function.
     """
     sigma, sigma_to = column(sigma, x_t), column(sigma_to, x_t)
     return (x_t + (sigma_to - sigma) * v_theta - sigma_to * eps) / (1 - sigma_to)
@@ -56,9 +58,9 @@ def recover(x_t, v_theta, eps, sigma, sigma_to):
 def recover_epsilon(x_t, eps_theta, eps, sigma, sigma_to):
     """Eq. 5:  x0_hat = (x_t - dsigma eps_theta - (sigma - dsigma) eps) / alpha,  dsigma = sigma - sigma_to.
 
-    As in the paper: alpha = 1 - sigma, of the call. All tensors [B, N, C]; sigma in [0, 1), sigma_to in
-    [0, 1]. With eps_theta = `epsilon(x_t, v_theta, sigma)` it is exact for a perfect network, like `recover`.
-    The network's error counts (1 - sigma_to) times as much: 4 to 28 times less between sigma 0.75 and 0.964.
+    As in the paper: alpha = 1 - sigma, at the level of the call. All tensors [B, N, C]; sigma in [0, 1), sigma_to in
+    [0, 1]. With eps_theta = `epsilon(x_t, v_theta, sigma)` it is exact for a perfect network, like `recover`. The
+    network's error counts less than in `recover`, by the factor 1 - sigma_to: a quarter at 0.75, a 28th at 0.964.
     """
     sigma, sigma_to = column(sigma, x_t), column(sigma_to, x_t)
     dsigma = sigma - sigma_to
@@ -85,8 +87,8 @@ def sigma_steps(steps, a):
 
 
 def training_grid(sigma_max, sigma_min, cells, device=None):
-    """The noise levels that training visits: linspace(sigma_max, sigma_min, cells), float32 [cells], noisiest
-    first, on a device.
+    """The noise levels that training visits, called cells: linspace(sigma_max, sigma_min, cells), float32 [cells],
+    noisiest first, on a device.
 
     Released code: 1000 cells between entries 5 and 25 of `sigma_steps(50, 3)`, that is 0.9643 and 0.75. The
     paper speaks of the full trajectory.
@@ -99,7 +101,7 @@ class Injection:
     """Where one branch works, for B images: the network is called at `sigma`, and its one step ends at `sigma_to`
     (both [B]).
 
-    `cell` [B] counts training-grid cells from the clean end, 0 .. T: it indexes the released discount.
+    `cell` [B], 0 .. T, counts cells of the training grid from the clean end. The released discount depends on it.
     """
     sigma: torch.Tensor
     sigma_to: torch.Tensor
@@ -109,8 +111,8 @@ class Injection:
 def reach_of(groundtruth_ratio, cells):
     """How many cells the network steps over, int((1 - ratio) T) + 1 (released code); the known noise gives the rest.
 
-    A ratio of 0.92 leaves it 80 of 1000 cells, 0.017 of sigma. Fig. 3 gives 0.075 and 0.025 as the weight of the
-    model's term. In Eq. 5 that term is dsigma eps_theta: these numbers are steps sigma - sigma_to, not ratios."""
+    A ratio of 0.92 leaves the network 80 of 1000 cells, 0.017 of sigma. Fig. 3 gives 0.075 and 0.025 as the weight of
+    the model's term. In Eq. 5 that term is dsigma eps_theta. So they are steps sigma - sigma_to, not ratios."""
     return int((1 - groundtruth_ratio) * cells) + 1
 
 
@@ -171,9 +173,9 @@ def aggregate(r, weight, n):
     """Eq. 6:  r(x_t) = lambda(t) sum_i r_i  over the n injections of one x0; this is the term of one
     injection.
 
-    r, weight [B]. Returns weight r / n, [B]. The sum is never built: each term is differentiated as soon as
-    it is known and the gradients add up (the paper's gradient accumulation), so memory does not grow with n.
-    n counts all terms, injections times branches. Differs from the paper by the constant 1 / n, as in the
-    released code (n = 2: one denoising, one inverting state).
+    r, weight [B]. Returns weight r / n, [B]. The sum is never built. Each term is differentiated as soon as it is
+    known, and the gradients add up (the paper's gradient accumulation). So memory does not grow with n. n counts all
+    terms, injections times branches. Differs from the paper by the constant 1 / n, as in the released code (n = 2: one
+    denoising, one inverting state).
     """
     return weight * r / n

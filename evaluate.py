@@ -1,20 +1,17 @@
-"""Prompts to the table of metrics (Table 1 of the paper): a model, and what training made of it.
+"""Prompts to the table of metrics (Table 1 of the paper), for a model and for trained weights of it.
 
     python evaluate.py                                                    FLUX.1-dev on the HPDv2 benchmark
     python evaluate.py --weights runs/FLUX.1-dev/weights                  and trained weights beside it
     python evaluate.py --model miniature --weights runs/miniature/weights
     python evaluate.py --images base=DIR srpo=DIR                         pictures that exist, any model's
 
-First the pictures (PNG, named by their prompt's number), then the scores (JSONL), one scorer in memory at a
-time. Both go on where they were stopped; torchrun splits the prompts over processes, with the same result.
+Stage 1 makes the pictures (PNG, named by their prompt's number), and stage 2 the scores (JSONL), with one scorer in
+memory at a time. Both go on where they were stopped. torchrun splits the prompts over processes, with the same result.
 """
 
-import gc
 import math
 import sys
-from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cache, partial
 from pathlib import Path
 
 from engine.loading import until_loaded
@@ -25,55 +22,17 @@ if __name__ == "__main__":
 import torch
 from tqdm import tqdm
 
+import command
 import flow
-import recipe
 import rewards
-from engine.command_line import (
-    CFG,
-    MODEL,
-    WEIGHTS,
-    Parser,
-    extent,
-    given,
-    must_differ,
-    or_off,
-    phrase,
-    real,
-    sides,
-    some_path,
-    whole,
-)
+from engine.command_line import WEIGHTS, Parser, given, must_differ, phrase, sides, some_path, whole
 from engine.data import prompt_files
-from engine.errors import DISK_FAILS, UserError, frame, in_words, one_line, printable
+from engine.errors import DISK_FAILS, UserError, frame, in_words, printable
 from engine.files import write_json, write_whole
 from engine.memory import modes, parallel, sampling
 from engine.model import trained
 from evaluation import metrics, picture_folders, sheets, table_formats, tables
-from evaluation.scores import Scores, settings_of
-
-SCORED_AT_ONCE = 16
-
-
-@dataclass
-class Task:
-    """A metric, its files, and the pictures that it scores."""
-    name: str
-    metric: object  # what evaluation/metrics/__init__.py says that a metric's file offers
-    files: object
-    pictures: list
-
-
-@dataclass
-class Outcome:
-    """What scoring came to."""
-    scores: dict                                    # {row: {picture's name: {column: value}}}
-    missing: dict                                   # {metric: why it has no scores}
-    unreadable: list = field(default_factory=list)  # what is wrong with pictures, a line each
-
-    def add(self, row, found):
-        """Take in {picture's name: {column: value}} of a row."""
-        for picture, values in found.items():
-            self.scores[row].setdefault(picture, {}).update(values)
+from evaluation.scores import Outcome, Task, free, merged, reason, score, share
 
 
 def main():
@@ -90,7 +49,7 @@ def main():
 
 def run(argv):
     """Both stages, then the table. Returns the exit status: 1 if a picture could not be read."""
-    args, model = recipe.of_script(flags(), argv)
+    args, model = command.of_script(flags(), argv)
     if args.images and "eval_prompts" not in given(flags(), argv):
         args.eval_prompts = None  # then the pictures' folders must hold theirs
     world = parallel.World(patience=timedelta(days=30), mesh=modes.needs_mesh(args.memory))
@@ -129,7 +88,7 @@ def flags():
     """The flags of this script."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--model", default="black-forest-labs/FLUX.1-dev", help=MODEL)
+    sampling.add_flags(add)
     add("--weights", nargs="+", action="extend", default=[], metavar="[NAME=]PATH",
         help="several, each compared with the base: " + WEIGHTS)
     add("--prefix", type=phrase, help="words that a further row has before its prompts, sampled from the "
@@ -148,15 +107,6 @@ def flags():
     add("--control", type=phrase, default="Realistic photo",
         help="the wanted words of the SGP gap [paper 4.2]")
     add("--neg", type=phrase, default="CG Render", help="the unwanted words of the SGP gap [paper 4.2]")
-    add("--size", type=extent, default=1024,
-        help="side of the pictures, pixels, or WIDTHxHEIGHT [authors' answer for Table 1]")
-    add("--eval-steps", type=whole(1), default=50, help="sampling steps [paper 4.1]")
-    add("--guidance", type=real(0), default=3.5, help="distilled guidance of sampling [FLUX.1-dev]")
-    add("--cfg", type=or_off(real(1)), help=CFG)
-    add("--seed", type=whole(0, 2**30), default=0,
-        help="prompt i is sampled from noise seed + i, for every model")
-    add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
-    add("--memory", choices=sampling.NAMES, default="auto", help=sampling.HELP)
     add("--out", type=some_path, help="folder of pictures, scores, table.md, table.csv, table.tex, results.json, "
         "pictures.jsonl and sheet.png (None: runs/evaluate_<model>)")
     return parser
@@ -170,15 +120,14 @@ def rows(args, model, world):
     metrics.all_shown(metrics.parse_metrics(args.metrics))
     rewards.parse_rewards(args.reward)
     must_differ([args.control], [args.neg])
-    if args.images and args.prefix:
-        raise UserError("--images and --prefix: pictures that exist, or a prompt to sample from; give one")
-    if args.images and args.weights:
-        raise UserError("--images and --weights: pictures that exist, or weights to sample from; give one")
+    for flag, value in (("--prefix", args.prefix), ("--weights", args.weights)):
+        if args.images and value:
+            raise UserError(f"--images and {flag}: pictures that exist, or pictures to sample; give one")
     if args.images:
         picture_folders.must_be_own(args.out, [])
         return picture_folders.existing(args)
     flow.needs_gpu(model)
-    recipe.check_cfg(args, model)
+    command.check_cfg(args, model)
     job = sampling.job(model, args.size, args.batch, args.cfg)
     args.memory, why = world.decide(sampling.settle, job, args.memory, world)
     if why:
@@ -198,8 +147,9 @@ def available(args, methods, benchmark, world):
         metric = metrics.find(name)
         has_own = hasattr(metric, "pictures")
         try:
-            if has_own and args.images:
-                must_be_shown(name, methods)
+            if has_own and args.images and not any(
+                    file.startswith(f"{name}/") for method in methods for file in method.files):
+                raise UserError(f"no pictures of its prompts, {name}/00000_0.png and so on, in these folders")
             files = metrics.fetch(metric, where, args)
             pictures = metric.pictures(files, args, benchmark) if has_own else benchmark
             tasks.append(Task(name, metric, files, pictures))
@@ -214,36 +164,20 @@ def available(args, methods, benchmark, world):
     return [task for task in tasks if task.name not in missing], missing
 
 
-def must_be_shown(name, methods):
-    """Raises UserError if no folder of --images has pictures of a metric's own prompts."""
-    if not any(file.startswith(f"{name}/") for method in methods for file in method.files):
-        raise UserError(f"no pictures of its prompts, {name}/00000_0.png and so on, in these folders")
-
-
-def reason(name, error):
-    """Why a metric cannot be had, without what stands around it where it is printed."""
-    return one_line(error).removeprefix(f"{name}: ").removesuffix(f"; give {name}=PATH")
-
-
 def must_have(tasks, missing, world):
-    """Raises UserError if no metric is left. All processes know it: they part first, so that one says it."""
+    """Raises UserError, in every process, if no metric is left. The process group is closed before, so that only the
+    first process prints the error."""
     if all(task.name in missing for task in tasks):
         world.close()
         raise UserError("--metrics: none can be had, give NAME=PATH: " + "; ".join(missing.values()))
 
 
 # ---------------------------------------------------------------------------------- stage 1: what is sampled
-def share(pictures, size, world):
-    """This process's part of a list, in chunks of `size` that are the same for any number of processes, so
-    that a picture always meets the same batch, and comes out the same."""
-    chunks = [pictures[i:i + size] for i in range(0, len(pictures), size)]
-    return chunks[world.rank::world.size]
-
-
 @torch.no_grad()
 def generate(args, model, methods, pictures, benchmark, world):
-    """Sample what is not there yet, or was cut short. A chunk that lacks one picture is sampled as a whole,
-    and what it lacks is written, when all is loaded that it takes; `benchmark` is what the folders list."""
+    """Sample the pictures that do not exist, or are incomplete. If a chunk lacks one picture, the whole chunk is
+    sampled, so that a picture does not depend on what was there. Only what was missing is written. benchmark: the
+    prompts for prompts.json."""
     lacking = {}
     for method in methods:
         chunks = share(pictures, args.batch, world)
@@ -258,9 +192,7 @@ def generate(args, model, methods, pictures, benchmark, world):
     embeddings = flow.encode_here(model, prompts, world)
     if not prompts:
         return
-    if embeddings.truncated:
-        world.say(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
-                  f"they are truncated")
+    embeddings.say_truncated(world.say)
     number = {prompt: i for i, prompt in enumerate(prompts)}
     for method in methods:
         if not lacking[method.name]:
@@ -286,64 +218,8 @@ def generate(args, model, methods, pictures, benchmark, world):
 
 
 def lacks(method, chunk):
-    """The pictures of a chunk that are not there, or not to their end."""
+    """The pictures of a chunk that do not exist, or are incomplete."""
     return [picture for picture in chunk if not picture_folders.is_whole(method.path(picture))]
-
-
-def free():
-    """Give back the memory of models that are no longer held."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-# ----------------------------------------------------------------------------------- stage 2: what is scored
-def score(args, task, methods, world, outcome):
-    """One metric, all rows, into the outcome. The scorer is loaded if it is needed."""
-    load = cache(partial(task.metric.load, task.files, args, world.device))
-    settings = settings_of(task.name, task.files, args)
-    picture_folders.make_own(args.out)
-    try:
-        for method in methods:
-            folder = Path(args.out) / "scores" / picture_folders.folder_name(method.name)
-            kept = Scores(folder, task.name, task.metric.COLUMNS, settings, world.rank)
-            outcome.add(method.name, score_row(task, method, kept, load, world, outcome.unreadable))
-    except UserError as error:
-        outcome.missing[task.name] = reason(task.name, error)
-    del load
-    free()
-
-
-@torch.no_grad()
-def score_row(task, method, kept, load, world, unreadable):
-    """One metric of one row: score what is not scored yet, a chunk as a whole, and keep it at once. Returns
-    {picture's name: {column: value}}; adds to `unreadable` what is wrong with pictures."""
-    scores = {}
-    chunks = share(task.pictures, SCORED_AT_ONCE, world)
-    for chunk in tqdm(chunks, f"{task.name} {method.name}", leave=False, disable=not world.main):
-        keys = kept.keys(method, chunk, unreadable)
-        chunk = [p for p in chunk if p.name in keys]
-        if any(keys[p.name] not in kept.known for p in chunk):
-            images = method.read(chunk, unreadable)
-            chunk = [p for p in chunk if p.name in images]
-            if chunk:
-                scorer = load()
-                prompts = [p.prompt if p.entry is None else p.entry for p in chunk]
-                kept.add(chunk, keys, scorer([images[p.name] for p in chunk], prompts))
-        scores |= {p.name: kept.known[keys[p.name]] for p in chunk}
-    return scores
-
-
-def merged(outcomes):
-    """The outcomes of all processes as one."""
-    first, *others = outcomes
-    for other in others:
-        first.unreadable += other.unreadable
-        first.missing |= other.missing
-        for row, found in other.scores.items():
-            first.add(row, found)
-    first.unreadable = sorted(set(first.unreadable))
-    return first
 
 
 # ------------------------------------------------------------------------------------------------- the table
@@ -388,8 +264,8 @@ def settings_in_words(args):
 
 
 def of_set(task, found):
-    """What a metric says of all pictures of a row at once, where its scores {picture's name: {column: value}}
-    are found: {column: `tables.mean`'s kind, or None}."""
+    """A metric's numbers of all pictures of a row together, {column: a dict as `tables.mean` returns, or None}. found:
+    {picture's name: {column: value}}, the scores of the row."""
     scored = [picture for picture in task.pictures if picture.name in found]
     values = {column: torch.tensor([found[picture.name].get(column, math.nan) for picture in scored])
               for column in task.metric.COLUMNS}

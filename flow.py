@@ -1,7 +1,7 @@
-"""What every rectified flow here shares: the network's class, classifier-free guidance, the rollout, loading, sampling.
+"""What FLUX.1 and FLUX.2-klein share: the network's class, classifier-free guidance, the rollout, loading, sampling.
 
-flux.py and klein.py each add what their family alone has: the network's call, the latents, the time shift, the text.
-Every constant comes from the model's own config, which engine/model/folder.py has read and checked.
+flux.py and klein.py add what differs: the network's call, the latents, the time shift, the text. Every constant comes
+from the model's own config, which engine/model/folder.py has read and checked.
 
 Shapes: B images, N image tokens, L text tokens, C channels a token (2 x 2 latents).
 """
@@ -51,9 +51,12 @@ def euler(x, v, s, s_next):
 class Guidance(NamedTuple):
     """Classifier-free guidance (CFG), for a model without a guidance embedding: two calls for one velocity.
 
-    scale: g of `guided`. txt [L, D], pooled [D']: the empty prompt. gradient: what a call with a gradient does: "off",
-    the prompt alone, g = 1; "both", as without a gradient; "prompt", the same velocity, but the call of the empty
-    prompt has no gradient. keep_norm: as in `guided`.
+    scale: g of `guided`. txt [L, D], pooled [D']: the empty prompt. keep_norm: as in `guided`. gradient: what a call
+    with a gradient does:
+
+    off     the prompt alone, g = 1
+    both    guided, as without a gradient
+    prompt  guided, but the empty prompt's call has no gradient
     """
     scale: float
     txt: torch.Tensor
@@ -80,10 +83,10 @@ def guided(v, v_empty, g, keep_norm=False):
 
 
 class ExactTimes:
-    """Hands a module of the time embedding 1000 sigma, and 1000 guidance, in float32.
+    """Passes 1000 sigma and 1000 guidance to the time embedding in float32.
 
     diffusers casts both to the dtype that the network computes in. bf16 would round them to multiples of 4. So
-    `predict` leaves the exact numbers in `scales`, and a hook on the module passes them on once.
+    `predict` puts the exact numbers into `scales`, and a hook on the module passes them on once.
     """
 
     def __init__(self, module):
@@ -102,7 +105,7 @@ class ExactTimes:
 @dataclass
 class Flow:
     """The two networks of a flow that training and sampling use, and the scheduler's config. A family adds `predict`,
-    `shift`, `decode`, `encode` and `exact_times`."""
+    `shift`, `decode`, `encode`, `time_embedding`, `text_encoders` and `encode_text`."""
     transformer: torch.nn.Module  # sharded or not
     vae: torch.nn.Module          # frozen
     scheduler: dict
@@ -148,7 +151,7 @@ class Flow:
         return guided(v, v_empty, cfg.scale, cfg.keep_norm)
 
     def guide(self, scale, empty, gradient="off", keep_norm=False):
-        """From now on velocities are guided, as `Guidance` says. scale: None or 1, and they are not. empty: (txt,
+        """From now on velocities are guided, as `Guidance` says; with a scale of None or 1 they are not. empty: (txt,
         pooled) of the empty prompt, as `Embeddings` has it."""
         self.guidance = None if scale in (None, 1) else Guidance(scale, *empty, gradient, keep_norm)
 
@@ -243,9 +246,9 @@ def load(model, weights=None, device="cpu", dtype=torch.float32, world=None, lay
 
 
 class Embeddings(NamedTuple):
-    """P prompts as the network reads them: txt [P, L, D], pooled [P, D'], on the CPU; `truncated` counts the prompts
-    that are longer than the L tokens of the text encoder (512 for FLUX.1-dev), and `which` has their numbers.
-    empty: (txt [L, D], pooled [D']) of the empty prompt, if the model takes classifier-free guidance."""
+    """P prompts as the network reads them: txt [P, L, D], pooled [P, D'], on the CPU. truncated: how many prompts are
+    longer than the L tokens of the text encoder (512 for FLUX.1-dev); which: their numbers. empty: (txt [L, D],
+    pooled [D']) of the empty prompt, if the model takes classifier-free guidance."""
     txt: torch.Tensor
     pooled: torch.Tensor
     truncated: int
@@ -256,6 +259,11 @@ class Embeddings(NamedTuple):
         """The embeddings of prompts first .. last - 1."""
         which = tuple(n - first for n in self.which if first <= n < last)
         return Embeddings(self.txt[first:last], self.pooled[first:last], len(which), which, self.empty)
+
+    def say_truncated(self, say, what="prompts"):
+        """Say how many of them are truncated, if any. say: prints a line."""
+        if self.truncated:
+            say(f"{self.truncated} of {len(self.txt)} {what} are longer than the text encoder takes, and are truncated")
 
     def condition(self, rows, grid, device):
         """The `Condition` of some rows, moved to the device."""
@@ -273,8 +281,8 @@ def encode_prompts(model, prompts, device="cpu", dtype=torch.float32, cache=OFF)
 def encode_here(model, prompts, world, cache=OFF):
     """The `Embeddings` of this process's prompts; None if it has none. All processes must call it.
 
-    The first process of a machine encodes the prompts of all its processes, and hands them out: each would otherwise
-    load the text encoders, 9 GiB of FLUX.1-dev. Raises UserError as `encode_prompts`.
+    The first process of a machine encodes the prompts of all its processes, and hands them out. Otherwise each would
+    load the text encoders, 9 GiB for FLUX.1-dev. Raises UserError as `encode_prompts`.
     """
     everyones = world.gather(prompts)
     here = everyones[world.rank - world.local:][:world.neighbours]
@@ -289,8 +297,8 @@ def encode_here(model, prompts, world, cache=OFF):
 
 
 def encoded(model, prompts, device, dtype, cache):
-    """The same as {prompt: its `text.embedding`}, also of the empty prompt if the model takes classifier-free
-    guidance."""
+    """{prompt: its `text.embedding`} of the prompts, and of the empty one if the model takes classifier-free guidance.
+    Arguments and errors as in `encode_prompts`."""
     quiet()
     asked = [*prompts, ""] if model.configs.takes_cfg else prompts
     try:

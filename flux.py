@@ -1,4 +1,4 @@
-"""FLUX.1 as this project uses it: what it alone has. Its call, its latents, its time shift.
+"""What only FLUX.1 has: the call of its network, its latents, its time shift, its text encoders.
 
 The miniature and FLUX.1-dev take the same path through this file. Shapes as in flow.py; C = 64 channels a token
 (2 x 2 latents of 16 channels).

@@ -1,8 +1,8 @@
-"""FLUX.2-klein as this project uses it: what it alone has. Its call, its latents, its time shift.
+"""What only FLUX.2-klein has: the call of its network, its latents, its time shift, its text encoder.
 
-Beside FLUX.1 (flux.py): no pooled text and no guidance embedding, but classifier-free guidance; text tokens have
-positions too; the latents are normalised by statistics that the VAE holds; the time shift depends on the number of
-steps. Shapes as in flow.py.
+It differs from FLUX.1 (flux.py) in five ways. There is no pooled text. In place of a guidance embedding there is
+classifier-free guidance. Text tokens have positions too. The latents are normalised by statistics that the VAE holds.
+The time shift depends on the number of steps. Shapes as in flow.py.
 """
 
 import math

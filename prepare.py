@@ -1,4 +1,4 @@
-"""The set-up of train.py: everything an update needs is read, encoded and loaded; and the batches of an update."""
+"""The set-up of train.py: all that an update needs is read, encoded and loaded. Also the batches of an update."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+import command
 import direct_align as da
 import flow
 import recipe
@@ -26,16 +27,25 @@ from engine.run.folder import RunFolder
 from engine.stopping import Stopping
 from evaluation import landing, watch
 
+VARIANTS = 16  # of a compiled block, at most: a LoRA has 8, and with a rollout in float8 more
+
+
+class Share(NamedTuple):
+    """One process's part of an update."""
+    images: int      # that it makes
+    batch: int       # images at a time
+    accumulate: int  # batches, one after the other, whose gradients are averaged
+
 
 class Batch(NamedTuple):
     """The input of an update, for B images."""
     prompts: list          # B texts
     c: flow.Condition      # the same, as the network reads them
-    x0: torch.Tensor       # clean latents [B, N, C], or None: the model's own, to be rolled out
+    x0: torch.Tensor       # clean latents [B, N, C] of photographs; None: the model rolls out its own
     start: torch.Tensor    # [B, N, C] the noise from which a rollout starts
     eps: torch.Tensor      # [B, N, C] the noise prior that is injected
-    texts: sr.Texts        # what the rewards read: the prompts, and with the words of --control and of --neg
-    middles: list          # --injections draws m [B] of where in the training grid the branches meet
+    texts: sr.Texts        # what the rewards read: the prompts alone, with a word of --control, with one of --neg
+    middles: list          # for each of --injections: the cells m [B] of the training grid where the branches meet
     chance: draws.Chance = None  # for a method's further random draws
     step: int = 0          # the update's number, from 1
 
@@ -47,17 +57,17 @@ class Run:
     model: Model
     net: flow.Flow
     reward: sr.Rewards
-    losses: Callable       # of the --method: (flags, net, reward, `Batch`) -> loss terms
-    share: recipe.Share    # of an update, that this process makes
+    losses: Callable       # the --method's: (flags, net, reward, `Batch`) -> loss terms
+    share: Share           # this process's part of an update
     job: counts.Job
     curriculum: draws.Curriculum
     embeddings: flow.Embeddings
     watched: watch.Watch
     optimizer: torch.optim.Optimizer
     grid: tuple            # (rows, columns) of tokens of a picture
-    contents: Contents = None   # of what was read, to be compared when the run is resumed
+    contents: Contents = None   # digests of what was read, to be compared when the run is resumed
     folder: RunFolder = None    # None: nothing is written
-    stopping: Stopping = None   # None: nobody asks
+    stopping: Stopping = None   # whether the run is asked to stop; None: it never is
     made_by: dict = None        # the code, libraries and devices
 
     def check_stop(self):
@@ -72,7 +82,7 @@ class Run:
             yield self.batch(a, step, part)
 
     def batch(self, a, step, part):
-        """The part-th of this process's batches in an update, a `Batch`."""
+        """This process's batch number `part`, from 0, in an update: a `Batch`."""
         device = self.net.device
         size = self.share.batch
         first = self.world.rank * self.share.images + part * size
@@ -95,6 +105,32 @@ class Run:
         read = sr.texts_of(texts, *words_of(a, step))
         start, eps = parallel.moved(start, device), parallel.moved(eps, device)
         return Batch(texts, self.embeddings.condition(rows, grid, device), x0, start, eps, read, middles, chance, step)
+
+
+def share_of(a, processes):
+    """The `Share` of each process. --global-batch is divided among the processes, so an update is the same on any
+    number of them. Raises UserError for a number that does not divide it; the message lists those that do."""
+    if a.global_batch % processes:
+        counts = ", ".join(map(str, divisors(a.global_batch)))
+        raise UserError(f"--global-batch {a.global_batch}: cannot be divided among {processes} processes; it can among "
+                        f"{counts}")
+    images = a.global_batch // processes
+    method = recipe.METHODS[a.method]
+    group = method.group(a)
+    if images % group:
+        raise UserError(f"--method {a.method}: a process makes {images} images (--global-batch {a.global_batch}, "
+                        f"{processes} processes), which is no multiple of --group {group}; --global-batch "
+                        f"{processes * group} is")
+    if method.optimizer_steps > 1:
+        return Share(images, images, 1)  # it steps inside an update, so it needs all its images at once
+    batches = [n for n in divisors(images) if n % group == 0]
+    batch = max([n for n in batches if n <= a.batch], default=batches[0])
+    return Share(images, batch, images // batch)
+
+
+def divisors(n):
+    """The whole numbers that divide n, from 1 on."""
+    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def job(a, model):
@@ -140,7 +176,7 @@ def set_up(a, model, world, folder=None, stopping=None):
     """Read, encode and load everything: a `Run`. Nothing is written but to the cache. Raises UserError."""
     flow.needs_gpu(model)
     planned = job(a, model)
-    share = recipe.share_of(a, world.size)
+    share = share_of(a, world.size)
     texts = texts_of(a)
     parts = trained.check(a.weights, model, a.lora)
     for note in trained.notes(a.weights):
@@ -179,7 +215,7 @@ def set_up(a, model, world, folder=None, stopping=None):
     watching.photographs = [photographs.pixels(photograph, model.unit)[0] for photograph in shown]
     watching.level = landing.level(a, model, references, net, reward, world)
     said = curriculum.texts | {"--watch-prompts": texts.watched, "--eval-prompts": texts.held_out,
-                               FLAGS: [recipe.as_line(a, fixed=True)]}
+                               FLAGS: [command.as_line(a, fixed=True)]}
     places = curriculum.places | {"--model": [model.part(part) for part in parts]}
     if a.weights:
         places["--weights"] = [trained.place_of(a.weights)]
@@ -192,15 +228,14 @@ def say_truncated(a, world, embeddings, own):
     """Say how many prompts are truncated: of the first `own`, which are trained on, and of those that are watched."""
     for what, part in (("--prompts" if a.images is None else "--images", embeddings.part(0, own)),
                        ("--watch-prompts and --eval-prompts", embeddings.part(own, len(embeddings.txt)))):
-        if part.truncated:
-            world.say(f"{part.truncated} of {len(part.txt)} prompts of {what} are longer than the text encoder takes, "
-                      "and are truncated")
+        part.say_truncated(world.say, f"prompts of {what}")
 
 
 def must_tell_apart(a, reward, prompts, world):
-    """Raise UserError if no trained reward tells the wanted from the unwanted words of an update, although --form is
-    relative: there would be nothing to learn. A reward of the picture alone needs --form plain or sgp. So too if a
-    reward does not tell two pictures apart. A line names the words that a reward's tokenizer does not know."""
+    """Raise UserError if there would be nothing to learn. That is so if --form is relative, and no trained reward tells
+    the wanted from the unwanted words of an update. A reward of the picture alone needs --form plain or sgp. It is also
+    so if a reward gives two different pictures one score. A line names the words that a reward's tokenizer does not
+    know."""
     relative = a.form not in ("plain", "sgp")
     labels = ", ".join(label for label, (_, weight) in reward.parts.items() if weight)
     for step in range(max(len(a.control), len(a.neg))):
@@ -233,7 +268,7 @@ class Texts(NamedTuple):
     training: list  # None: the captions of --images
     watched: list   # while training
     held_out: list  # evaluated before and after
-    own: list = ()  # those of the watched ones that would else be trained on (--watch-prompts own)
+    own: list = ()  # the watched ones that are held out from training (--watch-prompts own)
 
 
 def texts_of(a):
@@ -254,7 +289,7 @@ def texts_of(a):
 
 
 def photographs_of(a, model, world, texts):
-    """(the `Texts`, the `Photograph`s that are held out and watched, those to train on) of --images. Raises
+    """(the `Texts`, the `Photograph`s that are watched and not trained on, those to train on) of --images. Raises
     UserError."""
     photos = photographs.read(a.images, a.size, model.unit, world)
     world.say(f"--images: {len(photos)} photographs: {photographs.by_shape(photos, model.unit)}")
@@ -266,7 +301,7 @@ def photographs_of(a, model, world, texts):
 
 
 def titles_of(a, texts):
-    """The watched prompts as the run's pages show them. Beside the user's own, others are marked."""
+    """The watched prompts as the run's pages show them. If some are the user's own, the others are marked."""
     if a.watch_prompts != recipe.OWN:
         return texts.watched
     own = len(texts.own)
@@ -301,7 +336,7 @@ def make_ready(a, net, reward, curriculum, held_out):
         float8.enable(net.transformer, keeps=a.memory in modes.HELD_ON_THE_GPU)
     if a.compile:
         for block in parallel.blocks_of(net.transformer):
-            block.compile()
+            block.compile(recompile_limit=VARIANTS)
     if modes.is_lean(a.memory):
         # On a small card the decoder is recomputed in the backward. Every text is encoded now, so that the rewards'
         # text towers can move to the host. Their image towers compute in the network's dtype.

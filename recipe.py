@@ -1,39 +1,31 @@
 """The recipe: every hyper-parameter once, with its default, unit and source; the named recipes; the methods.
 
-The defaults are the released code's recipe, in full. Every other recipe is what differs from it. The command
-line, its help, the printed line of flags, what a model's srpo.json may set and what --resume may change are all
-made from the fields below. Nothing here needs torch, so -h and a refused flag are answered at once.
+The defaults are the released code's recipe, in full. Another recipe lists only what differs from it. Each field below
+is a flag of train.py, which command.py reads and checks. Nothing here needs torch.
 
 To add a recipe, add an entry to RECIPES. To add a method, add an entry to METHODS, and a function like those of
-baselines.py. A new file at the top also needs a floor in tests/test_house.py.
+baselines.py. A new file in this folder also needs its place in FLOORS of tests/test_house.py.
 
     [released code]  the authors' training code      [paper N]  section N of arXiv 2509.06942
     [ours]           chosen here; nobody published a number
 """
 
 import importlib
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
-import rewards
 from engine import command_line as line
-from engine.command_line import flag, must_differ, number_or_folder, or_off, real, whole, words
-from engine.data import prompt_files
+from engine.command_line import flag, number_or_folder, or_off, real, whole, words
 from engine.errors import UserError
 from engine.memory import gpus, modes
-from engine.model.folder import Model
-from engine.model.own_flags import may_set
-from engine.run import resume
 
 FORMS = ("released", "srp", "cfg", "branches", "sgp", "plain")  # the rows of srpo_reward.branch_reward's table
 
-# The learning rate of adapters (--lora) where the model's srpo.json knows none: 20 times that of full weights. Adam
-# steps that move B A x as far as W x need sqrt(3 d_in / R) times the rate, 17 at rank 32. A guess for FLUX.1-dev.
+# The learning rate of adapters (--lora) if the model's srpo.json has none: 20 times that of full weights. A guess.
+# Adam's steps move B A x as far as W x if the rate is sqrt(3 d_in / R) times as high, which is 17 at rank 32.
 LORA_LR = 1e-4
-OWN = "own"  # --watch-prompts: some of the prompts or photographs that would be trained on
+OWN = "own"  # --watch-prompts: some of the user's own prompts or photographs, which are then not trained on
 
 
 # ------------------------------------------------------------------------------------------- the released recipe
@@ -42,16 +34,16 @@ class Trained:
     """what is trained"""
     model: str = flag("black-forest-labs/FLUX.1-dev", help=f"{line.MODEL}; its srpo.json, if there is one, holds "
                       "defaults that suit it", resume=True)
-    weights: str = flag(None, line.some_path, line.WEIGHTS + ", which --lora of its rank goes on with, and a run "
-                        "without --lora merges", resume=True)
+    weights: str = flag(None, line.some_path, line.WEIGHTS + ". A LoRA is trained further with --lora of its rank, and "
+                        "merged without --lora", resume=True)
     method: str = flag("srpo", help="what makes the loss: {methods}")
     prompts: str = flag("hpdv2", help="text file, one training prompt a line; .json, .jsonl, .csv or .tsv; hpdv2: from "
                         "the hub [paper 4.1]", model=True, resume=True)
-    images: str = flag(None, help="offline: folder of photographs to inject noise into, in place of a rollout; their "
-                       "captions, in .txt files beside them or a metadata.jsonl, are the prompts [ours]",
+    images: str = flag(None, help="folder of photographs, which replace the rollout: noise is injected into them; "
+                       "their captions, in .txt files beside them or a metadata.jsonl, are the prompts [ours]",
                        metavar="DIR", resume=True)
-    online_from: int = flag(None, or_off(whole(2)), "with --images: from this update on their captions are rolled out, "
-                            "as without photographs; off: never [ours; the authors' second recipe begins offline]",
+    online_from: int = flag(None, or_off(whole(2)), "with --images: from this update on the model's own pictures are "
+                            "used, of the same captions; off: never [ours; the authors' second recipe begins so]",
                             metavar="N")
     size: int = flag(720, whole(1), "side of a picture, pixels; of --images, the root of their area [released code]",
                      model=True)
@@ -61,11 +53,12 @@ class Trained:
 @dataclass
 class Optimizer:
     """the update, by AdamW with betas 0.9 and 0.999"""
-    steps: int = flag(19, whole(1), "updates; users see collapse by 20 to 50 [released code]", model=True, resume=True)
+    steps: int = flag(19, whole(1), "updates; users report collapse at 20 to 50 [released code]", model=True,
+                      resume=True)
     global_batch: int = flag(32, whole(1), "images of an update, of all processes together [released code: 32 GPUs, "
                              "one image each]", model=True)
     lr: float = flag(5e-6, real(0, 1e3, open_low=True), f"learning rate, constant [released code]; with --lora "
-                     f"{LORA_LR:g}, a guess, unless the model's srpo.json knows better [ours]", model=True)
+                     f"{LORA_LR:g}, a guess, unless the model's srpo.json has another [ours]", model=True)
     weight_decay: float = flag(1e-4, real(0, 1e3), "AdamW's [released code]", model=True)
     clip: float = flag(0.1, real(0, open_low=True), "largest norm of the gradient [released code]", model=True)
 
@@ -78,16 +71,17 @@ class Rollout:
     cfg: float = flag(None, or_off(real(1)), "classifier-free guidance of rollouts and samples, g of flow.guided, for "
                       "a model that is not distilled: two calls for one velocity; off: one "
                       "[ours; FLUX.2-klein-base and the authors' second recipe: 4]", model=True)
-    cfg_gradient: str = flag("off", help="the same in a call with a gradient: off, the prompt alone [the authors' "
+    cfg_gradient: str = flag("off", help="--cfg in a call with a gradient: off, the prompt alone [the authors' "
                              "second recipe]; both, guided too; prompt, guided, but the empty prompt's call has no "
                              "gradient [ours]", choices=("off", "both", "prompt"), model=True)
     cfg_keep_norm: bool = flag(False, help="scale each token of a guided velocity to the norm of the prompt's own "
                                "[ours; the authors' second recipe does]")
     shift: float = flag(3.0, or_off(real(1e-3)), "time shift; off: the model's own [released code]", model=True)
-    noise: str = flag("shared", help="one noise prior for all images of an update [released code], one each, or shared "
-                      "but with fresh noise to inject", choices=("shared", "independent", "fresh"), model=True)
-    rollout_dtype: str = flag("same", help="products of the blocks' linear layers in the rollout: in the dtype of the "
-                              "rest, or both factors in float8 [ours]", choices=("same", "fp8"))
+    noise: str = flag("shared", help="shared: one noise prior for all images of an update [released code]; "
+                      "independent: one for each; fresh: shared, and other noise to inject",
+                      choices=("shared", "independent", "fresh"), model=True)
+    rollout_dtype: str = flag("same", help="dtype of the products in the blocks' linear layers in the rollout: same, "
+                              "that of the rest; fp8, both factors in float8 [ours]", choices=("same", "fp8"))
 
 
 @dataclass
@@ -95,7 +89,7 @@ class DirectAlign:
     """Direct-Align (Eqs. 3-6)"""
     sigma_range: list = flag([27 / 28, 0.75], real(0, 1, open_high=True), "noise levels that are trained [released "
                              "code: 0.9643 0.75]", metavar=("MAX", "MIN"), model=True)
-    cells: int = flag(1000, whole(20, 10**6), "grid cells in that range [released code]", model=True)
+    cells: int = flag(1000, whole(20, 10**6), "how many levels there are in that range [released code]", model=True)
     groundtruth_ratio: float = flag(0.92, real(0, 1), "share of the range left to the known noise; the network "
                                     "steps over the remaining 1 - ratio [released code: 0.92 HPS, 0.9 Pick]",
                                     model=True)
@@ -103,38 +97,37 @@ class DirectAlign:
     injections: int = flag(1, whole(1), "n of Eq. 6: noise levels that a branch visits per image [released code]",
                            model=True)
     guidance: float = flag(3.5, real(0), "distilled guidance of these calls and of samples [released code]", model=True)
-    meet: str = flag("landing", help="where the branches meet: at the level they land on [released code], or at the "
-                     "level they call the network [paper 3.2]", choices=("landing", "call"), model=True)
-    recover: str = flag("velocity", help="Eq. 5 for a velocity [released code], or as printed",
+    meet: str = flag("landing", help="the level that both branches share: landing, where their step ends [released "
+                     "code]; call, where they call the network [paper 3.2]", choices=("landing", "call"), model=True)
+    recover: str = flag("velocity", help="Eq. 5: velocity, for a velocity [released code]; epsilon, as printed",
                         choices=("velocity", "epsilon"), model=True)
     lam: list = flag([1.0, 1.0], real(0), "lambda(t) of Eq. 6 at both ends of --sigma-range [released code: none]",
                      metavar=("EARLY", "LATE"), model=True)
-    lam_at: str = flag("call", help="lambda(t) is that of the level where the network is called, or of the cell "
-                       "where a branch lands; the paper leaves it open [ours; the authors' second recipe: landing]",
+    lam_at: str = flag("call", help="t of lambda(t): call, the level where the network is called; landing, the level "
+                       "where its step ends; the paper leaves it open [ours; the authors' second recipe: landing]",
                        choices=("call", "landing"), model=True)
-    lam_shift: float = flag(1.0, real(1e-3), "between EARLY and LATE lambda(t) follows the shift of this strength, "
-                            "1: a straight line [the authors' second recipe: 3]")
+    lam_shift: float = flag(1.0, real(1e-3), "between EARLY and LATE lambda(t) follows the time shift of this "
+                            "strength; 1: a straight line [the authors' second recipe: 3]")
 
 
 @dataclass
 class Reward:
     """the reward (Eqs. 7-13)"""
     reward: str = flag("hpsv2.1", help="{rewards} (NAME=PATH: weights from there), a .pt in HPSv2.1's layout, or an "
-                       "open_clip folder; several with weights: hpsv2.1:0.7,pickscore:0.3; weight 0: held out, watched "
-                       "only [paper 4.1]", model=True, resume=True)
+                       "open_clip folder; several with weights: hpsv2.1:0.7,pickscore:0.3; weight 0: watched, "
+                       "and not trained on [paper 4.1]", model=True, resume=True)
     control: list = flag(["Natural-lighting", "Detail", "Detailed", "Real"], words, "wanted words, comma-separated, "
                          "cycling with the step [released code]", model=True)
     neg: list = flag(["Concept art", "Painting", "Anime", "Flat", "Oil"], words, "unwanted words, likewise "
                      "[released code]", model=True)
     form: str = flag("released", help="which reward in which branch: the table in srpo_reward.branch_reward [released "
-                     "code]; the baselines', which have no inverting branch: plain", choices=FORMS, model=True)
+                     "code]; the baselines, which have no inverting branch: plain", choices=FORMS, model=True)
     cfg_k: float = flag(1.5, real(), "k of Eq. 11, for --form cfg [ours; the paper gives none]", model=True)
     discount_denoise: list = flag([0.1, 0.25], real(-1), "d of --form released, denoising branch [released code]",
                                   metavar=("LATE", "EARLY"), model=True)
     discount_invert: list = flag([0.3, 0.01], real(-1), "the same, inverting branch [released code]",
                                  metavar=("LATE", "EARLY"), model=True)
-    threshold: float = flag(0.7, or_off(real()), "relu(threshold - r) in place of -r; or off [released code]",
-                            model=True)
+    threshold: float = flag(0.7, or_off(real()), "the loss is relu(threshold - r); off: -r [released code]", model=True)
 
 
 @dataclass
@@ -145,27 +138,27 @@ class Baselines:
     group: int = flag(12, whole(2), "dancegrpo: images of a prompt, which are compared [DanceGRPO]", model=True)
 
 
-# --------------------------------------------------------------------------- no weight depends on what follows
+# ------------------------------------------------------------------------ watching, the folder and the machine
 @dataclass
 class Watching:
     """watching for collapse"""
     eval_prompts: str = flag("hpdv2-benchmark", help="text file, or hpdv2-benchmark: the first of them are sampled at "
-                             "fixed seeds [paper 4.2]", model=True, resume=True)
-    watch_prompts: str = flag(None, help="text file: the prompts that are watched while training, and by which "
-                              "weights_best is chosen; own: some of --prompts or --images, held out from training, as "
-                              "where these are given; otherwise None: the first of --eval-prompts [ours]",
+                             "fixed seeds before and after training [paper 4.2]", model=True, resume=True)
+    watch_prompts: str = flag(None, help="text file: prompts that are sampled at fixed seeds while training, and by "
+                              "which weights_best is chosen. own: some of --prompts or --images, which are not trained "
+                              "on then; the default if you give either. None: the first of --eval-prompts [ours]",
                               model=True, resume=True)
     eval_steps: int = flag(50, whole(1), "sampling steps, of samples and evaluation [paper 4.1]", model=True)
-    watch: int = flag(4, whole(1), "pictures sampled at fixed seeds while training [ours]", model=True)
-    watch_every: int = flag(5, whole(1), "updates between them [ours]", model=True)
+    watch: int = flag(4, whole(1), "how many of --watch-prompts [ours]", model=True)
+    watch_every: int = flag(5, whole(1), "updates between two looks at them [ours]", model=True)
     eval: int = flag(None, whole(0), "pictures evaluated before and after; 0: none (None: 16 to 256, if that is under "
                      "a tenth of the run's work) [ours]", model=True)
-    land: str = flag(None, or_off(number_or_folder), "the run ends at the look whose watched SGP gap, less its "
-                     "standard error, reaches this: a number, or the mean of the photographs in a folder, with "
+    land: str = flag(None, or_off(number_or_folder), "the run ends when the SGP gap of the watched pictures, less its "
+                     "standard error, reaches this: a number, or the mean gap of the photographs in a folder, with "
                      "captions as for --images; near it the learning rate falls [ours]",
                      metavar="GAP|DIR", resume=True)
     drift_band: list = flag([0.25, 0.1, 0.2, 0.04], real(0), "largest change of these mean statistics of the watched "
-                            "pictures; beyond it the drift warning says that the reward is hacked [ours]",
+                            "pictures; after a larger one a drift warning says that the reward is hacked [ours]",
                             metavar=("SATURATION", "REDNESS", "BRIGHTNESS", "TEXTURE"), model=True)
 
 
@@ -194,8 +187,8 @@ class Machine:
                       "--global-batch in equal batches, whose gradients are accumulated", model=True, resume=True)
     lora: int = flag(None, or_off(whole(1, 4096)), "rank of adapters to train beside frozen weights; off: train all "
                      "weights", metavar="R")
-    memory: str = flag("auto", help="how it fits: engine/memory/modes.py; auto: the first that the plan says fits this "
-                       "GPU", choices=modes.NAMES)
+    memory: str = flag("auto", help="where weights and optimizer are, and in which dtype: engine/memory/modes.py; "
+                       "auto: the first that the plan says fits this GPU", choices=modes.NAMES)
     cache: str = flag("auto", or_off(line.some_path), "folder where embeddings of prompts and latents of --images are "
                       "kept for other runs, 32 GiB at most; auto: ~/.cache/srpo, and none for a miniature; off",
                       metavar="DIR", resume=True)
@@ -206,8 +199,8 @@ class Machine:
                          "them; the number of nodes", resume=True)
     checkpointing: bool = flag(True, help="recompute activations in the backward: 21 GiB less for FLUX.1-dev at 720 "
                                "pixels, a quarter more work in the update [released code]", resume=True)
-    compile: bool = flag(False, help="torch.compile every transformer block; off, for with a LoRA a block can reach "
-                         "torch's limit of 8 variants, and then runs uncompiled", resume=True)
+    compile: bool = flag(False, help="torch.compile every transformer block; off, for the start takes a minute "
+                         "more, and what it gains is not measured", resume=True)
 
 
 @dataclass
@@ -217,7 +210,7 @@ class Plan:
                       "weights needed", resume=True)
     world_size: int = flag(8, whole(1), "processes that are planned for", resume=True)
     card: str = flag("H200", help=f"GPU that is planned for: {', '.join(gpus.PEAK)}", resume=True)
-    share: float = flag(0.4, real(0, 1, open_low=True), "of the card's peak that is reached", resume=True)
+    share: float = flag(0.4, real(0, 1, open_low=True), "share of the card's peak speed that is reached", resume=True)
 
 
 GROUPS = (Trained, Optimizer, Rollout, DirectAlign, Reward, Baselines, Watching, Folder, Machine, Plan)
@@ -225,15 +218,15 @@ GROUPS = (Trained, Optimizer, Rollout, DirectAlign, Reward, Baselines, Watching,
 
 # ------------------------------------------------------------------------------------------- the named recipes
 class Recipe(NamedTuple):
-    """A named recipe: how it differs from the released one."""
+    """A named recipe. flags: those that differ from the released recipe."""
     says: str
-    differs: dict
+    flags: dict
 
 
 RECIPES = {
     "released": Recipe("the defaults, from the released code", {}),
-    # Any x0 can be recovered from known noise, so a rough rollout is enough. Eq. 10 has no part common to both texts,
-    # so there is nothing that a second branch would have to cancel.
+    # Any x0 can be recovered from known noise, so a rough rollout is enough. A second branch cancels what is common to
+    # both texts. Eq. 10 has no such part, so one branch is enough.
     "fast": Recipe("a quarter of FLUX.1-dev's work [ours]",
                   {"form": "srp", "branches": ["denoise"], "rollout_steps": 4}),
     # Eqs. 5, 6, 12 and 13, the noise and the guidance as printed. Left out: Eq. 11 (--form cfg), the whole trajectory
@@ -255,12 +248,7 @@ class Calls(NamedTuple):
     """How often a method calls the network for one image of an update."""
     without_gradient: float  # on average
     with_gradient: int
-    together: int = 1  # of these, that can be one call of the network: engine/memory/one_call.py
-
-
-def one_image(a):
-    """Images of one prompt in an update, for a method that does not compare them."""
-    return 1
+    together: int = 1  # how many of these can be one call of the network: engine/memory/one_call.py
 
 
 class Method(NamedTuple):
@@ -269,10 +257,14 @@ class Method(NamedTuple):
     says: str               # for the help
     calls: Callable         # flags -> Calls
     flags: dict = {}        # its own defaults
-    group: Callable = one_image   # flags -> images of one prompt; a group is never split between batches
+    is_grouped: bool = False         # whether the --group images of a prompt are compared, so one batch holds them
     optimizer_steps: int = 1         # in an update; with more than one a process makes all its images at once
     takes_photographs: bool = False  # whether --images can replace its rollouts
-    never_reads: tuple = ()          # names of flags; `notes` tells of those that are given
+    never_reads: tuple = ()          # names of flags; command.py tells of those that are given
+
+    def group(self, a):
+        """How many images of an update have the same prompt."""
+        return a.group if self.is_grouped else 1
 
     def load(self):
         """The generator of loss terms."""
@@ -309,18 +301,13 @@ def draft_lv_calls(a):
 
 
 def transitions_kept(rollout_steps):
-    """How many of a stochastic rollout's transitions are trained on: of all but the last."""
+    """How many transitions of a stochastic rollout are trained on. The last one never is."""
     return max(1, int(DANCE_KEPT * (rollout_steps - 1)))
 
 
 def dancegrpo_calls(a):
     """The rollout, then every transition that is trained on once more."""
     return Calls(a.rollout_steps, transitions_kept(a.rollout_steps))
-
-
-def dancegrpo_group(a):
-    """Images of one prompt, which are compared."""
-    return a.group
 
 
 # The reward of the bare prompt, a noise for each image, and guidance 3.5 in the rollout (DanceGRPO's for FLUX). No
@@ -335,278 +322,5 @@ METHODS = {
     "draft-lv": Method("baselines.draft_lv", "Eq. 1", draft_lv_calls, BASELINE,
                        never_reads=(*OF_SRPO, "refl_steps", "group")),
     "dancegrpo": Method("baselines.dancegrpo", "a baseline of the paper", dancegrpo_calls,
-                        BASELINE | {"cfg_gradient": "both"}, dancegrpo_group, DANCE_OPTIMIZER_STEPS,
-                        never_reads=(*OF_SRPO, "refl_steps", "threshold"))}
-# Flags that are read only where another flag has some value: (names, which value in words, whether it has it).
-READ_WITH = (
-    (("cfg_k",), "--form cfg", lambda a: a.form == "cfg"),
-    (("discount_denoise", "discount_invert"), "--form released", lambda a: a.form == "released"),
-    (("discount_denoise",), "a denoising branch", lambda a: a.method != "srpo" or "denoise" in a.branches),
-    (("discount_invert",), "an inverting branch", lambda a: "invert" in a.branches),
-    (("lam_at", "lam_shift"), "two values of --lam that differ", lambda a: a.lam[0] != a.lam[1]),
-    (("cfg_gradient", "cfg_keep_norm"), "--cfg", lambda a: a.cfg is not None),
-    (("world_size", "card", "share"), "--plan", lambda a: a.plan))
-
-
-# --------------------------------------------------------------------------------------- images among processes
-class Share(NamedTuple):
-    """One process's part of an update."""
-    images: int      # that it makes
-    batch: int       # images at a time
-    accumulate: int  # batches, one after the other, whose gradients are averaged
-
-
-def share_of(a, processes):
-    """The `Share` of each process. --global-batch is divided among the processes, so an update is the same on any
-    number of them. Raises UserError, with the numbers that work, for one that does not divide it."""
-    if a.global_batch % processes:
-        counts = ", ".join(map(str, divisors(a.global_batch)))
-        raise UserError(f"--global-batch {a.global_batch}: cannot be divided among {processes} processes; it can among "
-                        f"{counts}")
-    images = a.global_batch // processes
-    method = METHODS[a.method]
-    group = method.group(a)
-    if images % group:
-        raise UserError(f"--method {a.method}: a process makes {images} images (--global-batch {a.global_batch}, "
-                        f"{processes} processes), which is no multiple of --group {group}; --global-batch "
-                        f"{processes * group} is")
-    if method.optimizer_steps > 1:
-        return Share(images, images, 1)  # it steps inside an update, so it needs all its images at once
-    batches = [n for n in divisors(images) if n % group == 0]
-    batch = max([n for n in batches if n <= a.batch], default=batches[0])
-    return Share(images, batch, images // batch)
-
-
-def divisors(n):
-    """The whole numbers that divide n, from 1 on."""
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-# --------------------------------------------------------------------------------------------- the command line
-def parser():
-    """The command line of train.py, from the fields above."""
-    methods = "; ".join(f"{name}, {method.says}" for name, method in METHODS.items())
-    p = line.Parser("SRPO: align FLUX.1 with the difference between two prompts (arXiv 2509.06942).",
-                    epilog=in_words(), prog="train.py")
-    texts = {"methods": methods, "rewards": ", ".join(rewards.names())}
-    for group in GROUPS:
-        line.add_group(p, group, texts)
-    p.add_argument("--recipe", choices=list(RECIPES), default="released", help="a named set of flags, see below")
-    return p
-
-
-def as_line(a, fixed=False):
-    """The flags of a run as one line that can be pasted back into a shell, the same when it is resumed. fixed: without
-    those that --resume may change."""
-    left_out = {*resume.ONCE, *(field.name for field in line.fields_of([Plan]))}
-    if a.images is not None:
-        left_out.add("prompts")  # `begins` refuses both
-    if fixed:
-        left_out |= {field.name for field in line.fields_of(GROUPS) if field.metadata["resume"]}
-    values = {name: value for name, value in vars(a).items() if name not in left_out}
-    return f"{line.as_line(GROUPS, values)} --recipe {a.recipe}"
-
-
-def in_words():
-    """What each recipe sets, and each method's own defaults, for the help."""
-    told = ["recipes:"]
-    for name, recipe in RECIPES.items():
-        told.append(f"  {name}: {recipe.says}" + indented(recipe.differs))
-    told.append("methods:")
-    for name, method in METHODS.items():
-        told.append(f"  {name}: {method.says}" + indented(method.flags))
-    return "\n".join(told)
-
-
-def indented(flags):
-    """Flags {name: value} as a line of their own; nothing without any."""
-    return f":\n      {line.as_line(GROUPS, flags)}" if flags else ""
-
-
-def flags(argv):
-    """The flags of a command line of train.py, checked as far as no weights are needed. Raises UserError."""
-    a, _ = read(argv)
-    return a
-
-
-def read(argv):
-    """(flags, the `Model` that they name). The order of precedence, highest first: the command line, --recipe, the
-    method's own defaults, the model's own flags, the fields above. With --resume the run's own flags are taken instead.
-    Raises UserError."""
-    p = parser()
-    given = line.given(p, argv)
-    check_method(given)
-    values = None
-    if given.get("resume"):
-        out = out_of(given.get("out"), given.get("model", Trained().model))
-        values = resume.flags_of(out, p, GROUPS, RECIPES, given)
-    if values is not None:
-        check_method(values)
-        a = Namespace(**values)
-        model = Model(a.model)
-    else:
-        a, model = begins(p, given)
-    check(a, model)
-    return a, model
-
-
-def out_of(out, model):
-    """The folder of a run: --out, or a folder in runs/ with the model's name."""
-    return Path(out or f"runs/{Path(model).name}")
-
-
-def begins(p, given):
-    """(flags, `Model`) of a run that starts from the beginning. Raises UserError."""
-    if "images" in given and "prompts" in given:
-        raise UserError(f"--images {given['images']} --prompts {given['prompts']}: the captions are the prompts; give "
-                        "one of the two")
-    model = Model(given.get("model", Trained().model))
-    return Namespace(**without(p, given, model) | given), model
-
-
-def without(p, given, model):
-    """{name: value} of the flags of a run where the command line gives none but --recipe, --method and what decides
-    over other flags; `given` has these. Raises UserError."""
-    values = line.defaults(GROUPS) | {"recipe": given.get("recipe", "released")}
-    differs = differs_of(p, values["recipe"])
-    own = model.flags(may_set(GROUPS))
-    rate = own.pop("lora_lr", LORA_LR)
-    if (differs | given).get("lora"):
-        own["lr"] = rate
-    values |= line.read_values(p, own, model.says)
-    values |= METHODS[given.get("method", values["method"])].flags
-    values |= differs
-    if "images" in given or given.get("prompts", "hpdv2") not in prompt_files.PROMPTS:
-        values["watch_prompts"] = OWN
-    return values
-
-
-def unread(a, model):
-    """A line for each flag that nothing reads, if its value is another than without it."""
-    usual = without(parser(), {"method": a.method, "recipe": a.recipe}, model)
-    told = []
-    for field in line.fields_of(GROUPS):
-        name = field.name
-        if vars(a)[name] == usual[name]:
-            continue
-        why = f"--method {a.method} does not read it" if name in METHODS[a.method].never_reads else None
-        for names, where, holds in READ_WITH:
-            if why is None and name in names and not holds(a):
-                why = f"read only with {where}"
-        if why:
-            told.append(f"{line.shown(name, vars(a)[name]).removesuffix(' True')}: {why}")
-    return told
-
-
-def differs_of(p, name):
-    """{flag: value} that the recipe of a name sets. Raises UserError for what the command line would refuse."""
-    differs = RECIPES[name].differs
-    for flag_name in differs:
-        if flag_name not in line.defaults(GROUPS) or flag_name in ("model", "method"):
-            raise UserError(f"--recipe {name}: {flag_name} is no flag that a recipe can set; see RECIPES in recipe.py")
-    line.read_values(p, differs, f"--recipe {name}")
-    return differs
-
-
-def of_script(p, argv):
-    """(flags, `Model`) of sample.py or evaluate.py. p: its parser, which has --model. The model's own flags replace the
-    parser's defaults. Raises UserError."""
-    given = line.given(p, argv)
-    args = p.parse_args(argv)
-    model = Model(args.model)
-    for name, value in line.read_values(p, model.flags(may_set(GROUPS)), model.says).items():
-        if name not in given:
-            setattr(args, name, value)
-    return args, model
-
-
-# ---------------------------------------------------------------------------------------------------------- checks
-def check_method(given):
-    """Raise UserError for a method that is not known, or a recipe that it would not read."""
-    name = given.get("method", "srpo")
-    if name not in METHODS:
-        raise UserError(f"--method: invalid choice: {name!r} (choose from {', '.join(METHODS)})")
-    recipe = given.get("recipe", "released")
-    if name != "srpo" and recipe != "released":
-        raise UserError(f"--method {name} --recipe {recipe}: the recipes are srpo's; give the flags that {name} reads")
-
-
-def check(a, model):
-    """Raise UserError for flags that do not fit each other, or the model."""
-    high, low = a.sigma_range
-    if high - low < 1e-3:
-        raise UserError(f"--sigma-range {high} {low}: give MAX then MIN, 0.001 apart at least")
-    if a.lam == [0, 0]:
-        raise UserError("--lam 0 0: every loss would be 0, and there is nothing to learn")
-    if not a.branches or len(set(a.branches)) < len(a.branches) or set(a.branches) - {"denoise", "invert"}:
-        raise UserError(f"--branches {','.join(a.branches)}: must be denoise, invert or denoise,invert")
-    must_differ(a.control, a.neg)
-    check_what_learns(a)
-    if a.resume and a.overwrite:
-        raise UserError("--resume --overwrite: go on with the run in --out, or start again; give one")
-    out = out_of(a.out, a.model).resolve()
-    if a.overwrite and a.weights and out in (Path(a.weights).resolve(), *Path(a.weights).resolve().parents):
-        raise UserError(f"--overwrite --weights {a.weights}: the weights would be deleted, which the run starts from; "
-                        "give another --out")
-    if a.resume and a.explain:
-        raise UserError(f"--resume --explain: an update of the base would be explained; give --weights {out}/weights "
-                        "without --resume")
-    gpus.check(a.card)
-    model.grid(a.size, a.size)
-    check_cfg(a, model)
-    rewards.parse_rewards(a.reward)
-    modes.check(a.lora, a.memory)
-    line.check_names(a.save_as, model.family)
-    line.check_save_as(a.save_as, bool(a.lora))
-
-
-def check_cfg(a, model):
-    """Raise UserError for guidance that a distilled model does not take, or DanceGRPO's ratio does not allow. a: the
-    flags of train.py, sample.py or evaluate.py."""
-    if a.cfg is not None and not model.configs.takes_cfg:
-        raise UserError(f"--cfg {a.cfg:g}: {model.name} is distilled, and takes no classifier-free guidance; leave it "
-                        "out, or give an undistilled model, such as black-forest-labs/FLUX.2-klein-base-4B")
-    if getattr(a, "method", None) == "dancegrpo" and a.cfg is not None and a.cfg_gradient == "off":
-        raise UserError("--method dancegrpo --cfg-gradient off: its ratio compares a velocity with that of the "
-                        "rollout, which is guided; give both or prompt")
-
-
-def check_what_learns(a):
-    """Raise UserError for flags that --method, --images and --explain do not do together."""
-    method = METHODS[a.method]
-    if a.explain and a.method != "srpo":
-        raise UserError(f"--explain --method {a.method}: only srpo can be explained")
-    if a.images is not None and not method.takes_photographs:
-        raise UserError(f"--images --method {a.method}: it learns from its own rollouts, and not from photographs")
-    if a.online_from is not None and a.images is None:
-        raise UserError(f"--online-from {a.online_from}: without --images every update is online; leave it out")
-    if a.images is not None and a.noise == "fresh":
-        raise UserError("--images --noise fresh: there is no rollout whose noise could be another; every photograph "
-                        "gets noise of its own")
-    if a.compile and a.rollout_dtype == "fp8":
-        raise UserError("--compile --rollout-dtype fp8: the backward would recompute a block in "
-                        "another compiled form than that of its forward, which torch refuses; give one of the two")
-    if method.optimizer_steps > 1 and a.rollout_dtype == "fp8":
-        raise UserError(f"--method {a.method} --rollout-dtype fp8: it compares the network with its own rollout, which "
-                        "must be as exact; leave it out")
-    if method.optimizer_steps > 1 and a.rollout_steps < 2:
-        raise UserError(f"--method {a.method} --rollout-steps {a.rollout_steps}: must be at least 2, for the last step "
-                        "is not trained")
-
-
-def notes(a, model):
-    """What may surprise about the flags: a list of lines to print."""
-    lines = model.notes(vars(a)) + unread(a, model)
-    if a.threshold is not None and a.form in ("plain", "sgp") and len(a.branches) == 2 and a.method == "srpo":
-        lines.append(f"--form {a.form} --threshold {a.threshold}: the reward of the inverting branch is that of the "
-                     "denoising one with its sign turned, so the threshold stops one of the two at most; --threshold "
-                     "off stops neither")
-    if a.images is not None:
-        until = "" if a.online_from is None else f" before update {a.online_from}"
-        lines.append(f"--images {a.images}: captions are the prompts, nothing is rolled out{until}, and every "
-                     f"photograph gets noise of its own in every update{until}; --noise and --rollout-* are not "
-                     f"read{until}")
-    if a.land is not None and a.watch < 16:
-        lines.append(f"--land {a.land} --watch {a.watch}: the mean gap of so few pictures is unsure by about "
-                     f"{0.1 / a.watch ** 0.5:.2f}, and the run ends that much later; give --watch 16 or more")
-    return lines
+                        BASELINE | {"cfg_gradient": "both"}, is_grouped=True,
+                        optimizer_steps=DANCE_OPTIMIZER_STEPS, never_reads=(*OF_SRPO, "refl_steps", "threshold"))}

@@ -2,7 +2,8 @@
 
     python sample.py --model miniature --weights base --weights srpo=runs/miniature --size 96x64    side by side
 
-The same command line goes on where it was stopped. Another one needs another --out: pictures stay as they are.
+The same command line goes on where it was stopped. Another command line needs another --out: pictures are never
+replaced.
 """
 
 import sys
@@ -16,19 +17,18 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
+import command
 import flow
-import recipe
-from engine.command_line import CFG, MODEL, WEIGHTS, Parser, extent, given, or_off, real, sides, some_path, whole
+from engine.command_line import WEIGHTS, Parser, given, real, sides, some_path, whole
 from engine.data import prompt_files
 from engine.data.pictures import read_picture
 from engine.data.text_files import is_blank
 from engine.errors import UserError, frame, printable
-from engine.files import must_be_writable, stamp
+from engine.files import must_be_writable
 from engine.memory import modes, parallel, sampling
 from engine.model import trained
 from engine.paths import leads_somewhere, named_path
-from evaluation import sheets
-from evaluation.picture_folders import begin, check_made, clean, folder_name, is_whole, mark_of, named, save_picture
+from evaluation import picture_folders, sheets
 
 BASE = "base"  # --weights base: the model's own
 
@@ -38,20 +38,13 @@ def flags():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("prompt", nargs="*", help="the prompts; none: those of --prompts")
-    add("--model", default="black-forest-labs/FLUX.1-dev", help=MODEL)
+    sampling.add_flags(add)
     add("--weights", action="append", default=[], metavar="[NAME=]PATH",
         help="base for the model's own, or " + WEIGHTS + "; given several times: a line of the grid for each")
     add("--strength", type=real(-10, 10), default=1.0, help="factor of every LoRA in --weights")
     add("--prompts", "--eval-prompts", dest="eval_prompts", default="hpdv2-benchmark",
         help="text file, one prompt a line, or hpdv2-benchmark")
     add("--first", type=whole(1), default=16, help="how many of the prompts of the file, from the first")
-    add("--size", type=extent, default=1024, help="side of the pictures, pixels, or WIDTHxHEIGHT")
-    add("--eval-steps", type=whole(1), default=50, help="sampling steps [paper 4.1]")
-    add("--guidance", type=real(0), default=3.5, help="distilled guidance [FLUX.1-dev]")
-    add("--cfg", type=or_off(real(1)), help=CFG)
-    add("--seed", type=whole(0, 2**30), default=0, help="picture i is made from noise seed + i")
-    add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
-    add("--memory", choices=sampling.NAMES, default="auto", help=sampling.HELP)
     add("--out", type=some_path, default="samples",
         help="folder: one PNG a prompt, named by its number, and grid.png; with several --weights, a folder for each")
     return parser
@@ -73,22 +66,18 @@ class Line:
 def lines_of(args, prompts):
     """The `Line`s of the grid, one for each of --weights. Raises UserError for a --strength without a LoRA."""
     if len(args.weights) > 1:
-        asked = named("--weights", args.weights, taken=("grid.png", "made.json", "prompts.json"))
+        asked = picture_folders.named("--weights", args.weights, taken=("grid.png", "made.json", "prompts.json"))
     else:
         asked = {BASE: named_path(args.weights[0])[1] if args.weights else BASE}
     lines = []
     for name, path in asked.items():
         weights = None if path == BASE else path
-        made = {"by": "sample.py", "prompts": prompts, "model": args.model, "size": args.size,
-                "weights": stamp(trained.place_of(weights)) if weights else [],
-                "eval_steps": args.eval_steps, "guidance": args.guidance, "seed": args.seed}
+        made = picture_folders.made_of("sample.py", args, trained.place_of(weights) if weights else None, prompts)
         if args.strength != 1 and weights and not trained.is_full(weights):
             made["strength"] = args.strength
-        if args.cfg is not None:
-            made["cfg"] = args.cfg
         folder = Path(args.out)
         if len(asked) > 1:
-            folder /= folder_name(name)
+            folder /= picture_folders.folder_name(name)
         lines.append(Line(name, weights, folder, made))
     if args.strength != 1 and not any("strength" in line.made for line in lines):
         raise UserError(f"--strength {args.strength:g}: is the factor of a LoRA, and none of --weights is one")
@@ -97,10 +86,10 @@ def lines_of(args, prompts):
 
 def run(argv, stopping):
     """Sample what a command line asks for. Raises UserError and Stopped."""
-    args, model = recipe.of_script(flags(), argv)
+    args, model = command.of_script(flags(), argv)
     flow.needs_gpu(model)
     model.grid(*sides(args.size))
-    recipe.check_cfg(args, model)
+    command.check_cfg(args, model)
     for prompt in args.prompt:
         if leads_somewhere(prompt):
             raise UserError(f'"{printable(prompt)}": a path where a prompt is expected; each of several weights has '
@@ -123,12 +112,12 @@ def run(argv, stopping):
     args.memory, why = sampling.settle(sampling.job(model, args.size, args.batch, args.cfg), args.memory, world)
     for line in lines:
         line.made |= sampling.made(args.memory)
-        check_made(line.folder, line.made, args.out)
+        picture_folders.check_made(line.folder, line.made, args.out)
     of_all = {"by": "sample.py", "lines": [line.made for line in lines]}
     made = lines[0].made
     if len(lines) > 1:
         made = of_all
-        check_made(Path(args.out), made, args.out)
+        picture_folders.check_made(Path(args.out), made, args.out)
     if why:
         world.say(why)
     for note in dict.fromkeys(notes):
@@ -136,22 +125,20 @@ def run(argv, stopping):
 
     model.fetch(list(dict.fromkeys(parts)))
     embeddings = flow.encode_prompts(model, prompts, world.device, world.dtype)
-    if embeddings.truncated:
-        print(f"{embeddings.truncated} of {len(prompts)} prompts are longer than the text encoder takes; "
-              f"they are truncated")
+    embeddings.say_truncated(print)
     for number, line in enumerate(lines):
         net = flow.load(model, line.weights, world.device, world.dtype,
                         *sampling.how(args.memory, line.weights, model, world), strength=args.strength)
         for folder, of_folder in {Path(args.out): made, line.folder: line.made}.items():
-            clean(folder)
-            begin(folder, of_folder, [(prompt, "") for prompt in prompts])
+            picture_folders.clean(folder)
+            picture_folders.begin(folder, of_folder, [(prompt, "") for prompt in prompts])
         sample(args, net, line, embeddings, stopping, number * len(prompts), len(lines))
         del net  # before the next one is loaded
 
     columns = [sheets.Column(sheets.label_of(prompt, args.seed + i), [read_picture(line.file(i)) for line in lines])
                for i, prompt in enumerate(prompts)]
     names = [line.name for line in lines] if len(lines) > 1 else [""]
-    sheets.save(names, columns, Path(args.out) / "grid.png", mark_of(made))
+    sheets.save(names, columns, Path(args.out) / "grid.png", picture_folders.mark_of(made))
     print(printable(f"{len(prompts) * len(lines)} pictures in {args.out}/, all of them in "
                     f"{Path(args.out) / 'grid.png'}"))
 
@@ -165,13 +152,13 @@ def sample(args, net, line, embeddings, stopping, done, lines):
     for first in tqdm(range(0, prompts, args.batch), f"sample {line.name}"):
         stopping.check()
         rows = range(first, min(first + args.batch, prompts))
-        if not all(is_whole(line.file(i)) for i in rows):
+        if not all(picture_folders.is_whole(line.file(i)) for i in rows):
             part = slice(rows.start, rows.stop)
             noise = flow.noise(net, grid, [args.seed + i for i in rows])
             images = flow.sample(net, embeddings.txt[part], embeddings.pooled[part], noise, grid,
                                  args.eval_steps, args.guidance, args.batch)  # [B, 3, H, W]
             for i, image in zip(rows, images, strict=True):
-                save_picture(image, line.file(i), mark=mark_of(line.made))
+                picture_folders.save_picture(image, line.file(i), mark=picture_folders.mark_of(line.made))
         stopping.words = (f"stopped; {done + rows.stop} of {lines * prompts} pictures are in {args.out}/; run it again "
                           "to go on")
 

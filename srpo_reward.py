@@ -4,10 +4,10 @@ picture and a text.
 Symbols, the paper's:  RM(x, p) the reward of picture x for text p;  r0 = RM(x, p0) of the bare prompt;  r1 = RM(x, p1)
 of "<control>. <prompt>" (wanted);  r2 = RM(x, p2) of "<neg>. <prompt>" (unwanted). All are [B], for B pictures.
 
-A CLIP-like reward is a dot product, RM(x, p) = f.C, with the normalised image feature f = f_img(x) [B, D] and the
-normalised text feature C = f_txt(p) [B, D]. HPSv2.1's scores are such cosines, about 0.28, with no logit scale. Every
-sum below is linear in r0, r1 and r2. So for such a reward it is one dot product, with the same sum of text features
-(Eq. 10). The networks are in rewards/.
+A CLIP-like reward is a dot product, RM(x, p) = f.C. Here f = f_img(x) [B, D] is the image feature and C = f_txt(p)
+[B, D] the text feature, both of norm 1. HPSv2.1's scores are such cosines, about 0.28, with no logit scale. Every form
+below is a weighted sum of r0, r1 and r2. For a CLIP-like reward it is one dot product, with the same sum of text
+features (Eq. 10). The networks are in rewards/.
 """
 
 from typing import NamedTuple
@@ -57,8 +57,8 @@ def branch_reward(form, branch, r0, r1, r2, d, k):
     sgp       r1                    -r1                   Eq. 8: control words, but nothing relative
     plain     r0                    -r0                   Eq. 7: no control words (plain Direct-Align)
 
-    When inverting, the network's term in `direct_align.recover` has the opposite sign. Raising r2 there lowers it
-    for the sampler ("which has the opposite effect", section 3.2). So the sides change places.
+    In the inverting branch the network's term in `direct_align.recover` has the opposite sign. To raise r2 there lowers
+    the r2 of what the sampler makes ("which has the opposite effect", section 3.2). So r1 and r2 change places.
     """
     if branch == "denoise":
         wanted, unwanted = r1, r2
@@ -83,8 +83,8 @@ def branch_reward(form, branch, r0, r1, r2, d, k):
 
 
 def loss(r, threshold=None):
-    """What is minimised, [B]: -r (Eq. 6), or relu(threshold - r) (released code: 0.7, from ReFL). Above
-    the threshold the gradient is 0; cosines of an HPS stay below 0.7."""
+    """What is minimised, [B]: -r (Eq. 6), or relu(threshold - r) (released code: 0.7, from ReFL). Above the threshold
+    the gradient is 0. The cosines of HPSv2.1 do not reach 0.7."""
     return -r if threshold is None else F.relu(threshold - r)
 
 
@@ -111,8 +111,8 @@ class Sum:
     """w_0 r0 + w_1 r1 + w_2 r2 of B pictures, which is computed by `value`.
 
     r0, r1 and r2 are such sums themselves. They can be added, subtracted, and multiplied by a number or by numbers [B].
-    So every equation above works with them as with tensors. Computing at the end has two reasons: a text that a form
-    does not read is never scored, and a CLIP-like reward needs one dot product (Eq. 10).
+    So every equation above works with them as with tensors. They are computed only at the end, for two reasons: a text
+    that a form does not read is never scored, and a CLIP-like reward needs one dot product (Eq. 10).
     """
 
     def __init__(self, seen, weights):

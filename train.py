@@ -3,9 +3,12 @@
     python train.py --model miniature                                                              on a laptop
     torchrun --nproc_per_node=8 train.py --control "realistic photo" --neg "CG render"             FLUX.1-dev
 
-From top to bottom: `srpo`, the loss of one update; `update`, one update; `train`, the loop. The recipe, every
-hyper-parameter with its source, is recipe.py; the mathematics is direct_align.py (Eqs. 3-6) and srpo_reward.py (Eqs.
-7-13); what the paper compares with, --method, is baselines.py (Eqs. 1-2); the set-up is prepare.py.
+From top to bottom: `srpo`, the loss of one update; `update`, one update; `train`, the loop. The other files:
+
+    direct_align.py, srpo_reward.py    Eqs. 3-6, and Eqs. 7-13
+    recipe.py                          every hyper-parameter, with its source; command.py reads the command line
+    baselines.py                       the methods that the paper compares with (--method), Eqs. 1-2
+    prepare.py                         the set-up, and the batches of an update
 """
 
 import sys
@@ -15,12 +18,12 @@ from engine.loading import until_loaded
 if __name__ == "__main__":
     until_loaded("train.py")
 
-import recipe
+import command
 from engine.errors import frame
 
 if __name__ == "__main__":
     with frame("train.py"):
-        answered = recipe.read(sys.argv[1:])  # -h and wrong flags end here, before torch is imported
+        answered = command.read(sys.argv[1:])  # -h and wrong flags end here, before torch is imported
     until_loaded("train.py")
 
 
@@ -30,7 +33,7 @@ from tqdm import tqdm
 import direct_align as da
 import prepare
 import srpo_reward as sr
-from baselines import STEP, Term
+from baselines import STEP, Term, sampling_levels
 from engine import hub
 from engine.errors import NotFinite, Stopped, printable
 from engine.memory import cards, layouts, modes, parallel, shown, whole_run, work
@@ -47,12 +50,12 @@ def srpo(a, net, reward, batch):
     """SRPO: yields (loss, `Term`) for every term of Eq. 6's sum, whose gradients add up at constant memory.
 
     a: the flags; net: a `flow.Flow`; reward: a `srpo_reward.Rewards`; batch: a `prepare.Batch`. The caller calls
-    backward on each loss as it comes, and takes all of them: `Calls` may do a part of the backward after the last.
+    backward on each loss as it comes, and takes all of them: after the last one, `Calls` may finish the backward.
     """
     x0 = batch.x0
     if x0 is None:
-        sigmas = da.sigma_steps(a.rollout_steps, a.shift or net.shift(batch.start.shape[1], a.rollout_steps))
-        x0 = net.rollout(batch.start, batch.c, sigmas, a.rollout_guidance, dtype=a.rollout_dtype)  # [B, N, C]
+        levels = sampling_levels(a, net, batch)
+        x0 = net.rollout(batch.start, batch.c, levels, a.rollout_guidance, dtype=a.rollout_dtype)  # [B, N, C]
     grid = da.training_grid(*a.sigma_range, a.cells, x0.device)
     reach = da.reach_of(a.groundtruth_ratio, a.cells)
     n = a.injections * len(a.branches)
@@ -72,7 +75,8 @@ def srpo(a, net, reward, batch):
                 x0_hat = da.recover_epsilon(x_t, eps_theta, batch.eps, at.sigma, at.sigma_to)  # as printed
             image = net.decode(x0_hat, batch.c.grid)                             # [B, 3, H, W]
             r0, r1, r2 = reward.of(image, batch.texts)                           # Eq. 7 for three texts
-            d = da.discount(at.cell, *discount_of(a, branch), a.cells)           # [B]
+            late, early = a.discount_denoise if branch == "denoise" else a.discount_invert
+            d = da.discount(at.cell, late, early, a.cells)                       # [B]
             r = sr.branch_reward(a.form, branch, r0, r1, r2, d, a.cfg_k).value()  # Eqs. 8-13, [B]
             if a.lam_at == "call":
                 weight = da.lam(at.sigma, *a.sigma_range, *a.lam, a.lam_shift)   # [B]
@@ -85,18 +89,13 @@ def srpo(a, net, reward, batch):
         calls.backward()
 
 
-def discount_of(a, branch):
-    """The ends of the released discount of a branch: (late, early)."""
-    return a.discount_denoise if branch == "denoise" else a.discount_invert
-
-
 # ------------------------------------------------------------------------------------------------- one update
 def update(a, run, step, batches=None, listener=None):
     """One update: backward on every loss as it comes, the mean gradient of --global-batch images, one step of AdamW.
     The loop below, --explain, the benchmark and the experiments all call it.
 
-    run: a `prepare.Run`; batches: replace the run's own; listener: an `Explanation`, or anything with begin(batch),
-    before(term) and after(loss, term), called around each backward. Returns the update's line of the log, a dict.
+    run: a `prepare.Run`; batches: used in place of the run's own; listener: has begin(batch), and before(term) and
+    after(loss, term), which are called around each backward. Returns the update's line of the log, a dict.
     Raises NotFinite and Stopped.
     """
     net = run.net
@@ -162,8 +161,8 @@ def optimizer_step(a, run, step, checks):
 
 # --------------------------------------------------------------------------------------------------- the loop
 def train(a, run, state):
-    """Updates until --steps, or until the watched pictures have landed (--land), with checkpoints. `state` is what a
-    checkpoint holds beside the weights: the last finished update. Raises Stopped if the run is asked to stop."""
+    """Updates until --steps, or until the watched pictures reach the gap of --land, with checkpoints. `state` is what a
+    checkpoint holds beside tensors, such as the last finished update. Raises Stopped if the run is asked to stop."""
     flop = work.update_flop(run.job, run.world.size)  # of this process
     bar = tqdm(range(state["step"] + 1, a.steps + 1), initial=state["step"], total=a.steps, desc="train",
                disable=not run.world.main)
@@ -197,12 +196,13 @@ def save(a, run, state):
 
 
 def begin(a, run, world):
-    """The state from which a run goes on: its newest checkpoint, or a first look at the base model. Nothing is written
-    before every comparison with the checkpoint has passed. Raises UserError."""
+    """The state from which a run goes on. It is that of the newest checkpoint. Without one, the watched pictures are
+    sampled and scored before training. Nothing is written before every comparison with the checkpoint has passed.
+    Raises UserError."""
     folder = run.folder
-    run.watched.flags = recipe.as_line(a)
+    run.watched.flags = command.as_line(a)
     world.say(run.watched.flags)
-    for note in recipe.notes(a, run.model):
+    for note in command.notes(a, run.model):
         world.say(note)
     world.decide(folder.take)
     if not folder.checkpoints:
@@ -222,9 +222,9 @@ def begin(a, run, world):
 
 def show_plan(a, model):
     """--plan: what an update would cost, and what fits which card."""
-    for note in recipe.notes(a, model):
+    for note in command.notes(a, model):
         print(note)
-    recipe.share_of(a, a.world_size)
+    prepare.share_of(a, a.world_size)
     prepare.settle_evaluation(a, model, print)
     a.memory, why = cards.settle_for(prepare.job(a, model), a.world_size, a.card)
     if why:
@@ -248,17 +248,17 @@ def explain_an_update(a, model, out):
 
 
 def main(argv=None, read=None):
-    """Plan, explain, or train: from the command line (None: the script's own), or from what `recipe.read` made of it,
-    to the run's folder."""
+    """Plan, explain, or train. argv: the flags, a list (None: those of the process); read: what `command.read` returned
+    for them, if it was called before."""
     with frame("train.py", "stopped before the first update: there is nothing to save") as stopping:
-        a, model = read or recipe.read(sys.argv[1:] if argv is None else argv)
-        out = recipe.out_of(a.out, a.model)
+        a, model = read or command.read(sys.argv[1:] if argv is None else argv)
+        out = command.out_of(a.out, a.model)
         if a.plan:
             return show_plan(a, model)
         if a.explain:
             return explain_an_update(a, model, out)
         world = parallel.World(a.replicas, mesh=modes.needs_mesh(a.memory))
-        recipe.share_of(a, world.size)
+        prepare.share_of(a, world.size)
         prepare.settle(a, model, world)
         if a.push_to_hub:
             world.decide(hub.may_push, a.push_to_hub)

@@ -17,10 +17,10 @@ from textwrap import fill
 import matplotlib.pyplot as plt
 import torch
 
+import command
 import direct_align as da
 import flow
 import prepare
-import recipe
 import srpo_reward as sr
 import train
 from engine.data.prompt_files import read_prompts
@@ -47,7 +47,7 @@ def show(rows, titles=None, size=1.5):
 
 
 torch.set_num_threads(1)
-a, model = recipe.read(["--model", "miniature"])
+a, model = command.read(["--model", "miniature"])
 net = flow.load(model)
 reward = load_rewards(a.reward)
 prompts = read_prompts(a.eval_prompts)[:4]
@@ -272,7 +272,7 @@ plt.show()
 # `train.srpo` puts all of it together, and `train.update` steps the optimizer.
 
 # %%
-a, model = recipe.read(["--model", "miniature"])
+a, model = command.read(["--model", "miniature"])
 machine = parallel.World()
 prepare.settle(a, model, machine)
 line = train.update(a, prepare.set_up(a, model, machine), 1)

@@ -22,8 +22,6 @@ WEIGHTS = ("the transformer's weights instead of the model's own: a run's folder
            "black-forest-labs or ComfyUI, also in scaled float8; a LoRA of diffusers, kohya, ComfyUI, OneTrainer, "
            "XLabs or peft; or a hub id of any of these, OWNER/NAME or OWNER/NAME/FILE")
 MODEL = "folder in the layout of FLUX.1-dev or FLUX.2-klein, or hub id"
-CFG = ("classifier-free guidance of a model that is not distilled, g of flow.guided, two calls a step; off: one call "
-       "[FLUX.2-klein-base: 4]")
 SAVE_AS = ("diffusers", "comfyui", "comfyui-fp8", "kohya")
 SAVE_AS_HELP = ("write the weights as one file in bf16 too: diffusers: with diffusers' names; comfyui: with "
                 "black-forest-labs' names, which ComfyUI reads; comfyui-fp8: the same, with the blocks' matrices in "

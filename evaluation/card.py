@@ -1,5 +1,5 @@
-"""What stands beside a run's weights, and in their files: a model card, README.md, as the hub reads it; and the same
-in short as metadata of the safetensors file, whose keys are those of modelspec (github.com/Stability-AI/ModelSpec)."""
+"""The model card beside a run's weights, README.md, as the hub reads it. Its main points are also in the metadata of
+the safetensors file, under modelspec's keys (github.com/Stability-AI/ModelSpec)."""
 
 import json
 import shlex
@@ -34,9 +34,14 @@ def base_of(model):
 
 
 def without_places(line):
-    """A line of flags in which the name of a file or folder stands for its absolute path, which says where a user's
-    files lie."""
+    """A line of flags. Absolute paths, which would tell where a user's files are, are cut to the name of the file or
+    folder."""
     return shlex.join([Path(word).name if Path(word).is_absolute() else word for word in shlex.split(line)])
+
+
+def title(a, model):
+    """What the weights are, in a line: their base, and that SRPO made them."""
+    return f"{base_of(model)}, {'a LoRA by' if a.lora else 'trained by'} {ABOUT[0]}"
 
 
 def about(a, model):
@@ -47,19 +52,18 @@ def about(a, model):
         architecture = model.family.name.lower().replace(".", "-")
     elif not flow.is_full_size(model):
         architecture = "flux-1-small"
-    says = {group: vars(a)[group] for group in ("control", "neg")}
+    control, neg = ", ".join(a.control), ", ".join(a.neg)
     found = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": architecture + ("/lora" if a.lora else ""),
         "modelspec.implementation": "https://github.com/huggingface/diffusers",
-        "modelspec.title": f"{base_of(model)}, {'a LoRA by' if a.lora else 'trained by'} {ABOUT[0]}",
-        "modelspec.description": f"{' '.join(ABOUT)}: aligned with {', '.join(says['control'])}, and not with "
-                                 f"{', '.join(says['neg'])}",
+        "modelspec.title": title(a, model),
+        "modelspec.description": f"{' '.join(ABOUT)}: aligned with {control}, and not with {neg}",
         "modelspec.resolution": f"{a.size}x{a.size}",
         "modelspec.usage_hint": "use the bare prompt; there is no trigger word",
         "base_model": base_of(model),
-        "srpo.control": ", ".join(says["control"]),
-        "srpo.neg": ", ".join(says["neg"]),
+        "srpo.control": control,
+        "srpo.neg": neg,
         "srpo.recipe": a.recipe,
         "srpo.flags": without_places(as_line(recipe.GROUPS[:6], vars(a)))}
     licence = LICENCES.get(model.name)
@@ -110,12 +114,13 @@ def use(a, model, name):
 
 
 def text(a, model, name, flags, made, step, has_picture):
-    """The card of the weights after an update, `step`. name: of the folder, or the hub id; flags: the run's as one
-    line; made: the run's `Table`s; has_picture: whether PICTURE is beside it."""
+    """The card of the weights after an update, `step`. name: the hub id, or the folder as seen from the run's parent;
+    flags: the run's as one line; made: the run's `Table`s; has_picture: whether PICTURE is beside it."""
     kind = "A LoRA" if a.lora else "Weights"
     control, neg = ", ".join(a.control), ", ".join(a.neg)
     parts = [
-        front_matter(a, model), CARD_MARK.decode(), f"# {printable(name)}",
+        front_matter(a, model), CARD_MARK.decode(),
+        "# " + printable(a.push_to_hub or f"{title(a, model)}, recipe {a.recipe}"),
         f"{kind} of {printable(base_of(model))}, trained by [{ABOUT[0]}]({ABOUT[1]}): {step} updates of "
         f"{a.global_batch} images.",
         f"The reward is a difference: the pictures are to be like \"{printable(control)}\", and not like "
@@ -143,7 +148,7 @@ def write(folder, a, model, flags, made, step):
     picture = folder.parent / PICTURE
     if picture.is_file():
         write_whole(folder / PICTURE, picture.read_bytes())
-    name = a.push_to_hub or f"{folder.resolve().parent.name}-{'lora' if a.lora else 'weights'}"
+    name = a.push_to_hub or "/".join(folder.resolve().parts[-2:])
     write_whole(path, text(a, model, name, flags, made, step, picture.is_file()))
 
 

@@ -77,7 +77,7 @@ class Explanation:
         tell(sr.texts_of, p0=batch.texts.p0, p1=batch.texts.p1, p2=batch.texts.p2)
 
     def before(self, term):
-        """Called with each term, before its backward: the gradient in the image is kept for the picture."""
+        """Called with each term, before its backward. The gradient of the image is kept, to be drawn."""
         term.image.retain_grad()
 
     def after(self, loss, term):

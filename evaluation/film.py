@@ -17,7 +17,7 @@ from engine.files import check_outputs, write_whole
 
 WIDTH = 900  # pixels, at most
 LABEL = 24   # height of the line above the pictures, pixels
-MARK = b"SRPO film"  # the comment in a GIF of ours
+MARK = b"SRPO film"  # the comment in a GIF that this file wrote
 SECONDS = 0.4  # each frame; the last one five times as long
 
 

@@ -1,13 +1,13 @@
-"""Where a run should end (--land): where its watched pictures score the SGP gap that photographs score.
+"""When a run should end (--land): when its watched pictures have the SGP gap that photographs have.
 
-The relative reward has no largest value. A run that goes on scores more than every photograph, and its pictures
-break. But photographs score a finite SGP gap r1 - r2, which can be measured. The watched pictures are sampled like
-any other sample, so their gap can be compared with it. The gap of training's pictures cannot: they have fewer steps
-and less guidance. It begins above that of samples, and ends below it.
+The relative reward has no largest value. A run that goes on for long scores more than every photograph, and its
+pictures break. But photographs have a finite SGP gap r1 - r2, which can be measured. The watched pictures are sampled
+like any other sample, so their gap can be compared with it. The gap of the pictures that are trained on cannot: they
+have fewer steps and less guidance. It begins above that of samples, and ends below it.
 
 The run ends ("lands") when the watched gap less its standard error reaches the level. Before that, each look at the
 watched pictures sets the learning rate (`watch.slower`), so that the next look is near the level. Without this, a run
-with a large learning rate, or with few looks, would pass the level by the whole change between two looks.
+with a large learning rate, or with few looks, would go far beyond the level.
 """
 
 import torch

@@ -2,7 +2,7 @@
 
 sample.py and evaluate.py write such folders. evaluate.py scores them, and the human study shows them. Both also take
 folders that other programs wrote. made.json beside the pictures says how they are made; its digest is in every picture
-that belongs to it. A picture without it is another's, and stays as it is.
+that belongs to it. A picture without the digest is not ours, and is never replaced.
 """
 
 import hashlib
@@ -112,7 +112,7 @@ def benchmark(prompts, seed, n):
     return found
 
 
-# ---------------------------------------------------------------------------------------------- what is there
+# ---------------------------------------------------------------------------------------------------- reading
 def picture_files(folder):
     """The files in a folder with a picture's suffix, sorted; [] if there is no such folder. Raises UserError for one
     that is not a regular file, because reading a pipe could wait for ever."""
@@ -184,7 +184,7 @@ def is_whole(path):
 # ------------------------------------------------------------------------------------------ rows of the table
 def named(flag, items, taken=TAKEN):
     """["NAME=PATH" or "PATH"] -> {name: path}. A path without a name is its own name. Raises UserError for names that
-    cannot be separate folders in --out, or are `taken`, by what the script itself writes there."""
+    cannot be separate folders in --out. taken: the names that the script itself writes there."""
     found = {}
     own = ", ".join(taken)
     taken = set() if flag == "--images" else set(taken)
@@ -246,14 +246,19 @@ def planned(args, prompts):
     must_be_own(args.out, [method.folder.name for method in methods])
     digest = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
     for method in methods:
-        method.made = {"by": BY, "model": args.model, "size": args.size, "eval_steps": args.eval_steps,
-                       "guidance": args.guidance, "seed": args.seed,
-                       "weights": stamp(method.weights) if method.weights else [], "prompts": digest,
-                       "words": method.words, **sampling.made(args.memory)}
-        if args.cfg is not None:
-            method.made["cfg"] = args.cfg
+        method.made = made_of(BY, args, method.weights, digest) | {"words": method.words}
+        method.made |= sampling.made(args.memory)
         check_made(method.folder, method.made, args.out)
     return methods
+
+
+def made_of(by, args, weights, prompts):
+    """The content of made.json: how a script (`by`) samples pictures with its flags. weights: a path, or None: the
+    model's own. prompts: a list, or a digest of it."""
+    made = {"by": by, "prompts": prompts, "model": args.model, "size": args.size,
+            "weights": stamp(weights) if weights else [], "eval_steps": args.eval_steps, "guidance": args.guidance,
+            "seed": args.seed}
+    return made if args.cfg is None else made | {"cfg": args.cfg}
 
 
 def mark_of(made):
@@ -262,8 +267,8 @@ def mark_of(made):
 
 
 def check_made(folder, made, out):
-    """Raise UserError if a folder, which is to hold pictures that are made as `made` says, holds others under their
-    names; they stay as they are. Nothing is written."""
+    """Raise UserError if pictures that are made as `made` says would replace other files in a folder. Nothing is
+    written."""
     own = ["made.json", "prompts.json", "grid.png"]
     must_not_lead_away(folder, [*own, *OWN, "[0-9]*.png", *(f"{name}/[0-9]*.png" for name in OWN)])
     stored = folder / "made.json"
@@ -287,7 +292,7 @@ def check_made(folder, made, out):
 
 
 def clean(*folders):
-    """Remove the hidden files that a kill left in folders of ours. No process may be writing there."""
+    """Remove the hidden files that a killed process left in these folders. No process may be writing there."""
     for folder in folders:
         for place in (folder, *(Path(folder) / name for name in OWN)):
             remove_leftovers(place, ["*.png", *TAKEN, "prompts.json"])
@@ -363,8 +368,8 @@ def save_grid(images, path, columns=8, mark=b""):
 
 
 def places(picture, side, number):
-    """[(x, y, width, height)] in pixels of the pictures in a grid of square ones that `save_grid` wrote, a PIL picture.
-    side: of each, before it was enlarged; number: how many there are, at most."""
+    """[(x, y, width, height)] in pixels: where the pictures are in a grid that `save_grid` wrote, a PIL picture. side:
+    of each picture, which is square, before it was enlarged; number: how many there are, at most."""
     side *= max(1, 128 // side)
     if min(picture.size) < side + 4:  # a grid of one picture has no frame
         return [(0, 0, *picture.size)]

@@ -34,7 +34,7 @@ def enlarged(picture):
 
 
 def wrapped(text, font, width):
-    """A text in lines of so many pixels at most: MOST_LINES of its first line, and its others."""
+    """A text as lines of `width` pixels at most. Its first line becomes MOST_LINES at most; its other lines are cut."""
     first, *others = text.split("\n")
     lines = [""]
     for word in first.split(" "):
@@ -49,7 +49,7 @@ def wrapped(text, font, width):
 
 
 def cut(line, font, width, end=""):
-    """As much of a line as has room in so many pixels, with an `end`."""
+    """As much of a line as fits into `width` pixels together with `end`."""
     while line and font.getlength(line + end) > width:
         line = line[:-1]
     return line + end

@@ -124,7 +124,8 @@ def markdown(made, widest=None):
 
 
 def in_parts(made, widest):
-    """The names of a `Table`'s columns, in lists of as many as fit into lines of so many characters; one at least."""
+    """The names of a `Table`'s columns, in lists. Each list has as many as fit into a line of `widest` characters, and
+    at least one."""
     beside = max(len(safe(line.title)) for line in made.lines) + max(len(line.n) for line in made.lines) + 7
     parts = [[]]
     room = widest - beside

@@ -1,7 +1,8 @@
 """Watching a run.
 
-The watched pictures are held-out prompts, sampled at fixed noise seeds while the run trains. Their scores are
-compared with the scores before training. The drift warning says when the reward is probably being hacked.
+The watched pictures are those of held-out prompts. They are sampled at fixed noise seeds every --watch-every updates,
+which is called a look, and scored. The scores are compared with those before training. The drift warning says when the
+reward is probably being hacked.
 """
 
 from contextlib import nullcontext
@@ -32,8 +33,8 @@ STATE = {"run": str, "optimizer": [{"lr": float, "weight_decay": float}],
          "gap": float, "best": (None, float), "best_step": (None, int),
          "evaluated": (None, {str: (None, {"mean": float})}),
          "before": dict.fromkeys(("reward", "sgp", *STATISTICS), [float])}
-BEFORE = "before training"  # the end of the titles of the looks at what the run starts from
-LEAST = 0.1  # of --lr, so that a run lands at last
+BEFORE = "before training"  # the title of the first look ends so
+LEAST = 0.1  # of --lr: the slowest that a run approaches the gap of --land
 
 
 @torch.no_grad()
@@ -101,10 +102,10 @@ def sure(gaps):
 
 
 def slower(last, before, gap, level):
-    """The share of --lr until the next look, from LEAST to 1, of a run that is to end at the SGP gap `level`. With it
-    the gap rises by what is left, if it rises in proportion to the learning rate.
+    """The share of --lr to use until the next look, from LEAST to 1, so that the SGP gap is `level` there. The gap is
+    assumed to rise in proportion to the learning rate.
 
-    last: the share since the look before. before, gap: that look's SGP gap and this one's, as `sure` has them.
+    last: the share since the look before. before, gap: that look's SGP gap and this one's, as `sure` returns them.
     """
     if gap <= before:
         return last

@@ -3,9 +3,9 @@
     python -m experiments.ablation
 
 The first row is the paper's own configuration: Eq. 10 over the whole trajectory, a decaying lambda(t), both branches.
-Every other row changes one thing, which it names. The rows are compared during training, because they differ there and
-not at the end. The learning rate is twice the miniature's. So 52 updates go as far as 104 of the recipe, and every row
-breaks: its pictures get melted or damaged parts.
+Every other row changes the one thing that it names. The rows are compared during training, because they differ there
+and not at the end. The learning rate is twice the miniature's. So 52 updates go as far as 104 of the recipe, and every
+row breaks: its pictures get melted or damaged parts.
 """
 
 from engine.errors import frame

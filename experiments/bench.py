@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=8 -m experiments.bench --random-init     FLUX.1-dev's size
 
 It takes the flags of train.py and runs train.py's code. With --random-init nothing is downloaded. --released times the
-same work as the released code's loop does it. It adds that loop's habits one after another.
+same work also with the habits of the released code's loop, which are added one after another.
 """
 
 import sys
@@ -13,6 +13,7 @@ from statistics import median
 import open_clip
 import torch
 
+import command
 import flow
 import prepare
 import recipe
@@ -41,7 +42,7 @@ def flags(argv):
     parser.add_argument("--json", type=some_path, help="file that the numbers are written to, which is not there yet")
     parser.add_argument("--repeats", type=whole(1), default=5, help="timed updates, after one untimed update")
     own, others = parser.parse_known_args(argv)
-    a, model = recipe.read(others)
+    a, model = command.read(others)
     if own.json:
         must_be_new(own.json, "--json")
     for name in ("plan", "explain", "resume", "overwrite", "tensorboard", "out", "weights", "images"):
@@ -52,9 +53,9 @@ def flags(argv):
 
 # --------------------------------------------------------------------------------------------- random weights
 def random_flow(model, world, own, layout):
-    """A `flow.Flow` with a model's size and random weights. As in loading, the transformer is sharded over the mesh of
-    a world (`own`) by a `layouts.Layout` before it takes any memory; None and None: whole, in the dtype that it
-    computes in."""
+    """A `flow.Flow` with a model's size and random weights. own: the `parallel.World` whose processes share the
+    transformer; layout: a `layouts.Layout`. Without both, each process has all of it, in the dtype that it computes
+    in."""
     transformer = meta_network(kind_of(model.configs.transformer), model.configs.transformer)
     if layout is None:
         transformer.to(world.dtype).to_empty(device=world.device)
@@ -70,8 +71,8 @@ def random_flow(model, world, own, layout):
 
 
 def fill_at_random(transformer, device):
-    """Numbers of a standard deviation of 0.02, and gains of 1. They are made on a device, for a GPU is the faster one
-    also for parameters that stay on the host."""
+    """Fill the weights with random numbers of standard deviation 0.02, and the norms' gains with 1. The numbers are
+    made on `device`: a GPU is faster, even for parameters that stay on the host."""
     scales = float8.scales_of(transformer)
     for name, parameter in tensors.own_parameters(transformer).items():
         if "norm_" in name and parameter.ndim == 1:  # the gains of RMSNorm
@@ -101,7 +102,7 @@ def random_run(a, model, world):
     """The `prepare.Run` of prepare.set_up, but with random weights and without watched pictures."""
     flow.needs_gpu(model)
     torch.manual_seed(0)
-    share = recipe.share_of(a, world.size)
+    share = prepare.share_of(a, world.size)
     prompts = [f"prompt {i}" for i in range(a.global_batch)]
     group = recipe.METHODS[a.method].group(a)
     curriculum = draws.Curriculum(prompts, a.steps, a.global_batch, world.rows(share.images), a.seed, group)
@@ -174,8 +175,8 @@ def report(a, run, rungs, measured):
 
 
 def numbers(run, first, updates):
-    """What is measured, beside what the plan says of it. first, updates: {phase: seconds} of the untimed update, and of
-    the timed ones."""
+    """The measured numbers, and the plan's prediction of them: a dict. first, updates: {phase: seconds} of the untimed
+    update, and of the timed ones."""
     device = run.world.device
     phases = {phase: median(update[phase] for update in updates) for phase in PHASES}
     seconds = sum(phases.values())
@@ -201,7 +202,7 @@ def main():
             rungs = [HABITS[:n] for n in range(len(HABITS) + 1)]
         measured = [[] for _ in rungs]
         for repeat in range(own.repeats + 1):
-            # The rungs take turns, so that a machine that gets slower slows all of them.
+            # The rungs take turns. If the machine gets slower, it does so for all of them.
             for habits, updates in zip(rungs, measured, strict=True):
                 seconds = one_update(a, run, habits)
                 if repeat > 0:

@@ -2,8 +2,9 @@
 
     python -m experiments.cross_attention
 
-In `miniature/reward_cross` the text attends to the picture, as in ImageReward, so r1 and r2 are two scores and no
-dot product with C1 - C2. SRPO climbs it as it climbs the usual reward; Direct-Align climbs its plain score.
+In `miniature/reward_cross` the text attends to the picture, as in ImageReward. So r1 - r2 is the difference of two
+scores, and not a dot product with C1 - C2. SRPO is trained on it as on the usual reward, and Direct-Align on its plain
+score.
 """
 
 from engine.errors import frame

@@ -9,7 +9,7 @@ enough if the form has no common mode (Eq. 10; experiments/common_mode.py).
 
 from argparse import Namespace
 
-import recipe
+import command
 from engine.errors import frame
 from experiments import margin, pages, runs
 from experiments.pages import shown
@@ -35,7 +35,7 @@ def settings():
 def limits(own):
     """({row: {column: `Spread`}}, {row: log of seed 0}) of runs that train until they break, with the columns of
     `margin`."""
-    rate = recipe.flags(["--model", own.model]).lr
+    rate = command.flags(["--model", own.model]).lr
     long = f"--lr {rate:g} --steps {margin.UPDATES} --threshold off"
     rows = {}
     logs = {}

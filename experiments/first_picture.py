@@ -8,8 +8,8 @@ The rows: the base; the base, with every prompt prefixed with "realistic photo";
 import torch
 from matplotlib import pyplot
 
+import command
 import flow
-import recipe
 from engine.command_line import Parser, some_path
 from engine.data.prompt_files import read_prompts
 from engine.errors import frame, printable
@@ -62,7 +62,7 @@ def main(argv=None):
         parser.add_argument("--out", type=some_path, default="assets/first.png", help="file of the picture")
         own = parser.parse_args(argv)
         check_outputs([(own.out, PNG_MARK, "this script's picture")], [], overwrite=True)
-        a = recipe.flags(["--model", own.model])
+        a = command.flags(["--model", own.model])
         prompts = read_prompts(a.eval_prompts)[:COLUMNS]
         words = [f"realistic photo. {prompt}" for prompt in prompts]
         base = flow.load(Model(own.model))

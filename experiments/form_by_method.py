@@ -2,12 +2,12 @@
 
     python -m experiments.form_by_method
 
-Table 1 gives SRPO the words and the baselines the bare prompt. Here every method has both. The learning rate and the
-threshold of each are chosen over one grid: on the selection prompts, after the recipe's updates, seed 0. `chosen` is
-the rule. The threshold of the hinge relu(threshold - r) is off, or what true photos score: 0.24 for the relative
-reward, 0.72 for the plain one. DanceGRPO does not differentiate the reward, so it has no threshold; its grid has higher
-rates. The rows are then measured on the held-out prompts: at equal updates, at equal FLOP of the transformer, and
-DanceGRPO after 150 updates.
+Table 1 gives SRPO the control words and the baselines the bare prompt. Here every method is trained with both. The
+learning rate and the threshold of each are chosen from one grid: on the selection prompts, after the recipe's updates,
+seed 0. `chosen` is the rule. The loss is -r, or the hinge relu(threshold - r). Its threshold is the score of true
+photos: 0.24 for the relative reward, 0.72 for the plain one. DanceGRPO does not differentiate the reward, so it has
+no threshold; its grid has higher rates. The rows are then measured on the held-out prompts: at equal updates, at equal
+FLOP of the transformer, and DanceGRPO also after 150 updates.
 """
 
 import math
@@ -15,7 +15,7 @@ from argparse import Namespace
 
 from matplotlib import pyplot
 
-import recipe
+import command
 from engine.errors import frame
 from experiments import pages, runs, table1
 from experiments.pages import shown
@@ -63,7 +63,7 @@ def chosen(looks):
 
 
 def in_words(flags):
-    """The learning rate and the threshold in flags, as a cell."""
+    """The learning rate and the threshold in flags, as the text of a table's cell."""
     words = flags.split()
     rate = words[words.index("--lr") + 1]
     if "--threshold" not in words or words[words.index("--threshold") + 1] == "off":
@@ -93,7 +93,7 @@ def main(argv=None):
         parser = runs.parser(__doc__, pictures=256)
         parser.add_argument("--quick", action="store_true", help="a grid of one setting, to test that everything runs")
         own = runs.parse(parser, argv)
-        usual = recipe.flags(["--model", own.model, *own.flags.split()])
+        usual = command.flags(["--model", own.model, *own.flags.split()])
         budget = table1.cost(own, "")["tflop"]
         best = {}
         for method in METHODS:

@@ -2,9 +2,9 @@
 
     python -m experiments.fp8_rollout
 
-The rollout has no gradient, and Direct-Align recovers any clean image from known noise. So its factors may be rounded:
-every row of a weight, and every token of what it multiplies, to float8 with a scale. On a CPU the products are of the
-same numbers as on a GPU that has products in float8; only a GPU is faster by it.
+The rollout has no gradient, and Direct-Align recovers any clean image from known noise. So the factors of its products
+may be rounded to float8, with a scale for every row of a weight and for every token. A CPU multiplies the same numbers
+as a GPU with float8 does. Only the GPU is faster by it.
 """
 
 from engine.errors import frame

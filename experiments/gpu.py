@@ -1,10 +1,10 @@
-"""Everything that is predicted, measured on one GPU, unattended: python -m experiments.gpu
+"""All predictions, measured on one GPU without supervision: python -m experiments.gpu
 
-Each path makes updates of two images at FLUX.1-dev's size with random weights (experiments/bench.py), in a process of
-its own; what runs out of memory is noted, and the next one goes on. The gradient is compared with float32 on the
-miniature. Nothing is downloaded. The most important comes first; --minutes ends it, and a part that takes more than
-MOST minutes. The page is written again after each part. What is measured is kept: after a kill the same command goes
-on.
+Each part makes updates of two images at FLUX.1-dev's size with random weights (experiments/bench.py), in a process of
+its own. If a part runs out of memory, that is noted, and the next part follows. The gradient is compared with float32
+on the miniature. Nothing is downloaded. The most important parts come first. A part ends after MOST minutes, and all of
+it after --minutes. The page is written again after each part. Measured parts are kept, so after a kill the same command
+goes on.
 """
 
 import os
@@ -28,8 +28,8 @@ from experiments import pages, runs
 from experiments.bench import PHASES
 
 UPDATE, OTHER = "bench", "on_a_card"
-MOST = 8  # minutes of a part: one that hangs leaves time for the others
-ERROR_LINES = ("OutOfMemoryError", "Error", ":")  # what the line that tells the error holds, the first that is found
+MOST = 8  # minutes of a part, so that one that hangs leaves time for the others
+ERROR_LINES = ("OutOfMemoryError", "Error", ":")  # texts that mark the line of the error; the first one found counts
 WARNING = re.compile(r"(\[rank\d+\]:)?\[?[IW]\d{4} |.*Warning:")  # the start of a line of torch's log that is no error
 
 
@@ -81,8 +81,8 @@ def command_of(own, part, file):
 
 
 def in_a_process(words, seconds, printed):
-    """Run a module to its end, for so many seconds at most. printed: the file of what it prints. Returns what went
-    wrong, in one line; None if nothing did. Raises TimeoutExpired."""
+    """Run a module for at most `seconds`. printed: the file of what it prints. Returns its error in one line, or None.
+    Raises TimeoutExpired."""
     with open(printed, "w") as file:  # a pipe would stay open as long as a process that the module has started
         done = subprocess.run([sys.executable, *words], stdout=file, stderr=file, timeout=seconds,
                               env=os.environ | {"PYTHONUNBUFFERED": "1"})
@@ -98,8 +98,8 @@ def in_a_process(words, seconds, printed):
 
 
 def measure(words, seconds, file, printed):
-    """What a part measures and writes to a file, or {"failed": why not}. seconds: as many are left. Raises
-    TimeoutExpired where they, and not MOST, end it."""
+    """What a part measures and writes to a file, or {"failed": why not}. seconds: what is left of --minutes. Raises
+    TimeoutExpired if they end before MOST does."""
     file.unlink(missing_ok=True)
     try:
         failed = in_a_process(words, min(seconds, 60 * MOST), printed)
@@ -111,8 +111,8 @@ def measure(words, seconds, file, printed):
 
 
 def measured(own, folder):
-    """Yields (name, what was measured, or {"failed": why not}) of each part, in their order, as far as the time
-    reaches. Each is kept in a file of the folder, with the seconds that it took."""
+    """Yields (name, what was measured, or {"failed": why not}) of each part, in their order, until the time is over.
+    Each is kept in a file of the folder, with the seconds that it took."""
     left = 60 * own.minutes
     for number, part in enumerate(PARTS):
         if own.parts and part.name not in own.parts:

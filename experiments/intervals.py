@@ -3,9 +3,9 @@
     python -m experiments.intervals
 
 Each part is trained with the plain reward and with the relative one, without a discount. A late step may change
-pictures more, or less, than an early one. So the parts are compared when the reward has risen equally far. For the
-relative reward that is the SGP gap f.(C1 - C2) at the end of the main run. They are also compared after 26 updates at
-twice the miniature's learning rate, which go as far as 52 of the recipe.
+pictures more, or less, than an early one. So the parts are compared when the reward has risen equally far: for the
+relative reward, to the SGP gap f.(C1 - C2) at the end of the main run. They are also compared after 26 updates at twice
+the miniature's learning rate, which go as far as 52 of the recipe.
 """
 
 from typing import NamedTuple

@@ -2,13 +2,14 @@
 
     python -m experiments.landing
 
-The photographs are drawn, as in offline. There is a look at the watched pictures every two updates. A run ends at the
-first one whose gap, less its standard error, has reached the photographs'. Near it the learning rate falls. The aim of
-each such run: realism of 90 %, alignment at most 3 points below the base, at most 1 % broken, and a Frechet distance at
-most 1.5 above the best look of the run.
+The photographs are drawn, as in offline. The watched pictures are sampled and scored every two updates, which is called
+a look. A run ends at the first look whose gap, less its standard error, has reached the photographs' gap. Near it the
+learning rate falls. Each such run should reach a realism of 90 %, with at most 1 % broken pictures. Its alignment
+should be at most 3 points below the base, and its Frechet distance at most 1.5 above that of its best look.
 
-The second table has no --land. A hinge relu(threshold - r) takes the gradient from each picture by itself, at several
-levels, at what true photos score, with the relative reward and with the plain one.
+The second table has no --land. There the loss is a hinge, relu(threshold - r): a picture whose reward is above the
+threshold has no gradient. The thresholds go up to what true photos score. The rewards are the relative one and the
+plain one.
 """
 
 from pathlib import Path
@@ -51,7 +52,7 @@ def settings(folder):
 
 
 def ends(log):
-    """{column: number} of where a run ended, from its log."""
+    """{column: number} of the last look of a run, from its log."""
     distances = [line["watch"]["frechet"] for line in log if "watch" in line]
     known = [distance for distance in distances if distance is not None]
     return {"updates": log[-1]["step"], "above": known[-1] - min(known) if known else None,
@@ -66,7 +67,7 @@ def reaches(row, base):
 
 
 def measured(own, settings, name, looks):
-    """`runs.measured` of runs, and where they ended, as `ends` says."""
+    """`runs.measured` of runs, with the numbers of `ends`."""
     found = runs.measured(own, settings, name, looks=looks)
     for setting in settings:
         logs = [runs.log_of(runs.trained(own, setting.flags, seed, looks)) for seed in setting.seeds(own)]

@@ -4,11 +4,11 @@
     python -m experiments.offline --draw photographs        only the photographs, for --images and --land
 
 The photographs are drawn: scenes of the miniature's world that look like photos. Their captions do not mention
-this, and no caption is a held-out prompt. Every arm starts from the same model and makes the same number of updates,
-unless its name gives another number. All are judged on the same held-out prompts and noise.
+this, and no caption is a held-out prompt. Every way to train starts from the same model and makes the same number of
+updates, unless its name gives another number. All are judged on the same held-out prompts and noise.
 
 "Noisier" trains with sigma from 0.99 to 0.9 in place of 0.964 to 0.75. There, almost nothing of the photograph is
-visible, so the network's input is like the one in sampling. Supervised is one step of flow matching for each update,
+visible, so the network's input is like the one in sampling. "Supervised" is one step of flow matching for each update,
 |v - (eps - x0)|^2, at the sampler's noise levels. It is run with SRPO's learning rate and with larger ones.
 """
 
@@ -16,11 +16,11 @@ import hashlib
 import io
 import shlex
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torchvision.transforms.functional import to_pil_image
 
+import command
 import direct_align as da
 import prepare
 import recipe
@@ -33,6 +33,7 @@ from engine.files import must_be_writable, read_json, write_json, write_whole
 from engine.memory import parallel, work
 from experiments import pages, runs
 from experiments.pages import shown
+from experiments.runs import Setting
 from miniature import world as drawn
 
 LOOK = "realistic photo"  # of the miniature's world
@@ -40,12 +41,6 @@ FASTER = (1, 4, 16)  # learning rates of supervised fine-tuning, as multiples of
 COLUMNS = {"realism": ("realism", ".1%"), "alignment": ("alignment", ".1%"), "broken": ("broken", ".1%"),
            "frechet": ("Frechet", ".1f"), "redness": ("redness", "+.3f"), "sgp": ("SGP", "+.3f"),
            "painting": ("painting", ".1%"), "gflop": ("GFLOP an update", ".2f")}
-
-
-class Arm(NamedTuple):
-    """A way to train: its name, and its flags of train.py."""
-    name: str
-    flags: list
 
 
 # -------------------------------------------------------------------------------------------- the photographs
@@ -69,7 +64,7 @@ def draw_for_a_user(own):
     must_be_writable(folder, "--draw")
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"--draw {folder}: is not empty; give a new folder")
-    held_out = recipe.flags(["--model", own.model, *shlex.split(own.flags)]).eval_prompts
+    held_out = command.flags(["--model", own.model, *shlex.split(own.flags)]).eval_prompts
     draw(folder, own.photos, set(prompt_files.read_prompts(held_out)))
     print(printable(f"{own.photos} photographs with their captions in {folder}/"))
 
@@ -86,7 +81,7 @@ def flow_matching(a, net, reward, batch):
 
 
 def one_call(a):
-    """Flow matching calls the network once an image."""
+    """Flow matching calls the network once for each image."""
     return recipe.Calls(0, 1)
 
 
@@ -94,35 +89,35 @@ recipe.METHODS["supervised"] = recipe.Method(flow_matching, "flow matching on ph
                                              takes_photographs=True)
 
 
-# --------------------------------------------------------------------------------------------------- the arms
-def arms(a, folder):
-    """A list of all `Arm`s. a: the flags that they share. folder: the photographs."""
-    offline = ["--images", str(folder)]
-    noisier = [*offline, "--sigma-range", "0.99", "0.9"]
+# ----------------------------------------------------------------------------------------------- the settings
+def settings(a, folder):
+    """The `Setting`s of the page. a: the flags that they share. folder: the photographs."""
+    offline = f"--images {shlex.quote(str(folder))}"
+    noisier = f"{offline} --sigma-range 0.99 0.9"
     longer = a.steps + a.steps // 6
-    found = [Arm("SRPO online", []), Arm("SRPO offline", offline), Arm("SRPO offline, noisier", noisier),
-             Arm(f"SRPO offline, noisier, {longer} updates", [*noisier, "--steps", str(longer)])]
+    found = [Setting("SRPO online", ""), Setting("SRPO offline", offline), Setting("SRPO offline, noisier", noisier),
+             Setting(f"SRPO offline, noisier, {longer} updates", f"{noisier} --steps {longer}")]
     for faster in FASTER:
         name = "supervised" if faster == 1 else f"supervised, {faster} x lr"
-        found.append(Arm(name, [*offline, "--method", "supervised", "--lr", str(faster * a.lr)]))
+        found.append(Setting(name, f"{offline} --method supervised --lr {faster * a.lr}"))
     return found
 
 
-def evaluated(arm, own, shared, seed, world):
-    """{"before", "after"} training an arm, each {column: mean over the held-out pictures}. It is trained once, and the
-    numbers are kept in --home. Raises UserError for a model without a judge."""
-    argv = [*shared, *arm.flags, "--eval", str(own.pictures), "--seed", str(seed)]
+def evaluated(setting, own, shared, seed, world):
+    """{"before", "after"} training as a `Setting` says, each {column: mean over the held-out pictures}. It is trained
+    once, and the numbers are kept in --home. Raises UserError for a model without a judge."""
+    argv = [*shared, *shlex.split(setting.flags), "--eval", str(own.pictures), "--seed", str(seed)]
     digest = hashlib.sha256(shlex.join(argv).encode()).hexdigest()[:8]
     kept = Path(own.home) / f"offline_{digest}.json"
     if not kept.exists():
-        print(f"{arm.name}, seed {seed}: {shlex.join(argv)}", flush=True)
+        print(f"{setting.name}, seed {seed}: {shlex.join(argv)}", flush=True)
         write_json(kept, trained(argv, world))
     return read_json(kept, {"before": {str: float}, "after": {str: float}}, "not the numbers of a run; remove it")
 
 
 def trained(argv, world):
-    """Train with the flags of an arm. Returns {"before", "after"} as `evaluated` does."""
-    a, model = recipe.read([*argv, *runs.watch_prompts(argv)])
+    """Train with these flags of train.py. Returns {"before", "after"} as `evaluated` does."""
+    a, model = command.read([*argv, *runs.watch_prompts(argv)])
     prepare.settle(a, model, world)
     run = prepare.set_up(a, model, world)
     if run.watched.judge is None:
@@ -139,9 +134,9 @@ def means(row):
     return {column: cell["mean"] for column, cell in row.items() if cell}
 
 
-def flop_of(arm, shared):
-    """The transformer's FLOP in one update of an arm."""
-    return work.update_flop(prepare.job(*recipe.read([*shared, *arm.flags])))
+def flop_of(setting, shared):
+    """The transformer's FLOP in one update of a `Setting`. shared: the flags of all."""
+    return work.update_flop(prepare.job(*command.read([*shared, *shlex.split(setting.flags)])))
 
 
 def main(argv=None):
@@ -154,16 +149,16 @@ def main(argv=None):
         if own.draw is not None:
             return draw_for_a_user(own)
         shared = ["--model", own.model, *shlex.split(own.flags)]
-        a = recipe.flags(shared)
+        a = command.flags(shared)
         world = parallel.World()
         folder = Path(own.home) / f"photographs_{own.photos}"
         draw(folder, own.photos, set(prompt_files.read_prompts(a.eval_prompts)))
         rows = {}
-        for arm in arms(a, folder):
-            found = [evaluated(arm, own, shared, seed, world) for seed in range(own.seeds)]
+        for setting in settings(a, folder):
+            found = [evaluated(setting, own, shared, seed, world) for seed in range(own.seeds)]
             rows["base"] = pages.over_seeds([found[0]["before"]])
-            rows[arm.name] = pages.over_seeds([each["after"] for each in found])
-            rows[arm.name]["gflop"] = pages.spread([flop_of(arm, shared) / 1e9])
+            rows[setting.name] = pages.over_seeds([each["after"] for each in found])
+            rows[setting.name]["gflop"] = pages.spread([flop_of(setting, shared) / 1e9])
         online, offline = rows["SRPO online"], rows["SRPO offline"]
         result = (f"Partly: realism {shown(offline['realism'], '.1%')}, Frechet {shown(offline['frechet'], '.1f')}, "
                   f"but alignment {shown(offline['alignment'], '.1%')}; online {shown(online['realism'], '.1%')}, "

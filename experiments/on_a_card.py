@@ -1,4 +1,4 @@
-"""What experiments.gpu measures beside updates, each in a process of its own: python -m experiments.on_a_card WHAT FILE
+"""What experiments.gpu measures beside updates. WHAT is one of these: python -m experiments.on_a_card WHAT FILE
 
     sampling     seconds and memory of a picture of a model with random weights; takes the flags of sample.py
     gradient     the gradient of an update of the miniature and its mean reward, to FILE.safetensors
@@ -14,9 +14,9 @@ import tempfile
 import torch
 from safetensors.torch import load_file, save_file
 
+import command
 import flow
 import prepare
-import recipe
 import sample
 from engine.command_line import Parser, sides, some_path
 from engine.errors import frame
@@ -31,7 +31,7 @@ GIB = 2**30
 
 def sampled(argv):
     """A picture of STEPS steps, after an untimed one. Returns the seconds of a picture of --eval-steps, and GiB."""
-    args, model = recipe.of_script(sample.flags(), argv)
+    args, model = command.of_script(sample.flags(), argv)
     world = parallel.World(mesh=modes.needs_mesh(args.memory))
     args.memory, _ = sampling.settle(sampling.job(model, args.size, 1), args.memory, world)
     net = bench.random_flow(model, world, *sampling.how(args.memory, None, model, world))
@@ -40,7 +40,7 @@ def sampled(argv):
 
     def picture(steps):
         began = parallel.mark(net.device)
-        # random weights make what is not finite: the picture itself is not looked at
+        # random weights give numbers that are not finite, and the picture is not used
         c = flow.Condition(prompt.txt.to(net.device), prompt.pooled.to(net.device), grid)
         levels = torch.linspace(1, 0, steps + 1)
         with torch.no_grad():
@@ -63,7 +63,7 @@ def memory(device):
 
 def gradient_of(argv):
     """({name: the gradient of an update, on the CPU}, the mean reward)."""
-    a, model = recipe.read(["--model", "miniature", "--eval", "0", *argv])
+    a, model = command.read(["--model", "miniature", "--eval", "0", *argv])
     a.steps = 1
     world = parallel.World(mesh=modes.needs_mesh(a.memory))
     prepare.settle(a, model, world)
@@ -82,7 +82,7 @@ def gradient_of(argv):
 
 
 def compared(one, other):
-    """How far a gradient is from another: the cosine, and the largest difference as a share of the largest number."""
+    """How near two gradients are: their cosine, and their largest difference as a share of the largest number."""
     a, b = (torch.cat([each[name].flatten().double() for name in sorted(each)]) for each in (one, other))
     return {"cosine": torch.cosine_similarity(a, b, dim=0).item(),
             "largest": ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()}

@@ -2,8 +2,8 @@
 
     python -m experiments.other_rewards
 
-The rewards differ in what their image towers like: red, the opposite of red, smooth pictures, or nothing. Each is
-climbed by SRPO, and by Direct-Align with the plain reward. The mixtures are of the first two, with the plain reward.
+The image towers of the rewards prefer red, the opposite of red, smooth pictures, or nothing. Each reward is trained on
+by SRPO, and by Direct-Align with the plain reward. The mixtures are of the first two, with the plain reward.
 """
 
 from matplotlib import pyplot

@@ -36,8 +36,8 @@ ERROR_OF_SEEDS = "± is the standard error over the seeds."
 
 # -------------------------------------------------------------------------------------------------- numbers
 class Spread(NamedTuple):
-    """A number over seeds: its mean, its standard error (None if it cannot be had), the number of seeds, and the number
-    of pictures of each seed (None for a number that no single picture has)."""
+    """A number over seeds: its mean, its standard error (or None), the number of seeds, and the pictures of each seed.
+    The last is None for a number that no single picture has."""
     mean: float
     error: float | None
     seeds: int

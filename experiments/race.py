@@ -10,8 +10,8 @@ import sys
 from statistics import median
 from typing import NamedTuple
 
+import command
 import prepare
-import recipe
 from engine.command_line import Parser, real, whole
 from engine.errors import UserError, frame
 from engine.memory import parallel, work
@@ -40,7 +40,7 @@ def flags(argv):
 def race(name, others, own, world):
     """Train with a recipe until the goal is reached. Returns its `Lap`. Raises UserError for a model without a judge,
     and if LIMIT updates do not reach the goal."""
-    a, model = recipe.read([*others, "--recipe", name, "--watch", str(own.pictures)])
+    a, model = command.read([*others, "--recipe", name, "--watch", str(own.pictures)])
     a.steps = LIMIT
     prepare.settle(a, model, world)
     run = prepare.set_up(a, model, world)
@@ -61,7 +61,7 @@ def race(name, others, own, world):
 
 def with_habits(others, world, repeats=3):
     """The median seconds of an update of the released recipe with the released loop's habits."""
-    a, model = recipe.read([*others, "--recipe", "released"])
+    a, model = command.read([*others, "--recipe", "released"])
     prepare.settle(a, model, world)
     run = prepare.set_up(a, model, world)
     times = [sum(bench.one_update(a, run, bench.HABITS).values()) for _ in range(repeats)]

@@ -8,9 +8,9 @@ It compares one step of the network alone with Direct-Align, which removes the k
 import torch
 from matplotlib import pyplot
 
+import command
 import direct_align as da
 import flow
-import recipe
 from engine.data.prompt_files import read_prompts
 from engine.errors import frame
 from engine.model.folder import Model
@@ -42,7 +42,7 @@ def recovered(net, x0, eps, c, guidance):
 def main(argv=None):
     with frame("recovery"):
         own = runs.parse(runs.parser(__doc__, seeds=1), argv)
-        a = recipe.flags(["--model", own.model])
+        a = command.flags(["--model", own.model])
         prompts = read_prompts(a.eval_prompts)[:min(own.pictures, 64)]
         net = flow.load(Model(own.model))
         grid = net.grid(a.size, a.size)

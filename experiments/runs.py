@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import command
 import evaluate
 import recipe
 import train
@@ -106,7 +107,7 @@ SELECTION = 104  # all of the selection prompts
 
 
 def n_watched(own, pictures=WATCHED):
-    """How many pictures are watched: as many, and not more than --pictures."""
+    """How many pictures are watched: `pictures`, but not more than --pictures."""
     return min(pictures, own.pictures)
 
 
@@ -133,11 +134,11 @@ def trained(own, flags, seed, looks=SELDOM):
 
 
 def watch_prompts(argv):
-    """For a run that learns from photographs, the flag that watches the model's own prompts, not some of theirs."""
-    own = recipe.flags(argv)
+    """For a run that learns from photographs: the flag with which the model's own prompts are watched, not captions."""
+    own = command.flags(argv)
     if own.watch_prompts != recipe.OWN:
         return []
-    return ["--watch-prompts", recipe.flags(["--model", own.model]).watch_prompts]
+    return ["--watch-prompts", command.flags(["--model", own.model]).watch_prompts]
 
 
 def watched(own, flags, seed, pictures=WATCHED, every=2):

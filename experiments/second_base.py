@@ -2,8 +2,9 @@
 
     python -m experiments.second_base
 
-miniature2 is a FLUX.2-klein of the same world, and not distilled: its rollouts and samples are guided (--cfg 4). A call
-with a gradient can be the prompt's alone (off, the default), guided, or guided with a gradient in the prompt's alone.
+miniature2 is a FLUX.2-klein of the same world. It is not distilled, so its rollouts and samples are guided (--cfg 4).
+For the calls with a gradient there are three choices (--cfg-gradient): off, the prompt's alone; both, guided; prompt,
+guided, with a gradient only through the prompt's call.
 """
 
 from pathlib import Path

@@ -8,7 +8,7 @@ table has pictures whose prompts begin with the wanted word: of the base, and of
 
 from pathlib import Path
 
-import recipe
+import command
 from engine.data import prompt_files
 from engine.errors import frame
 from engine.files import write_whole
@@ -31,7 +31,7 @@ def flags_of(words):
 def in_the_prompt(own, wanted, setting):
     """Two rows {row: {column: `Spread`}}: the base, and the model trained as `setting` says, sampled from prompts that
     begin with the word `wanted`."""
-    prompts = prompt_files.read_prompts(recipe.flags(["--model", own.model]).eval_prompts)
+    prompts = prompt_files.read_prompts(command.flags(["--model", own.model]).eval_prompts)
     file = Path(own.home) / f"prompts_{wanted.replace(' ', '_')}.txt"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, "\n".join(with_words(wanted, prompts)) + "\n")
@@ -43,7 +43,7 @@ def in_the_prompt(own, wanted, setting):
 def main(argv=None):
     with frame("styles"):
         own = runs.parse(runs.parser(__doc__, seeds=3), argv)
-        half = recipe.flags(["--model", own.model]).steps // 2
+        half = command.flags(["--model", own.model]).steps // 2
         settings = []
         with_word = {}
         for wanted, unwanted in WORDS:

@@ -8,6 +8,7 @@ their learning rates. experiments/unbiased.py calls this file with a reward that
 
 from matplotlib import pyplot
 
+import command
 import prepare
 import recipe
 from engine.errors import frame
@@ -38,15 +39,15 @@ DRAWN = ("realism", "redness", "broken")
 
 def cost(own, flags):
     """{column: number}: what a run costs, in TFLOP of the transformer and in optimizer steps."""
-    a, model = recipe.read(["--model", own.model, *flags.split(), *own.flags.split()])
+    a, model = command.read(["--model", own.model, *flags.split(), *own.flags.split()])
     each = recipe.METHODS[a.method].optimizer_steps
     return {"tflop": a.steps * work.update_flop(prepare.job(a, model)) / work.TERA,
             "optimizer_steps": a.steps * each}
 
 
 def measure(own, rows, name):
-    """(rows, differences), each {row: {column: `Spread`}}: of the base, of the base with prompts prefixed with WORDS,
-    and of every setting with its cost; and of what SRPO is apart from each, picture by picture."""
+    """(rows, differences), each {row: {column: `Spread`}}. The rows are the base, the base with prompts prefixed with
+    WORDS, and every setting with its cost. The differences are SRPO minus each, picture by picture."""
     seeds = runs.by_seed(own, rows, name, WORDS, PER_PROMPT)
     found = {row: pages.pooled(each) for row, each in seeds.items()}
     for setting in rows:
@@ -92,7 +93,7 @@ def draw(found, curves):
 
 
 def verdict(found, apart):
-    """What table1 says of its claim."""
+    """The sentence that says whether the claim of table1 holds."""
     best = max((setting.name for setting in BASELINES), key=lambda name: found[name]["realism"].mean)
     ahead = apart[f"SRPO - {best}"]["realism"]
     reddest = max((setting.name for setting in BASELINES), key=lambda name: found[name]["redness"].mean)

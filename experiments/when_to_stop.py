@@ -3,13 +3,13 @@
     python -m experiments.when_to_stop
 
 It shows when the pictures are best, when they break, which drift warning fired first, and how many updates before.
-Pictures are broken if they have melted or damaged parts. Quality is the nearness to true photos (the Frechet
-distance). Realism does not serve: it soon reaches 100 % and stays there while the shapes melt.
+Pictures are broken if they have melted or damaged parts. The best pictures are those nearest to true photos (the
+Frechet distance). Realism cannot tell: it soon reaches 100 % and stays there while the shapes melt.
 """
 
 import math
 
-import recipe
+import command
 from engine.errors import frame
 from experiments import margin, pages, runs
 from experiments.pages import shown
@@ -62,7 +62,7 @@ def first_warned(log):
 def main(argv=None):
     with frame("when_to_stop"):
         own = runs.parse(runs.parser(__doc__, seeds=3), argv)
-        rate = recipe.flags(["--model", own.model]).lr
+        rate = command.flags(["--model", own.model]).lr
         rows = {}
         first = {}
         curves = {}

@@ -10,8 +10,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the claims are about a CPU; CUDA is r
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+import command
 import flow  # noqa: E402
-import recipe
 from engine.model.folder import Model
 
 # Tests that run in the background inherit ignored signals, and train.py leaves what is ignored ignored.
@@ -32,5 +32,5 @@ def flags():
     """flags("--form", "srp") -> the namespace that train.py has with these flags and the released
     defaults."""
     def parsed(*argv):
-        return recipe.parser().parse_args(argv)
+        return command.parser().parse_args(argv)
     return parsed

@@ -18,8 +18,8 @@ from builders import make_foreign_reward, photo
 from safetensors.torch import load_file, save_file
 from scripts import call
 
+import command
 import evaluate
-import recipe
 import sample
 import train
 from engine import merge
@@ -288,7 +288,7 @@ FILES = [
     Mistake("train.py", "--land nowhere", "--land 'nowhere': no such folder; give a number, or a folder"),
     Mistake("train.py", ["--land", ""], "is empty"),
     Mistake("train.py", "--images pictures --prompts p.txt", "the captions are the prompts; give one of the two"),
-    Mistake("train.py", "--images pictures --noise fresh", "there is no rollout whose noise could"),
+    Mistake("train.py", "--images pictures --noise fresh", "nothing is rolled out"),
     Mistake("bench", "--images pictures", "--images: an update is timed here"),
     Mistake("train.py", "--images pictures --method refl", "it learns from its own rollouts, and not from photographs"),
     Mistake("train.py", "--explain --method draft-lv", "--explain --method draft-lv: only srpo can be explained"),
@@ -925,7 +925,7 @@ def test_long_prompts_are_counted_once(monkeypatch, capsys, tmp_path):
     train.main()
     said = capsys.readouterr().out
     assert "1 of 2 prompts of --prompts are longer than the text encoder takes" in said
-    assert "--form sgp --threshold 0.7: the reward of the inverting branch" in said
+    assert "--form sgp --threshold 0.7: the inverting branch has the reward of the denoising" in said
 
 
 @pytest.mark.parametrize("form, branches, threshold, told", [
@@ -934,7 +934,7 @@ def test_long_prompts_are_counted_once(monkeypatch, capsys, tmp_path):
     ("released", "denoise,invert", "0.7", False), ("srp", "denoise,invert", "0.7", False)])
 def test_a_threshold_that_stops_one_branch_only_is_told(flags, form, branches, threshold, told):
     a = flags("--form", form, "--branches", branches, "--threshold", threshold)
-    assert bool(recipe.notes(a, Model(a.model))) == told
+    assert bool(command.notes(a, Model(a.model))) == told
 
 
 @pytest.mark.parametrize("script", ["evaluate.py", "sample.py"])

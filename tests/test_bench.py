@@ -5,8 +5,8 @@ import sys
 import open_clip
 import pytest
 
+import command
 import prepare
-import recipe
 import train
 from engine.memory import parallel
 from engine.model.folder import Model
@@ -31,7 +31,7 @@ def tiny_clip(monkeypatch):
 
 def test_random_weights_of_flux_1_devs_classes(monkeypatch, capsys, tiny_clip, miniature):
     """As large as --model, every tensor finite, and the same update runs on them."""
-    made = bench.random_run(*recipe.read([*SMALL, "--memory", "masters"]), parallel.World())
+    made = bench.random_run(*command.read([*SMALL, "--memory", "masters"]), parallel.World())
     shapes = {name: p.shape for name, p in miniature.transformer.named_parameters()}
     assert {name: p.shape for name, p in made.net.transformer.named_parameters()} == shapes
     assert all(p.isfinite().all() for p in made.net.transformer.parameters())
@@ -67,7 +67,7 @@ def test_the_released_habits_are_compared_on_the_same_work(monkeypatch, capsys):
 
 def test_image_by_image_is_the_same_work(monkeypatch):
     """The gradient of a batch is the mean of its images' gradients."""
-    a = recipe.flags([*SMALL, "--noise", "independent"])
+    a = command.flags([*SMALL, "--noise", "independent"])
     made = prepare.set_up(a, Model(a.model), parallel.World())
     batch = made.batch(a, 1, 0)
     for loss, _ in train.srpo(a, made.net, made.reward, batch):

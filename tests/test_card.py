@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from safetensors import safe_open
 from test_train import SMALL
 
-import recipe
+import command
 import train
 from engine import hub
 from evaluation import card
@@ -94,20 +94,21 @@ def test_an_upload_that_fails_loses_nothing(client, tmp_path):
                                                   "base_model_relation": "finetune", "license": "apache-2.0"}),
     ("--model black-forest-labs/FLUX.2-klein-base-4B", {"license": "apache-2.0"})])
 def test_a_card_names_its_base_and_its_licence(argv, head):
-    a, model = recipe.read(argv.split())
+    a, model = command.read(argv.split())
     written = card.text(a, model, "me/mine", "", [], 19, False)
     data = ModelCard(written).data.to_dict()
     assert head.items() <= data.items() and "max_sequence_length" not in written
     assert card.about(a, model)["modelspec.license"] in (data.get("license_link"), data["license"])
     assert re.search(r"^pipe\((prompt=)?.a prompt., guidance_scale=", written, re.MULTILINE)
     assert ("prompt=" in written) == ("klein" in model.name)  # the first argument of its pipeline is a picture
-    for part in (model.family.pipeline, "load_lora_weights" if a.lora else model.family.transformer):
+    heading = f"# {model.name}, {'a LoRA' if a.lora else 'trained'} by SRPO, recipe released"
+    for part in (heading, model.family.pipeline, "load_lora_weights" if a.lora else model.family.transformer):
         assert part in written
     assert ("klein" in model.name) == ("klein" in card.about(a, model)["modelspec.architecture"])
 
 
 def test_a_card_that_train_py_did_not_write_stays(tmp_path, capsys):
-    a, model = recipe.read(["--model", "miniature"])
+    a, model = command.read(["--model", "miniature"])
     (tmp_path / "weights").mkdir()
     Path(tmp_path / "weights" / "README.md").write_text("mine")
     card.write(tmp_path / "weights", a, model, "", [], 1)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from builders import fixed
 
+import command
 import direct_align as da
 import recipe
 import srpo_reward as sr
@@ -163,7 +164,7 @@ def test_placement_stays_on_the_grid_and_on_the_right_side(meet):
 
 def test_eq6_lambda_of_the_authors_second_recipe_is_that_of_the_landing_cell():
     """shift(m / T, 3) of m = 30 of 100 cells is 0.5625 where a branch lands on it; called 41 cells away it is 0.82."""
-    a = recipe.flags(["--recipe", "2026"])
+    a = command.flags(["--recipe", "2026"])
     grid = da.training_grid(*a.sigma_range, a.cells)
     at = da.place("denoise", torch.tensor([30]), grid, da.reach_of(a.groundtruth_ratio, a.cells))
     landing = da.lam_landing(at.sigma_to, *a.sigma_range, a.cells, *a.lam, a.lam_shift)

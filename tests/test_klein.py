@@ -12,6 +12,7 @@ from builders import edit_json, make_klein, make_photographs
 from diffusers import Flux2KleinPipeline
 from scripts import call
 
+import command
 import flow
 import klein
 import prepare
@@ -159,27 +160,27 @@ def test_what_a_call_with_a_gradient_does(net, folder, gradient, sizes, monkeypa
     (["--model", "KLEIN", "--lora", "4", "--save-as", "kohya"], "known here for FLUX.1 alone")])
 def test_what_is_refused(folder, flags, words):
     with pytest.raises(UserError, match=words):
-        recipe.read([str(folder) if flag == "KLEIN" else flag for flag in flags])
+        command.read([str(folder) if flag == "KLEIN" else flag for flag in flags])
 
 
 # ---------------------------------------------------------------------------------------------- by its name
 @pytest.mark.parametrize("size, billions, tflop", [("4B", 3.876, 17.6), ("9B", 9.08, 38.8)])
 def test_klein_is_planned_by_its_name(size, billions, tflop):
     """Its own parameters, FLOP and guidance; the distilled one takes 4 steps and no guidance."""
-    a, model = recipe.read(["--model", f"black-forest-labs/FLUX.2-klein-base-{size}"])
+    a, model = command.read(["--model", f"black-forest-labs/FLUX.2-klein-base-{size}"])
     job = prepare.job(a, model)
     assert (a.cfg, a.shift, job.cfg, job.text_tokens) == (4.0, 3.0, "off", 512)
     network = flow.tensor_files.meta_network(diffusers.Flux2Transformer2DModel, job.transformer)
     assert sum(p.numel() for p in network.parameters()) / 1e9 == pytest.approx(billions, rel=1e-3)
     assert work.forward_flop(job) / 1e12 == pytest.approx(tflop, rel=5e-3)
-    a, model = recipe.read(["--model", f"black-forest-labs/FLUX.2-klein-{size}"])
+    a, model = command.read(["--model", f"black-forest-labs/FLUX.2-klein-{size}"])
     assert (a.cfg, a.rollout_steps, a.shift) == (None, 4, None) and prepare.job(a, model).cfg is None
 
 
 def test_a_distilled_folder_has_four_steps_and_no_guidance(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     edit_json(copy / "model_index.json", is_distilled=True)
-    a, model = recipe.read(["--model", str(copy)])
+    a, model = command.read(["--model", str(copy)])
     assert (a.cfg, a.rollout_steps, a.eval_steps, a.shift) == (None, 4, 4, None)
     assert flow.encode_prompts(model, PROMPTS).empty is None
 
@@ -188,7 +189,7 @@ def test_a_distilled_folder_has_four_steps_and_no_guidance(folder, tmp_path):
 def test_the_plan_counts_guidance(folder, gradient, forwards):
     """A step of the rollout calls the network twice; a call with a gradient is 4 forwards, and of the empty prompt 4,
     1 or none."""
-    a, model = recipe.read(["--model", str(folder), "--cfg-gradient", gradient, "--size", "64"])
+    a, model = command.read(["--model", str(folder), "--cfg-gradient", gradient, "--size", "64"])
     job = prepare.job(a, model)
     once = work.forward_flop(job)
     each = 25 * 2 + 2 * forwards
@@ -199,7 +200,7 @@ def test_photographs_first_and_then_rollouts(folder, tmp_path):
     """--online-from 3 of 4 updates: the network's calls without a gradient begin with the third."""
     photographs = make_photographs(tmp_path / "photographs")
     small = [flag for flag in SMALL if flag not in ("--prompts", "miniature/prompts.txt")]
-    a, model = recipe.read(["--model", str(folder), *small, "--images", str(photographs), "--online-from", "3",
+    a, model = command.read(["--model", str(folder), *small, "--images", str(photographs), "--online-from", "3",
                             "--steps", "4"])
     assert recipe.METHODS["srpo"].calls(a).without_gradient == 1  # half of the updates, 2 steps
     prepare.settle(a, model, world := parallel.World())
@@ -286,11 +287,11 @@ def test_a_models_flags_may_name_the_miniatures_files(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     place = os.path.relpath("miniature", copy)
     (copy / "srpo.json").write_text(json.dumps({"prompts": f"{place}/prompts.txt", "reward": f"{place}/reward"}))
-    a = recipe.flags(["--model", str(copy)])
+    a = command.flags(["--model", str(copy)])
     assert Path(a.prompts).samefile("miniature/prompts.txt") and Path(a.reward).samefile("miniature/reward")
     (copy / "srpo.json").write_text(json.dumps({"prompts": f"{place}/../README.md"}))
     with pytest.raises(UserError, match="leads out of the model's folder"):
-        recipe.flags(["--model", str(copy)])
+        command.flags(["--model", str(copy)])
 
 
 @pytest.mark.slow

@@ -148,7 +148,7 @@ def test_d9_the_released_range_is_a_fifth_of_the_trajectory(flags):
 
 
 def test_d10_shared_noise_is_one_noise_and_the_injected_one(flags):
-    assert flags().noise == "shared" and recipe.RECIPES["paper"].differs["noise"] == "independent"
+    assert flags().noise == "shared" and recipe.RECIPES["paper"].flags["noise"] == "independent"
     other = torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(1))
     toy = Toy()
     own, fresh = (((da.inject(toy.x0, e, 0.9) - 0.9 * e) / 0.1 - toy.x0).abs().max()

@@ -21,10 +21,10 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.loaders import single_file_utils
 from safetensors.torch import load_file, save_file
 
+import command
 import evaluate
 import flow
 import prepare
-import recipe
 import rewards
 import sample
 import train
@@ -72,12 +72,12 @@ def no_hub(monkeypatch):
 @pytest.mark.usefixtures("no_hub")
 def test_schnell_is_planned_by_its_name_without_a_network():
     """No guidance embedding, 256 text tokens, 4 steps, its own time shift, which is none; flags go before."""
-    a, model = recipe.read(["--model", SCHNELL])
+    a, model = command.read(["--model", SCHNELL])
     job = prepare.job(a, model)
     assert not job.transformer["guidance_embeds"] and job.text_tokens == 256
     assert (a.rollout_steps, a.eval_steps, a.shift, a.size) == (4, 4, None, 720)
-    assert recipe.flags(["--model", SCHNELL, "--eval-steps", "8"]).eval_steps == 8
-    assert recipe.notes(a, model) == [f"--rollout-steps 4: what the configs of {SCHNELL} say",
+    assert command.flags(["--model", SCHNELL, "--eval-steps", "8"]).eval_steps == 8
+    assert command.notes(a, model) == [f"--rollout-steps 4: what the configs of {SCHNELL} say",
                               f"--eval-steps 4: what the configs of {SCHNELL} say",
                               f"--shift off: what the configs of {SCHNELL} say"]
 
@@ -85,11 +85,11 @@ def test_schnell_is_planned_by_its_name_without_a_network():
 @pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize("name", ["black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Krea-dev"])
 def test_krea_is_planned_as_dev(name):
-    a, model = recipe.read(["--model", name])
+    a, model = command.read(["--model", name])
     job = prepare.job(a, model)
     assert job.transformer["guidance_embeds"] and job.text_tokens == 512
     assert (a.rollout_steps, a.eval_steps, a.shift, a.size) == (25, 50, 3.0, 720)
-    assert recipe.notes(a, model) == [] and flow.is_full_size(model)
+    assert command.notes(a, model) == [] and flow.is_full_size(model)
 
 
 def hub_of(monkeypatch, folder):
@@ -108,11 +108,11 @@ def test_a_hub_id_that_is_not_known_is_refused_before_anything_is_downloaded(mon
     """But for its model_index.json, which says what it is."""
     with pytest.raises(UserError, match="FLUX.2-dev: not known here, and the hub gives no model_index.json.*; known "
                                         "are black-forest-labs/FLUX.1-dev, "):
-        recipe.read(["--plan", "--model", "black-forest-labs/FLUX.2-dev"])
+        command.read(["--plan", "--model", "black-forest-labs/FLUX.2-dev"])
     (tmp_path / "model_index.json").write_text('{"_class_name": "Flux2Pipeline"}')
     asked = hub_of(monkeypatch, tmp_path)
     with pytest.raises(UserError, match="its model_index.json says Flux2Pipeline, but only FLUX.1"):
-        recipe.read(["--plan", "--model", "someone/flux2"])
+        command.read(["--plan", "--model", "someone/flux2"])
     assert asked == ["model_index.json"]
 
 
@@ -132,7 +132,7 @@ def test_a_machine_without_a_network_says_so_at_once(monkeypatch, tmp_path, run)
 def test_a_hub_id_that_is_flux_1_is_planned_by_its_own_configs(monkeypatch):
     """And is as large as they say."""
     asked = hub_of(monkeypatch, Path("miniature"))
-    a, model = recipe.read(["--model", "someone/flux", "--size", "64"])
+    a, model = command.read(["--model", "someone/flux", "--size", "64"])
     assert not any(pattern.endswith(("/*", "safetensors")) for pattern in asked)
     assert prepare.job(a, model).transformer["num_layers"] == 2 and not flow.is_full_size(model)
     model.fetch()
@@ -379,20 +379,20 @@ def test_the_other_scripts_take_one_file_too(tmp_path, run):
 def test_a_foreign_folder_says_its_size_in_a_line(tmp_path):
     """32 pixels, and not 720: what its VAE was made for; srpo.json and flags go before."""
     model = make_foreign_flux(tmp_path / "theirs")
-    for parser in (sample.flags(), evaluate.flags(), recipe.parser()):
-        a, opened = recipe.of_script(parser, ["--model", str(model)])
+    for parser in (sample.flags(), evaluate.flags(), command.parser()):
+        a, opened = command.of_script(parser, ["--model", str(model)])
         assert a.size == 32
         assert opened.notes(vars(a)) == [f"--size 32: what the configs of {model} say"]
-    assert recipe.flags(["--model", str(model), "--size", "48"]).size == 48
+    assert command.flags(["--model", str(model), "--size", "48"]).size == 48
     edit_json(model / "vae" / "config.json", sample_size=1024)  # FLUX.1-dev's
-    assert recipe.flags(["--model", str(model)]).size == 720
+    assert command.flags(["--model", str(model)]).size == 720
     edit_json(model / "vae" / "config.json", sample_size=None)
-    assert recipe.flags(["--model", str(model)]).size == 720
+    assert command.flags(["--model", str(model)]).size == 720
     edit_json(model / "vae" / "config.json", sample_size=100)   # to whole tokens
-    assert recipe.flags(["--model", str(model)]).size == 96
+    assert command.flags(["--model", str(model)]).size == 96
     (model / "srpo.json").write_text('{"size": 64}')
-    a = recipe.flags(["--model", str(model)])
-    assert a.size == 64 and recipe.notes(a, Model(a.model)) == []
+    a = command.flags(["--model", str(model)])
+    assert a.size == 64 and command.notes(a, Model(a.model)) == []
 
 
 def test_what_a_foreign_folder_leaves_out_is_the_libraries_own(tmp_path, miniature):

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from scripts import call, start
 
+import command
 import prepare
 import recipe
 import train
@@ -87,7 +88,7 @@ def test_a_small_card_saves_on_the_reward_path():
     losses = []
     for layout in ("bf16", "fp8"):
         argv = [*SMALL[1:], "--lora", "4", "--memory", layout, "--global-batch", "2", "--steps", "2"]
-        a, model = recipe.read(argv)
+        a, model = command.read(argv)
         world = parallel.World(mesh=modes.needs_mesh(layout))
         run = prepare.set_up(a, model, world)
         known = set(run.reward.trained[0][0].cache)
@@ -105,6 +106,6 @@ def test_a_small_card_saves_on_the_reward_path():
                                          (("--lora", "16", "--lr", "1e-3"), 1e-3)])
 def test_a_lora_has_a_learning_rate_of_its_own(flags, rate):
     """The miniature's, from its srpo.json; for a model that does not say, a guess; a flag goes before."""
-    assert recipe.flags(["--model", "miniature", *flags]).lr == rate
-    assert recipe.flags(["--lora", "8"]).lr == recipe.LORA_LR
-    assert recipe.flags([]).lr == 5e-6
+    assert command.flags(["--model", "miniature", *flags]).lr == rate
+    assert command.flags(["--lora", "8"]).lr == recipe.LORA_LR
+    assert command.flags([]).lr == 5e-6

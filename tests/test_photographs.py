@@ -11,10 +11,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from scripts import call
 
+import command
 import direct_align as da
 import flow
 import prepare
-import recipe
 import train
 from engine.data import photographs, pictures
 from engine.data.cache import Cache
@@ -282,7 +282,7 @@ def test_every_shape_comes_as_often_as_its_photographs_are_many():
 
 # ------------------------------------------------------------------------------------------------------ a run
 def run_of(folder, *argv):
-    a = recipe.flags(["--model", "miniature", "--watch", "1", "--eval", "0", "--steps", "3", "--global-batch", "2",
+    a = command.flags(["--model", "miniature", "--watch", "1", "--eval", "0", "--steps", "3", "--global-batch", "2",
                      "--images", str(folder), *argv])
     return a, prepare.set_up(a, Model(a.model), parallel.World())
 
@@ -321,8 +321,8 @@ def test_an_update_is_srpo_with_x0_given_and_fresh_noise_two_calls_an_image(fold
 
 
 def test_the_plan_counts_no_rollout(folder):
-    plain = prepare.job(*recipe.read(["--model", "miniature"]))
-    offline = prepare.job(*recipe.read(["--model", "miniature", "--images", str(folder)]))
+    plain = prepare.job(*command.read(["--model", "miniature"]))
+    offline = prepare.job(*command.read(["--model", "miniature", "--images", str(folder)]))
     counted = counts.count(plain, torch.bfloat16)
     both, without = (plan.divide(job, counted, 2, torch.bfloat16) for job in (plain, offline))
     assert without.rollout == 0 < both.rollout

@@ -13,8 +13,8 @@ import pytest
 from builders import make_foreign_flux, make_foreign_reward
 from scripts import call
 
+import command
 import evaluate
-import recipe
 from experiments import bench, gpu
 
 READMES = [Path("README.md"), *sorted(Path(".").glob("[a-z]*/README.md")), Path("docs/LOG.md"), Path("docs/ledger.md")]
@@ -127,7 +127,7 @@ SMALLEST["experiments.rare_words"].append("--quick")
 SMALLEST["experiments.form_by_method"].append("--quick")
 SMALLEST["experiments.offline"] += ["--photos", "20"]
 # Only their flags are read: on a GPU, with a machine's own paths, they are real.
-FLAGS = {"train.py": recipe.flags, "evaluate.py": evaluate.flags().parse_args,
+FLAGS = {"train.py": command.flags, "evaluate.py": evaluate.flags().parse_args,
          "experiments.bench": bench.flags, "experiments.gpu": gpu.parser().parse_args}
 
 
@@ -208,9 +208,9 @@ def run(command, place):
 def test_the_first_commands_of_the_readme_run(place):
     """The main job, samples and the table of it; of the others those for a GPU, as far as flags are read. The
     rest is in the slow test below."""
-    for number, command in enumerate(commands(READMES[0])):
-        if not command.startswith("pytest") and (number < 4 or on_a_gpu(words_of(command))):
-            run(command, place)
+    for number, asked in enumerate(commands(READMES[0])):
+        if not asked.startswith("pytest") and (number < 4 or on_a_gpu(words_of(asked))):
+            run(asked, place)
 
 
 @pytest.mark.slow

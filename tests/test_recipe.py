@@ -1,5 +1,5 @@
-"""Claims about recipe.py: a hyper-parameter, a recipe and a method stand in one place; an update does not depend on the
-hardware; what can be answered without torch is; a run goes on with its own flags."""
+"""Claims about recipe.py and command.py: a hyper-parameter, a recipe and a method stand in one place; an update does
+not depend on the hardware; what can be answered without torch is; a run goes on with its own flags."""
 
 import ast
 import json
@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from scripts import call
 
+import command
 import prepare
 import recipe
 import srpo_reward as sr
@@ -36,7 +37,7 @@ SMALL = ["--model", "miniature", "--rollout-steps", "2", "--eval-steps", "1", "-
     (24, 1, 1, "refl", (24, 1, 24))])
 def test_an_updates_images_are_shared_among_the_processes(images, processes, batch, method, share):
     argv = ["--global-batch", str(images), "--batch", str(batch), "--method", method]
-    assert recipe.share_of(recipe.flags(argv), processes) == share
+    assert prepare.share_of(command.flags(argv), processes) == share
 
 
 @pytest.mark.parametrize("argv, processes, words", [
@@ -45,7 +46,7 @@ def test_an_updates_images_are_shared_among_the_processes(images, processes, bat
      "a process makes 4 images .*, which is no multiple of --group 12; --global-batch 96 is")])
 def test_what_cannot_be_shared_is_one_line(argv, processes, words):
     with pytest.raises(UserError, match=words):
-        recipe.share_of(recipe.flags(argv), processes)
+        prepare.share_of(command.flags(argv), processes)
 
 
 def gradient(folder, ranks, *argv):
@@ -79,10 +80,10 @@ def test_any_number_of_processes_makes_the_same_update(alone, tmp_path, ranks, a
 
 def test_the_plan_shares_as_the_run_does():
     """Images and batches of a process, for counts that divide; 19 updates of 32 images, whatever the machine."""
-    a, model = recipe.read(["--batch", "2"])
+    a, model = command.read(["--batch", "2"])
     job = prepare.job(a, model)
     for processes in (1, 2, 4, 8, 16, 32):
-        share = recipe.share_of(a, processes)
+        share = prepare.share_of(a, processes)
         assert job.share(processes) == (share.batch, share.accumulate)
     assert (job.images, job.updates) == (32, 19)
 
@@ -93,7 +94,7 @@ def test_the_plan_shares_as_the_run_does():
     ("--prompts mine.txt --watch-prompts theirs.txt", "theirs.txt"),
     ("--model miniature", "miniature/prompts_select.txt"), ("--model miniature --images photos", "own")])
 def test_ones_own_prompts_are_watched(argv, watched):
-    assert recipe.flags(argv.split()).watch_prompts == watched
+    assert command.flags(argv.split()).watch_prompts == watched
 
 
 @pytest.mark.parametrize("argv, pictures, percent", [
@@ -101,7 +102,7 @@ def test_ones_own_prompts_are_watched(argv, watched):
     ("--model miniature", 256, None)])
 def test_a_run_ends_with_a_table_where_that_costs_little(argv, pictures, percent):
     """Before and after: at most a tenth of the work of the updates, unless --eval or the model says how many."""
-    a, model = recipe.read(argv.split())
+    a, model = command.read(argv.split())
     said = []
     prepare.settle_evaluation(a, model, said.append)
     assert a.eval == pictures and len(said) == (percent is not None)
@@ -134,17 +135,17 @@ def test_a_recipe_that_is_added_is_in_the_help(monkeypatch, capsys):
     """With what it sets; and the metavars are there once."""
     monkeypatch.setitem(recipe.RECIPES, "mine", recipe.Recipe("what I like [ours]", {"cells": 123, "lam": [1.0, 0.5]}))
     with pytest.raises(SystemExit):
-        recipe.flags(["-h"])
+        command.flags(["-h"])
     told = capsys.readouterr().out
     assert "mine: what I like [ours]:\n      --cells 123 --lam 1.0 0.5" in told
     assert "--drift-band SATURATION REDNESS BRIGHTNESS TEXTURE" in " ".join(told.split())
-    assert recipe.flags([*SMALL, "--recipe", "mine"]).cells == 123
+    assert command.flags([*SMALL, "--recipe", "mine"]).cells == 123
 
 
 @pytest.mark.parametrize("argv", [*(["--recipe", name] for name in recipe.RECIPES), ["--images", "a folder"]], ids=str)
 def test_the_printed_line_of_flags_gives_the_same_run(argv):
-    a = recipe.flags(["--model", "miniature", "--control", "it's real,a photo", "--no-checkpointing", *argv])
-    assert vars(recipe.flags(shlex.split(recipe.as_line(a)))) == vars(a)
+    a = command.flags(["--model", "miniature", "--control", "it's real,a photo", "--no-checkpointing", *argv])
+    assert vars(command.flags(shlex.split(command.as_line(a)))) == vars(a)
 
 
 def test_every_form_is_a_row_of_the_table():
@@ -157,9 +158,9 @@ def test_every_form_is_a_row_of_the_table():
 
 def test_baselines_climb_the_plain_reward_unless_a_form_is_given():
     for method in ("refl", "draft-lv", "dancegrpo"):
-        assert recipe.flags([*SMALL, "--method", method]).form == "plain"
-        assert recipe.flags([*SMALL, "--method", method, "--form", "srp"]).form == "srp"
-    assert recipe.flags(SMALL).form == "released"
+        assert command.flags([*SMALL, "--method", method]).form == "plain"
+        assert command.flags([*SMALL, "--method", method, "--form", "srp"]).form == "srp"
+    assert command.flags(SMALL).form == "released"
 
 
 UNREAD = {
@@ -184,13 +185,13 @@ UNREAD = {
 @pytest.mark.parametrize("argv", UNREAD)
 def test_a_flag_that_nothing_reads_is_told(argv):
     """And is not refused, for the runs of an experiment share their flags."""
-    a, model = recipe.read([*SMALL, *argv.split()])
-    assert any(UNREAD[argv] in line for line in recipe.notes(a, model)), recipe.notes(a, model)
+    a, model = command.read([*SMALL, *argv.split()])
+    assert any(UNREAD[argv] in line for line in command.notes(a, model)), command.notes(a, model)
 
 
 @pytest.mark.parametrize("method, middles", [("srpo", 3), ("refl", 1)])
 def test_injections_change_no_draw_of_a_method_that_does_not_read_them(method, middles):
-    a, model = recipe.read([*SMALL, "--method", method, "--global-batch", "2"])
+    a, model = command.read([*SMALL, "--method", method, "--global-batch", "2"])
     run = prepare.set_up(a, model, parallel.World())
     one = run.batch(a, 1, 0).chance.normal(4)
     a.injections = 3
@@ -204,7 +205,7 @@ def test_injections_change_no_draw_of_a_method_that_does_not_read_them(method, m
     "--method refl --threshold 0.5", "--method refl --guidance 2", "--method dancegrpo --group 4",
     "--recipe 2026 --lam-shift 2", "--form cfg --cfg-k 2", "--plan --card H100 --share 0.3 --world-size 1"])
 def test_nothing_is_told_of_what_is_read_or_a_recipe_sets_or_changes_nothing(argv):
-    assert recipe.unread(*recipe.read([*SMALL, *argv.split()])) == []
+    assert command.unread(*command.read([*SMALL, *argv.split()])) == []
 
 
 def quarter(a, net, reward, batch):
@@ -220,7 +221,7 @@ def test_a_method_is_added_as_one_object(monkeypatch, tmp_path, capsys):
     train.main([*SMALL, "--method", "dummy", "--global-batch", "2", "--steps", "1", "--out", str(tmp_path / "run")])
     line = json.loads((tmp_path / "run" / "log.jsonl").read_text())
     assert line["grad_norm"] > 0 and "reward_dummy" not in line
-    a, model = recipe.read([*SMALL, "--method", "dummy"])
+    a, model = command.read([*SMALL, "--method", "dummy"])
     job = prepare.job(a, model)
     assert (job.rollout_steps, job.calls) == (3, 1)
     capsys.readouterr()
@@ -228,10 +229,10 @@ def test_a_method_is_added_as_one_object(monkeypatch, tmp_path, capsys):
     bench.main()
     assert "--method dummy, an update of 2 images" in capsys.readouterr().out
     with pytest.raises(SystemExit):
-        recipe.flags(["-h"])
+        command.flags(["-h"])
     assert "dummy, for the tests" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(UserError, match="invalid choice: 'other' .choose from srpo, .*dummy"):
-        recipe.flags(["--method", "other"])
+        command.flags(["--method", "other"])
 
 
 @pytest.mark.parametrize("method, calls", [("srpo", 8), ("refl", 4), ("draft-lv", 12)])
@@ -252,7 +253,7 @@ def test_the_benchmark_times_the_method_and_divides_its_own_work(monkeypatch, mi
     monkeypatch.setattr(sys, "argv", ["bench", *argv, "--repeats", "1"])
     bench.main()
     assert sum(seen) == 2 * calls  # one update is timed, and one is not
-    job = prepare.job(*recipe.read(argv))
+    job = prepare.job(*command.read(argv))
     assert divided == [work.update_flop(job)] and 4 * job.calls == calls
 
 
@@ -289,9 +290,9 @@ def test_a_run_goes_on_with_its_own_flags(begun):
     own = json.loads((begun / "args.json").read_text())
     resume = ["--resume", "--out", str(begun)]
     expected = own | {"resume": True}
-    assert vars(recipe.flags(resume)) == expected
-    assert vars(recipe.flags([*resume, "--recipe", "fast", "--lora", "2"])) == expected
-    assert vars(recipe.flags([*resume, "--steps", "5", "--batch", "1"])) == expected | {"steps": 5, "batch": 1}
+    assert vars(command.flags(resume)) == expected
+    assert vars(command.flags([*resume, "--recipe", "fast", "--lora", "2"])) == expected
+    assert vars(command.flags([*resume, "--steps", "5", "--batch", "1"])) == expected | {"steps": 5, "batch": 1}
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -306,7 +307,7 @@ def test_a_run_goes_on_with_its_own_flags(begun):
 def test_a_flag_that_disagrees_is_named_as_it_was_given(begun, argv, words):
     before = {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()}
     with pytest.raises(UserError, match=words):
-        recipe.flags(["--resume", "--out", str(begun), *argv])
+        command.flags(["--resume", "--out", str(begun), *argv])
     assert {path: path.read_bytes() for path in begun.rglob("*") if path.is_file()} == before
 
 
@@ -378,18 +379,18 @@ def test_a_flux_run_imports_nothing_of_the_miniature_nor_of_the_study(tmp_path):
 def test_a_recipe_is_checked_as_a_command_line_is(monkeypatch, differs, said):
     monkeypatch.setitem(recipe.RECIPES, "mine", recipe.Recipe("mine", differs))
     with pytest.raises(UserError) as refused:
-        recipe.flags(["--model", "miniature", "--recipe", "mine"])
+        command.flags(["--model", "miniature", "--recipe", "mine"])
     assert said in str(refused.value)
 
 
 def test_a_recipe_with_adapters_has_their_learning_rate(monkeypatch):
     monkeypatch.setitem(recipe.RECIPES, "mine", recipe.Recipe("mine", {"lora": 4}))
-    assert recipe.flags(["--model", "miniature", "--recipe", "mine"]).lr == 5e-4
+    assert command.flags(["--model", "miniature", "--recipe", "mine"]).lr == 5e-4
 
 
 def test_resume_alone_needs_a_run(tmp_path):
     with pytest.raises(UserError, match="there is no run in it"):
-        recipe.flags(["--resume", "--out", str(tmp_path / "nowhere")])
+        command.flags(["--resume", "--out", str(tmp_path / "nowhere")])
 
 
 def test_resume_needs_the_runs_flags(tmp_path):
@@ -397,11 +398,11 @@ def test_resume_needs_the_runs_flags(tmp_path):
     (tmp_path / "checkpoints" / "step_00001").mkdir(parents=True)
     (tmp_path / "run.json").write_text("{}")
     with pytest.raises(UserError, match="args.json: no such file"):
-        recipe.flags(["--model", "miniature", "--resume", "--out", str(tmp_path), "--lr", "1"])
+        command.flags(["--model", "miniature", "--resume", "--out", str(tmp_path), "--lr", "1"])
 
 
 def test_overwrite_keeps_the_weights_that_a_run_starts_from(tmp_path):
     given = ["--model", "miniature", "--overwrite", "--out", str(tmp_path), "--weights"]
     with pytest.raises(UserError, match="the weights would be deleted"):
-        recipe.flags([*given, str(tmp_path / "weights")])
-    assert recipe.flags([*given, str(tmp_path.parent / "other")]).overwrite
+        command.flags([*given, str(tmp_path / "weights")])
+    assert command.flags([*given, str(tmp_path.parent / "other")]).overwrite

@@ -32,30 +32,34 @@ def stub(tmp_path_factory):
     return build.compiled(tmp_path_factory.mktemp("stub"))
 
 
-def rehearse(stub, folder, *lines, ranks=0, **card):
-    """Run lines, each a script and its flags, in one process, or in one for each rank. card: STUB_... of stub.c.
-    Returns what rank 0 reports: {line: ...}. All lines must succeed."""
+def rehearse(stub, folder, *groups, ranks=False, **card):
+    """Run groups of lines, each a script and its flags, all at once: a group is one process, or one rank of those that
+    meet. card: STUB_... of stub.c. Returns what they report: {line: ...}; of ranks, what rank 0 reports. All lines must
+    succeed."""
     path = os.pathsep.join([str(Path.cwd()), str(Path("tests/rehearsal").resolve())])
     common = os.environ | stub | card | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                                          "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     common.pop("CUDA_VISIBLE_DEVICES", None)  # conftest.py hides real ones; this one is not
+    environments = places(len(groups)) if ranks else places(0) * len(groups)
     started = []
-    for rank, place in enumerate(places(ranks)):
-        command = [sys.executable, "tests/rehearsal/run.py", str(folder / f"{rank}.json"), *lines]
-        with open(folder / f"{rank}.txt", "w") as printed:
+    for number, (lines, place) in enumerate(zip(groups, environments, strict=True)):
+        command = [sys.executable, "tests/rehearsal/run.py", str(folder / f"{number}.json"), *lines]
+        with open(folder / f"{number}.txt", "w") as printed:
             started.append(subprocess.Popen(command, env=common | place, stdout=printed, stderr=printed))
+    found = {}
     try:
-        for rank, process in enumerate(started):
-            assert process.wait(3600) == 0, (folder / f"{rank}.txt").read_text()[-4000:]
+        for number, process in enumerate(started):
+            assert process.wait(3600) == 0, (folder / f"{number}.txt").read_text()[-4000:]
     finally:
         for process in started:
             process.kill()
-    reports = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(len(started))]
-    for rank, report in enumerate(reports):
+    for number in reversed(range(len(groups))):
+        report = json.loads((folder / f"{number}.json").read_text())
         assert report.pop("wrong_device") == 0
         wrong = {line: told["said"] for line, told in report.items() if told["said"]}
-        assert not wrong, (folder / f"{rank}.txt").read_text()[-6000:]
-    return reports[0]
+        assert not wrong, (folder / f"{number}.txt").read_text()[-6000:]
+        found |= report
+    return found
 
 
 def of_training(folder, *flags):
@@ -87,7 +91,7 @@ def updates(stub, tmp_path_factory):
     lines = of_training(folder, *named.values())
     lora = f"{folder}/run{list(named).index('fp8')}/weights"
     shown = f"sample.py {SAMPLED} --memory fp8-offload --weights {lora} --out {folder}/samples 'a red circle'"
-    report = rehearse(stub, folder, *lines, shown)
+    report = rehearse(stub, folder, [*lines, shown])
     assert (folder / "samples" / "00000.png").exists()
     return {name: report[line]["update"] for name, line in zip(named, lines, strict=True)}
 
@@ -129,8 +133,9 @@ def every_other_path(folder):
     make_pickscore(folder / "pickscore")
     make_hpsv3(folder / "hpsv3")
     rewards = ("miniature/reward", f"aesthetic={folder}/aesthetic", f"pickscore={folder}/pickscore",
-               "imagereward=miniature/reward_cross", f"hpsv3={folder}/hpsv3",
-               f"miniature/reward:0.5,aesthetic={folder}/aesthetic:0.5")
+               "imagereward=miniature/reward_cross", f"hpsv3={folder}/hpsv3")
+    mixture = ",".join(f"{reward}:1" for reward in rewards)
+    rewards = [f"--reward {reward} {memory}" for reward, memory in zip(rewards, 2 * LEAN, strict=False)]
     paths = {
         "methods": ["--method refl", "--method draft-lv", "--method dancegrpo --group 2",
                     "--method refl --memory stream", "--method draft-lv --lora 4 --memory fp8-offload",
@@ -138,10 +143,11 @@ def every_other_path(folder):
         "photographs and explanations": [
             f"--images {folder}/photographs", "--recover epsilon --meet call --form branches --injections 2 "
             "--noise fresh --batch 2", "--explain", "--explain --lora 4 --memory fp8"],
-        "rewards": [f"--steps 1 --reward {reward} {memory}" for reward in rewards for memory in LEAN],
+        "rewards": [f"--steps 1 {flags}" for flags in [*rewards, *(f"--reward {mixture} {each}" for each in LEAN)]],
         "a GPU of its own": ["--reward-device cuda:1", f"--reward-device cuda:1 --reward hpsv3={folder}/hpsv3"],
         "FLUX.2-klein": [f"--steps 1 --model miniature2 {memory}" for memory in MEMORY.values()],
-        "compiled": ["--compile", "--lora 4 --memory fp8 --compile"],
+        "compiled": [f"--steps 1 --watch 2 --compile {flags}"
+                     for flags in ("", f"{MEMORY['fp8']} --rollout-dtype fp8")],
         "begun": ["--memory split", "--lora 4 --memory fp8", "--lora 4 --memory fp8-offload"]}
     lines = {what: of_training(folder / what.replace(" ", "_"), *flags) for what, flags in paths.items()}
     begun = [folder / "begun" / f"run{number}" for number in range(len(paths["begun"]))]
@@ -162,26 +168,28 @@ def every_other_path(folder):
 
 @pytest.mark.slow
 def test_every_other_path_runs(stub, tmp_path):
-    """In one process. SigLIP is kept in bf16 in lean memory, and the head beside it stays float32. The compiled blocks
-    are made by the real compiler; nowhere it has to stop."""
+    """In two processes, about two minutes. SigLIP is kept in bf16 in lean memory, and the head beside it stays float32.
+    The compiled blocks are made by the real compiler: nowhere it has to stop, and no block runs uncompiled."""
     paths = every_other_path(tmp_path)
-    report = rehearse(stub, tmp_path, *(line for lines in paths.values() for line in lines), STUB_GPUS="2")
-    for line in paths["compiled"]:
+    compiled = paths.pop("compiled")
+    report = rehearse(stub, tmp_path, compiled, [line for lines in paths.values() for line in lines], STUB_GPUS="2")
+    for line in compiled:
         assert report[line]["graphs"] > 0 == report[line]["breaks"] == report[line]["update"]["up_blocking"]
+    assert "recompile_limit" not in (tmp_path / "0.txt").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--memory masters", "--lora 4 --memory fp8"])
 def test_two_processes(stub, tmp_path, flags):
     """Each uses its own card alone. They meet once, so each case starts its own."""
-    report = rehearse(stub, tmp_path, *of_training(tmp_path, flags), ranks=2, STUB_GPUS="2")
+    report = rehearse(stub, tmp_path, *2 * [of_training(tmp_path, flags)], ranks=True, STUB_GPUS="2")
     assert report.popitem()[1]["update"]["collectives"] > 0
 
 
 @pytest.mark.slow
 def test_two_processes_evaluate(stub, tmp_path):
     line = f"evaluate.py {SAMPLED} --memory fp8 --out {tmp_path}/table --first 2 --metrics reward,look"
-    rehearse(stub, tmp_path, line, ranks=2, STUB_GPUS="2")
+    rehearse(stub, tmp_path, [line], [line], ranks=True, STUB_GPUS="2")
     assert (tmp_path / "table" / "table.md").exists()
 
 
@@ -210,6 +218,7 @@ def test_the_tests_hide_gpus_from_themselves(stub):
 
 # --------------------------------------------------------------------------------------------- FLUX.1-dev's real size
 LINES = {1: [*(flags.replace("--lora 4", "--lora 32") or "--memory masters" for flags in MEMORY.values()),
+             "--lora 32 --memory bf16 --rollout-dtype fp8",
              *(f"sample --memory {name}" for name in sampling.NAMES[1:])],
          8: ["--memory masters", "--lora 32 --memory fp8"]}
 

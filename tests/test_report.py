@@ -17,6 +17,7 @@ from PIL import Image
 from study_builders import NASTY
 from test_study_browser import Browser, programs
 
+import command
 import recipe
 from engine.command_line import as_line
 from engine.run.folder import LOCK, lock
@@ -43,7 +44,7 @@ def line(step, hacking=()):
 def made(folder, lines, *flags, pictures=4, size=64):
     """A run's folder with this log, and its flags: (folder, {flag: value}). The first picture of step s has
     the grey level s."""
-    args = vars(recipe.flags(["--model", "miniature", "--watch", str(pictures), *flags]))
+    args = vars(command.flags(["--model", "miniature", "--watch", str(pictures), *flags]))
     (folder / "samples").mkdir(parents=True)
     (folder / "run.json").write_text('{"run": "abc"}')
     (folder / "args.json").write_text(json.dumps(args))

@@ -22,6 +22,7 @@ from transformers import CLIPModel, CLIPTokenizerFast, SiglipVisionModel
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+import command
 import evaluate
 import prepare
 import recipe
@@ -683,7 +684,7 @@ def test_a_reward_that_is_none_is_one_line(spec, words):
 def test_the_plan_counts_every_reward():
     """ViT-H/14 is 986 M parameters, SigLIP's vision side 428 M, both float32; a held-out one is only held."""
     def of(spec):
-        a = recipe.flags(["--model", "miniature", "--size", "64", "--memory", "masters", "--reward", spec])
+        a = command.flags(["--model", "miniature", "--size", "64", "--memory", "masters", "--reward", spec])
         return counts.count(prepare.job(a, Model(a.model)), torch.bfloat16)
 
     one, two, held, aesthetic, own = map(of, ("hpsv2.1", "hpsv2.1,pickscore:0.3", "hpsv2.1,pickscore:0",

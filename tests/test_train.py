@@ -12,9 +12,9 @@ import torch
 from builders import a_batch, backward
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
+import command
 import direct_align as da
 import flow
-import recipe
 import rewards
 import train
 from engine.data import draws
@@ -248,7 +248,7 @@ def test_the_drift_warning(change, word):
 
 def test_the_paper_recipe_sets_every_printed_form():
     """The command line comes before the recipe, the recipe before the model's srpo.json."""
-    a = recipe.flags(["--model", "miniature", "--recipe", "paper", "--lam", "1", "0.2"])
+    a = command.flags(["--model", "miniature", "--recipe", "paper", "--lam", "1", "0.2"])
     assert (a.form, a.recover, a.meet, a.lam) == ("branches", "epsilon", "call", [1.0, 0.2])
     assert a.threshold is None and a.shift is None
     assert a.size == 64  # from the miniature's srpo.json
@@ -257,9 +257,9 @@ def test_the_paper_recipe_sets_every_printed_form():
 def test_the_printed_line_of_flags_gives_the_same_run():
     argv = ["--model", "miniature", "--control", "it's real,a photo", "--no-checkpointing",
             "--threshold", "0.5"]
-    a = recipe.flags(argv)
-    line = recipe.as_line(a)
-    assert vars(recipe.flags(shlex.split(line))) == vars(a)
+    a = command.flags(argv)
+    line = command.as_line(a)
+    assert vars(command.flags(shlex.split(line))) == vars(a)
 
 
 def test_prompts_come_in_seeded_permutations():

@@ -185,7 +185,7 @@ def content(path):
     if path.name == "results.json":
         return {k: v for k, v in json.loads(path.read_text()).items() if k != "args"}
     if path.name == "README.md":
-        text = path.read_text().replace(f"{path.parent.parent.name}-weights", "RUN-weights")
+        text = path.read_text().replace(f"{path.parent.parent.name}/weights", "RUN/weights")
         return re.sub(r"--out ('[^']*'|\S+)", "--out RUN", text)
     if "checkpoints" in path.parts or path.name in ("run.json", "args.json", "made.json", "report.html"):
         return None

@@ -7,14 +7,14 @@ import sys
 import torch
 from safetensors.torch import save_file
 
+import command
 import prepare
-import recipe
 import train
 from engine.memory import parallel
 from engine.model import tensors
 
 out = sys.argv[1]
-a, model = recipe.read([*sys.argv[2:], "--clip", "1e6"])
+a, model = command.read([*sys.argv[2:], "--clip", "1e6"])
 world = parallel.World()
 prepare.settle(a, model, world)
 run = prepare.set_up(a, model, world)

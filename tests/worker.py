@@ -10,9 +10,9 @@ from builders import a_batch, backward
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import command
 import direct_align as da
 import flow
-import recipe
 import rewards
 from engine.memory import parallel
 from engine.model import tensors
@@ -35,7 +35,7 @@ def as_on_a_gpu(local_rank=0):
 
 out = sys.argv[1]
 replicas, ranks, images, size = map(int, sys.argv[2:6])
-a = recipe.parser().parse_args(["--threshold", "off"])
+a = command.parser().parse_args(["--threshold", "off"])
 if sys.argv[6:] == ["bf16"]:
     parallel.device_and_dtype = as_on_a_gpu
 world = parallel.World(replicas)

@@ -36,7 +36,8 @@ class Layout(NamedTuple):
             # FSDP2 would copy each block once more.
             whole = self.name == "bf16" or self.name == "fp8" and world.size == 1
             replicated = [p for p in transformer.parameters() if whole and not p.requires_grad]
-            parallel.shard(transformer, world, self.name in ON_THE_HOST, replicated, self.hold())
+            hold = self.name in HELD_ON_THE_GPU
+            parallel.shard(transformer, world, self.name in ON_THE_HOST, replicated, hold)
         elif world.mesh is None and needs_mesh(self.name):
             raise RuntimeError(f"--memory {self.name} needs parallel.World(mesh=True)")
         return torch.device("cpu") if self.name in ON_THE_HOST else world.device
@@ -55,14 +56,6 @@ class Layout(NamedTuple):
         if parameter.requires_grad:
             return torch.bfloat16 if self.name == "split" else torch.float32
         return world.dtype
-
-    def hold(self):
-        """Whether `parallel.gathered` keeps the gathered copies for a whole rollout; None: `parallel.shard` decides."""
-        if self.name == "offload":
-            return True   # even for one process: each copy would come over the bus again
-        if self.name not in HELD_ON_THE_GPU:
-            return False  # a bf16 copy of everything would not fit
-        return None
 
     def start(self, transformer):
         """After loading: give the adapters their first values, and let `Downloads` take what comes to the host."""

@@ -238,13 +238,13 @@ def blocks_of(transformer):
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
-def shard(transformer, world, offload=False, replicated=(), hold=None):
+def shard(transformer, world, offload=False, replicated=(), hold=True):
     """Shard a transformer by FSDP2: every block is a unit, and the rest is one more. It computes in world.dtype, and
     reduces gradients in float32.
 
     offload: shards and their gradients are in the host's memory, and a unit is copied to the GPU before it computes.
     replicated: parameters that are not sharded; every process keeps them, in their own dtype. hold: whether `gathered`
-    keeps the gathered copies for a whole rollout; None: only with more than one process.
+    keeps the gathered copies for a whole rollout.
 
     cast_forward_inputs is off, since it would also cast timesteps, ids and RoPE tables: a family's `predict` casts its
     inputs itself.
@@ -259,7 +259,7 @@ def shard(transformer, world, offload=False, replicated=(), hold=None):
     for unit in [*blocks_of(transformer), transformer]:
         fully_shard(unit, mesh=world.mesh, mp_policy=policy, offload_policy=where,
                     ignored_params=set(replicated))
-    transformer.hold_in_rollouts = world.size > 1 if hold is None else hold
+    transformer.hold_in_rollouts = hold
 
 
 def load_sharded(kind, source, device, dtype, world=None, layout=None):
@@ -313,8 +313,8 @@ def moved(tensor, device):
 @contextmanager
 def gathered(transformer):
     """Inside this context, parameters that have been gathered stay gathered, if `shard` was told to hold them. A
-    rollout of FLUX.1-dev then needs 58 all-gathers instead of 1,425. One process holds nothing, since it has all
-    parameters already; except for --memory offload, where they are on the host.
+    rollout of FLUX.1-dev then needs 58 all-gathers instead of 1,425. One process gathers nothing, but it casts float32
+    masters, or copies them from the host: each then once, and not at every step.
 
     At the end every unit is resharded. Otherwise a unit would keep its copy after the optimizer's next step, which
     changes only the shards; and `transformer.parameters()` would return the copies."""

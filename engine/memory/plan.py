@@ -72,64 +72,63 @@ def stored_by(shapes, shards):
 def held(job, counts, world_size, compute_dtype):
     """The `Held` of one of world_size processes, by what FSDP2 does with the layouts of engine/memory/layouts.py."""
     shards = world_size // job.replicas
-    width = compute_dtype.itemsize
-    all_of_it = counts.parameters
-    block = counts.largest_block
-    adapters = (job.lora or 0) * counts.adapters
     several = world_size > 1
-    largest = max(shape.numel(1) for shape in counts.shapes)  # parameter
-    # A block computes with a copy in the compute dtype, and frees it afterwards. With several processes two blocks are
-    # gathered ahead, so that computing does not wait for the network. In the backward there are also the block's
-    # gradient, and a float32 copy of it, which is reduced over the ranks.
-    copies = width * block
-    with_gradient = 2 * width * block + several * 4 * block
+    width = compute_dtype.itemsize
+    block = counts.largest_block
+    # With several processes two blocks are gathered ahead, so that computing does not wait for the network. A block's
+    # gradient has a float32 copy, which is averaged over the processes.
     ahead = several * 2 * width * block * (1 + 1 / shards)
-    apart = ahead + 4 * block / shards
-    # The rollout calls every block many times, and keeps all copies until its end (see parallel.gathered). A single
-    # process keeps none: it copies each block just before the block computes.
-    in_rollout = width * all_of_it if several else copies
+    if job.lora:
+        return held_of_lora(job, counts, shards, several, width, ahead)
 
+    n = counts.parameters / shards
+    largest = max(shape.numel(1) for shape in counts.shapes)
+    # A block computes with a copy in the compute dtype. In the backward there are also its gradient, and the float32
+    # copy of that. The rollout calls every block many times, and keeps all copies until its end (parallel.gathered).
+    copies = width * block
+    with_gradient = 2 * copies + several * 4 * block
+    in_rollout = width * counts.parameters
+    apart = ahead + 4 * block / shards
     if job.memory == "masters":
         if not several and compute_dtype == torch.float32:
             with_gradient = in_rollout = 0  # the masters themselves compute
-        return Held(4 * all_of_it / shards, 4 * all_of_it / shards, 8 * all_of_it / shards, with_gradient, in_rollout,
-                    apart)
+        return Held(4 * n, 4 * n, 8 * n, with_gradient, in_rollout, apart)
     if job.memory == "split":  # the optimizer holds the lower halves of the masters, and two moments in bf16
         if not several and compute_dtype == torch.bfloat16:  # computes with what it stores, without FSDP2
             with_gradient = width * largest
             in_rollout = apart = 0
-        return Held(2 * all_of_it / shards, 2 * all_of_it / shards, 6 * all_of_it / shards, with_gradient, in_rollout,
-                    apart)
-    if job.memory in ("offload", "stream"):
-        # float32 shards on their way to the copies: of two blocks, or of one parameter
-        coming = 4 * (2 * block / shards if several else largest)
-        if job.memory == "offload":
-            in_rollout = width * all_of_it + coming
-        else:
-            in_rollout = copies + coming
-        host = 2 * pinned([4 * shape.numel(shards) for shape in counts.shapes]) + 8 * all_of_it / shards
-        return Held(0, 0, 0, with_gradient + coming, in_rollout, apart, host, 4 * all_of_it / shards)
+        return Held(2 * n, 2 * n, 6 * n, with_gradient, in_rollout, apart)
+    # float32 shards on their way to the copies: of two blocks, or of one parameter
+    coming = 4 * (2 * block / shards if several else largest)
+    in_rollout = coming + (in_rollout if job.memory == "offload" else copies)
+    host = 2 * pinned([4 * shape.numel(shards) for shape in counts.shapes]) + 8 * n
+    return Held(0, 0, 0, with_gradient + coming, in_rollout, apart, host, 4 * n)
 
+
+def held_of_lora(job, counts, shards, several, width, ahead):
+    """`held` of a LoRA. several: whether there is more than one process; width: bytes of a number that computes; ahead:
+    bytes of the blocks that are gathered ahead."""
+    block = counts.largest_block
+    adapters = job.lora * counts.adapters
     trained = adapters / shards
-    of_block = adapters * block / all_of_it  # about the adapters' parameters in the largest block
+    of_block = adapters * block / counts.parameters  # about the adapters' parameters in the largest block
+    gradient = 2 * width * of_block  # of the adapters in a block, and their copies that compute
     if job.memory == "bf16":  # the base is replicated, and computes without a copy
-        in_rollout = width * adapters if several else 0
-        return Held(2 * all_of_it + 4 * trained, 4 * trained, 8 * trained, 2 * width * of_block, in_rollout,
+        return Held(2 * counts.parameters + 4 * trained, 4 * trained, 8 * trained, gradient, width * adapters,
                     4 * of_block / shards)
     # A base in float8 is gathered as it is stored, and cast a matrix at a time. One process that has it on the GPU
     # gathers nothing.
     stored = stored_by(counts.shapes, shards)
+    largest = max(shape.numel(1) for shape in counts.shapes)
     copies = width * largest
     if several or job.memory == "fp8-offload":
         copies += block
-    with_gradient = copies + 2 * width * of_block
-    ahead /= width
-    apart = ahead + 4 * of_block / shards
+    apart = ahead / width + 4 * of_block / shards
     if job.memory == "fp8":
-        return Held(sum(stored) + 4 * trained, 4 * trained, 8 * trained, with_gradient, copies, apart)
+        return Held(sum(stored) + 4 * trained, 4 * trained, 8 * trained, copies + gradient, copies, apart)
     coming = 2 * block / shards if several else largest
     # The adapters' matrices are small: `pinned` is taken to round them up by half.
-    return Held(0, 0, 0, with_gradient + coming, copies + coming, apart, pinned(stored) + (1.5 * 8 + 8) * trained,
+    return Held(0, 0, 0, copies + gradient + coming, copies + coming, apart, pinned(stored) + (1.5 * 8 + 8) * trained,
                 sum(stored) + 4 * trained)
 
 
@@ -170,7 +169,8 @@ def divide(job, counts, world_size, compute_dtype):
     # too: the watched pictures are still sampled.
     peak_in_rollout = state + has.gathered_in_rollout + apart
     if job.rollout_dtype == "fp8" and job.memory in HELD_ON_THE_GPU:
-        peak_in_rollout += counts.multiplied  # a byte for each, until the rollout ends
+        # a byte for each weight until the rollout ends, and two float32 copies of the one that is cast
+        peak_in_rollout += counts.multiplied + 8 * max(shape.numel(1) for shape in counts.shapes)
 
     received, bus, staged = exchanged(job, has, counts, world_size, compute_dtype)
     images = batch * accumulate

@@ -1,4 +1,5 @@
-"""--memory of sample.py and evaluate.py: how the transformer is stored while it only samples.
+"""The flags that sample.py and evaluate.py share, and what --memory does there: how the transformer is stored while it
+only samples.
 
     bf16         whole on the GPU
     fp8          the large weights in float8; a block is cast before it computes
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from engine.command_line import sides
+from engine.command_line import MODEL, extent, or_off, real, sides, whole
 from engine.errors import UserError
 from engine.memory import modes
 from engine.memory.cards import CONTEXT, because, this_machine
@@ -23,8 +24,21 @@ from engine.memory.plan import GIB, pinned, stored_by
 from engine.model import trained
 
 NAMES = ("auto", *modes.LORA)
-HELP = ("how the transformer fits the card: bf16, fp8 or fp8-offload; auto: the first that the plan says fits; with "
-        "float8 the pictures differ a little")
+
+
+def add_flags(add):
+    """Add the flags of sampling. add: the method of an argparse parser."""
+    add("--model", default="black-forest-labs/FLUX.1-dev", help=MODEL)
+    add("--size", type=extent, default=1024, help="side of the pictures, pixels, or WIDTHxHEIGHT [authors' answer for "
+        "Table 1]")
+    add("--eval-steps", type=whole(1), default=50, help="sampling steps [paper 4.1]")
+    add("--guidance", type=real(0), default=3.5, help="distilled guidance [FLUX.1-dev]")
+    add("--cfg", type=or_off(real(1)), help="classifier-free guidance of a model that is not distilled, g of "
+        "flow.guided, two calls a step; off: one call [FLUX.2-klein-base: 4]")
+    add("--seed", type=whole(0, 2**30), default=0, help="prompt i is sampled from noise seed + i, with any weights")
+    add("--batch", type=whole(1), default=1, help="pictures sampled at a time")
+    add("--memory", choices=NAMES, default="auto", help="how the transformer fits the card: bf16, fp8 or fp8-offload; "
+        "auto: the first that the plan says fits; with float8 the pictures differ a little")
 
 
 class Job(NamedTuple):

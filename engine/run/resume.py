@@ -46,7 +46,7 @@ def disagreement(own, given, may_change, recipes):
             continue
         if name != "recipe" or value == "released":
             return f"{line.shown(name, own[name])}, and {line.shown(name, value)} is given"
-        for inner, wanted in recipes[value].differs.items():
+        for inner, wanted in recipes[value].flags.items():
             if own[inner] != wanted and inner not in given:
                 return f"{line.shown(inner, own[inner])}, and --recipe {value} is given"
     return None

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from PIL import Image
 
+import command
 import recipe
 from engine.command_line import Parser, some_path
 from engine.data.pictures import opened
@@ -252,7 +253,7 @@ def read_run(name, folder):
     if run_folder.run_in(folder) is None or not (folder / "args.json").is_file():
         raise UserError(f"{folder}: not a run's folder: it has no {run_folder.MARK} or no args.json; give --out of a "
                         "run of train.py")
-    args = resume.own_flags(folder / "args.json", recipe.parser(), recipe.GROUPS)
+    args = resume.own_flags(folder / "args.json", command.parser(), recipe.GROUPS)
     log = folder / "log.jsonl"
     lines = curves.read_log(log) if log.is_file() else []
     if not lines:

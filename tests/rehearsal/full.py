@@ -21,9 +21,9 @@ from run import counts, since, stand_in
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import command
 import flow
 import prepare
-import recipe
 import sample
 import train
 from engine.command_line import sides
@@ -72,13 +72,13 @@ def forget(a, run, step, looks):
 @cache
 def counted():
     """The `Counts`, which are the same for every line of updates."""
-    return count(prepare.job(*recipe.read([])), torch.bfloat16)
+    return count(prepare.job(*command.read([])), torch.bfloat16)
 
 
 def updates(argv, size):
     """Two updates. Returns {"planned": what the plan says of their peak, bytes; "optimizer"}; of the text encoders
     nothing is rehearsed."""
-    a, model = recipe.read(["--rollout-steps", "2", "--global-batch", str(size), *argv])
+    a, model = command.read(["--rollout-steps", "2", "--global-batch", str(size), *argv])
     a.steps = 1
     world = parallel.World(a.replicas, mesh=modes.needs_mesh(a.memory))
     run = bench.random_run(a, model, world)
@@ -102,7 +102,7 @@ def updates(argv, size):
 
 def picture(argv):
     """A picture in two steps. Returns {"planned"}."""
-    args, model = recipe.of_script(sample.flags(), argv)
+    args, model = command.of_script(sample.flags(), argv)
     world = parallel.World()
     net = bench.random_flow(model, world, *sampling.how(args.memory, None, model, world))
     grid = net.grid(*sides(args.size))
