@@ -114,6 +114,7 @@ class Flow:
     guidance: Guidance = None     # None: one call for a velocity
 
     def __post_init__(self):
+        self.branches_are_one_call = False  # see engine/memory/modes.py
         self.rollouts = []  # (beginning, end) of every rollout, `parallel.mark`s, for the log
         if self.transformer is not None:
             self.exact_times = ExactTimes(self.time_embedding())

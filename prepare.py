@@ -206,7 +206,7 @@ def set_up(a, model, world, folder=None, stopping=None):
         vae = [known_digest([model.part("vae")], kept), str(world.dtype), world.device.type]
         curriculum.encode(net.encode, vae, kept, world)
     scored = texts.watched + texts.held_out + [photograph.caption for photograph in references]
-    optimizer = make_ready(a, net, reward, curriculum, scored)
+    optimizer = make_ready(a, net, reward, curriculum, scored, world.size)
     first = len(curriculum.prompts)
     last = first + len(texts.watched)
     watching = watch.Watch(a, model, world, net, reward, watch.Prompts(texts.watched, embeddings.part(first, last)),
@@ -328,8 +328,9 @@ def contents_of(texts, places, reward):
     return Contents(texts, places)
 
 
-def make_ready(a, net, reward, curriculum, held_out):
+def make_ready(a, net, reward, curriculum, held_out, processes):
     """Apply the machine's flags to the loaded networks. Returns the optimizer."""
+    net.branches_are_one_call = modes.branches_are_one_call(a.memory, processes, a.checkpointing)
     if a.checkpointing and net.device.type == "cuda":
         net.transformer.enable_gradient_checkpointing()
     if a.rollout_dtype == "fp8":

@@ -65,7 +65,7 @@ def srpo(a, net, reward, batch):
             at = da.place(branch, m, grid, reach, a.meet)
             x_t = da.inject(x0, batch.eps, at.sigma)                             # Eq. 3
             states.append((branch, at, x_t))
-        calls = Calls(net, [(x_t, at.sigma) for _, at, x_t in states], a.memory)
+        calls = Calls(net, [(x_t, at.sigma) for _, at, x_t in states])
         for branch, at, x_t in states:
             v_theta = calls.velocity(x_t, at.sigma, batch.c, a.guidance)         # the call with a gradient
             if a.recover == "velocity":

@@ -110,7 +110,7 @@ def random_run(a, model, world):
     embeddings = random_embeddings(net, curriculum.prompts, model.configs.text_tokens)
     net.guide(a.cfg, (embeddings.txt[0], embeddings.pooled[0]), a.cfg_gradient, a.cfg_keep_norm)
     reward = random_reward(world)
-    optimizer = prepare.make_ready(a, net, reward, curriculum, [])
+    optimizer = prepare.make_ready(a, net, reward, curriculum, [], world.size)
     return prepare.Run(world, model, net, reward, recipe.METHODS[a.method].load(), share, prepare.job(a, model),
                        curriculum, embeddings, None, optimizer, net.grid(a.size, a.size))
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from engine.command_line import sides
 from engine.memory.lean import parts_used
-from engine.memory.modes import ON_THE_HOST
+from engine.memory.modes import branches_are_one_call
 from engine.memory.parallel import blocks_of
 from engine.model import lora
 from engine.model.float8 import is_stored_so
@@ -46,7 +46,7 @@ class Job:
     lora: int | None = None  # rank of the adapters that are trained; None: all weights are
     memory: str = "masters"  # how they are stored: a --memory other than auto
     cfg: str | None = None   # classifier-free guidance in a call with a gradient: off, both or prompt; None: nowhere
-    together: int = 1        # calls with a gradient that are one where parameters are on the host (one_call.py)
+    together: int = 1        # calls with a gradient that can be one (one_call.py)
     rollout_dtype: str = "same"  # "fp8": --rollout-dtype fp8
     reward_apart: bool = False   # the rewards are on a device of their own
 
@@ -57,10 +57,9 @@ class Job:
         batch = max(n for n in range(1, min(self.batch, mine) + 1) if mine % n == 0)
         return batch, mine // batch
 
-
-    def at_once(self):
-        """How many of an image's calls with a gradient the network computes as one."""
-        return self.together if self.memory in ON_THE_HOST else 1
+    def at_once(self, processes):
+        """How many of an image's calls with a gradient the network of one of so many processes computes as one."""
+        return self.together if branches_are_one_call(self.memory, processes, self.checkpointing) else 1
 
 
 class Counts(NamedTuple):

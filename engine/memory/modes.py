@@ -53,6 +53,14 @@ def needs_mesh(name):
     return name not in ("auto", "masters", "bf16")
 
 
+def branches_are_one_call(name, processes, checkpointing):
+    """Whether the calls of an image's branches are one call of the network (engine/memory/one_call.py). That saves
+    copies where parameters come from the host or from other processes. bf16 has all of them on every GPU. Without
+    activation checkpointing the activations of two calls would take too much memory."""
+    gathers = processes > 1 and name != "bf16"
+    return name in ON_THE_HOST or gathers and checkpointing
+
+
 def is_lean(name):
     """Whether a --memory is for a card so small that decoding and the rewards must save memory too. Then the VAE's
     decoder is recomputed in the backward, and only the image side of a reward is on the GPU, in bf16."""

@@ -1,24 +1,22 @@
-"""Several calls of the network as one, where every call copies its parameters from the host."""
+"""Several calls of the network as one, where every call copies its parameters from the host or from other GPUs."""
 
 import torch
 
-from engine.memory.modes import ON_THE_HOST
-
 
 class Calls:
-    """The calls of a network with a gradient for some noisy states of the same images. With a --memory whose parameters
-    are on the host they are one call, of all states as one batch, and one backward: so the parameters come to the GPU
-    twice and not twice a state, and their gradients leave it once.
+    """The calls of a network with a gradient for some noisy states of the same images. If `net.branches_are_one_call`
+    they are one call, of all states as one batch, and one backward. So the parameters come to the GPU twice and not
+    twice a state, and their gradients leave it once.
 
     The network's graph is cut at its output. The backward of each state's loss ends at the cut, so what decoding and
     the reward save is held for one state at a time. Then `backward` goes on through the network, for all states.
     """
 
-    def __init__(self, net, states, memory):
-        """net: a `flow.Flow`; states: (x_t [B, N, C], sigma [B]) of K calls; memory: a --memory."""
+    def __init__(self, net, states):
+        """net: a `flow.Flow`; states: (x_t [B, N, C], sigma [B]) of K calls."""
         self.net = net
         self.states = states
-        self.are_one = memory in ON_THE_HOST and len(states) > 1
+        self.are_one = net.branches_are_one_call and len(states) > 1
         self.parts = None  # K times [B, N, C], of the cut
         self.output = None  # [K B, N, C], with the network's graph
         self.cut = None     # the same numbers, a leaf

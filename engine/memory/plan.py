@@ -151,7 +151,7 @@ def divide(job, counts, world_size, compute_dtype):
         counts = counts.without_rewards()
 
     batch, accumulate = job.share(world_size)
-    states = job.at_once() * batch * (2 if job.cfg == "both" else 1)
+    states = job.at_once(world_size) * batch * (2 if job.cfg == "both" else 1)
     saved = states * counts.saved
     recomputed = states * counts.recomputed
     reward_path = batch * (counts.lean_path if is_lean(job.memory) else counts.reward_path)
@@ -194,7 +194,7 @@ def exchanged(job, has, counts, world_size, compute_dtype):
     shards = world_size // job.replicas
     trained = job.lora * counts.adapters if job.lora else counts.parameters
     _, accumulate = job.share(world_size)
-    times = job.calls // job.at_once()
+    times = job.calls // job.at_once(world_size)
     # Sharded parameters are gathered for the rollout, once or at every step; and twice for a call with a gradient, in
     # forward and backward. After each such call the float32 gradients are averaged inside the group, of which a process
     # already has its own 1 / shards; then each shard is averaged between the groups.
