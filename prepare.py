@@ -330,8 +330,9 @@ def contents_of(texts, places, reward):
 
 def make_ready(a, net, reward, curriculum, held_out, processes):
     """Apply the machine's flags to the loaded networks. Returns the optimizer."""
-    net.branches_are_one_call = modes.branches_are_one_call(a.memory, processes, a.checkpointing)
-    if a.checkpointing and net.device.type == "cuda":
+    checkpointing = a.checkpointing and net.device.type == "cuda"
+    net.branches_are_one_call = modes.branches_are_one_call(a.memory, processes, checkpointing)
+    if checkpointing:
         net.transformer.enable_gradient_checkpointing()
     if a.rollout_dtype == "fp8":
         float8.enable(net.transformer, keeps=a.memory in modes.HELD_ON_THE_GPU)

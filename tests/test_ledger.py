@@ -25,6 +25,8 @@ class Toy:
     """A linear stand-in for the network, its decoder and the reward: what train.srpo calls, and where it
     called the network."""
 
+    branches_are_one_call = False
+
     def __init__(self, b=4, d=8):
         g = torch.Generator().manual_seed(0)
         self.w = torch.zeros(64, requires_grad=True)
