@@ -45,7 +45,7 @@ def rows_of(function, name):
     """(the heads, the row of `name`) of the table in a function's docstring."""
     lines = [line.strip() for line in inspect.getdoc(function).splitlines()]
     return next(line for line in lines if line.startswith("form ")), next(
-        line for line in lines if line.startswith(f"{name} "))
+        (line for line in lines if line.startswith(f"{name} ")), f"{name}: has no row in this table")
 
 
 class Explanation:
