@@ -3,8 +3,9 @@
 The defaults are the released code's recipe, in full. Another recipe lists only what differs from it. Each field below
 is a flag of train.py, which command.py reads and checks. Nothing here needs torch.
 
-To add a recipe, add an entry to RECIPES. To add a method, add an entry to METHODS, and a function like those of
-baselines.py. A new file in this folder also needs its place in FLOORS of tests/test_house.py.
+To add a recipe, add an entry to RECIPES. To add a --form, add its name to FORMS, and a case and a row of the table to
+srpo_reward.branch_reward. To add a method, add an entry to METHODS, and a function like those of baselines.py. A new
+file in this folder also needs its place in FLOORS of tests/test_house.py.
 
     [released code]  the authors' training code      [paper N]  section N of arXiv 2509.06942
     [ours]           chosen here; nobody published a number

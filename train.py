@@ -56,10 +56,10 @@ def srpo(a, net, reward, batch):
     if x0 is None:
         levels = sampling_levels(a, net, batch)
         x0 = net.rollout(batch.start, batch.c, levels, a.rollout_guidance, dtype=a.rollout_dtype)  # [B, N, C]
-    grid = da.training_grid(*a.sigma_range, a.cells, x0.device)
-    reach = da.reach_of(a.groundtruth_ratio, a.cells)
+    grid = da.training_grid(*a.sigma_range, a.cells, x0.device)                  # the noise levels, noisiest first
+    reach = da.reach_of(a.groundtruth_ratio, a.cells)                            # Eq. 5's Delta sigma, in cells of it
     n = a.injections * len(a.branches)
-    for m in batch.middles:
+    for m in batch.middles:                                                      # [B] cells, once an injection
         states = []
         for branch in a.branches:
             at = da.place(branch, m, grid, reach, a.meet)

@@ -114,8 +114,8 @@ def use(a, model, name):
 
 
 def text(a, model, name, flags, made, step, has_picture):
-    """The card of the weights after an update, `step`. name: the hub id, or the folder as seen from the run's parent;
-    flags: the run's as one line; made: the run's `Table`s; has_picture: whether PICTURE is beside it."""
+    """The card of the weights after an update, `step`. name: the hub id, or their folder; flags: the run's as one
+    line; made: the run's `Table`s; has_picture: whether PICTURE is beside it."""
     kind = "A LoRA" if a.lora else "Weights"
     control, neg = ", ".join(a.control), ", ".join(a.neg)
     parts = [
@@ -148,7 +148,7 @@ def write(folder, a, model, flags, made, step):
     picture = folder.parent / PICTURE
     if picture.is_file():
         write_whole(folder / PICTURE, picture.read_bytes())
-    name = a.push_to_hub or "/".join(folder.resolve().parts[-2:])
+    name = a.push_to_hub or (Path("path/to", *folder.parts[-2:]) if folder.is_absolute() else folder).as_posix()
     write_whole(path, text(a, model, name, flags, made, step, picture.is_file()))
 
 

@@ -1,7 +1,7 @@
 """`train.py --explain`: one update in words and pictures, in the order of the equations.
 
 Each step is printed with its equation, symbols, shapes and ranges. The explanation listens to the terms that
-`train.srpo` yields. Its texts are the functions' own docstrings.
+`train.srpo` yields. Its texts are the functions' own docstrings, once each.
 """
 
 import inspect
@@ -31,16 +31,6 @@ def shown(value):
     return str(value)
 
 
-def tell(function, **values):
-    """Print the function's name, the first paragraph of its docstring, and the values around its call."""
-    name = f"{function.__module__}.{function.__qualname__}"
-    arguments = [word for word in inspect.signature(function).parameters if word != "self"]
-    print(f"\n{name}({', '.join(arguments)})")
-    print("    " + inspect.getdoc(function).split("\n\n")[0].replace("\n", "\n    "))
-    for symbol, value in values.items():
-        print(f"      {symbol:10} {shown(value)}")
-
-
 # How much of the network's error v_theta - (eps - x0) is in x0_hat, by --recover.
 FACTORS = {"velocity": "(sigma_to - sigma) / (1 - sigma_to)", "epsilon": "sigma_to - sigma"}
 
@@ -55,7 +45,7 @@ def rows_of(function, name):
     """(the heads, the row of `name`) of the table in a function's docstring."""
     lines = [line.strip() for line in inspect.getdoc(function).splitlines()]
     return next(line for line in lines if line.startswith("form ")), next(
-        line for line in lines if line.startswith(f"{name} "))
+        (line for line in lines if line.startswith(f"{name} ")), f"{name}: has no row in this table")
 
 
 class Explanation:
@@ -67,14 +57,26 @@ class Explanation:
         self.run = run
         self.net = run.net
         self.rows = []
+        self.told = set()  # functions whose docstring is printed
         self.batch = None
         self.rolled_out = False
+
+    def tell(self, function, **values):
+        """Print a function's name, the first paragraph of its docstring (the first time only), and the values around
+        its call."""
+        arguments = [word for word in inspect.signature(function).parameters if word != "self"]
+        print(f"\n{function.__module__}.{function.__qualname__}({', '.join(arguments)})")
+        if function not in self.told:
+            print("    " + inspect.getdoc(function).split("\n\n")[0].replace("\n", "\n    "))
+            self.told.add(function)
+        for symbol, value in values.items():
+            print(f"      {symbol:10} {shown(value)}")
 
     def begin(self, batch):
         """Called with each batch, before its terms."""
         self.batch = batch
         self.rolled_out = False
-        tell(sr.texts_of, p0=batch.texts.p0, p1=batch.texts.p1, p2=batch.texts.p2)
+        self.tell(sr.texts_of, p0=batch.texts.p0, p1=batch.texts.p1, p2=batch.texts.p2)
 
     def before(self, term):
         """Called with each term, before its backward. The gradient of the image is kept, to be drawn."""
@@ -85,26 +87,26 @@ class Explanation:
         a = self.a
         if not self.rolled_out:
             if self.batch.x0 is None:
-                tell(type(self.net).rollout, start=self.batch.start, guidance=a.rollout_guidance, x0=term.x0)
+                self.tell(type(self.net).rollout, start=self.batch.start, guidance=a.rollout_guidance, x0=term.x0)
             else:
-                tell(type(self.net).encode, x0=term.x0)
-            tell(da.training_grid, sigma_max=a.sigma_range[0], sigma_min=a.sigma_range[1], cells=a.cells)
+                self.tell(type(self.net).encode, x0=term.x0)
+            self.tell(da.training_grid, sigma_max=a.sigma_range[0], sigma_min=a.sigma_range[1], cells=a.cells)
             self.rolled_out = True
         print(f"\n{'-' * 30} the branch: {term.branch} {'-' * 30}")
-        tell(da.place, sigma=term.sigma, sigma_to=term.sigma_to)
-        tell(da.inject, x0=term.x0, eps=self.batch.eps, x_t=term.x_t)
-        tell(type(self.net).velocity, guidance=a.guidance, v_theta=term.v_theta)
-        tell(da.recover if a.recover == "velocity" else da.recover_epsilon, x0_hat=term.x0_hat)
+        self.tell(da.place, sigma=term.sigma, sigma_to=term.sigma_to)
+        self.tell(da.inject, x0=term.x0, eps=self.batch.eps, x_t=term.x_t)
+        self.tell(type(self.net).velocity, guidance=a.guidance, v_theta=term.v_theta)
+        self.tell(da.recover if a.recover == "velocity" else da.recover_epsilon, x0_hat=term.x0_hat)
         self.tell_sign(term)
-        tell(type(self.net).decode, image=term.image)
-        tell(sr.Rewards.of, **self.scores_of(term))
-        tell(da.discount, d=term.d)
-        tell(sr.branch_reward, form=a.form, branch=term.branch, r=term.reward)
+        self.tell(type(self.net).decode, image=term.image)
+        self.tell(sr.Rewards.of, **self.scores_of(term))
+        self.tell(da.discount, d=term.d)
+        self.tell(sr.branch_reward, form=a.form, branch=term.branch, r=term.reward)
         head, row = rows_of(sr.branch_reward, a.form)
         print(f"      this form in both branches: r1 and r2 change places, or the sign does\n      {head}\n      {row}")
-        tell(sr.loss, threshold=a.threshold)
-        tell(da.lam, early=a.lam[0], late=a.lam[1])
-        tell(da.aggregate, loss=loss)
+        self.tell(sr.loss, threshold=a.threshold)
+        self.tell(da.lam, early=a.lam[0], late=a.lam[1])
+        self.tell(da.aggregate, loss=loss)
         self.remember(term)
 
     @torch.no_grad()

@@ -205,9 +205,11 @@ class Watch:
             raise UserError(f"--land {self.a.land}: before training the watched pictures' SGP gap less its standard "
                             f"error is {gap:+.3f}, and --land's {self.level:+.3f}; give a higher one, or other "
                             "--control and --neg")
+        of_all = {name: [value["mean"]] for name, value in self.summary(images, scores, self.watched).items()
+                  if value and name not in scores}
         return {"run": folder.id, "images": self.a.global_batch, "step": 0, "unlogged": None, "gap": gap,
                 "best": None, "best_step": None, "warned": False,
-                "before": {name: values.tolist() for name, values in scores.items()},
+                "before": {name: values.tolist() for name, values in scores.items()} | of_all,
                 "evaluated": evaluated}
 
     def log(self, folder, state):

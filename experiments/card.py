@@ -118,7 +118,7 @@ def true_diversity(folder, prompts, style):
     for models."""
     texts = [prompt for prompt in prompts[:diversity.PROMPTS] for _ in range(PER_PROMPT)]
     pictures = [to_pil_image(image) for image in true_pictures(texts, style)]
-    return diversity.Scorer(load_rewards(folder))(pictures, texts)["diversity"].mean().item()
+    return diversity.Scorer(load_rewards(folder).trained)(pictures, texts)["diversity"].mean().item()
 
 
 def main(argv=None):

@@ -80,9 +80,12 @@ class Reward:
 
     def __init__(self, network, size, mean, std):
         """network: a module with weights, which is frozen here. size: pixels of a side. mean, std: three numbers each,
-        which normalise pixels in [0, 1]. Raises UserError if they are not, or a std is not above 0."""
+        which normalise pixels in [0, 1]. Raises UserError if they are not, a std is not above 0, or network has no
+        parameters: its device would not be known."""
         if not fits([*mean, *std], [float]) or not len(mean) == len(std) == 3 or min(std) <= 0:
             raise UserError(f"its pictures' mean {mean} and std {std} must be three numbers each, and std above 0")
+        if next(network.parameters(), None) is None:
+            raise UserError("its network has no parameters; a formula's constants can be its parameters")
         self.model = network.eval().requires_grad_(False)
         self.size = size
         self.mean = list(mean)

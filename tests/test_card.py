@@ -114,3 +114,14 @@ def test_a_card_that_train_py_did_not_write_stays(tmp_path, capsys):
     card.write(tmp_path / "weights", a, model, "", [], 1)
     assert (tmp_path / "weights" / "README.md").read_text() == "mine"
     assert "stays as it is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given, shown", [("runs/mine", "runs/mine/weights"), ("{}/mine", "path/to/mine/weights")])
+def test_a_card_loads_the_weights_from_where_they_are(given, shown, monkeypatch, tmp_path):
+    """As the run's --out was given, so it is no name on the hub; of an absolute path only the end is shown."""
+    a, model = command.read(["--model", "miniature", "--lora", "2"])
+    monkeypatch.chdir(tmp_path)
+    folder = Path(given.format(tmp_path)) / "weights"
+    folder.mkdir(parents=True)
+    card.write(folder, a, model, "", [], 1)
+    assert f'load_lora_weights("{shown}")' in (folder / "README.md").read_text()

@@ -14,6 +14,7 @@ from engine.data.prompt_files import read_prompts
 from engine.errors import UserError
 from engine.model.folder import Model
 from evaluation.watch import measure
+from experiments import card
 from miniature import build, build_flow, build_vae, world
 from miniature.fitting import Workshop
 from miniature.judge import load_judge
@@ -322,3 +323,9 @@ def test_the_weights_stay_small():
     files = [f for f in Path("miniature").rglob("*")
              if f.is_file() and not {".build", "__pycache__"} & set(f.parts)]
     assert sum(f.stat().st_size for f in files) <= 16e6
+
+
+def test_renders_differ_more_than_photos_in_the_rewards_features():
+    prompts = read_prompts("miniature/prompts_eval.txt")[:4]
+    render, photo = (card.true_diversity("miniature/reward", prompts, style) for style in (card.CG, card.PHOTO))
+    assert 0 < photo < render < 1

@@ -673,8 +673,11 @@ def test_a_held_out_reward_is_watched_and_never_trained_on(monkeypatch, tmp_path
     ("miniature/reward,miniature/reward", "named twice"), ("", "an empty name"),
     ("pickscore=", "give NAME, NAME=PATH"), ("miniature/reward:inf", "0 .held out. or above"),
     ("pickscore=nowhere", "nowhere: no such"),
-    ("pickscore=miniature/reward", "pickscore: not a reward model")])
-def test_a_reward_that_is_none_is_one_line(spec, words):
+    ("pickscore=miniature/reward", "pickscore: not a reward model"),
+    ("formula=miniature", "formula: not a reward model, in miniature: its network has no parameters")])
+def test_a_reward_that_is_none_is_one_line(spec, words, drop_in):
+    if spec.startswith("formula"):
+        drop_in("formula.py", OWN_NETWORK.replace("network().to(device)", "torch.nn.Identity()"))
     with pytest.raises(UserError, match="--reward .*" + words) as error:
         rewards.load_rewards(spec)
     assert "\n" not in str(error.value)

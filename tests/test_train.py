@@ -43,7 +43,8 @@ def log_of(out):
 
 def test_a_run_leaves_what_the_readme_says(monkeypatch, tmp_path):
     out = tmp_path / "run"
-    run(monkeypatch, "--steps", 2, "--eval", 4, "--out", out)
+    run(monkeypatch, "--steps", 2, "--eval", 4, "--watch", 24, "--out", out)  # 24 have a Frechet distance
+    state = json.loads((out / "checkpoints" / "step_00002" / "state.json").read_text())
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     for line in lines:
@@ -53,6 +54,7 @@ def test_a_run_leaves_what_the_readme_says(monkeypatch, tmp_path):
             "drift.saturation", "drift.redness", "drift.brightness", "drift.texture"}
         assert not [value for value in line.values() if isinstance(value, dict | list)]  # pandas reads it in one call
         assert line["timestamp"] > 1e9 and line["images_per_second"] > 0
+        assert {name for name in line if name.startswith("watch.")} == {f"watch.{name}" for name in state["before"]}
     assert json.loads((out / "args.json").read_text())["steps"] == 2
     assert sorted(p.name for p in (out / "samples").iterdir()) == [f"step_0000{i}.png" for i in range(3)]
     summary = json.loads((out / "summary.json").read_text())

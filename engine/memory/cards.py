@@ -156,8 +156,8 @@ def because(name, prediction, machine, names):
     host = f" and {prediction.host / GIB:.0f} of the host" if prediction.host else ""
     passed = names[:names.index(name)]
     tried = f"; {', '.join(passed)} would not fit" if passed else ""
-    return (f"--memory {name}: predicted {(prediction.peak + CONTEXT) / GIB:.1f} GiB of the card's "
-            f"{machine.card / GIB:.1f}{host}{tried}")
+    return (f"--memory {name}: predicted {(prediction.peak + CONTEXT) / GIB:.1f} GiB, {CONTEXT / GIB:.2f} of them "
+            f"CUDA's own, of the card's {machine.card / GIB:.1f}{host}{tried}")
 
 
 def check_reward(job, world, room):

@@ -46,7 +46,7 @@ def show(job, world_size, card, share):
     batches = f" x {accumulate} batches" if accumulate > 1 else ""
     print(f"predicted, not measured: {job.model}, {plan.all_parameters / 1e6:,.1f} M parameters, "
           f"{job.size} x {job.size} pixels, an update of {job.images} images: {batch} at a time{batches} a process, "
-          f"{world_size} processes, "
+          f"{world_size} process{'es' * (world_size > 1)}, "
           f"activation checkpointing {'on' if job.checkpointing else 'off'}")
     print("\nmemory per process")
     for name, amount in memory.items():
