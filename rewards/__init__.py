@@ -72,9 +72,12 @@ def fetch(name, where=None):
     repository; None: the authors' place. Raises UserError if they cannot be had."""
     reward = module(name)
     try:
-        return reward.fetch(place(name, where))
+        found = reward.fetch(place(name, where))
     except UserError as error:
         raise UserError(f"{name}: {error}; give {name}=PATH") from error
+    if not isinstance(first(found), str | Path):
+        raise UserError(f"{name}: its fetch returned {found!r}, and not a path")
+    return found
 
 
 def load_reward(name, device="cpu", where=None, **options):

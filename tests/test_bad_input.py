@@ -293,7 +293,7 @@ FILES = [
     Mistake("train.py", "--images pictures --method refl", "it learns from its own rollouts, and not from photographs"),
     Mistake("train.py", "--explain --method draft-lv", "--explain --method draft-lv: only srpo can be explained"),
     Mistake("train.py", "--method dancegrpo --rollout-steps 3 --global-batch 4 --group 3",
-            "a process makes 4 images (--global-batch 4, 1 processes), which is no multiple of --group 3; "
+            "a process makes 4 of the 4 images of --global-batch, which is no multiple of --group 3; "
             "--global-batch 3 is"),
     Mistake("train.py", "--method dancegrpo --global-batch 4 --group 2 --rollout-steps 1", "must be at least 2"),
     Mistake("train.py", "--method refl --recipe paper", "the recipes are srpo's"),

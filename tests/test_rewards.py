@@ -674,10 +674,13 @@ def test_a_held_out_reward_is_watched_and_never_trained_on(monkeypatch, tmp_path
     ("pickscore=", "give NAME, NAME=PATH"), ("miniature/reward:inf", "0 .held out. or above"),
     ("pickscore=nowhere", "nowhere: no such"),
     ("pickscore=miniature/reward", "pickscore: not a reward model"),
-    ("formula=miniature", "formula: not a reward model, in miniature: its network has no parameters")])
+    ("formula=miniature", "formula: not a reward model, in miniature: its network has no parameters"),
+    ("fetchless", "fetchless: its fetch returned None, and not a path")])
 def test_a_reward_that_is_none_is_one_line(spec, words, drop_in):
     if spec.startswith("formula"):
         drop_in("formula.py", OWN_NETWORK.replace("network().to(device)", "torch.nn.Identity()"))
+    elif spec == "fetchless":
+        drop_in("fetchless.py", "def fetch(where=None):\n    pass\n")
     with pytest.raises(UserError, match="--reward .*" + words) as error:
         rewards.load_rewards(spec)
     assert "\n" not in str(error.value)
