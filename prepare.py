@@ -118,8 +118,9 @@ def share_of(a, processes):
     method = recipe.METHODS[a.method]
     group = method.group(a)
     if images % group:
-        raise UserError(f"--method {a.method}: a process makes {images} of the {a.global_batch} images of --global-batch, "
-                        f"which is no multiple of --group {group}; --global-batch {processes * group} is")
+        raise UserError(f"--method {a.method}: a process makes {images} of the {a.global_batch} images of "
+                        f"--global-batch, which is no multiple of --group {group}; --global-batch {processes * group} "
+                        "is")
     if method.optimizer_steps > 1:
         return Share(images, images, 1)  # it steps inside an update, so it needs all its images at once
     batches = [n for n in divisors(images) if n % group == 0]
