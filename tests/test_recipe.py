@@ -43,7 +43,7 @@ def test_an_updates_images_are_shared_among_the_processes(images, processes, bat
 @pytest.mark.parametrize("argv, processes, words", [
     ([], 5, "--global-batch 32: cannot be divided among 5 processes; it can among 1, 2, 4, 8, 16, 32"),
     (["--method", "dancegrpo"], 8,
-     "a process makes 4 images .*, which is no multiple of --group 12; --global-batch 96 is")])
+     "a process makes 4 of the 32 images of --global-batch, which is no multiple of --group 12; --global-batch 96 is")])
 def test_what_cannot_be_shared_is_one_line(argv, processes, words):
     with pytest.raises(UserError, match=words):
         prepare.share_of(command.flags(argv), processes)
