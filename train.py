@@ -36,7 +36,7 @@ import srpo_reward as sr
 from baselines import STEP, Term, sampling_levels
 from engine import hub
 from engine.errors import NotFinite, Stopped, printable
-from engine.memory import cards, layouts, modes, parallel, shown, whole_run, work
+from engine.memory import cards, counts, layouts, modes, parallel, shown, whole_run, work
 from engine.memory.one_call import Calls
 from engine.model import lora, tensors
 from engine.run import checkpoint, finite
@@ -226,13 +226,14 @@ def show_plan(a, model):
         print(note)
     prepare.share_of(a, a.world_size)
     prepare.settle_evaluation(a, model, print)
-    a.memory, why = cards.settle_for(prepare.job(a, model), a.world_size, a.card)
+    counted = counts.count(prepare.job(a, model), torch.bfloat16)
+    a.memory, why = cards.settle_for(prepare.job(a, model), counted, a.world_size, a.card)
     if why:
         print(printable(why))
     job = prepare.job(a, model)
-    shown.show(job, a.world_size, a.card, a.share)
-    whole_run.show(job, a, model, torch.bfloat16)
-    cards.show_cards(job, a.share)
+    shown.show(job, counted, a.world_size, a.card, a.share)
+    print(whole_run.told(job, a, model, counted, torch.bfloat16))
+    cards.show_cards(job, counted, a.share)
 
 
 def explain_an_update(a, model, out):

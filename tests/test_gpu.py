@@ -67,14 +67,15 @@ def test_after_a_kill_it_goes_on(monkeypatch, asked, tmp_path, capsys):
         return run(words, seconds, printed)
 
     monkeypatch.setattr(gpu, "in_a_process", killed)
+    parts = ["--parts", *gpu.NAMES[:5]]
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        measure(tmp_path)
+        measure(tmp_path, *parts)
     so_far = json.loads((tmp_path / "pages" / "gpu.json").read_text())["found"]
     assert list(so_far) == gpu.NAMES[:3]
     monkeypatch.setattr(gpu, "in_a_process", run)
-    assert list(measure(tmp_path)) == gpu.NAMES and len(asked) == len(gpu.PARTS)
-    measure(tmp_path, "--flags", "--rollout-steps 2")
-    assert len(asked) > len(gpu.PARTS)
+    assert list(measure(tmp_path, *parts)) == gpu.NAMES[:5] and len(asked) == 5
+    measure(tmp_path, "--flags", "--rollout-steps 2", *parts)
+    assert len(asked) > 5
 
 
 def test_the_least_important_is_left_out_when_time_ends(monkeypatch, asked, tmp_path, capsys):
@@ -103,8 +104,9 @@ def test_a_part_that_hangs_is_stopped_and_the_next_goes_on(monkeypatch, asked, t
         return run(words, seconds, printed)
 
     monkeypatch.setattr(gpu, "in_a_process", hangs)
-    found = measure(tmp_path)
-    assert list(found) == gpu.NAMES
+    parts = ("LoRA, float8 base", "all weights, on the host", "all weights, streamed")
+    found = measure(tmp_path, "--parts", *parts)
+    assert list(found) == list(parts)
     assert found["all weights, on the host"] == {"failed": "it took more than 8 minutes"}
 
 

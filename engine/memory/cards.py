@@ -135,10 +135,9 @@ def refuse(job, counts, world_size, machine, prediction):
     raise UserError(f"--model {job.model}, {what}: {seen}; what helps: " + ", or ".join(helps))
 
 
-def choose(job, world_size, machine):
+def choose(job, counts, world_size, machine):
     """For --memory auto: (name, why in one line) of the first --memory that fits. Raises UserError, with flags that
     would fit, if none does."""
-    counts = count(job, torch.bfloat16)
     found = predictions(job, counts, world_size)
     for name, prediction in found.items():
         if machine.has_room(prediction):
@@ -179,7 +178,7 @@ def settle(job, world, reward_device=None):
         return modes.on_a_cpu(job.lora), None
     machine = this_machine(world)
     if job.memory == "auto":
-        return choose(job, world.size, machine)
+        return choose(job, count(job, torch.bfloat16), world.size, machine)
     if world.device.type == "cuda" or job.memory in modes.ON_THE_HOST:
         counts = count(job, torch.bfloat16)
         prediction = divide(job, counts, world.size, torch.bfloat16)
@@ -188,12 +187,12 @@ def settle(job, world, reward_device=None):
     return job.memory, None
 
 
-def settle_for(job, world_size, card):
+def settle_for(job, counts, world_size, card):
     """The same for --plan, on GPUs that are named, with a host that has room: (--memory, a line or None)."""
     machine = Machine(gpus.gib(card) * GIB)
     if job.memory == "auto":
-        return choose(job, world_size, machine)
-    prediction = divide(job, count(job, torch.bfloat16), world_size, torch.bfloat16)
+        return choose(job, counts, world_size, machine)
+    prediction = divide(job, counts, world_size, torch.bfloat16)
     if machine.has_room(prediction):
         return job.memory, None
     return job.memory, (f"{flags_of(job.lora, job.memory)} does not fit {card}: predicted "
@@ -202,10 +201,9 @@ def settle_for(job, world_size, card):
 
 
 # -------------------------------------------------------------------------------------------------- the table
-def show_cards(job, share):
+def show_cards(job, counts, share):
     """Print, for one card of every size, the first --memory that fits: for a full fine-tune, and for a LoRA. share: of
     the card's peak that is reached, 0 to 1."""
-    counts = count(job, torch.bfloat16)
     print(f"\nwhat fits one card, predicted (with {CONTEXT / GIB:.2f} GiB for CUDA itself; an update of "
           f"{job.images} images at {share:.0%} of the card's peak,\nand {BUS} GB/s over the bus; "
           "without the optimizer's step on the host)")

@@ -3,7 +3,7 @@
 import torch
 
 from engine.memory import gpus
-from engine.memory.plan import GIB, check_replicas, predict
+from engine.memory.plan import GIB, divide
 from engine.memory.work import GIGA, TERA, saved_by_float8
 
 MIB = 2**20
@@ -26,12 +26,10 @@ def in_time(seconds):
     return f"{seconds / 60:.1f} min" if seconds < 3600 else f"{seconds / 3600:.1f} h"
 
 
-def show(job, world_size, card, share):
+def show(job, counts, world_size, card, share):
     """Print the plan of one of world_size processes, and the seconds of an update on a card. share: of the card's peak
     that is reached, 0 to 1. Raises UserError."""
-    gpus.check(card)
-    check_replicas(job.replicas, world_size)
-    plan = predict(job, world_size, torch.bfloat16)
+    plan = divide(job, counts, world_size, torch.bfloat16)
     memory = {"parameters": plan.parameters, "gradients": plan.gradients, "optimizer": plan.optimizer,
               "activations": plan.activations, "gathered": plan.gathered, "reward path": plan.reward_path,
               "frozen": plan.frozen, "text encoders": plan.peak_in_texts,

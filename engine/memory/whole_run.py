@@ -2,7 +2,6 @@
 Predicted from the `counts.Job`, without weights."""
 
 from engine.memory import gpus
-from engine.memory.counts import count
 from engine.memory.plan import divide
 from engine.memory.shown import in_time
 from engine.memory.work import GIGA, TERA, flop_per_call, flop_per_step
@@ -37,14 +36,9 @@ def disk(job, trained, keep, save_as):
     return {f"{keep + 1} checkpoints": (keep + 1) * each, "weights, weights_best": (2 + save_as) * 2 * trained}
 
 
-def show(job, a, model, dtype):
-    """Print the plan of the whole run with the flags `a` and a `Model`, on --world-size GPUs --card. dtype: of the
-    computation."""
-    print(told(job, a, model, count(job, dtype), dtype))
-
-
 def told(job, a, model, counts, dtype):
-    """What `show` prints, a text, from the `plan.Counts`."""
+    """The plan of the whole run with the flags `a` and a `Model`, on --world-size GPUs --card: a text. counts: the
+    `counts.Counts`; dtype: of the computation."""
     prediction = divide(job, counts, a.world_size, dtype)
     trained = job.lora * counts.adapters if job.lora else counts.parameters
     rate = gpus.PEAK[a.card] * a.share * TERA  # FLOP a second
