@@ -821,7 +821,7 @@ def test_an_environment_that_torchrun_does_not_make_is_one_line(place, monkeypat
 
 
 PLACES = {  # what a shell does before a script; its end; the exit status and what is said
-    "no streams": ("", "<&- >&- 2>&-", 0, ""), "no stdout": ("", ">&-", 0, ""), "no stderr": ("", "--lr x 2>&-", 2, ""),
+    "no streams": ("", "-h <&- >&- 2>&-", 0, ""), "no stderr": ("", "--lr x 2>&-", 2, ""),
     "a full disk for stdout": ("", "> /dev/full", 1, "train.py: what is printed, or a file, cannot be written: No"),
     "a deleted folder": ("mkdir gone; cd gone; rmdir ../gone;", "", 2, "train.py: the current folder cannot be read"),
     "no docstrings": ("export PYTHONOPTIMIZE=2;", "", 2, "train.py: python -OO, or PYTHONOPTIMIZE=2: removes"),
@@ -832,7 +832,7 @@ PLACES = {  # what a shell does before a script; its end; the exit status and wh
 @pytest.mark.parametrize("name", PLACES)
 def test_a_place_that_no_script_expects_is_one_line_or_works(tmp_path, name):
     before, after, status, said = PLACES[name]
-    flags = "" if "PORT" in before else "--plan"
+    flags = "" if "PORT" in before or "-h" in after else "--plan"
     with socket.create_server(("", 0)) as taken:
         before = before.replace("=PORT", f"={taken.getsockname()[1]}")
         done = subprocess.run(f"{before} {sys.executable} {ROOT}/train.py --model {ROOT}/miniature {flags} {after}",

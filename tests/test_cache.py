@@ -122,6 +122,15 @@ def test_two_runs_at_once_do_each_other_no_harm(tmp_path, capfd):
     assert all(cache.ENTRY.fullmatch(path.name) for path in tmp_path.iterdir())
 
 
+def test_an_entry_that_is_removed_between_the_two_times_it_is_opened_is_not_there(kept, monkeypatch, capsys):
+    def opens(*arguments):
+        raise RuntimeError("unable to open file: No such file or directory (2)")  # as torch says it
+
+    kept.put(kept.key(1), {"a": torch.zeros(1)})
+    monkeypatch.setattr(cache, "safe_open", opens)
+    assert kept.get(kept.key(1)) is None and capsys.readouterr().out == ""
+
+
 def test_files_that_look_as_they_did_are_hashed_once_for_all_runs(kept, tmp_path, monkeypatch):
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "weights").write_bytes(b"1234")

@@ -80,7 +80,7 @@ class Cache:
             if about.get("key") != key or about.get("sha256") != digest_of_tensors(tensors):
                 raise ValueError("its digest differs")
             self.mark(key)
-        except FileNotFoundError:  # another run has removed it meanwhile
+        except (FileNotFoundError, RuntimeError):  # another run has removed it meanwhile; torch opens it a second time
             return None
         except (OSError, SafetensorError, ValueError) as error:
             print(printable(f"{self.path(key)}: damaged ({one_line(error)}); it is computed again"))
