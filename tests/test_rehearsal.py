@@ -1,6 +1,6 @@
 """Claims about CUDA, on a machine without a GPU: every path of the project on the real torch above a stub of CUDA
 (tests/rehearsal). Seen are dtypes, devices, memory, copies, launches and waits; no values, no time. Every --memory runs
-with the usual tests; `pytest -m slow tests/test_rehearsal.py` runs the rest, every other path in one process."""
+with the usual tests; `pytest -m slow tests/test_rehearsal.py` runs the rest."""
 
 import json
 import os
@@ -168,7 +168,7 @@ def every_other_path(folder):
 
 @pytest.mark.slow
 def test_every_other_path_runs(stub, tmp_path):
-    """In two processes, about two minutes. SigLIP is kept in bf16 in lean memory, and the head beside it stays float32.
+    """In two processes, two and a half minutes. SigLIP is kept in bf16 in lean memory, and the head beside it stays float32.
     The compiled blocks are made by the real compiler: nowhere it has to stop, and no block runs uncompiled."""
     paths = every_other_path(tmp_path)
     compiled = paths.pop("compiled")
