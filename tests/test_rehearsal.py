@@ -168,8 +168,8 @@ def every_other_path(folder):
 
 @pytest.mark.slow
 def test_every_other_path_runs(stub, tmp_path):
-    """In two processes, two and a half minutes. SigLIP is kept in bf16 in lean memory, and the head beside it stays float32.
-    The compiled blocks are made by the real compiler: nowhere it has to stop, and no block runs uncompiled."""
+    """In two processes, two and a half minutes. SigLIP is kept in bf16 in lean memory, and the head beside it stays
+    float32. The compiled blocks are made by the real compiler: nowhere it has to stop, and no block runs uncompiled."""
     paths = every_other_path(tmp_path)
     compiled = paths.pop("compiled")
     report = rehearse(stub, tmp_path, compiled, [line for lines in paths.values() for line in lines], STUB_GPUS="2")
