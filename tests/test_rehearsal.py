@@ -179,11 +179,12 @@ def test_every_other_path_runs(stub, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--memory masters", "--lora 4 --memory fp8"])
-def test_two_processes(stub, tmp_path, flags):
-    """Each uses its own card alone. They meet once, so each case starts its own."""
+@pytest.mark.parametrize("flags, collectives", [("--memory masters", 29), ("--lora 4 --memory fp8", 35)])
+def test_two_processes(stub, tmp_path, flags, collectives):
+    """Each uses its own card alone. They meet once, so each case starts its own. Parameters are gathered once for the
+    rollout (fp8: for each of its two steps) and twice for both branches, and gradients leave once."""
     report = rehearse(stub, tmp_path, *2 * [of_training(tmp_path, flags)], ranks=True, STUB_GPUS="2")
-    assert report.popitem()[1]["update"]["collectives"] > 0
+    assert report.popitem()[1]["update"]["collectives"] == collectives
 
 
 @pytest.mark.slow
