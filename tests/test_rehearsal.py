@@ -174,6 +174,7 @@ def test_every_other_path_runs(stub, tmp_path):
     compiled = paths.pop("compiled")
     report = rehearse(stub, tmp_path, compiled, [line for lines in paths.values() for line in lines], STUB_GPUS="2")
     for line in compiled:
+        print(f"{line}: {report[line]['cpu']:.0f} s of a CPU core")
         assert report[line]["graphs"] > 0 == report[line]["breaks"] == report[line]["update"]["up_blocking"]
     assert "recompile_limit" not in (tmp_path / "0.txt").read_text()
 

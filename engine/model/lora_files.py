@@ -197,6 +197,35 @@ def is_pattern(text):
     return True
 
 
+def sides_of(path, tensors):
+    """{flat layer: {"name": layer, side: tensor}} of tensors {name: tensor}; sides as `split` names them. Raises
+    UserError for another name, or a side that is there twice."""
+    layers = {}
+    for name, tensor in tensors.items():
+        layer, side = split(name)
+        if side is None:
+            raise UserError(f"{path}: {name} is not known; a LoRA has LAYER.lora_A.weight and LAYER.lora_B.weight, or "
+                            "LAYER.lora_down.weight and LAYER.lora_up.weight")
+        of = layers.setdefault(flat(layer), {"name": layer})
+        if side in of or SAME.get(side) in of:
+            raise UserError(f"{path}: {name} is there twice, under two names; keep one of them")
+        of[side] = tensor
+    return layers
+
+
+def matrices_of(path, of):
+    """(A [R, in], B [out, R], alpha [] or None) of a layer of `sides_of`. Raises UserError for other shapes."""
+    A = of.get("A", of.get("down"))
+    B = of.get("B", of.get("up"))
+    alpha = of.get("alpha")
+    if A is None or B is None or A.ndim != 2 or B.ndim != 2 or not A.shape[0] == B.shape[1] > 0:
+        raise UserError(f"{path}: {of['name']} is not two matrices, [R, in] and [out, R]")
+    if alpha is not None and (alpha.numel() != 1 or type(alpha.item()) not in (int, float)
+                              or not 0 < alpha.item() < torch.inf):
+        raise UserError(f"{path}: {of['name']}.alpha must be one number above 0")
+    return A, B, alpha
+
+
 def by_layer(path, tensors, network, config):
     """({PREFIX + layer + .lora_A.weight and so on: tensor}, {PREFIX + layer + .alpha: number}) under diffusers' names.
 
@@ -209,30 +238,13 @@ def by_layer(path, tensors, network, config):
     for name, inside in released.parts_of(config).items():
         if name.endswith(".weight"):
             theirs[flat(name.removesuffix(".weight"))] = inside
-    layers = {}
-    for name, tensor in tensors.items():
-        layer, side = split(name)
-        if side is None:
-            raise UserError(f"{path}: {name} is not known; a LoRA has LAYER.lora_A.weight and LAYER.lora_B.weight, or "
-                            "LAYER.lora_down.weight and LAYER.lora_up.weight")
-        of = layers.setdefault(flat(layer), {"name": layer})
-        if side in of or SAME.get(side) in of:
-            raise UserError(f"{path}: {name} is there twice, under two names; keep one of them")
-        of[side] = tensor
     state = {}
     alphas = {}
     ranks = {}
-    for key, of in layers.items():
-        A = of.get("A", of.get("down"))
-        B = of.get("B", of.get("up"))
-        alpha = of.get("alpha")
+    for key, of in sides_of(path, tensors).items():
         if key not in own and key not in theirs:
             raise UserError(f"{path}: this transformer has no layer {of['name']}")
-        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or not A.shape[0] == B.shape[1] > 0:
-            raise UserError(f"{path}: {of['name']} is not two matrices, [R, in] and [out, R]")
-        if alpha is not None and (alpha.numel() != 1 or type(alpha.item()) not in (int, float)
-                                  or not 0 < alpha.item() < torch.inf):
-            raise UserError(f"{path}: {of['name']}.alpha must be one number above 0")
+        A, B, alpha = matrices_of(path, of)
         if key in own:
             made = {own[key]: (A, B, of.get("bias"))}
         else:
